@@ -1,0 +1,49 @@
+PYTHON ?= python3
+# The release that tests and demo are known to pass with, where the machine brings no CUDA build of its own.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)
+# Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
+BORROWED := $(VENV)/borrowed
+
+.PHONY: test demo gpu lint clean
+
+test: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q
+
+demo: $(VENV)/.hf
+	$(VENV)/bin/adept-fast demo
+
+gpu: $(VENV)/.test
+	$(RUN) -m pytest -q -m gpu
+	$(RUN) -m bench all --save
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info adept_fast/_C.*.so adept_fast/_CUDA.*.so .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv --clear $(VENV)
+	if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		$(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' > $(BORROWED); \
+		cp $(BORROWED) "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"; \
+	else \
+		$(PIP) install $(TORCH); \
+	fi
+	touch $@
+
+$(VENV)/.test $(VENV)/.hf: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	if [ -e $(BORROWED) ]; then \
+		$(PIP) install --no-build-isolation --no-deps --editable . && \
+		{ $(PIP) install --retries 0 'adept-fast[$*]' || echo "not everything of [$*] can be installed here: going on with what there is"; }; \
+	else \
+		$(PIP) install --editable '.[$*]'; \
+	fi
+	touch $@

@@ -1,0 +1,69 @@
+"""ADEPT: score the layers of a causal language model, copy the least critical ones, tune only the copies with a learning rate per unit.
+
+Everything public is imported when it is first used; `import adept_fast` alone imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
+    from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original, verify_expansion
+    from adept_fast.importance import LayerScores, score_layers, select_layers
+    from adept_fast.optim import AdamW
+    from adept_fast.saliency import score_units
+    from adept_fast.tuning import AdeptCallback, AdeptTrainer, unit_rates
+    from adept_fast.units import Units
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "AdeptCallback",
+    "AdeptTrainer",
+    "ExpansionError",
+    "InputError",
+    "LayerScores",
+    "Units",
+    "UnsupportedFamilyError",
+    "expand_checkpoint",
+    "expand_model",
+    "freeze_original",
+    "score_layers",
+    "score_units",
+    "select_layers",
+    "unit_rates",
+    "verify_expansion",
+]
+
+_MODULES = {
+    "AdamW": "adept_fast.optim",
+    "AdeptCallback": "adept_fast.tuning",
+    "AdeptTrainer": "adept_fast.tuning",
+    "ExpansionError": "adept_fast.errors",
+    "InputError": "adept_fast.errors",
+    "LayerScores": "adept_fast.importance",
+    "Units": "adept_fast.units",
+    "UnsupportedFamilyError": "adept_fast.errors",
+    "expand_checkpoint": "adept_fast.expansion",
+    "expand_model": "adept_fast.expansion",
+    "freeze_original": "adept_fast.expansion",
+    "score_layers": "adept_fast.importance",
+    "score_units": "adept_fast.saliency",
+    "select_layers": "adept_fast.importance",
+    "unit_rates": "adept_fast.tuning",
+    "verify_expansion": "adept_fast.expansion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,7 @@
+"""`python -m adept_fast` is the command `adept-fast`."""
+
+import sys
+
+from adept_fast.cli import main
+
+sys.exit(main())

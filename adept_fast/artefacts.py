@@ -1,0 +1,90 @@
+"""Artefacts on disk: written under a temporary name beside the final one, fsynced, renamed. A half-written one is never found by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adept_fast.errors import InputError
+
+STAGING = ".partial-"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    try:
+        yield staging
+        _sync(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder. An existing `path` is an error: nothing is overwritten."""
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} exists already: remove it or choose another output_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{path.name}-", dir=path.parent))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        for file in staging.rglob("*"):
+            _sync(file)
+        _sync(staging)
+        os.rename(staging, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left under temporary names in `folder`."""
+    for leftover in folder.glob(f"{STAGING}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    with staged_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or malformed file is an InputError that names it (and the line)."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): restore it or delete it to make it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

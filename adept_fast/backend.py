@@ -1,0 +1,143 @@
+"""Which implementation of an operation runs. Decided here, once per process, with one override: ADEPT_FAST_BACKEND."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from adept_fast.errors import InputError
+
+# operation -> implementations, the preferred one first
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "adamw": ("torch",),
+    "saliency": ("triton", "torch"),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """`reason`: what was found, or why it cannot be used; `remedy`: what to do about that, empty where found."""
+
+    found: bool
+    reason: str
+    remedy: str = ""
+
+
+@cache
+def _cuda() -> Status:
+    try:
+        native = import_module("adept_fast._CUDA")
+    except ModuleNotFoundError:
+        return Status(
+            False,
+            "the CUDA extension was not built: there was no nvcc, or it failed",
+            "install the CUDA toolkit and reinstall from source with ADEPT_FAST_BUILD_CUDA=1, which shows the error",
+        )
+    except ImportError as error:
+        return Status(False, f"the CUDA extension does not load: {error}", "reinstall from source on this machine")
+    versions = native.versions()
+    runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in (versions["runtime"], versions["driver"]))
+    if versions["driver"] == 0:
+        return Status(False, "there is no NVIDIA driver", f"install one for CUDA {runtime} or newer")
+    if versions["driver"] // 1000 < versions["runtime"] // 1000:
+        return Status(
+            False,
+            f"the driver supports CUDA {driver}, the extension was built with {runtime}",
+            f"update the driver, or reinstall from source with the toolkit of CUDA {driver}",
+        )
+    try:
+        devices = native.devices()
+    except RuntimeError as error:
+        return Status(False, str(error), "check that nvidia-smi works, and the driver's version")
+    if not devices:
+        return Status(False, "no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    oldest = min(tuple(device["capability"]) for device in devices)
+    if oldest < (8, 0):
+        return Status(False, f"a device has compute capability {oldest[0]}.{oldest[1]}; 8.0 is needed", "hide it with CUDA_VISIBLE_DEVICES")
+    return Status(True, ", ".join(native.architectures()))
+
+
+@cache
+def _triton() -> Status:
+    if find_spec("triton") is None:
+        return Status(False, "triton is not installed", "pip install triton")
+    if _interpreted():
+        return Status(True, "interpreted on the CPU, for tests: TRITON_INTERPRET is set")
+    if not torch.cuda.is_available():
+        return Status(False, "torch finds no GPU", "check nvidia-smi and that torch is a CUDA build, or set TRITON_INTERPRET=1 to test on a CPU")
+    try:
+        version = import_module("triton").__version__
+    except ImportError as error:
+        return Status(False, f"triton does not import: {error}", "install the triton that your torch release names")
+    if torch.version.cuda:
+        oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        if oldest < (8, 0):
+            return Status(False, f"a device has compute capability {oldest[0]}.{oldest[1]}; 8.0 is needed", "hide it with CUDA_VISIBLE_DEVICES")
+    return Status(True, version)
+
+
+@cache
+def _cpu() -> Status:
+    try:
+        native = import_module("adept_fast._C")
+    except ModuleNotFoundError:
+        return Status(False, "the C++ extension was not built", "install a C++17 compiler and reinstall from source")
+    except ImportError as error:
+        return Status(False, f"the C++ extension does not load: {error}", "reinstall from source on this machine")
+    features = native.features()
+    used = [name for name, present in features.items() if present is True]
+    return Status(True, ", ".join([features["compiler"], *used]))
+
+
+def _torch() -> Status:
+    return Status(True, torch.__version__)
+
+
+_FIND: dict[str, Callable[[], Status]] = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch}
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _fits(name: str, device: torch.device) -> bool:
+    if name == "cuda":
+        return device.type == "cuda" and torch.version.hip is None
+    if name == "triton":
+        return device.type == ("cpu" if _interpreted() else "cuda")
+    return name == "torch" or device.type == "cpu"
+
+
+def status() -> dict[str, Status]:
+    """For "cuda", "triton", "cpu" and "torch": found or not, why, and the remedy."""
+    return {name: find() for name, find in _FIND.items()}
+
+
+def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
+    """The backend that runs `operation` ("adamw" or "saliency") on tensors of `device`.
+
+    `forced`, or else the environment variable ADEPT_FAST_BACKEND, is taken at its word: InputError for a name that does not exist,
+    RuntimeError, with the remedy, where that backend is missing, lacks the operation or cannot run on the device.
+    """
+    implemented = IMPLEMENTED[operation]
+    name = forced or os.environ.get("ADEPT_FAST_BACKEND")
+    if not name:
+        return next(candidate for candidate in implemented if _fits(candidate, device) and _FIND[candidate]().found)
+    asked = f"backend={name!r}" if forced else f"ADEPT_FAST_BACKEND={name}"
+    if name not in _FIND:
+        raise InputError(f"{asked}: no such backend; choose one of {', '.join(_FIND)}")
+    if name not in implemented:
+        raise RuntimeError(f"{asked}: {operation} is not implemented there; choose one of {', '.join(implemented)}, or none")
+    found = _FIND[name]()
+    if not found.found:
+        raise RuntimeError(f"{asked}: {found.reason}; {found.remedy}")
+    if not _fits(name, device):
+        others = ", ".join(other for other in implemented if _fits(other, device))
+        raise RuntimeError(f"{asked}: {name} does not run on {device.type} tensors; choose one of {others}, or none")
+    return name

@@ -1,0 +1,122 @@
+"""Arguments in, exit code out: 0 done, 1 failed at run time, 2 bad usage or input. One line on stderr; a traceback with --debug only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from adept_fast.errors import InputError
+
+MODEL = ("model_name_or_path",)
+COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
+    "score": ("which layers general competence rests on", "adept-fast score model_name_or_path=MODEL score.max_items=64", MODEL),
+    "expand": ("copy the chosen layers, silent at first, and verify", "adept-fast expand model_name_or_path=MODEL expand.layers=[3,7]", MODEL),
+    "verify": ("check that base and expanded model agree bit for bit", "adept-fast verify model_name_or_path=MODEL dtype=bfloat16", MODEL),
+    "tune": ("train the copies on the domain, each unit at its own rate", "adept-fast tune recipe.yaml tune.max_steps=100", (*MODEL, "domain")),
+    "eval": ("loss, perplexity and accuracy of base and tuned model", "adept-fast eval recipe.yaml eval.max_items=200", MODEL),
+    "run": ("score, expand, verify, tune, evaluate, report", "adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out", (*MODEL, "domain")),
+    "report": ("write output_dir/report.html again", "adept-fast report output_dir=out", ()),
+    "info": ("versions, and which backends were found", "adept-fast info", ()),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    from adept_fast import __version__
+
+    top = argparse.ArgumentParser(
+        prog="adept-fast",
+        description="Adapt a causal language model to a domain without losing what it knows: score -> expand -> tune -> report.",
+        epilog="example: adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    for name, (what, example, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what, epilog=f"example: {example}")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name != "info":
+            command.add_argument("settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        given = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        _run(given.command, getattr(given, "settings", []))
+    except KeyboardInterrupt:
+        print("adept-fast: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BaseException as error:
+        if given.debug or isinstance(error, SystemExit):
+            raise
+        print(f"adept-fast: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _run(command: str, settings: Sequence[str]) -> None:
+    if command == "info":
+        from adept_fast.info import describe
+
+        print(describe())
+        return
+    _needs_extra()
+    from adept_fast import recipe
+    from adept_fast.pipeline import Pipeline
+
+    _calm_libraries()
+    files = [setting for setting in settings if "=" not in setting]
+    if len(files) > 1:
+        raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
+    overrides = [setting for setting in settings if "=" in setting]
+    quiet = None if sys.stderr.isatty() else True
+    if command == "demo":
+        from adept_fast import demo
+
+        demo.run(files[0] if files else None, overrides, quiet)
+        return
+    pipeline = Pipeline(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say, quiet)
+    stages: dict[str, Callable[[], object]] = {
+        "score": pipeline.score,
+        "expand": pipeline.expand,
+        "verify": pipeline.verify,
+        "tune": pipeline.tune,
+        "eval": pipeline.evaluate,
+        "run": pipeline.run,
+        "report": pipeline.report,
+    }
+    with pipeline.held():
+        stages[command]()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _needs_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("transformers", "safetensors", "yaml", "tqdm", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"the command line needs {', '.join(missing)}: pip install 'adept-fast[hf]'")
+
+
+def _calm_libraries() -> None:
+    """Their progress bars and advice would drown the one line that matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

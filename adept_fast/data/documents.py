@@ -1,0 +1,86 @@
+"""Documents of a training corpus as tokens, cached on disk by what they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from adept_fast.artefacts import staged_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 256  # documents per tokenizer call: enough for its threads, often enough for the progress bar
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of all documents end to end (int32), and where each begins: document i is ids[starts[i]:starts[i + 1]]."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.starts[index] : self.starts[index + 1]]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+
+def cache_folder() -> Path:
+    """$ADEPT_FAST_CACHE, else adept_fast under $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get("ADEPT_FAST_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
+
+
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None = None) -> Documents:
+    """Tokenise each text and close it with the end-of-sequence token. The cache key is the texts and the tokenizer, so it cannot go stale."""
+    key = hashlib.sha256(_description(tokenizer))
+    for text in texts:
+        key.update(hashlib.sha256(text.encode()).digest())
+    cached = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
+    if cached.is_file():
+        try:
+            arrays = load_file(cached)
+            return Documents(arrays["ids"], arrays["starts"])
+        except (SafetensorError, KeyError):
+            cached.unlink()
+    documents = _tokenize(texts, tokenizer, quiet)
+    with staged_file(cached) as staging:
+        save_file({"ids": documents.ids, "starts": documents.starts}, staging)
+    return documents
+
+
+def _description(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}".encode()
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None) -> Documents:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[np.ndarray] = []
+    with tqdm(total=len(texts), desc="tokenising", unit="doc", disable=quiet) as bar:
+        for start in range(0, len(texts), BATCH):
+            batch = list(texts[start : start + BATCH])
+            for ids in tokenizer(batch, verbose=False)["input_ids"]:
+                if end and ids[-1:] == end:
+                    ids = ids[:-1]
+                pieces.append(np.asarray(ids + end, dtype=np.int32))
+            bar.update(len(batch))
+    starts = np.zeros(len(pieces) + 1, dtype=np.int64)
+    np.cumsum([len(piece) for piece in pieces], out=starts[1:])
+    return Documents(np.concatenate(pieces) if pieces else np.zeros(0, np.int32), starts)

@@ -1,0 +1,166 @@
+"""What a record means: a text, an instruction with its output, or a multiple-choice question; and its tokens and labels.
+
+Labels are aligned with input_ids as in transformers (the model shifts them); -100 is not supervised. A text is supervised on all its
+tokens, an instruction on the tokens of its output only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adept_fast.data.sources import Record, Source, read
+from adept_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens of one sequence. `labels[t]` is input_ids[t] where supervised, else -100; the first token is never predicted."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that count in the loss."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A multiple-choice question: one sequence per choice, of equal prompt; `answer` is the index of the right one."""
+
+    options: tuple[Item, ...]
+    answer: int
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """sha256 of a record's content: what decides its part of a split, whichever file it stands in."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def document_text(record: Record, column: str | None = None) -> str:
+    """The text of a record to train on: its text column, or instruction and output joined."""
+    content = record.content
+    if column is None and "text" not in content and "instruction" in content and "output" in content:
+        prompt, answer = _prompt_and_answer(record)
+        return prompt + answer
+    key = column or "text"
+    text = content.get(key)
+    if not isinstance(text, str):
+        keys = ", ".join(sorted(map(str, content))) or "none"
+        raise InputError(f"{record.where}: no text under {key!r} (keys: {keys}); name the text column with column=")
+    if not text.strip():
+        raise InputError(f"{record.where}: {key!r} is empty")
+    return text
+
+
+def is_choice(record: Record) -> bool:
+    return "choices" in record.content
+
+
+def _prompt_and_answer(record: Record) -> tuple[str, str]:
+    prompt, answer = record.content["instruction"], record.content["output"]
+    if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
+        raise InputError(f"{record.where}: 'instruction' and 'output' must be texts that are not empty")
+    joined = prompt[-1:].isspace() or answer[:1].isspace()
+    return prompt, answer if joined else "\n" + answer
+
+
+def check_item(record: Record, column: str | None = None) -> None:
+    """Raise InputError, naming file and line, unless the record is a text, an instruction with output, or tokenised."""
+    if column is None and not {"text", "input_ids"} & record.content.keys() and not {"instruction", "output"} <= record.content.keys():
+        keys = ", ".join(sorted(map(str, record.content))) or "none"
+        raise InputError(f"{record.where}: neither 'text' nor 'instruction' and 'output' (keys: {keys})")
+    if "input_ids" not in record.content:
+        document_text(record, column)
+
+
+def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, style: str = "plain", column: str | None = None) -> Item:
+    """Tokens and labels of a text, an instruction with output, or a record that is tokenised already."""
+    check_item(record, column)
+    content = record.content
+    if "input_ids" in content:
+        ids = tuple(int(token) for token in content["input_ids"])
+        labels = tuple(int(label) for label in content.get("labels", ids))
+        if len(labels) != len(ids):
+            raise InputError(f"{record.where}: {len(ids)} input_ids but {len(labels)} labels")
+        return Item(ids, labels)
+    if tokenizer is None:
+        raise InputError(f"{record.where}: a tokenizer is needed for items that are not tokenised: pass tokenizer=")
+    if column is None and {"instruction", "output"} <= content.keys():
+        prompt, answer = _prompt_and_answer(record)
+        if style == "chat":
+            return _chat_item(prompt.strip(), answer.strip(), tokenizer)
+        return _answer_item(prompt, answer, tokenizer)
+    ids = tuple(tokenizer(document_text(record, column))["input_ids"])
+    return Item(ids, ids)
+
+
+def _answer_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Item:
+    """Prompt and answer tokenised together; a token belongs to the answer when it ends inside it."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        labels = [token if end > len(prompt) else IGNORE for token, (_, end) in zip(ids, encoded["offset_mapping"], strict=True)]
+    else:
+        head, tail = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids, labels = head + tail, [IGNORE] * len(head) + tail
+    return Item(tuple(ids), tuple(labels))
+
+
+def _chat_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Item:
+    if not tokenizer.chat_template:
+        raise InputError("score.probe_format=chat needs a tokenizer with a chat template; use probe_format=plain")
+    asked = [{"role": "user", "content": prompt}]
+    head = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+    if not whole.startswith(head):
+        raise InputError("this chat template rewrites earlier turns; use probe_format=plain")
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if end > len(head) else IGNORE for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return Item(tuple(encoded["input_ids"]), tuple(labels))
+
+
+def tokenize_choices(record: Record, tokenizer: PreTrainedTokenizerBase) -> Choices:
+    """Question, lettered choices, "Answer:"; each option continues it with " A. text", " B. text", ..."""
+    question, choices, answer = (record.content.get(key) for key in ("question", "choices", "answer"))
+    if not isinstance(question, str) or not isinstance(choices, Sequence) or isinstance(choices, str) or not 2 <= len(choices) <= 26:
+        raise InputError(f"{record.where}: a multiple-choice item is 'question', 'choices' (2 to 26 texts) and 'answer'")
+    if isinstance(answer, str) and answer.strip().upper() in tuple(LETTERS[: len(choices)]):
+        answer = LETTERS.index(answer.strip().upper())
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"{record.where}: 'answer' must be an index from 0 to {len(choices) - 1} or a letter, found {answer!r}")
+    listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    prompt = "\n".join([question, *listed, "Answer:"])
+    return Choices(tuple(_answer_item(prompt, f" {line}", tokenizer) for line in listed), answer)
+
+
+def load_items(
+    probe: str | Source | Mapping[str, Any] | Iterable[Mapping[str, Any] | Item],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    style: str = "plain",
+) -> list[Item]:
+    """Items of a probe given as a path, a dataset name, a source, or a list of records or Items. Raises InputError when none is supervised."""
+    if isinstance(probe, (str, Mapping, Source)):
+        source = Source.of(probe)
+        items = [tokenize_item(record, tokenizer, style, source.column) for record in read(source)]
+    else:
+        items = [
+            entry if isinstance(entry, Item) else tokenize_item(Record(entry, f"probe item {number}"), tokenizer, style)
+            for number, entry in enumerate(probe, 1)
+        ]
+    if not any(item.supervised for item in items):
+        raise InputError("the probe holds no supervised token: give items with text, or with instruction and output")
+    return items

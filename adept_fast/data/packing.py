@@ -1,0 +1,71 @@
+"""Packing: documents end to end in blocks of a fixed length, each isolated from its neighbours by restarting position_ids.
+
+Given to a model with position_ids, without attention_mask and with use_cache=False, transformers builds a mask that keeps documents
+apart; an all-ones attention_mask or a cache silently undoes it. The first label of each document in a block is -100: nothing before
+it may predict it. A document that does not fit goes on in the next block as a document of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from adept_fast.data.documents import Documents
+from adept_fast.data.items import IGNORE
+
+
+class Blocks(Dataset):
+    """Blocks of `block_size` tokens: input_ids, labels and position_ids, each int64 [block_size].
+
+    one_per_row: one document (or a piece of one) a block, for models that leak across packed documents.
+    """
+
+    def __init__(self, documents: Documents, order: np.ndarray, block_size: int, pad_token: int = 0, one_per_row: bool = False) -> None:
+        self.block_size, self.pad_token = block_size, pad_token
+        self._documents = documents
+        self._pieces: list[list[tuple[int, int]]] = []  # per block: [start, stop) in documents.ids
+        room = 0
+        for document in order:
+            start, stop = int(documents.starts[document]), int(documents.starts[document + 1])
+            while start < stop:
+                if room == 0 or one_per_row:
+                    self._pieces.append([])
+                    room = block_size
+                length = min(room, stop - start)
+                self._pieces[-1].append((start, start + length))
+                start += length
+                room -= length
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def documents(self, index: int) -> list[int]:
+        """Lengths of the documents in a block, in order."""
+        return [stop - start for start, stop in self._pieces[index]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(stop - start for block in self._pieces for start, stop in block)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = np.full(self.block_size, self.pad_token, dtype=np.int64)
+        labels = np.full(self.block_size, IGNORE, dtype=np.int64)
+        positions = np.empty(self.block_size, dtype=np.int64)
+        at = 0
+        for start, stop in self._pieces[index]:
+            end = at + stop - start
+            ids[at:end] = self._documents.ids[start:stop]
+            labels[at + 1 : end] = ids[at + 1 : end]
+            positions[at:end] = np.arange(end - at)
+            at = end
+        positions[at:] = np.arange(self.block_size - at)
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
+
+
+def document_order(documents: int, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Document indices of one epoch in random order: floor(weight) times each, once more with the probability of the fraction."""
+    random = np.random.default_rng(seed)
+    times = np.floor(weights).astype(np.int64) + (random.random(documents) < weights - np.floor(weights))
+    return random.permutation(np.repeat(np.arange(documents), times))

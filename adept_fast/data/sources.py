@@ -1,0 +1,147 @@
+"""Where records come from: .jsonl, .json, .parquet, .txt (each but parquet also gzipped), a datasets name, or the bundled probe."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, TextIO
+
+from adept_fast.errors import InputError
+
+GENERAL = "general"  # the name of the bundled general probe
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+LINES_PER_PIECE = 20  # a text without blank lines is cut into pieces of so many lines, so that some can be held out
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus: file or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`)."""
+
+    path: str
+    split: str | None = None
+    column: str | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | Source) -> Source:
+        if isinstance(value, Source):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(value, Mapping) or "path" not in value or set(value) - known:
+            raise InputError(f"a source is a path or {{path, split, column, weight}}, found {value!r}")
+        source = cls(**value)
+        if not float(source.weight) > 0:
+            raise InputError(f"{source.path}: weight must be above 0, found {source.weight!r}")
+        return source
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a source, and where it stands there ("file.jsonl:12"), for messages."""
+
+    content: Mapping[str, Any]
+    where: str
+
+
+def read(source: Source) -> list[Record]:
+    """All records of a source, in file order. Raises InputError naming file and line; an empty source is an error too."""
+    records = list(_records(source))
+    if not records:
+        raise InputError(f"{source.path}: holds no records")
+    return records
+
+
+def _records(source: Source) -> Iterator[Record]:
+    if source.path == GENERAL:
+        text = (resources.files("adept_fast") / "data" / "general_probe.jsonl").read_text(encoding="utf-8")
+        yield from _json_lines(text.splitlines(), GENERAL)
+        return
+    path = Path(source.path).expanduser()
+    kind = next((suffix for suffix in SUFFIXES if path.name.removesuffix(".gz").endswith(suffix)), None)
+    if kind is None and path.is_file():
+        raise InputError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (.gz too), or a datasets name")
+    if kind is None or path.is_dir():
+        yield from _dataset(source)
+        return
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    try:
+        with _open(path) as file:
+            if kind == ".jsonl":
+                yield from _json_lines(file, str(path))
+            elif kind == ".json":
+                yield from _json_array(file, str(path))
+            else:
+                yield from _text(file.read(), str(path))
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def _open(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+
+
+def _json_lines(lines: Iterator[str] | list[str] | TextIO, name: str) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{name}:{number}: expected a JSON object, found {type(content).__name__}")
+        yield Record(content, f"{name}:{number}")
+
+
+def _json_array(file: TextIO, name: str) -> Iterator[Record]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name}:{error.lineno}: not valid JSON ({error.msg}); for one object a line use .jsonl") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{name}: expected a JSON array of objects; for one object a line use .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield Record(row, f"{name} item {number}")
+
+
+def _text(text: str, name: str) -> Iterator[Record]:
+    documents = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+    if len(documents) == 1:
+        lines = documents[0].splitlines(keepends=True)
+        documents = ["".join(lines[start : start + LINES_PER_PIECE]).strip("\n") for start in range(0, len(lines), LINES_PER_PIECE)]
+    for number, document in enumerate(documents, 1):
+        yield Record({"text": document}, f"{name} document {number}")
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield Record(row, f"{path} row {number}")
+
+
+def _dataset(source: Source) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.path, split=source.split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
+    for number, row in enumerate(rows, 1):
+        yield Record(row, f"{source.path} row {number}")

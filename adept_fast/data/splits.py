@@ -1,0 +1,50 @@
+"""One item, one purpose: splits by content hash, so that the same record gets the same purpose whatever file or order it comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adept_fast.data.items import content_hash
+from adept_fast.data.sources import Record
+from adept_fast.errors import InputError
+
+HELD_OUT = 0.02
+SCORING, STEERING = 0.6, 0.2  # the rest reports
+
+
+@dataclass(frozen=True)
+class ProbeParts:
+    """The part that scores layers, the part that steers unit rates, the part that reports general loss. Only the last is shown as a result."""
+
+    scoring: list[Record]
+    steering: list[Record]
+    reporting: list[Record]
+
+
+def by_hash(records: Sequence[Record], seed: int = 0) -> list[Record]:
+    """Records in the order of their content hash (with `seed` mixed in); a copy of an earlier record is left out."""
+    unique = {content_hash({"seed": seed, "record": record.content}): record for record in records}
+    return [unique[key] for key in sorted(unique)]
+
+
+def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
+    """60 % scoring, 20 % steering, 20 % reporting, each at least one."""
+    ordered = by_hash(records)
+    if len(ordered) < 3:
+        raise InputError(f"{name}: a probe needs at least 3 different items (to score, to steer, to report), found {len(ordered)}")
+    scoring = max(1, min(round(len(ordered) * SCORING), len(ordered) - 2))
+    steering = scoring + max(1, min(round(len(ordered) * STEERING), len(ordered) - scoring - 1))
+    return ProbeParts(ordered[:scoring], ordered[scoring:steering], ordered[steering:])
+
+
+def hold_out(records: Sequence[Record], name: str, share: float = HELD_OUT) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) documents: every copy of a document falls on one side. At least one is held out and one is left."""
+    ordered = sorted({content_hash(record.content) for record in records})
+    if len(ordered) < 2:
+        raise InputError(f"{name}: one document only, none to hold out: add documents (in a .txt a blank line parts them) or set eval.domain")
+    held = set(ordered[: max(1, min(round(len(ordered) * share), len(ordered) - 1))])
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        sides[content_hash(record.content) in held].append(record)
+    return sides

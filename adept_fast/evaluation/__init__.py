@@ -1,0 +1,6 @@
+"""What was gained and what was lost."""
+
+from adept_fast.evaluation.corpora import EvaluationCorpus, corpus
+from adept_fast.evaluation.evaluate import evaluate
+
+__all__ = ["EvaluationCorpus", "corpus", "evaluate"]

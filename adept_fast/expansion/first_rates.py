@@ -1,0 +1,63 @@
+"""Importances for the first unit rates, taken from the copied layers before training.
+
+In a silent copy every |theta g| is 0: where theta is not 0, the gradient is. So the copied layer stands in for its copy. Its sums
+along both dimensions are kept in the checkpoint, from which units of any granularity are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from adept_fast.data.items import Item
+from adept_fast.errors import InputError
+from adept_fast.families import layers_path
+from adept_fast.record import record_of
+from adept_fast.saliency import Sums, parameter_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "adept_first_importance.safetensors"
+
+
+def first_importance(model: PreTrainedModel, items: Sequence[Item], quiet: bool | None = None) -> dict[tuple[str, int], Sums]:
+    """Sums of the copied layers of a freshly expanded model, under the names of their copies' parameters: (name, dim) -> Sums."""
+    record, path = record_of(model), layers_path(model)
+    dims: dict[str, list[int]] = {}
+    copy_name: dict[str, str] = {}
+    for entry in record.inserted:
+        for name, parameter in model.get_submodule(f"{path}.{record.source_index(entry)}").named_parameters():
+            source = f"{path}.{record.source_index(entry)}.{name}"
+            copy_name[source] = f"{path}.{entry.layer}.{name}"
+            dims[source] = list(range(parameter.ndim))
+    sums = parameter_sums(model, items, dims, "first importances", quiet)
+    return {(copy_name[name], dim): entry for (name, dim), entry in sums.items()}
+
+
+def as_tensors(sums: dict[tuple[str, int], Sums]) -> dict[str, Tensor]:
+    """For safetensors: "name|dim|abs_taylor" and "name|dim|fisher"."""
+    return {
+        f"{name}|{dim}|{kind}": tensor
+        for (name, dim), entry in sums.items()
+        for kind, tensor in (("abs_taylor", entry.abs_taylor), ("fisher", entry.fisher))
+    }
+
+
+def load_first_importance(folder: Path) -> dict[tuple[str, int], Sums]:
+    """What expand stored in the checkpoint. Raises InputError when it is missing or malformed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{path}: missing: expand the model again")
+    try:
+        tensors = load_file(path)
+        keys = {tuple(key.split("|")[:2]) for key in tensors}
+        return {(name, int(dim)): Sums(tensors[f"{name}|{dim}|abs_taylor"], tensors[f"{name}|{dim}|fisher"]) for name, dim in keys}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: corrupt ({error}): expand the model again") from None

@@ -1,0 +1,128 @@
+"""Next-token losses of a corpus of items: -log p(token t | tokens before t) in nats, fp32, on supervised tokens only.
+
+Items are batched by length and padded on the right; a causal model never looks there, so padding changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from adept_fast.data.items import IGNORE, Item
+from adept_fast.families import device_of, head_logits, last_hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 2048  # padded tokens of one forward
+HEAD_ROWS = 256  # rows of logits held at once
+
+
+@dataclass(frozen=True)
+class CorpusLoss:
+    """Per item: the summed loss in nats [n], the number of supervised tokens [n]; the argmax at every position, and which candidate
+    token was likeliest, where asked for."""
+
+    sums: Tensor
+    tokens: Tensor
+    argmax: tuple[Tensor, ...] = ()
+    picked: tuple[int, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Token-weighted mean loss, nats per supervised token."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens to compare at one supervised position of an item (the position that predicts them)."""
+
+    position: int
+    tokens: tuple[int, ...]
+
+
+def item_tensors(item: Item, device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids [tokens] and the label that each position predicts [tokens] (the next one; -100 at the end)."""
+    ids = torch.tensor(item.input_ids, device=device)
+    targets = torch.tensor((*item.labels[1:], IGNORE), device=device)
+    return ids, targets
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(items)), key=lambda index: len(items[index].input_ids)):
+        if batch and (len(batch) + 1) * len(items[index].input_ids) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def corpus_loss(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    argmax: bool = False,
+    candidates: Sequence[Candidates] = (),
+    title: str = "loss",
+    quiet: bool | None = None,
+) -> CorpusLoss:
+    """Loss of each item under `model` in eval mode; the model's mode is left as it was. candidates: none, or one per item."""
+    device, training = device_of(model), model.training
+    sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
+    best: list[Tensor] = [torch.empty(0)] * len(items)
+    picked = [-1] * len(items)
+    model.eval()
+    with tqdm(total=len(items), desc=title, unit="item", disable=quiet) as bar:
+        for batch in _batches(items):
+            pairs = [item_tensors(items[index], device) for index in batch]
+            ids = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
+            hidden = last_hidden(model, ids)
+            rows = [torch.arange(len(pair[0]), device=device) if argmax else (pair[1] != IGNORE).nonzero()[:, 0] for pair in pairs]
+            targets = torch.cat([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
+            hidden = torch.cat([hidden[number, row] for number, row in enumerate(rows)])
+            asked, at = {}, 0
+            for index, row in zip(batch, rows, strict=True):
+                if candidates:
+                    asked[at + int((row == candidates[index].position).nonzero()[0, 0])] = candidates[index].tokens
+                at += len(row)
+            losses, choices, likeliest = _row_losses(model, hidden, targets, asked)
+            lengths = [len(row) for row in rows]
+            for index, loss, choice in zip(batch, losses.split(lengths), choices.split(lengths), strict=True):
+                sums[index], best[index] = loss.double().sum().cpu(), choice.cpu()
+            if candidates:
+                for index, pick in zip(batch, likeliest, strict=True):
+                    picked[index] = pick
+            bar.update(len(batch))
+    model.train(training)
+    return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
+
+
+def _row_losses(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, asked: dict[int, tuple[int, ...]]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Loss and argmax of each row, and for the rows in `asked` the index of the likeliest of their tokens."""
+    losses, best, likeliest = [hidden.new_zeros(0, dtype=torch.float32)], [targets[:0]], []
+    for start in range(0, len(targets), HEAD_ROWS):
+        part = slice(start, start + HEAD_ROWS)
+        logits = head_logits(model, hidden[part]).float()
+        losses.append(functional.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
+        best.append(logits.argmax(-1))
+        likeliest += [int(logits[row - start, list(asked[row])].argmax()) for row in sorted(asked) if start <= row < start + HEAD_ROWS]
+    return torch.cat(losses), torch.cat(best), likeliest
+
+
+def sequence_loss(model: PreTrainedModel, item: Item) -> Tensor:
+    """Summed loss of one item, differentiable: the negative log-likelihood of its supervised tokens."""
+    ids, targets = item_tensors(item, device_of(model))
+    supervised = targets != IGNORE
+    hidden = last_hidden(model, ids[None])[0][supervised]
+    return functional.cross_entropy(head_logits(model, hidden).float(), targets[supervised], reduction="sum")

@@ -1,0 +1,213 @@
+"""The recipe: frozen dataclasses from YAML and key.sub=value overrides. An unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from adept_fast.data.sources import GENERAL, Source
+from adept_fast.errors import InputError
+
+SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
+TRAINING = {
+    "learning_rate": 2.0e-4,
+    "num_train_epochs": 1,
+    "warmup_steps": 0.03,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """max_items: probe items scored, drawn by hash and seed. loss null: answer, or kl for a model with a chat template; all three are measured."""
+
+    method: str = "masking"
+    loss: str | None = None
+    max_items: int | None = None
+    seed: int = 0
+    probe_format: str = "plain"
+
+
+@dataclass(frozen=True)
+class Expand:
+    """k layers by placement, or exactly `layers`."""
+
+    k: int = 4
+    placement: str = "lowest"
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Tune:
+    """max_items: probe items and held-out documents measured at each refresh. replay: a general corpus mixed into training.
+    training: any TrainingArguments by name, written beside the others (tune.learning_rate=...)."""
+
+    units: str = "tensor"
+    rate_map: str = "rank"
+    refresh_steps: int = 500
+    block_size: int = 1024
+    max_items: int = 64
+    replay: Source | None = None
+    training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
+
+
+@dataclass(frozen=True)
+class Eval:
+    """general null: the reporting part of the probe; domain null: the held-out documents."""
+
+    general: Source | None = None
+    domain: Source | None = None
+    max_items: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made from. Only model_name_or_path and domain have no default."""
+
+    model_name_or_path: str = ""
+    domain: tuple[Source, ...] = ()
+    output_dir: str = "adept_out"
+    probe: Source = field(default_factory=lambda: Source(GENERAL))
+    revision: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    score: Score = field(default_factory=Score)
+    expand: Expand = field(default_factory=Expand)
+    tune: Tune = field(default_factory=Tune)
+    eval: Eval = field(default_factory=Eval)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str] = ("model_name_or_path", "domain")) -> Recipe:
+    """Read a YAML recipe (or none), apply "key.sub=value" overrides, check every key and value. Raises InputError."""
+    import yaml
+
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe (a setting is written key=value)") from None
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    recipe = _build(Recipe, content, "")
+    for key in required:
+        if not getattr(recipe, key):
+            raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
+    return recipe
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r}: expected key=value or key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{override}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+    *parents, last = key.split(".")
+    table = content
+    for parent in parents:
+        inner = table.get(parent)
+        table[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        table = inner
+    table[last] = value
+
+
+def _nearest(key: str, known: Iterable[str], prefix: str) -> InputError:
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + name for name in known)}"
+    return InputError(f"unknown key {prefix}{key}: {hint}")
+
+
+def _build(cls: type, content: Mapping[str, Any], prefix: str) -> Any:
+    types = get_type_hints(cls)
+    names = {entry.name for entry in fields(cls)}
+    values: dict[str, Any] = {}
+    training = dict(TRAINING)
+    for key, value in content.items():
+        if cls is Tune and key not in names - {"training"}:
+            training |= _training(str(key), value)
+        elif key not in names:
+            raise _nearest(str(key), names, prefix)
+        else:
+            values[key] = _coerce(value, types[key], prefix + key)
+    if cls is Tune:
+        values["training"] = training
+    return cls(**values)
+
+
+def _training(key: str, value: Any) -> dict[str, Any]:
+    """A TrainingArguments name under tune, or the whole table as a resolved recipe has it."""
+    from transformers import TrainingArguments
+
+    if key == "training" and isinstance(value, Mapping):
+        return {name: setting for inner, entry in value.items() for name, setting in _training(inner, entry).items()}
+    known = {entry.name: entry for entry in fields(TrainingArguments) if entry.init}
+    if key in SET_ELSEWHERE:
+        raise InputError(f"tune.{key} is set by the recipe's {SET_ELSEWHERE[key]}")
+    if key not in known:
+        raise _nearest(key, [*known, *(entry.name for entry in fields(Tune) if entry.name != "training")], "tune.")
+    if isinstance(value, str) and isinstance(known[key].default, float):
+        value = _number(value, f"tune.{key}")
+    return {key: value}
+
+
+def _number(value: str, key: str) -> float:
+    try:
+        return float(value)  # YAML 1.1 reads 2e-4 as text
+    except ValueError:
+        raise InputError(f"{key} must be a number, found {value!r}") from None
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None:
+        if NoneType in options:
+            return None
+        raise InputError(f"{key} must not be empty")
+    kind = next(option for option in options if option is not NoneType)
+    if kind is Source:
+        return _source(value, key)
+    if get_origin(kind) is tuple:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(entry, get_args(kind)[0], f"{key}[{index}]") for index, entry in enumerate(entries))
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key} must be a table of settings, found {value!r}: write {key}.name=value")
+        return _build(kind, value, f"{key}.")
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        names = {int: "a whole number", str: "text", bool: "true or false"}
+        raise InputError(f"{key} must be {names[kind]}, found {value!r}")
+    if kind is int and value < 1 and key.rpartition(".")[2] in ("max_items", "refresh_steps", "k", "block_size"):
+        raise InputError(f"{key} must be 1 or more, found {value}")
+    return value
+
+
+def _source(value: Any, key: str) -> Source:
+    try:
+        return Source.of(value)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None

@@ -1,0 +1,155 @@
+"""report.html: one self-contained page from whatever artefacts an output_dir holds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from adept_fast.artefacts import read_json, write_text
+from adept_fast.errors import InputError
+from adept_fast.report.charts import layer_profile, losses
+from adept_fast.report.drawing import to_svg
+from adept_fast.report.rates import unit_rates
+from adept_fast.report.results import interval, is_finite, number, resolve, table, verdict
+
+SCHEMA = 1
+MAKERS = {
+    "eval.json": ("the results", "eval"),
+    "scores.json": ("the layer profile", "score"),
+    "expanded/adept_config.json": ("what was inserted", "expand"),
+    "trainer_log.jsonl": ("rates and losses over training", "tune"),
+}
+
+
+def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
+    """Write output_dir/report.html from the artefacts that are there and return its path.
+
+    A section whose artefact is absent is left out; the page names it and the command that makes it. The page refers to nothing outside
+    itself, and all text in it is escaped. Raises InputError for an artefact that is there but malformed.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    output_dir = Path(output_dir)
+    files = {name: output_dir / name for name in MAKERS}
+    found = {name: _read(path) for name, path in files.items() if path.suffix == ".json" and path.is_file()}
+    log = read_log(files["trainer_log.jsonl"])
+    scores, record = found.get("scores.json"), found.get("expanded/adept_config.json")
+    models = (found.get("eval.json") or {}).get("models") or {}
+    refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
+    measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
+    chosen = [entry["copied_from"] for entry in (record or {}).get("inserted") or []]
+    names = ((record or {}).get("source") or {}).get("name_or_path"), recipe.get("model_name_or_path"), (scores or {}).get("model")
+    model = str(next(filter(None, names), "model"))
+    context = {
+        "model": model.rstrip("/").rpartition("/")[2] or model,
+        "verdict": verdict(models),
+        "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if not files[name].is_file()],
+        "models": list(resolve(models)),
+        "results": table(models),
+        "same": {name: result for name, result in models.items() if result and "same_as" in result},
+        "corpora": _corpora(models),
+        "scores": scores,
+        "profile": to_svg(layer_profile(scores, chosen)) if scores else None,
+        "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
+        "refreshes": len(refreshes),
+        "losses": to_svg(losses(measured)) if measured else None,
+        "record": record,
+        "inserted": _inserted(record, scores),
+        "costs": list(_costs(scores, log, found.get("eval.json"))),
+        "recipe": list(_flat(recipe)) if recipe.get("model_name_or_path") else [],
+        "versions": versions,
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    target = output_dir / "report.html"
+    write_text(target, environment.from_string(page).render(context))
+    return target
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")
+    return content
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of trainer_log.jsonl; none without a file. A last line that is not whole, as a killed run leaves it, is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for count, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{count}: not valid JSON ({error}): remove that line") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise InputError(f'{path}:{count}: expected an object with a whole "step": remove that line')
+        entries.append(entry)
+    return entries
+
+
+def _corpora(models: Mapping[str, Any]) -> list[str]:
+    """What the results were measured on: "general: 96 items, 2,881 tokens"."""
+    base = next(iter(resolve(models).values()), {})
+    sizes = {corpus: [(base.get(corpus) or {}).get(key) for key in ("items", "tokens")] for corpus in ("general", "domain")}
+    return [f"{corpus}: {items:,} items, {tokens:,} tokens" for corpus, (items, tokens) in sizes.items() if items and tokens]
+
+
+def _inserted(record: Mapping[str, Any] | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:
+    """(copied from, new index, primary score, its interval) of each copy."""
+    profile = ((scores or {}).get("profiles") or {}).get((scores or {}).get("loss")) or {}
+
+    def at(key: str, layer: int) -> Any:
+        values = profile.get(key) or []
+        return values[layer] if layer < len(values) else None
+
+    copies = [(entry["copied_from"], entry["layer"]) for entry in (record or {}).get("inserted") or []]
+    return [(old, new, number(at("values", old)), interval(at("low", old), at("high", old))) for old, new in copies]
+
+
+def _costs(scores: Mapping[str, Any] | None, log: list[dict[str, Any]], evaluation: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if scores and is_finite(scores.get("seconds")):
+        size = f"{scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens"
+        yield "Scoring", f"{duration(scores['seconds'])} for {size}"
+    plan = next((entry for entry in log if entry.get("event") == "plan"), {})
+    speeds = [entry["tokens_per_second"] for entry in log if is_finite(entry.get("tokens_per_second"))]
+    end = next((entry for entry in log if entry.get("event") == "end"), {})
+    done = max((entry["step"] for entry in log), default=0)
+    if plan:
+        epochs = f", {plan['epochs']:.2f} epochs" if is_finite(plan.get("epochs")) else ""
+        yield "Tuning, planned", f"{plan.get('steps', 0):,} steps, {plan.get('tokens', 0):,} tokens{epochs}"
+        yield "Tuning, done", f"{done:,} steps" + ("" if end else " (not finished)")
+    if speeds:
+        yield "Training speed", f"{statistics.median(speeds):,.0f} tokens/s (median)"
+    if is_finite(end.get("seconds")):
+        yield "Tuning time", duration(end["seconds"])
+    elif speeds and plan.get("tokens") and plan.get("steps"):
+        tokens = plan["tokens"] * done / plan["steps"]
+        yield "Tuning time", f"about {duration(tokens / statistics.median(speeds))} (tokens / median tokens/s)"
+    if evaluation and is_finite(evaluation.get("seconds")):
+        yield "Evaluation", duration(evaluation["seconds"])
+
+
+def duration(seconds: float) -> str:
+    """85.3 -> "1 min 25 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as (dotted key, value), without those that are not set."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(content, (list, tuple)) and any(isinstance(entry, Mapping) for entry in content):
+        for index, entry in enumerate(content):
+            yield from _flat(entry, f"{prefix}[{index}]")
+    elif content is not None:
+        yield prefix, ", ".join(map(str, content)) if isinstance(content, (list, tuple)) else str(content)

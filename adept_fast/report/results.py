@@ -1,0 +1,107 @@
+"""What eval.json says, in words and as a table: what fell, what rose, and whether the intervals can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODELS = ("base", "expanded", "tuned")
+NONE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    cells: tuple[Cell, ...]
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with fixed decimals; a dash where it is absent, and "not finite" for NaN and infinity."""
+    if value is None:
+        return NONE
+    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}") if is_finite(value) else "not finite"
+
+
+def interval(low: Any, high: Any, digits: int = 3) -> str:
+    return f"[{number(low, digits)}, {number(high, digits)}]" if is_finite(low) and is_finite(high) else ""
+
+
+def percent(value: Any, digits: int) -> str:
+    return f"{number(100 * value, digits)} %" if is_finite(value) else number(value)
+
+
+def resolve(models: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Results by model, with {"same_as": other} replaced by the other's results; bit-equal logits shift no token."""
+    found = {name: models[name] for name in MODELS if models.get(name)}
+    for name, result in found.items():
+        if "same_as" in result:
+            found[name] = {**found.get(result["same_as"], {}), "shifted_tokens": 0.0}
+    return found
+
+
+def verdict(models: Mapping[str, Any]) -> str:
+    """One sentence on tuned against base: domain loss, then general loss. A gain is claimed only for a loss that fell."""
+    results = resolve(models)
+    if "tuned" not in results or "base" not in results:
+        return f"No result yet; to be evaluated: {', '.join(name for name in ('base', 'tuned') if name not in results)}."
+    parts = [_change(corpus, results["base"].get(corpus) or {}, results["tuned"].get(corpus) or {}) for corpus in ("domain", "general")]
+    sentence = "; ".join(parts) + "."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _change(corpus: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
+    before, after = base.get("loss"), tuned.get("loss")
+    if not is_finite(before) or not is_finite(after):
+        which = "tuned" if is_finite(before) else "base"
+        return f"the {which} model's {corpus} loss was not measured or is not finite"
+    old, new = number(before), number(after)
+    if old == new:
+        return f"{corpus} loss stayed at {old} nats per token"
+    bounds = [result.get(key) for result in (base, tuned) for key in ("low", "high")]
+    if all(map(is_finite, bounds)):
+        overlap = bounds[0] <= bounds[3] and bounds[2] <= bounds[1]
+        doubt = ", a difference inside the 95 % intervals" if overlap else ""
+    else:
+        doubt = ", without intervals to judge the difference by"
+    if corpus == "domain" and after > before:
+        return f"domain loss did not fall: it rose from {old} to {new} nats per token{doubt}"
+    return f"{corpus} loss {'fell' if after < before else 'rose'} from {old} to {new} nats per token{doubt}"
+
+
+def table(models: Mapping[str, Any]) -> list[Row]:
+    """Rows of the results table, one cell a model in the order base, expanded, tuned; measures that no model has are left out."""
+    results = resolve(models)
+    rows = []
+    measures = (("loss", _loss), ("perplexity", _perplexity), ("accuracy", _accuracy))
+    for corpus in ("general", "domain"):
+        for name, measure in measures:
+            rows.append(Row(f"{corpus} {name}", tuple(measure(result.get(corpus) or {}) for result in results.values())))
+    rows.append(Row("shifted tokens", tuple(Cell(percent(result.get("shifted_tokens"), 2)) for result in results.values())))
+    return [row for row in rows if any(cell.value != NONE for cell in row.cells)]
+
+
+def _loss(result: Mapping[str, Any]) -> Cell:
+    return Cell(number(result.get("loss")), interval(result.get("low"), result.get("high")))
+
+
+def _perplexity(result: Mapping[str, Any]) -> Cell:
+    bounds = [math.exp(bound) if is_finite(bound) and bound < 700 else None for bound in (result.get("low"), result.get("high"))]
+    return Cell(number(result.get("perplexity"), 2), interval(*bounds, 2))
+
+
+def _accuracy(result: Mapping[str, Any]) -> Cell:
+    low, high = result.get("accuracy_low"), result.get("accuracy_high")
+    bounds = f"[{number(100 * low, 1)}, {number(100 * high, 1)}]" if is_finite(low) and is_finite(high) else ""
+    return Cell(percent(result.get("accuracy"), 1), bounds)

@@ -1,0 +1,8 @@
+"""Stage 2: the copies are tuned, each unit at a learning rate of its own."""
+
+from adept_fast.tuning.callback import AdeptCallback
+from adept_fast.tuning.rates import MAPS, unit_rates
+from adept_fast.tuning.trainer import AdeptTrainer
+from adept_fast.tuning.tune import TuningSettings, check_settings, tune_checkpoint
+
+__all__ = ["MAPS", "AdeptCallback", "AdeptTrainer", "TuningSettings", "check_settings", "tune_checkpoint", "unit_rates"]

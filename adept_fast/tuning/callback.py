@@ -1,0 +1,138 @@
+"""AdeptCallback: unit-wise learning rates in any transformers Trainer, refreshed while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from adept_fast.data.items import Item, load_items
+from adept_fast.data.sources import Source
+from adept_fast.errors import InputError
+from adept_fast.losses import corpus_loss
+from adept_fast.optim import AdamW
+from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
+from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.rates import RateMap, unit_rates
+from adept_fast.units import Units
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+
+
+class AdeptCallback(TrainerCallback):
+    """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
+
+    probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units. rate_map: see unit_rates.
+    first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
+    monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
+    log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
+    tokens_per_step: for tokens/s in the log.
+    The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
+    A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
+    optimizer was saved with.
+    """
+
+    def __init__(
+        self,
+        probe: str | Source | Iterable[Mapping[str, Any] | Item],
+        units: str | Units = "tensor",
+        refresh_steps: int = 500,
+        rate_map: str | RateMap = "rank",
+        *,
+        first: Mapping[tuple[str, int], Sums] | None = None,
+        monitors: Mapping[str, Sequence[Item]] | None = None,
+        log: TrainerLog | None = None,
+        tokens_per_step: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        say: Callable[[str], None] | None = None,
+        quiet: bool | None = None,
+    ) -> None:
+        if refresh_steps < 1:
+            raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
+        self.probe, self.units, self.refresh_steps, self.rate_map = probe, units, refresh_steps, rate_map
+        self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
+        self.tokenizer, self.say, self.quiet = tokenizer, say, quiet
+        self._items: list[Item] = []
+        self._timed: tuple[float, int] = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        tokenizer = self.tokenizer or kwargs.get("processing_class")
+        self._items = load_items(self.probe, tokenizer)
+        if isinstance(self.units, str):
+            self.units = Units.of(model, self.units)
+        adamw = _adamw(optimizer)
+        if self.log and state.global_step:
+            self.log.cut(state.global_step)
+        if not state.global_step:
+            self._set(adamw, model, self._first_importance(model), 0)
+            self._monitor(model, 0)
+        self._timed = (time.perf_counter(), state.global_step)
+
+    def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
+        from adept_fast.expansion import first_importance
+
+        sums = self.first if self.first is not None else first_importance(model, self._items, self.quiet)
+        return unit_importance(self.units, sums)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if step % self.refresh_steps == 0 and not last:
+            self._set(_adamw(optimizer), model, score_units(model, self._items, self.units, quiet=self.quiet), step)
+        if step % self.refresh_steps == 0 or last:
+            self._monitor(model, step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if self.log and logs and "loss" in logs:
+            content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
+            now, steps = time.perf_counter(), state.global_step - self._timed[1]
+            if self.tokens_per_step and steps:
+                content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
+            self.log.write("step", state.global_step, **content)
+        self._timed = (time.perf_counter(), state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.log:
+            self.log.write("end", state.global_step)
+
+    def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
+        units = importance.units
+        rates = unit_rates(importance, self.rate_map)
+        for name, multipliers in units.spread(rates).items():
+            optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)
+        if self.log:
+            self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor))
+
+    def _monitor(self, model: PreTrainedModel, step: int) -> None:
+        if not self.monitors:
+            return
+        losses = {name: corpus_loss(model, items, title=name, quiet=self.quiet).mean for name, items in self.monitors.items()}
+        if self.log:
+            self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
+        if self.say:
+            self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
+
+
+def _named(units: Units, values: Tensor) -> dict[str, float]:
+    return {unit.name: float(value) for unit, value in zip(units, values, strict=True)}
+
+
+def _adamw(optimizer: Optimizer) -> AdamW:
+    """The optimizer itself, out of accelerate's wrapper."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, AdamW):
+        raise InputError(
+            f"unit-wise rates need adept_fast.AdamW, this Trainer has {type(inner).__name__}: use AdeptTrainer, or pass "
+            "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...})"
+        )
+    return inner

@@ -1,0 +1,76 @@
+"""`python -m bench NAME [--save] [options]` runs bench/NAME.py: its main(argv) -> dict, with facts about the machine added, as one JSON line.
+
+--save also writes bench/results/NAME-DEVICE.json. `all` runs every benchmark, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("__"))
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def machine_facts() -> dict[str, str | int | None]:
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def run(name: str, argv: list[str], save: bool) -> None:
+    result = import_module(f"bench.{name}").main(argv)
+    line = json.dumps({"bench": name, "machine": machine_facts(), "result": result})
+    if save:
+        device = re.sub(r"[^a-z0-9]+", "-", str(result.get("device", "cpu")).lower()).strip("-")
+        target = FOLDER / "results" / f"{name}-{device}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(line + "\n")
+    print(line)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in (*NAMES, "all"):
+        print(f"usage: python -m bench {{{','.join((*NAMES, 'all'))}}} [--save] [options]", file=sys.stderr)
+        return 2
+    name, options = argv[0], argv[1:]
+    if name == "all":
+        codes = [subprocess.run([sys.executable, "-m", "bench", each, *options], cwd=FOLDER.parent).returncode for each in NAMES]
+        return max(codes, default=0, key=abs)
+    run(name, [option for option in options if option != "--save"], save="--save" in options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""Bad input gets one line on stderr and exit code 2; nothing is half written and earlier artefacts stay."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from adept_fast.cli import COMMANDS, main
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tiny_models.checkpoint(tmp_path / "model")
+    rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "domain.txt").write_text("\n\n".join(tiny_models.SENTENCES))
+    return tmp_path
+
+
+BASE = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt", "tune.max_steps=2"]
+
+
+def fails(capsys: pytest.CaptureFixture, command: str, *settings: str, code: int = 2) -> str:
+    capsys.readouterr()
+    assert main([command, *BASE, *settings]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("adept-fast: "), lines
+    return lines[0]
+
+
+def test_every_subcommand_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        assert f"example: adept-fast {command}" in capsys.readouterr().out
+    assert main([]) == 2 and main(["tun"]) == 2
+
+
+def test_info(capsys: pytest.CaptureFixture) -> None:
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("torch", "transformers", "triton", "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model_name_or_path=nowhere"], "nowhere: no such model folder"),
+        (["domain=none.txt"], "none.txt: no such file"),
+        (["expand.k=9"], "from 1 to 4"),
+        (["expand.layers=[7]"], "indices from 0 to 3"),
+        (["expand.kk=2"], "unknown key expand.kk: did you mean expand.k"),
+        (["tune.unit=head"], "did you mean tune.units"),
+        (["tune.units=layer"], "units must be one of"),
+        (["score.method=magic"], "method must be one of"),
+        (["tune.warmup_steps=-1"], "warmup_steps"),
+        (["dtype=float8"], "dtype"),
+    ],
+)
+def test_bad_settings(here: Path, capsys: pytest.CaptureFixture, settings: list[str], message: str) -> None:
+    assert message in fails(capsys, "run", *settings)
+    assert not (here / "out" / "tuned").exists() and not list(here.rglob(".partial*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("probe.jsonl", '{"text": "a b c"}\n{"text" "b"}\n', "probe.jsonl:2: not valid JSON"),
+        ("probe.jsonl", "", "probe.jsonl: holds no records"),
+        ("probe.jsonl", '{"text": "a b c"}\n{"question": "b"}\n{"text": "d e f"}', "probe.jsonl:2: neither 'text' nor"),
+        ("probe.jsonl", '{"text": "a b"}\n{"text": "c d"}\n', "at least 3"),
+        ("domain.txt", "", "domain.txt: holds no records"),
+        ("domain.txt", "one line only", "one document only"),
+    ],
+)
+def test_bad_corpora(here: Path, capsys: pytest.CaptureFixture, name: str, content: str, message: str) -> None:
+    (here / name).write_text(content)
+    assert message in fails(capsys, "run")
+    assert not (here / "out" / "expanded").exists()
+
+
+def test_damaged_model_and_unsupported_family(here: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = here / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors: corrupt or truncated" in fails(capsys, "score")
+    shutil.rmtree(here / "model")
+    tiny_models.checkpoint(here / "model", "gemma2", head_dim=8)
+    assert "gemma2: cannot be expanded: the norm 'post_attention_layernorm'" in fails(capsys, "run") or "post-norm" in fails(capsys, "run")
+    assert not (here / "out" / "expanded").exists()
+
+
+def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "run adept-fast score first" in fails(capsys, "expand")
+    assert "run adept-fast expand first" in fails(capsys, "tune")
+    assert "run adept-fast expand first" in fails(capsys, "verify")
+    for command in ("score", "expand", "verify", "tune", "eval", "report"):
+        assert main([command, *BASE]) == 0, command
+
+
+def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", *BASE]) == 0
+    before = {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()}
+    tiny_models.checkpoint(here / "other", "qwen3")
+    for command in ("run", "score", "expand", "verify", "tune", "eval"):
+        assert "another model" in fails(capsys, command, "model_name_or_path=other"), command
+    assert "other settings (score.max_items)" in fails(capsys, "run", "score.max_items=2")
+    assert "other settings (tune.learning_rate)" in fails(capsys, "run", "tune.learning_rate=1e-5")
+    assert "other settings (expand.layers)" in fails(capsys, "run", "expand.layers=[1]")
+    assert {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here: Path) -> None:
+    """A limit on the size of files stands in for the full disk: the write fails part way, as there."""
+    driver = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); from adept_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    assert main(["score", *BASE]) == 0
+    before = (here / "out" / "scores.json").read_bytes()
+    done = subprocess.run([sys.executable, "-c", driver, "expand", *BASE], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and os.strerror(errno.EFBIG) in done.stderr
+    assert (here / "out" / "scores.json").read_bytes() == before
+    assert not (here / "out" / "expanded").exists() and not list((here / "out").glob(".partial*"))
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    with pytest.raises(Exception, match="no such file"):
+        main(["run", "--debug", *BASE, "domain=none.txt"])
+
+
+def test_two_runs_do_not_share_an_output_dir(here: Path, capsys: pytest.CaptureFixture) -> None:
+    import fcntl
+
+    (here / "out").mkdir()
+    with (here / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is working" in fails(capsys, "score")

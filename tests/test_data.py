@@ -1,0 +1,186 @@
+"""Sources, items, splits and the token cache."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny_models
+
+from adept_fast.data.documents import tokenize_documents
+from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
+from adept_fast.data.packing import document_order
+from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.splits import by_hash, hold_out, split_probe
+from adept_fast.errors import InputError
+
+ROWS = [{"text": f"document {number}", "extra": number} for number in range(5)]
+
+
+def write(path: Path, kind: str) -> str:
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    if kind == "jsonl":
+        path.write_text(lines + "\n\n")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        path.write_text("\n\n\n".join(row["text"] for row in ROWS))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "txt"])
+def test_every_kind_of_file_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
+    records = read(Source(write(tmp_path / f"corpus.{kind}", kind)))
+    assert [document_text(record) for record in records] == [row["text"] for row in ROWS]
+
+
+def test_a_folder_is_read_by_datasets(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "jsonl")
+    assert len(read(Source(str(tmp_path), split="train"))) == 5
+
+
+def test_text_without_blank_lines_is_cut_into_pieces(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("".join(f"line {number}\n" for number in range(50)))
+    texts = [record.content["text"] for record in read(Source(str(tmp_path / "notes.txt")))]
+    assert len(texts) == 3 and "\n".join(texts).count("line") == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", '{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not valid JSON"),
+        ("bad.jsonl", '{"text": "a"}\n[1]\n', r"bad.jsonl:2: expected a JSON object"),
+        ("bad.json", '[{"text": "a"},\n{]', r"bad.json:2: not valid JSON"),
+        ("bad.json", '{"text": "a"}', r"expected a JSON array"),
+        ("empty.jsonl", "", "holds no records"),
+        ("empty.txt", "\n \n", "holds no records"),
+        ("what.csv", "a,b", "unknown kind of file"),
+        ("bad.jsonl.gz", "not gzip", "cannot be read"),
+        ("bad.parquet", "not parquet", "not a readable parquet file"),
+    ],
+)
+def test_malformed_files_are_named_with_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read(Source(str(tmp_path / name)))
+
+
+def test_missing_file_and_bad_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read(Source(str(tmp_path / "none.jsonl")))
+    for value in ({"split": "train"}, {"path": "a", "weigth": 2}, {"path": "a", "weight": 0}, 3):
+        with pytest.raises(InputError):
+            Source.of(value)
+
+
+def test_answer_tokens_and_nothing_else_are_supervised() -> None:
+    tokenizer = tiny_models.tokenizer()
+    record = Record({"instruction": "The heron walks to the", "output": " river bank"}, "here")
+    item = tokenize_item(record, tokenizer)
+    supervised = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label != IGNORE]
+    assert tokenizer.decode(supervised) == " river bank" and tokenizer.decode(item.input_ids) == "The heron walks to the river bank"
+    joined = tokenize_item(Record({"instruction": "How many?", "output": "Three"}, "here"), tokenizer)
+    assert tokenizer.decode(joined.input_ids) == "How many?\nThree"
+    text = tokenize_item(Record({"text": "the fox"}, "here"), tokenizer)
+    assert text.labels == text.input_ids and text.supervised == len(text.input_ids) - 1
+
+
+def test_chat_items_follow_the_template() -> None:
+    tokenizer = tiny_models.tokenizer()
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    record = Record({"instruction": "where?", "output": " the lake"}, "here")
+    with pytest.raises(InputError, match="chat template"):
+        tokenize_item(record, tokenizer, "chat")
+    tokenizer.chat_template = template
+    try:
+        item = tokenize_item(record, tokenizer, "chat")
+    finally:
+        tokenizer.chat_template = None
+    supervised = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label != IGNORE]
+    assert tokenizer.decode(supervised) == "the lake</s>" and tokenizer.decode(item.input_ids).startswith("[user]where?")
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"instruction": "a"}, {"instruction": "a", "output": " "}, {"text": ""}, {"text": 3}, {"input_ids": [1], "labels": []}]
+)
+def test_items_with_nothing_to_use_name_their_line(content: dict) -> None:
+    with pytest.raises(InputError, match="file.jsonl:7"):
+        tokenize_item(Record(content, "file.jsonl:7"), tiny_models.tokenizer())
+
+
+def test_probe_forms() -> None:
+    tokens = load_items([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    assert tokens == [Item((5, 6, 7), (-100, 6, 7))] and tokens[0].supervised == 2
+    with pytest.raises(InputError, match="tokenizer"):
+        load_items([{"text": "a"}])
+    with pytest.raises(InputError, match="no supervised token"):
+        load_items([{"input_ids": [5, 6], "labels": [-100, -100]}])
+
+
+def test_questions() -> None:
+    tokenizer = tiny_models.tokenizer()
+    content = {"question": "Which?", "choices": ["fox", "otter", "heron"], "answer": 1}
+    choices = tokenize_choices(Record(content, "here"), tokenizer)
+    assert choices.answer == 1 and tokenizer.decode(choices.options[2].input_ids).endswith("Answer: C. heron")
+    assert tokenize_choices(Record({**content, "answer": "b"}, "here"), tokenizer) == choices
+    for change in ({"answer": 3}, {"answer": None}, {"choices": ["one"]}, {"question": None}):
+        with pytest.raises(InputError, match="^here: "):
+            tokenize_choices(Record({**content, **change}, "here"), tokenizer)
+
+
+def test_splits_depend_on_content_only() -> None:
+    records = [Record({"text": f"item {number}"}, f"a:{number}") for number in range(100)]
+    parts, shuffled = split_probe(records, "probe"), split_probe([*records[::-1], records[3]], "probe")
+    assert parts.scoring == [Record(record.content, f"a:{record.content['text'].split()[1]}") for record in shuffled.scoring]
+    assert (len(parts.scoring), len(parts.steering), len(parts.reporting)) == (60, 20, 20)
+    kept, held = hold_out(records + records[:2], "domain")
+    assert len(held) in (2, 3, 4) and not {record.content["text"] for record in kept} & {record.content["text"] for record in held}
+    assert by_hash(records, seed=1) != by_hash(records, seed=2) and len(by_hash(records, seed=1)) == 100
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7])
+def test_small_probes_fill_every_part(count: int) -> None:
+    parts = split_probe([Record({"text": str(number)}, "x") for number in range(count)], "probe")
+    assert all(map(len, (parts.scoring, parts.steering, parts.reporting)))
+
+
+def test_too_small_corpora_are_refused() -> None:
+    one = [Record({"text": "only"}, "x")] * 3
+    with pytest.raises(InputError, match="at least 3"):
+        split_probe(one, "probe")
+    with pytest.raises(InputError, match="one document only"):
+        hold_out(one, "domain")
+
+
+def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
+    tokenizer = tiny_models.tokenizer()
+    texts = [sentence for sentence in tiny_models.SENTENCES[:7]]
+    first = tokenize_documents(texts, tokenizer, quiet=True)
+    assert tokenizer.decode(first[3]) == texts[3] + "</s>" and len(first) == 7
+    (file,) = tmp_path.rglob("*.safetensors")
+    monkeypatch.setattr("adept_fast.data.documents._tokenize", None)
+    again = tokenize_documents(texts, tokenizer, quiet=True)
+    assert np.array_equal(again.ids, first.ids) and np.array_equal(again.starts, first.starts)
+    monkeypatch.undo()
+    monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
+    file.write_bytes(b"broken")
+    assert np.array_equal(tokenize_documents(texts, tokenizer, quiet=True).ids, first.ids)
+    assert tokenize_documents(texts[:5], tokenizer, quiet=True).tokens < first.tokens
+
+
+def test_weights_are_passes_over_a_document() -> None:
+    weights = np.array([2.0] * 10 + [0.5] * 1000 + [1.0] * 10)
+    order = document_order(len(weights), weights, seed=3)
+    counts = np.bincount(order, minlength=len(weights))
+    assert (counts[:10] == 2).all() and (counts[-10:] == 1).all() and 430 < counts[10:1010].sum() < 570
+    assert np.array_equal(order, document_order(len(weights), weights, seed=3))
+    assert not np.array_equal(order, document_order(len(weights), weights, seed=4))

@@ -1,0 +1,139 @@
+"""Copies are silent, learn, are recorded, and are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForCausalLM
+
+from adept_fast import checkpoint
+from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
+from adept_fast.expansion import copies, expand_checkpoint, expand_model, first_importance, freeze_original, load_first_importance, verify_expansion
+from adept_fast.families import describe
+from adept_fast.optim import AdamW
+from adept_fast.record import AdeptConfig
+
+IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY
+WIDER = {"qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_expanded_logits_are_bit_equal(family: str, dtype: torch.dtype) -> None:
+    base = tiny_models.model(family, dtype=dtype, **WIDER.get(family, {}))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    expanded = expand_model(base, [0, 2, 3])
+    verify_expansion(base, expanded)
+    assert expanded.config.num_hidden_layers == 7 and base.config.num_hidden_layers == 4
+    assert [layer.self_attn.layer_idx for layer in expanded.model.layers] == list(range(7))
+    assert [entry.copied_from for entry in expanded.adept_config.inserted] == [0, 2, 3]
+    assert expanded.adept_config.copies == (1, 4, 6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    if "layer_types" in describe(base).per_layer_config:
+        types = base.config.layer_types
+        assert expanded.config.layer_types == [types[0], types[0], types[1], types[2], types[2], types[3], types[3]]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_an_unsilenced_copy_changes_the_logits_and_every_branch_learns(family: str) -> None:
+    base = tiny_models.model(family)
+    expanded = expand_model(base, [1])
+    assert freeze_original(expanded).trainable == sum(parameter.numel() for parameter in base.model.layers[1].parameters())
+    outputs = [copies(expanded)[0].get_submodule(name) for name in describe(base).outputs]
+    optimizer = AdamW([parameter for parameter in expanded.parameters() if parameter.requires_grad], lr=1e-3)
+    for _ in range(3):
+        expanded(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(bool(output.weight.abs().max() > 0) for output in outputs)
+    with pytest.raises(ExpansionError, match="largest logit difference"):
+        verify_expansion(base, expanded)
+
+
+def test_biases_of_output_projections_are_silenced() -> None:
+    base = tiny_models.model("llama", attention_bias=True, mlp_bias=True)
+    expanded = expand_model(base, [2])
+    verify_expansion(base, expanded)
+    assert not copies(expanded)[0].self_attn.o_proj.bias.any() and base.model.layers[2].self_attn.o_proj.bias.any()
+
+
+def test_copies_own_their_tensors_and_originals_are_shared() -> None:
+    base = tiny_models.model()
+    expanded = expand_model(base, [1])
+    assert expanded.model.layers[1].mlp.up_proj.weight is base.model.layers[1].mlp.up_proj.weight
+    duplicate = expanded.model.layers[2].mlp.up_proj.weight
+    assert torch.equal(duplicate, base.model.layers[1].mlp.up_proj.weight)
+    assert duplicate.data_ptr() != base.model.layers[1].mlp.up_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {"head_dim": 8}, "post-norm"),
+        ("olmo2", {}, "post-norm"),
+        ("mixtral", {"num_local_experts": 4}, "experts"),
+        ("gpt2", {"n_layer": 4, "n_embd": 32, "n_head": 4}, "attention scale"),
+    ],
+)
+def test_unsupported_families_are_refused_by_name_with_the_reason(family: str, changes: dict, reason: str) -> None:
+    with pytest.raises(UnsupportedFamilyError, match=f"^{family}: .*{reason}"):
+        expand_model(tiny_models.model(family, **changes), [1])
+
+
+@pytest.mark.parametrize("layers", [[], [4], [-1], [1, 1], ["1"]])
+def test_bad_layers(layers: list) -> None:
+    with pytest.raises(InputError, match="layers must"):
+        expand_model(tiny_models.model(), layers)
+
+
+def test_first_importance_is_that_of_the_copied_layer_in_the_original() -> None:
+    base, items = tiny_models.model(), tiny_models.items(3)
+    sums = first_importance(expand_model(base, [1]), items, quiet=True)
+    base.requires_grad_(True)
+    tokens = sum(item.supervised for item in items)
+    loss = sum(
+        base(torch.tensor([item.input_ids]), labels=torch.tensor([item.labels]), num_items_in_batch=tokens).loss for item in items
+    )
+    loss.backward()
+    weight = base.model.layers[1].self_attn.v_proj.weight
+    for dim in (0, 1):
+        expected = (weight * weight.grad).abs().sum(1 - dim)
+        torch.testing.assert_close(sums["model.layers.2.self_attn.v_proj.weight", dim].abs_taylor, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_checkpoint_loads_with_plain_transformers(tmp_path: Path) -> None:
+    source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
+    (source / "LICENSE").write_text("a licence")
+    record = expand_checkpoint(source, tmp_path / "expanded", [0, 3], steering=tiny_models.items(2), quiet=True)
+    base, expanded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "expanded"))
+    assert torch.equal(base(IDS).logits, expanded(IDS).logits)
+    assert AdeptConfig.load(tmp_path / "expanded") == record
+    assert record.source["sha256"] == checkpoint.fingerprint(source)
+    assert (tmp_path / "expanded" / "LICENSE").read_text() == "a licence"
+    assert (tmp_path / "expanded" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    sums = load_first_importance(tmp_path / "expanded")
+    assert sums["model.layers.1.mlp.down_proj.weight", 1].abs_taylor.shape == (48,) and sums["model.layers.1.input_layernorm.weight", 0]
+
+
+def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_models.checkpoint(tmp_path / "base")
+
+    def refuse(*_: object) -> None:
+        raise ExpansionError("differs")
+
+    monkeypatch.setattr("adept_fast.expansion.write.verify_expansion", refuse)
+    with pytest.raises(ExpansionError):
+        expand_checkpoint(source, tmp_path / "expanded", [1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
+    source = tiny_models.checkpoint(tmp_path / "base")
+    (tmp_path / "expanded").mkdir()
+    (tmp_path / "expanded" / "mine").touch()
+    with pytest.raises(InputError, match="exists already"):
+        expand_checkpoint(source, tmp_path / "expanded", [1])
+    assert [path.name for path in (tmp_path / "expanded").iterdir()] == ["mine"]

@@ -1,0 +1,153 @@
+"""kernels/saliency.py against the formula in fp64: interpreted on the CPU, compiled offline for three architectures, and run where there is a GPU.
+
+Triton decides at import whether it interprets, so the interpreted cases run in one child process: this file as a script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+Sums = tuple[Tensor, Tensor, Tensor]
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "mixed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# shape, dim, layout of the gradient (and, but for "mixed", of the parameter), dtypes of parameter and gradient, TILE, PROGRAMS
+CASES: list[tuple[tuple[int, ...], int, str, str, str, int, int]] = [
+    *(((19, 303), dim, layout, "fp32", "fp32", 128, programs) for dim in (0, 1) for layout in LAYOUTS for programs in (1, 64)),
+    *((shape, dim, "transposed", "fp32", "fp32", 128, 4) for shape in ((1, 67), (67, 1)) for dim in (0, 1)),
+    *(((17, 70), dim, "contiguous", p, g, 128, 4) for dim in (0, 1) for p in ("fp32", "bf16", "fp16") for g in ("fp32", "bf16", "fp16")),
+    *(((17, 70), dim, "contiguous", "fp64", "bf16", 128, 4) for dim in (0, 1)),
+    *(((3, 5003), dim, "contiguous", "bf16", "fp32", 2048, 1024) for dim in (0, 1)),
+    *(((3, 5, 7), dim, "contiguous", "bf16", "bf16", 128, 4) for dim in (0, 1, 2, -1)),
+    *(((n,), 0, layout, "bf16", "fp32", 128, 4) for n in (1, 67, 1027) for layout in ("contiguous", "strided")),
+    *((shape, dim, "contiguous", "fp32", "fp32", 128, 4) for shape in ((0, 5), (5, 0)) for dim in (0, 1)),
+]
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values (but for "expanded": its first row) at other strides."""
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "strided":
+        return torch.stack((values, values + 1), -1)[..., 0]
+    if layout == "expanded":
+        return values[:1].expand_as(values)
+    return values.contiguous()
+
+
+def inputs(shape: tuple[int, ...], layout: str, param_dtype: str, grad_dtype: str, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    param, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale for scale in (0.3, 7.0))
+    param, grad = param.to(device, DTYPES[param_dtype]), grad.to(device, DTYPES[grad_dtype])
+    if layout == "mixed":
+        return param, laid_out(grad, "transposed")
+    return laid_out(param, layout), laid_out(grad, layout)
+
+
+def excess(sums: Sums, param: Tensor, grad: Tensor, dim: int) -> float:
+    """Largest error over what fp32 sums in a tree may lose, 16 roundings of the sum of absolute terms; inf for a wrong shape or dtype."""
+    theta, g = (x.double().movedim(dim, 0).reshape(param.shape[dim], -1 if param.numel() else 0) for x in (param, grad))
+    worst = 0.0
+    for found, terms in zip(sums, (g * g, (theta * g).abs(), theta * g), strict=True):
+        if found.shape != (param.shape[dim],) or found.dtype != torch.float32:
+            return float("inf")
+        error = (found.double() - terms.sum(1)).abs()
+        worst = max([worst, *(error / (16 * 2**-24 * terms.abs().sum(1)).clamp_min(1e-30)).tolist()])
+    return worst
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict[str, float | bool]]:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: "-".join(map(str, CASES[index])).replace(" ", ""))
+def test_interpreted_kernel_gives_the_sums(interpreted: list[dict[str, float | bool]], index: int) -> None:
+    assert interpreted[index]["excess"] <= 1.0
+    assert interpreted[index]["repeats"]
+
+
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+
+
+@pytest.mark.parametrize("grad_dtype", POINTERS)
+@pytest.mark.parametrize("param_dtype", POINTERS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_compiles_to_wide_loads_without_spills(architecture: int, dim: int, param_dtype: str, grad_dtype: str) -> None:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from adept_fast.kernels import saliency
+
+    along = ("param_reduced_stride", "grad_reduced_stride") if dim == 0 else ("param_kept_stride", "grad_kept_stride")
+    across = ("param_kept_stride", "grad_kept_stride") if dim == 0 else ("param_reduced_stride", "grad_reduced_stride")
+    kept, reduced = saliency.tile(4096, 4096, *((4096, 1) if dim == 0 else (1, 4096)))
+    constants = {**dict.fromkeys(along, 1), "ACCUMULATOR": tl.float32, "KEPT": kept, "REDUCED": reduced, "TILES": 4}
+    kernel = saliency.partial_sums_kernel
+    types = {"param": POINTERS[param_dtype], "grad": POINTERS[grad_dtype], "partials": "*fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = ("param", "grad", "partials", "kept", "reduced", *across)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    machine_code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["sass"]
+    assert not re.search(r"\b(LDL|STL)\b", machine_code)
+    loads = re.findall(r"\bLDG\.\S+", machine_code)
+    assert loads and all(".128" in load for load in loads), loads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(37, 131), (1027, 4096), (4096, 1536), (3, 100_003)], ids=str)
+def test_gpu_gives_the_sums(shape: tuple[int, ...], layout: str, dim: int) -> None:
+    from adept_fast.kernels.saliency import saliency_sums
+
+    param, grad = inputs(shape, layout, "bf16", "fp32", "cuda")
+    sums = saliency_sums(param, grad, dim)
+    assert excess(sums, param, grad, dim) <= 1.0
+    assert all(map(torch.equal, sums, saliency_sums(param, grad, dim)))
+
+
+@pytest.mark.gpu
+def test_gpu_indexes_beyond_32_bits() -> None:
+    from adept_fast.kernels.saliency import saliency_sums
+
+    param = torch.full((2**16 + 1, 2**15 + 8), 0.5, dtype=torch.bfloat16, device="cuda")
+    grad = torch.ones_like(param)
+    param[-1], grad[-1] = -0.25, 3.0
+    squares, absolutes, products = (found[-1].item() for found in saliency_sums(param, grad, 0))
+    columns = param.shape[1]
+    assert (squares, absolutes, products) == (9.0 * columns, 0.75 * columns, -0.75 * columns)
+
+
+def interpret_all() -> list[dict[str, float | bool]]:
+    from adept_fast.kernels import saliency
+
+    results: list[dict[str, float | bool]] = []
+    for shape, dim, layout, param_dtype, grad_dtype, tile, programs in CASES:
+        saliency.TILE, saliency.PROGRAMS = tile, programs
+        param, grad = inputs(shape, layout, param_dtype, grad_dtype, "cpu")
+        first, second = (saliency.saliency_sums(param, grad, dim) for _ in range(2))
+        results.append({"excess": excess(first, param, grad, dim), "repeats": all(map(torch.equal, first, second))})
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(interpret_all()))

@@ -1,0 +1,149 @@
+"""Masking by one sweep equals bypassing each layer in turn, on every kind of model it meets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from torch.nn import functional
+
+from adept_fast.errors import InputError
+from adept_fast.families import decoder_layers
+from adept_fast.importance import LayerScores, masking, score_layers, select_layers, undecided
+
+OTHERS = {
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "final_logit_softcapping": 5.0},
+    "granite": {"residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_neox": {},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+def by_hooks(model: torch.nn.Module, items: list) -> dict[str, list[float]]:
+    """The plain definition: a forward hook returns the layer's input in place of its output, one layer at a time, all logits kept."""
+
+    def bypass(module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def losses(item: object) -> tuple[float, float, torch.Tensor]:
+        with torch.no_grad():
+            logits = model(torch.tensor([item.input_ids]), use_cache=False).logits[0, :-1].double()
+        ids, labels = torch.tensor(item.input_ids[1:]), torch.tensor(item.labels[1:])
+        answer = functional.cross_entropy(logits, labels, reduction="sum").item()
+        return answer, functional.cross_entropy(logits, ids, reduction="sum").item(), logits[labels != -100].log_softmax(-1)
+
+    tokens, positions = sum(item.supervised for item in items), sum(len(item.input_ids) - 1 for item in items)
+    base = [losses(item) for item in items]
+    found: dict[str, list[float]] = {"answer": [], "all": [], "kl": []}
+    for layer in decoder_layers(model):
+        handle = layer.register_forward_hook(bypass, with_kwargs=True)
+        masked = [losses(item) for item in items]
+        handle.remove()
+        pairs = list(zip(masked, base, strict=True))
+        found["answer"].append(sum(without[0] - with_[0] for without, with_ in pairs) / tokens)
+        found["all"].append(sum(without[1] - with_[1] for without, with_ in pairs) / positions)
+        found["kl"].append(sum(float((with_[2].exp() * (with_[2] - without[2])).sum()) for without, with_ in pairs) / tokens)
+    return found
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *OTHERS])
+def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
+    model = tiny_models.model(family, **OTHERS.get(family, {}))
+    items = tiny_models.items(4)
+    scores = score_layers(model, items, loss="all", quiet=True)
+    expected = by_hooks(model, items)
+    assert not scores.notes, "the sweep was not used"
+    for name, values in expected.items():
+        assert max(map(abs, values)) > 0.01, "a bypass that changes nothing tests nothing"
+        torch.testing.assert_close(torch.tensor(scores.profiles[name].values), torch.tensor(values), atol=1e-4, rtol=0)
+    assert min(scores.profiles["kl"].values) > 0
+
+
+def test_memory_bounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, items = tiny_models.model(), tiny_models.items(3)
+    whole = score_layers(model, items, loss="all", quiet=True)
+    monkeypatch.setattr(masking, "SWEEP_TOKENS", 7)
+    monkeypatch.setattr(masking, "HEAD_ROWS", 3)
+    parts = score_layers(model, items, loss="all", quiet=True)
+    for name in whole.profiles:
+        torch.testing.assert_close(torch.tensor(parts.profiles[name].values), torch.tensor(whole.profiles[name].values), atol=1e-5, rtol=0)
+
+
+def test_model_that_cannot_be_swept_is_scored_one_by_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, items = tiny_models.model(), tiny_models.items(3)
+    expected = score_layers(model, items, quiet=True)
+
+    def broken(forward: object, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        raise RuntimeError("shapes do not broadcast")
+
+    monkeypatch.setattr(masking, "_fork", broken)
+    scores = score_layers(model, items, quiet=True)
+    assert "one forward a layer" in scores.notes[0]
+    torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(expected.values), atol=1e-5, rtol=0)
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = tiny_models.model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    score_layers(model, tiny_models.items(2), quiet=True)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_journal_resumes_to_the_same_bits(tmp_path) -> None:
+    model, items = tiny_models.model(), tiny_models.items(5)
+    path = tmp_path / "journal"
+    whole = score_layers(model, items, quiet=True, journal=path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third item's line
+    resumed = score_layers(model, items, quiet=True, journal=path)
+    assert resumed.profiles == whole.profiles
+    path.write_text(lines[0].replace('"items": 5', '"items": 6') + "".join(lines[1:]))  # another run's
+    assert score_layers(model, items, quiet=True, journal=path).profiles == whole.profiles
+
+
+def test_scores_round_trip(tmp_path) -> None:
+    scores = score_layers(tiny_models.model(), tiny_models.items(3), quiet=True)
+    scores.save(tmp_path / "scores.json")
+    assert LayerScores.load(tmp_path / "scores.json") == scores
+    content = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "scores.json").write_text(json.dumps({**content, "schema": 99}))
+    with pytest.raises(InputError, match="schema 99"):
+        LayerScores.load(tmp_path / "scores.json")
+
+
+def test_interval_covers_and_narrows() -> None:
+    model, items = tiny_models.model(), tiny_models.items(40)
+    few, many = score_layers(model, items[:5], quiet=True), score_layers(model, items, quiet=True)
+    for layer in range(4):
+        assert few.low[layer] <= few.values[layer] <= few.high[layer]
+        assert many.high[layer] - many.low[layer] < few.high[layer] - few.low[layer]
+
+
+@pytest.mark.parametrize("change", [{"method": "maskin"}, {"loss": "answers"}])
+def test_unknown_method_or_loss(change: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="must be one of"):
+        score_layers(tiny_models.model(), tiny_models.items(2), **change)
+
+
+def test_selection() -> None:
+    scores = score_layers(tiny_models.model(num_hidden_layers=6), tiny_models.items(6), loss="kl", quiet=True)
+    order = sorted(range(6), key=lambda layer: scores.values[layer])
+    assert select_layers(scores, 2) == sorted(order[:2])
+    assert select_layers(scores, 3, "uniform") == [1, 3, 5]
+    banded = select_layers(scores, 2, "lowest_per_band")
+    assert banded[0] == min(range(3), key=lambda layer: scores.values[layer]) and banded[1] >= 3
+    chosen = select_layers(scores, 2)
+    limit = max(scores.high[layer] for layer in chosen)
+    assert undecided(scores, chosen) == [layer for layer in range(6) if layer not in chosen and scores.low[layer] < limit]
+    for k in (0, 7, -1, True):
+        with pytest.raises(InputError, match="from 1 to 6"):
+            select_layers(scores, k)
+    with pytest.raises(InputError, match="placement"):
+        select_layers(scores, 2, "lowst")

@@ -1,0 +1,81 @@
+"""What is imported when, and what the repository's layout promises to packaging."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adept_fast
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "('torch', 'numpy', 'transformers', 'triton', 'datasets', 'accelerate', 'matplotlib')"
+    assert python(f"import sys, adept_fast; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+def test_the_optimizer_needs_torch_alone() -> None:
+    code = """
+import sys
+for name in ("transformers", "triton", "datasets", "accelerate", "matplotlib", "yaml", "tqdm", "safetensors", "huggingface_hub", "gguf"):
+    sys.modules[name] = None  # importing it is an ImportError
+import torch, adept_fast
+p = torch.nn.Parameter(torch.tensor([1.5, -2.5]))
+p.grad = torch.tensor([0.3, -0.7])
+adept_fast.AdamW([p], lr=1e-2, weight_decay=0.1).step()
+print([round(x, 4) for x in p.tolist()])
+"""
+    assert python(code) == "[1.4885, -2.4875]"
+
+
+def test_transformers_imports_from_the_root() -> None:
+    """Hugging Face has a package named kernels; transformers probes for it, and finds our folder in the working directory."""
+    pytest.importorskip("transformers")
+    assert python("import sys; sys.path.insert(0, ''); from transformers import LlamaForCausalLM; print('whole')") == "whole"
+
+
+def test_kernels_is_the_linked_folder() -> None:
+    link = ROOT / "adept_fast" / "kernels"
+    assert link.is_symlink() and str(link.readlink()) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert python("import adept_fast.kernels as k; print(list(k.__path__)[0])") == str(link)
+
+
+def test_kernels_import_as_a_subpackage() -> None:
+    pytest.importorskip("triton")
+    assert python("from adept_fast.kernels.saliency import saliency_sums; print(saliency_sums.__module__)") == "adept_fast.kernels.saliency"
+
+
+def test_native_code_includes_no_torch_header() -> None:
+    sources = sorted((ROOT / "csrc").iterdir())
+    assert sources
+    for source in sources:
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)\b', source.read_text()), source.name
+
+
+@pytest.mark.parametrize("name", adept_fast.__all__)
+def test_public_name_imports_and_is_documented(name: str) -> None:
+    if adept_fast._MODULES[name] not in ("adept_fast.errors", "adept_fast.optim"):
+        pytest.importorskip("transformers")
+    assert getattr(adept_fast, name).__doc__
+    assert name in dir(adept_fast)
+
+
+def test_public_names_are_sorted_and_complete() -> None:
+    assert adept_fast.__all__ == sorted(adept_fast._MODULES)
+
+
+def test_unknown_name_raises_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'AdamX'"):
+        _ = adept_fast.AdamX

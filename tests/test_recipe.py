@@ -1,0 +1,72 @@
+"""Recipes: defaults, overrides, and unknown keys that name the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adept_fast.data.sources import Source
+from adept_fast.errors import InputError
+from adept_fast.recipe import TRAINING, load
+
+NEEDED = ["model_name_or_path=M", "domain=d.txt"]
+
+
+def test_defaults_need_no_yaml() -> None:
+    recipe = load(None, NEEDED)
+    assert recipe.domain == (Source("d.txt"),) and recipe.probe == Source("general")
+    assert (recipe.expand.k, recipe.tune.refresh_steps, recipe.tune.training) == (4, 500, TRAINING)
+
+
+def test_yaml_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: M\ndomain:\n- {path: a.jsonl, weight: 2, column: body}\n- b.txt\ntune: {units: head, weight_decay: 0.1}\n")
+    recipe = load(str(path), ["tune.max_steps=7", "tune.learning_rate=2e-5", "expand.layers=[3, 1]", "score.loss=kl"])
+    assert recipe.domain == (Source("a.jsonl", column="body", weight=2), Source("b.txt"))
+    assert recipe.tune.units == "head" and recipe.tune.training == {**TRAINING, "weight_decay": 0.1, "max_steps": 7, "learning_rate": 2e-5}
+    assert recipe.expand.layers == (3, 1) and recipe.score.loss == "kl"
+
+
+def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
+    import yaml
+
+    recipe = load(None, [*NEEDED, "tune.max_steps=3", "eval.general=g.jsonl"])
+    path = tmp_path / "again.yaml"
+    content = recipe.as_dict()
+    content["domain"], content["expand"]["layers"] = list(content["domain"]), None
+    path.write_text(yaml.safe_dump(content))
+    assert load(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["domian=x"], "unknown key domian: did you mean domain"),
+        (["score.max_item=3"], "unknown key score.max_item: did you mean score.max_items"),
+        (["tune.learning_rates=1"], "unknown key tune.learning_rates: did you mean tune.learning_rate"),
+        (["tune.refresh=1"], "did you mean tune.refresh_steps"),
+        (["tune.output_dir=x"], "set by the recipe's output_dir"),
+        (["expand.k=two"], "expand.k must be a whole number, found 'two'"),
+        (["expand.k=0"], "expand.k must be 1 or more"),
+        (["score.max_items=true"], "must be a whole number"),
+        (["score=3"], "score must be a table"),
+        (["domain={paht: x}"], "domain"),
+        (["score.max_items"], "expected key=value"),
+        (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
+        (["domain="], "domain must not be empty"),
+    ],
+)
+def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(None, [*NEEDED, *settings])
+
+
+def test_missing_keys_and_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="domain is missing"):
+        load(None, NEEDED[:1])
+    with pytest.raises(InputError, match="no such recipe"):
+        load(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load(str(tmp_path / "bad.yaml"))
