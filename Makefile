@@ -31,19 +31,20 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv --clear $(VENV)
-	if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		$(PIP) uninstall --yes setuptools; \
 		$(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' > $(BORROWED); \
 		cp $(BORROWED) "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"; \
 	else \
-		$(PIP) install $(TORCH); \
+		$(PIP) install --no-compile $(TORCH); \
 	fi
-	touch $@
+	@touch $@
 
 $(VENV)/.test $(VENV)/.hf: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
-	if [ -e $(BORROWED) ]; then \
+	@if [ -e $(BORROWED) ]; then \
 		$(PIP) install --no-build-isolation --no-deps --editable . && \
 		{ $(PIP) install --retries 0 'adept-fast[$*]' || echo "not everything of [$*] can be installed here: going on with what there is"; }; \
 	else \
-		$(PIP) install --editable '.[$*]'; \
+		$(PIP) install --no-compile --editable '.[$*]'; \
 	fi
-	touch $@
+	@touch $@

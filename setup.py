@@ -1,4 +1,4 @@
-"""Builds adept_fast._C (C++) and, where an nvcc is found, adept_fast._CUDA. What cannot be built is left out: the package then works slower.
+"""Builds adept_fast._C (C++) and, where an nvcc is found, adept_fast._CUDA. What cannot be built is left out; the package works without.
 
 ADEPT_FAST_BUILD_CUDA=0 never builds _CUDA; =1 makes its failure an error.
 """

@@ -1,4 +1,4 @@
-"""Artefacts on disk: written under a temporary name beside the final one, fsynced, renamed. A half-written one is never found by its name."""
+"""Artefacts on disk: written under a temporary name beside the final one, fsynced, renamed. A half-written one is never found by name."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw": ("torch",),
     "saliency": ("triton", "torch"),
 }
+OLDEST = (8, 0)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,28 @@ def _cuda() -> Status:
     if not devices:
         return Status(False, "no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
     oldest = min(tuple(device["capability"]) for device in devices)
-    if oldest < (8, 0):
-        return Status(False, f"a device has compute capability {oldest[0]}.{oldest[1]}; 8.0 is needed", "hide it with CUDA_VISIBLE_DEVICES")
+    if oldest < OLDEST:
+        return _too_old(oldest)
     return Status(True, ", ".join(native.architectures()))
 
 
 @cache
 def _triton() -> Status:
+    if not _interpreted() and not torch.cuda.is_available():
+        remedy = "check nvidia-smi, and that torch is a CUDA build; to test on a CPU, set TRITON_INTERPRET=1"
+        return Status(False, "torch finds no GPU", remedy)
     if find_spec("triton") is None:
         return Status(False, "triton is not installed", "pip install triton")
     if _interpreted():
         return Status(True, "interpreted on the CPU, for tests: TRITON_INTERPRET is set")
-    if not torch.cuda.is_available():
-        return Status(False, "torch finds no GPU", "check nvidia-smi and that torch is a CUDA build, or set TRITON_INTERPRET=1 to test on a CPU")
     try:
         version = import_module("triton").__version__
     except ImportError as error:
         return Status(False, f"triton does not import: {error}", "install the triton that your torch release names")
     if torch.version.cuda:
         oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-        if oldest < (8, 0):
-            return Status(False, f"a device has compute capability {oldest[0]}.{oldest[1]}; 8.0 is needed", "hide it with CUDA_VISIBLE_DEVICES")
+        if oldest < OLDEST:
+            return _too_old(oldest)
     return Status(True, version)
 
 
@@ -100,6 +102,11 @@ def _torch() -> Status:
 
 
 _FIND: dict[str, Callable[[], Status]] = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch}
+
+
+def _too_old(capability: tuple[int, int]) -> Status:
+    found, needed = (".".join(map(str, numbers)) for numbers in (capability, OLDEST))
+    return Status(False, f"a device has compute capability {found}; {needed} is needed", "hide it with CUDA_VISIBLE_DEVICES")
 
 
 def _interpreted() -> bool:

@@ -81,7 +81,11 @@ def fingerprint(folder: Path) -> str:
     """sha256 over config, weights and tokenizer files: what identifies a source."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.name == "config.json" or file.suffix in (".safetensors", ".model") or file.name.startswith(("tokenizer", "vocab", "merges")):
+        if (
+            file.name == "config.json"
+            or file.suffix in (".safetensors", ".model")
+            or file.name.startswith(("tokenizer", "vocab", "merges"))
+        ):
             with file.open("rb") as stream:
                 digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
@@ -170,7 +174,7 @@ def save(
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     prove: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a whole checkpoint to `target`, which must not exist: weights, config, record, and the other files of `carried_from` as they are.
+    """Write a whole checkpoint to `target`, which must not exist: weights, config, record, and the other files of `carried_from`.
 
     extra: further safetensors files, name -> tensors. prove: called with the written folder before it gets its final name; what it
     raises leaves no target. Staged and renamed: a killed or failed save leaves nothing by the final name.

@@ -13,11 +13,23 @@ MODEL = ("model_name_or_path",)
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
     "score": ("which layers general competence rests on", "adept-fast score model_name_or_path=MODEL score.max_items=64", MODEL),
-    "expand": ("copy the chosen layers, silent at first, and verify", "adept-fast expand model_name_or_path=MODEL expand.layers=[3,7]", MODEL),
+    "expand": (
+        "copy the chosen layers, silent at first, and verify",
+        "adept-fast expand model_name_or_path=MODEL expand.layers=[3,7]",
+        MODEL,
+    ),
     "verify": ("check that base and expanded model agree bit for bit", "adept-fast verify model_name_or_path=MODEL dtype=bfloat16", MODEL),
-    "tune": ("train the copies on the domain, each unit at its own rate", "adept-fast tune recipe.yaml tune.max_steps=100", (*MODEL, "domain")),
+    "tune": (
+        "train the copies on the domain, each unit at its own rate",
+        "adept-fast tune recipe.yaml tune.max_steps=100",
+        (*MODEL, "domain"),
+    ),
     "eval": ("loss, perplexity and accuracy of base and tuned model", "adept-fast eval recipe.yaml eval.max_items=200", MODEL),
-    "run": ("score, expand, verify, tune, evaluate, report", "adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out", (*MODEL, "domain")),
+    "run": (
+        "score, expand, verify, tune, evaluate, report",
+        "adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
+        (*MODEL, "domain"),
+    ),
     "report": ("write output_dir/report.html again", "adept-fast report output_dir=out", ()),
     "info": ("versions, and which backends were found", "adept-fast info", ()),
 }
@@ -37,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what, epilog=f"example: {example}")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name != "info":
-            command.add_argument("settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it")
+            command.add_argument(
+                "settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it"
+            )
     return top
 
 

@@ -32,8 +32,8 @@ SETTINGS = (
     "tune.max_steps=60",
     "tune.learning_rate=1e-3",
     "tune.refresh_steps=20",
-    "tune.max_items=12",
-    "eval.max_items=32",
+    "tune.max_items=8",
+    "eval.max_items=16",
 )
 MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv dataclasses datetime decimal difflib email enum fractions "
            "functools heapq html http.client inspect io ipaddress itertools json logging math multiprocessing os pathlib pickle random re "
@@ -120,7 +120,11 @@ def _docstrings(name: str, module: object) -> list[str]:
     found = [inspect.getdoc(module) or ""]
     for attribute, value in sorted(vars(module).items()):
         if not attribute.startswith("_") and (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__ == name:
-            methods = [inspect.getdoc(method) for _, method in sorted(vars(value).items()) if inspect.isfunction(method)] if inspect.isclass(value) else []
+            methods = (
+                [inspect.getdoc(method) for _, method in sorted(vars(value).items()) if inspect.isfunction(method)]
+                if inspect.isclass(value)
+                else []
+            )
             text = "\n\n".join(part for part in [inspect.getdoc(value), *methods] if part)
             found.append(f"{name}.{attribute}\n{text}")
     return found

@@ -99,7 +99,9 @@ class Pipeline:
         if "model" in differing:
             raise InputError(f"{path} belongs to another model than {self.recipe.model_name_or_path}: choose another output_dir")
         if differing:
-            raise InputError(f"{path} was made with other settings ({', '.join(differing)}): choose another output_dir, or remove it to redo it")
+            raise InputError(
+                f"{path} was made with other settings ({', '.join(differing)}): choose another output_dir, or remove it to redo it"
+            )
         return True
 
     def _items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
@@ -189,7 +191,8 @@ class Pipeline:
             self.source, self.expanded, layers, steering=items, selection=selection, inputs=inputs, quiet=self.quiet, **self.loading
         )
         trainable, total = record.parameters["trainable"], record.parameters["total"]
-        self.say(f"{self.expanded}: copies of layers {layers}; logits bit-equal; {trainable:,} of {total:,} parameters will train ({trainable / total:.1%})")
+        share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
+        self.say(f"{self.expanded}: copies of layers {layers}; logits bit-equal; {share} will train")
         return record
 
     def verify(self) -> None:
@@ -199,7 +202,8 @@ class Pipeline:
         if record.source.get("sha256") != self.sha256:
             raise InputError(f"{self.expanded} belongs to another model than {self.recipe.model_name_or_path}: choose another output_dir")
         verify_expansion(checkpoint.load_model(self.source, **self.loading), checkpoint.load_model(self.expanded, **self.loading))
-        self.say(f"{self.expanded}: logits bit-equal to {self.recipe.model_name_or_path} in {self.recipe.dtype or 'its own dtype'}, cached decoding too")
+        dtype = self.recipe.dtype or "its own dtype"
+        self.say(f"{self.expanded}: logits bit-equal to {self.recipe.model_name_or_path} in {dtype}, cached decoding too")
 
     def _need(self, path: Path, stage: str) -> None:
         if not path.exists():

@@ -24,7 +24,7 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Score:
-    """max_items: probe items scored, drawn by hash and seed. loss null: answer, or kl for a model with a chat template; all three are measured."""
+    """max_items: probe items scored, drawn by hash and seed. loss null: all are measured, and answer decides, or kl for a chat model."""
 
     method: str = "masking"
     loss: str | None = None

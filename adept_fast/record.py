@@ -50,7 +50,9 @@ class AdeptConfig:
         path = Path(folder) / FILE
         content = read_json(path)
         if content.get("schema") != SCHEMA:
-            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")
+            raise InputError(
+                f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it"
+            )
         try:
             inserted = tuple(Inserted(int(entry["layer"]), int(entry["copied_from"])) for entry in content.pop("inserted"))
             return cls(inserted=inserted, **content)

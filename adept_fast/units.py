@@ -28,7 +28,7 @@ ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"})
 
 @dataclass(frozen=True)
 class Unit:
-    """name: "model.layers.4.mlp.up_proj" (with "[12]" for a row, head or fused part); kind: the module type that units are ranked within."""
+    """name: "model.layers.4.mlp.up_proj" (and "[12]" for a row, head or fused part); kind: the module type that units are ranked within."""
 
     name: str
     kind: str
@@ -91,7 +91,7 @@ class Units:
         return total
 
     def spread(self, values: Tensor) -> dict[str, Tensor]:
-        """One value per unit as fp32 multipliers per parameter: a 0-d tensor where a parameter is one unit, else one per index of its dim."""
+        """One value per unit as fp32 multipliers per parameter: 0-d where a parameter is one unit, else one per index of its dim."""
         values = values.float()
         return {
             name: values[cut.unit[0]] if bool((cut.unit == cut.unit[0]).all()) else values[cut.unit] for name, cut in self.slices.items()

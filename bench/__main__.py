@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--save] [options]` runs bench/NAME.py: its main(argv) -> dict, with facts about the machine added, as one JSON line.
+"""`python -m bench NAME [--save] [options]` runs main(argv) -> dict of bench/NAME.py and prints it as one JSON line, with machine facts.
 
 --save also writes bench/results/NAME-DEVICE.json. `all` runs every benchmark, each in a process of its own.
 """

@@ -58,7 +58,7 @@ def test_status_names_every_backend_with_reason_and_remedy() -> None:
         (native(0, []), "no NVIDIA driver", "CUDA 13.0 or newer"),
         (native(12040, []), "supports CUDA 12.4, the extension was built with 13.0", "update the driver"),
         (native(13010, []), "no CUDA device is visible", "CUDA_VISIBLE_DEVICES"),
-        (native(13010, [H200, {"name": "Tesla T4", "capability": (7, 5)}]), "compute capability 7.5; 8.0 is needed", "CUDA_VISIBLE_DEVICES"),
+        (native(13010, [H200, {"name": "T4", "capability": (7, 5)}]), "compute capability 7.5; 8.0 is needed", "CUDA_VISIBLE_DEVICES"),
         (native(13010, RuntimeError("cudaGetDeviceCount: system not yet initialized")), "system not yet initialized", "nvidia-smi"),
     ],
 )
@@ -132,6 +132,7 @@ def test_forced_backend_that_lacks_the_operation_raises(monkeypatch: pytest.Monk
 
 
 def test_forced_backend_that_is_missing_raises_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="backend='triton': triton is not installed; pip install triton"):
         backend.resolve("saliency", CUDA, "triton")

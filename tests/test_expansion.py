@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-from adept_fast.expansion import copies, expand_checkpoint, expand_model, first_importance, freeze_original, load_first_importance, verify_expansion
+from adept_fast.expansion import (
+    copies,
+    expand_checkpoint,
+    expand_model,
+    first_importance,
+    freeze_original,
+    load_first_importance,
+    verify_expansion,
+)
 from adept_fast.families import describe
 from adept_fast.optim import AdamW
 from adept_fast.record import AdeptConfig
@@ -94,9 +102,7 @@ def test_first_importance_is_that_of_the_copied_layer_in_the_original() -> None:
     sums = first_importance(expand_model(base, [1]), items, quiet=True)
     base.requires_grad_(True)
     tokens = sum(item.supervised for item in items)
-    loss = sum(
-        base(torch.tensor([item.input_ids]), labels=torch.tensor([item.labels]), num_items_in_batch=tokens).loss for item in items
-    )
+    loss = sum(base(torch.tensor([item.input_ids]), labels=torch.tensor([item.labels]), num_items_in_batch=tokens).loss for item in items)
     loss.backward()
     weight = base.model.layers[1].self_attn.v_proj.weight
     for dim in (0, 1):

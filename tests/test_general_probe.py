@@ -37,8 +37,10 @@ def linear_root(a: str, b: str, c: str) -> Fraction:
 
 # The first number of the answer is the result, except for "Solve for x", where it follows "x = ".
 RULES: list[tuple[str, Callable[..., Fraction]]] = [
-    (rf"(?:What is|what does|Wie viel ist) ({NUMBER}) (\+|-|×|÷|//) ({NUMBER})(?: evaluate to)?\?",
-     lambda a, sign, b: OPERATIONS[sign](Fraction(a), Fraction(b))),
+    (
+        rf"(?:What is|what does|Wie viel ist) ({NUMBER}) (\+|-|×|÷|//) ({NUMBER})(?: evaluate to)?\?",
+        lambda a, sign, b: OPERATIONS[sign](Fraction(a), Fraction(b)),
+    ),
     (rf"What is ({NUMBER})% of ({NUMBER})\?", lambda share, whole: Fraction(share) * Fraction(whole) / 100),
     (r"remainder when (\d+) is divided by (\d+)\?", lambda a, b: Fraction(int(a) % int(b))),
     (r"What is the mean of ([\d, and]+)\?", lambda listed: sum(numbers(listed), Fraction()) / len(numbers(listed))),

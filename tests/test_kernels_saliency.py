@@ -1,4 +1,4 @@
-"""kernels/saliency.py against the formula in fp64: interpreted on the CPU, compiled offline for three architectures, and run where there is a GPU.
+"""kernels/saliency.py against the formula in fp64: interpreted, compiled offline for three architectures, run where there is a GPU.
 
 Triton decides at import whether it interprets, so the interpreted cases run in one child process: this file as a script.
 """
@@ -23,14 +23,14 @@ LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "mixed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # shape, dim, layout of the gradient (and, but for "mixed", of the parameter), dtypes of parameter and gradient, TILE, PROGRAMS
 CASES: list[tuple[tuple[int, ...], int, str, str, str, int, int]] = [
-    *(((19, 303), dim, layout, "fp32", "fp32", 128, programs) for dim in (0, 1) for layout in LAYOUTS for programs in (1, 64)),
-    *((shape, dim, "transposed", "fp32", "fp32", 128, 4) for shape in ((1, 67), (67, 1)) for dim in (0, 1)),
-    *(((17, 70), dim, "contiguous", p, g, 128, 4) for dim in (0, 1) for p in ("fp32", "bf16", "fp16") for g in ("fp32", "bf16", "fp16")),
-    *(((17, 70), dim, "contiguous", "fp64", "bf16", 128, 4) for dim in (0, 1)),
+    *(((7, 1203), dim, layout, "fp32", "fp32", 512, programs) for dim in (0, 1) for layout in LAYOUTS for programs in (1, 64)),
+    *((shape, dim, "transposed", "fp32", "fp32", 512, 4) for shape in ((1, 67), (67, 1)) for dim in (0, 1)),
+    *(((17, 70), dim, "contiguous", p, g, 512, 4) for dim in (0, 1) for p in ("fp32", "bf16", "fp16") for g in ("fp32", "bf16", "fp16")),
+    *(((17, 70), dim, "contiguous", "fp64", "bf16", 512, 4) for dim in (0, 1)),
     *(((3, 5003), dim, "contiguous", "bf16", "fp32", 2048, 1024) for dim in (0, 1)),
-    *(((3, 5, 7), dim, "contiguous", "bf16", "bf16", 128, 4) for dim in (0, 1, 2, -1)),
-    *(((n,), 0, layout, "bf16", "fp32", 128, 4) for n in (1, 67, 1027) for layout in ("contiguous", "strided")),
-    *((shape, dim, "contiguous", "fp32", "fp32", 128, 4) for shape in ((0, 5), (5, 0)) for dim in (0, 1)),
+    *(((3, 5, 7), dim, "contiguous", "bf16", "bf16", 512, 4) for dim in (0, 1, 2, -1)),
+    *(((n,), 0, layout, "bf16", "fp32", 512, 4) for n in (1, 67, 1027) for layout in ("contiguous", "strided")),
+    *((shape, dim, "contiguous", "fp32", "fp32", 512, 4) for shape in ((0, 5), (5, 0)) for dim in (0, 1)),
 ]
 
 

@@ -21,7 +21,9 @@ def test_defaults_need_no_yaml() -> None:
 
 def test_yaml_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model_name_or_path: M\ndomain:\n- {path: a.jsonl, weight: 2, column: body}\n- b.txt\ntune: {units: head, weight_decay: 0.1}\n")
+    path.write_text(
+        "model_name_or_path: M\ndomain:\n- {path: a.jsonl, weight: 2, column: body}\n- b.txt\ntune: {units: head, weight_decay: 0.1}\n"
+    )
     recipe = load(str(path), ["tune.max_steps=7", "tune.learning_rate=2e-5", "expand.layers=[3, 1]", "score.loss=kl"])
     assert recipe.domain == (Source("a.jsonl", column="body", weight=2), Source("b.txt"))
     assert recipe.tune.units == "head" and recipe.tune.training == {**TRAINING, "weight_decay": 0.1, "max_steps": 7, "learning_rate": 2e-5}

@@ -74,7 +74,9 @@ def test_importance_is_the_formula_in_fp64(granularity: str) -> None:
     for kind, per_parameter in (("abs_taylor", {n: (parameters[n] * total[n] / tokens).abs() for n in total}), ("fisher", squares)):
         expected = torch.zeros(len(units), dtype=torch.float64)
         for name, cut in units.slices.items():
-            flat = per_parameter[name].detach().movedim(cut.dim, 0).flatten(1).sum(1) if per_parameter[name].ndim > 1 else per_parameter[name]
+            flat = (
+                per_parameter[name].detach().movedim(cut.dim, 0).flatten(1).sum(1) if per_parameter[name].ndim > 1 else per_parameter[name]
+            )
             expected.index_add_(0, cut.unit, flat.detach())
         torch.testing.assert_close(getattr(found, kind), expected / units.sizes, rtol=2e-4, atol=1e-12)
 

@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None = None) -> Documents:
-    """Tokenise each text and close it with the end-of-sequence token. The cache key is the texts and the tokenizer, so it cannot go stale."""
+    """Tokenise each text and close it with the end-of-sequence token. Cached by texts and tokenizer, so the cache cannot go stale."""
     key = hashlib.sha256(_description(tokenizer))
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())

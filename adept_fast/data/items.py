@@ -127,9 +127,7 @@ def _chat_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> 
     if not whole.startswith(head):
         raise InputError("this chat template rewrites earlier turns; use probe_format=plain")
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if end > len(head) else IGNORE for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+    labels = [token if end > len(head) else IGNORE for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
     return Item(tuple(encoded["input_ids"]), tuple(labels))
 
 
@@ -152,7 +150,7 @@ def load_items(
     tokenizer: PreTrainedTokenizerBase | None = None,
     style: str = "plain",
 ) -> list[Item]:
-    """Items of a probe given as a path, a dataset name, a source, or a list of records or Items. Raises InputError when none is supervised."""
+    """Items of a probe given as a path, dataset name, source, or list of records or Items. Raises InputError when none is supervised."""
     if isinstance(probe, (str, Mapping, Source)):
         source = Source.of(probe)
         items = [tokenize_item(record, tokenizer, style, source.column) for record in read(source)]

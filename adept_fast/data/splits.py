@@ -15,7 +15,7 @@ SCORING, STEERING = 0.6, 0.2  # the rest reports
 
 @dataclass(frozen=True)
 class ProbeParts:
-    """The part that scores layers, the part that steers unit rates, the part that reports general loss. Only the last is shown as a result."""
+    """The parts that score layers, steer unit rates, and report general loss. Only the last is shown as a result."""
 
     scoring: list[Record]
     steering: list[Record]
@@ -42,7 +42,9 @@ def hold_out(records: Sequence[Record], name: str, share: float = HELD_OUT) -> t
     """(training, held-out) documents: every copy of a document falls on one side. At least one is held out and one is left."""
     ordered = sorted({content_hash(record.content) for record in records})
     if len(ordered) < 2:
-        raise InputError(f"{name}: one document only, none to hold out: add documents (in a .txt a blank line parts them) or set eval.domain")
+        raise InputError(
+            f"{name}: one document only, none to hold out: add documents (in a .txt a blank line parts them) or set eval.domain"
+        )
     held = set(ordered[: max(1, min(round(len(ordered) * share), len(ordered) - 1))])
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:

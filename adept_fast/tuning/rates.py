@@ -1,9 +1,9 @@
 """From unit importances to learning-rate multipliers.
 
-    rank             2 (1 - (r + 1/2) / n), r the rank of the unit's importance among the n units of its kind, scaled so that the
-                     parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
-    mean_preserving  2 (1 - I_norm), I_norm min-max normalised over all units, scaled so that the parameter-weighted mean is 1
-    paper            2 (1 - I_norm), as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
+rank             2 (1 - (r + 1/2) / n), r the rank of the unit's importance among the n units of its kind, scaled so that the
+                 parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
+mean_preserving  2 (1 - I_norm), I_norm min-max normalised over all units, scaled so that the parameter-weighted mean is 1
+paper            2 (1 - I_norm), as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ class AdeptTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: parameter.detach().contiguous() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            trained = {
+                name: parameter.detach().contiguous() for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            }
             save_file(trained, folder / COPIES)
             record_of(self.model).save(folder)
 

@@ -48,7 +48,7 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do, known before the first step. tokens: processed in all, padding included; epochs: passes over the blocks."""
+    """What a run is going to do, known before the first step. tokens: processed in all, padding included; epochs: passes over blocks."""
 
     documents: int
     corpus_tokens: int
