@@ -31,7 +31,7 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
     folder = Path(name_or_path).expanduser()
     if not folder.exists():
         if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-            raise InputError(f"{name_or_path}: no such model folder")
+            raise InputError(f"{name_or_path}: no such model folder (a model on the hub is named owner/name)")
         folder = _snapshot(name_or_path, revision)
     check(folder)
     return folder

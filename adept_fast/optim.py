@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +12,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adept_fast import backend as backends
 from adept_fast.errors import InputError
+from adept_fast.optim_state import MASTER_KEYS, MOMENTS, RATES, Kept, protect_from_cast, rates_into_state, restored
 from adept_fast.reference import AdamWOptions, AdamWTensors, adamw_update_, clip_scale, needs_master
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-_MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
 
 
 def _torch_step(updates: list[AdamWTensors], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -43,13 +39,6 @@ def _torch_step(updates: list[AdamWTensors], grad_scale: Tensor | None, found_in
 # backend -> function that advances `step` and updates one device's tensors; gradients are multiplied by grad_scale (fp32, 0-d) first, and
 # nothing is stored where found_inf (fp32, 0-d) is not 0.
 _STEPS: dict[str, Callable[[list[AdamWTensors], Tensor | None, Tensor | None], None]] = {"torch": _torch_step}
-
-
-@dataclass(frozen=True)
-class _Uncast:
-    """Carries a state tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
-
-    tensor: Tensor
 
 
 class AdamW(torch.optim.Optimizer):
@@ -167,9 +156,9 @@ class AdamW(torch.optim.Optimizer):
         """
         group, position = self._locate(param)
         if multipliers is None:
-            group.get(_RATES, {}).pop(position, None)
-            if not group.get(_RATES, True):
-                del group[_RATES]
+            group.get(RATES, {}).pop(position, None)
+            if not group.get(RATES, True):
+                del group[RATES]
             return
         values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
         if values.ndim == 0:
@@ -186,12 +175,12 @@ class AdamW(torch.optim.Optimizer):
             )
         if not bool(((values >= 0) & values.isfinite()).all()):
             raise InputError("multipliers: every one must be finite and >= 0")
-        group.setdefault(_RATES, {})[position] = (values, dim)
+        group.setdefault(RATES, {})[position] = (values, dim)
 
     def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
         """(multipliers, dim) of `param` as set, dim counted from the front, or None. Raises InputError for a parameter that is not here."""
         group, position = self._locate(param)
-        return group.get(_RATES, {}).get(position)
+        return group.get(RATES, {}).get(position)
 
     def _locate(self, param: Tensor) -> tuple[dict[str, Any], int]:
         for group in self.param_groups:
@@ -247,22 +236,21 @@ class AdamW(torch.optim.Optimizer):
         return AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights, on_device)
 
     def _tensors(self, group: dict[str, Any], position: int, ordinal: int, param: Tensor, options: AdamWOptions) -> AdamWTensors:
-        state = self.state[param]
+        state, kept = self.state[param], self._kept(group, param)
         if "step" not in state:
-            state["step"] = torch.zeros((), device=_step_device(group, param))
-        for key in _MOMENTS[: 3 if group["amsgrad"] else 2]:
+            state["step"] = torch.zeros((), device=kept.step_device)
+        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
             if key not in state:
-                state[key] = torch.zeros_like(param, dtype=self._moment_dtype(param), memory_format=torch.preserve_format).detach()
-        master = None
-        key = _MASTER_KEYS.get(self.master_weights)
-        if key is not None and needs_master(param):
+                state[key] = torch.zeros_like(param, dtype=kept.moments, memory_format=torch.preserve_format).detach()
+        master, key = None, kept.master_key
+        if key is not None:
             if key not in state:
-                dtype = self._master_dtype(param)
-                state[key] = param.detach().to(dtype) if key == "master" else torch.zeros_like(param, dtype=dtype).detach()
+                start = param.detach().to(kept.master) if key == "master" else torch.zeros_like(param, dtype=kept.master).detach()
+                state[key] = start
             elif key != "master" and self._written.get(param, param._version) != param._version:
                 state[key].zero_()
             master = state[key]
-        multipliers, dim = group.get(_RATES, {}).get(position, (None, 0))
+        multipliers, dim = group.get(RATES, {}).get(position, (None, 0))
         if multipliers is not None:
             if multipliers.shape != param.shape[dim : dim + multipliers.ndim]:
                 raise InputError(
@@ -274,17 +262,19 @@ class AdamW(torch.optim.Optimizer):
         moments = (state["exp_avg"], state["exp_avg_sq"], vmax)
         return AdamWTensors(param, param.grad, state["step"], *moments, master, multipliers, dim, ordinal, options)
 
-    def _moment_dtype(self, param: Tensor) -> torch.dtype:
-        return param.dtype if self.state_dtype is None or param.is_complex() else self.state_dtype
-
-    def _master_dtype(self, param: Tensor) -> torch.dtype:
-        return {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
+    def _kept(self, group: dict[str, Any], param: Tensor) -> Kept:
+        """How the state of `param` is kept here."""
+        moments = param.dtype if self.state_dtype is None or param.is_complex() else self.state_dtype
+        key = MASTER_KEYS.get(self.master_weights) if needs_master(param) else None
+        master = {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
+        on_device = group["capturable"] or group["fused"]
+        return Kept(param.device if on_device else torch.device("cpu"), moments, key, master)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's. Per parameter that has been updated the keys `unit_lr` (fp32, the shape given) and `unit_dim` stand beside its state;
         rates of the others stand in their group as `unit_lr`: {position: (multipliers, dim)}."""
         # A hook, so that the user's own hooks see the rates too.
-        hook = self.register_state_dict_post_hook(_rates_into_state, prepend=True)
+        hook = self.register_state_dict_post_hook(rates_into_state, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -294,7 +284,7 @@ class AdamW(torch.optim.Optimizer):
         """torch's, from this class or torch.optim.AdamW, except that tensors are copied and each key gets the dtype it has here: moments
         `state_dtype`, multipliers fp32, masters their own. A master of another mode, or one that was cast on the way, is dropped and
         starts again from the parameter. A state dict without any rates leaves those set here."""
-        hook = self.register_load_state_dict_pre_hook(_protect_from_cast)
+        hook = self.register_load_state_dict_pre_hook(protect_from_cast)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -305,7 +295,7 @@ class AdamW(torch.optim.Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before = [group.get(_RATES) for group in self.__dict__.get("param_groups", [])]
+        before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._written = WeakIdKeyDictionary()
         for group in self.param_groups:
@@ -314,58 +304,13 @@ class AdamW(torch.optim.Optimizer):
             group["decoupled_weight_decay"] = True
             for position, param in enumerate(group["params"]):
                 if param in self.state:
-                    kept = self.state[param] = self._restored(group, param, self.state[param])
+                    kept = self.state[param] = restored(self.state[param], self._kept(group, param), param.device)
                     if "unit_lr" in kept:
-                        group.setdefault(_RATES, {})[position] = (kept.pop("unit_lr"), kept.pop("unit_dim"))
-        if not any(group.get(_RATES) for group in self.param_groups):
+                        group.setdefault(RATES, {})[position] = (kept.pop("unit_lr"), kept.pop("unit_dim"))
+        if not any(group.get(RATES) for group in self.param_groups):
             for group, rates in zip(self.param_groups, before, strict=False):
                 if rates:
-                    group[_RATES] = rates
-
-    def _restored(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        own_key = _MASTER_KEYS.get(self.master_weights) if needs_master(param) else None
-        result = {}
-        for key, value in state.items():
-            if key == "step":
-                # torch 1.x kept it as a number.
-                tensor = value.tensor if isinstance(value, _Uncast) else torch.as_tensor(value)
-                result[key] = tensor.to(_step_device(group, param), torch.float32, copy=isinstance(value, _Uncast))
-            elif not isinstance(value, _Uncast):
-                result[key] = value
-            elif key in _MASTER_KEYS.values():
-                if key == own_key and value.tensor.dtype == self._master_dtype(param):
-                    result[key] = value.tensor.to(param.device, copy=True)
-            else:
-                dtypes = {"unit_lr": torch.float32} | dict.fromkeys(_MOMENTS, self._moment_dtype(param))
-                result[key] = value.tensor.to(param.device, dtypes.get(key, value.tensor.dtype), copy=True)
-        return result
-
-
-def _rates_into_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    states = state_dict["state"]
-    for group in state_dict["param_groups"]:
-        waiting = {}
-        for position, (multipliers, dim) in group.pop(_RATES, {}).items():
-            parameter = group["params"][position]
-            if states.get(parameter):
-                states[parameter] = states[parameter] | {"unit_lr": multipliers, "unit_dim": dim}
-            else:
-                waiting[position] = (multipliers, dim)
-        if waiting:
-            group[_RATES] = waiting
-
-
-def _protect_from_cast(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def wrap(state: Any) -> Any:
-        if not isinstance(state, dict):
-            return state
-        return {key: _Uncast(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-    return state_dict | {"state": {parameter: wrap(state) for parameter, state in state_dict["state"].items()}}
-
-
-def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:
-    return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
+                    group[RATES] = rates
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:

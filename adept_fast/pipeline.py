@@ -9,7 +9,6 @@ what differs: nothing that was made is overwritten by another setting (eval.json
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from adept_fast import checkpoint
 from adept_fast.artefacts import read_json, remove_leftovers, write_json, write_text
 from adept_fast.corpora import Corpora
+from adept_fast.data.documents import Documents
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
@@ -28,22 +28,13 @@ from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
 from adept_fast.importance import LayerScores, check_choice, score_layers, select_layers, undecided
+from adept_fast.inputs import changed, digest, require_same
 from adept_fast.recipe import Recipe
 from adept_fast.record import AdeptConfig, versions
 from adept_fast.report import layer_profile, save_png, write_report
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs that differ."""
-    now = json.loads(json.dumps(now, default=str))
-    return sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
 
 
 class Pipeline:
@@ -93,16 +84,8 @@ class Pipeline:
     def _base_inputs(self) -> dict[str, Any]:
         return {"model": self.sha256, "dtype": self.recipe.dtype, "attn_implementation": self.recipe.attn_implementation}
 
-    def _current(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-        """True when the artefact was made from these inputs; raises InputError when it was made from others."""
-        differing = changed(recorded, now)
-        if "model" in differing:
-            raise InputError(f"{path} belongs to another model than {self.recipe.model_name_or_path}: choose another output_dir")
-        if differing:
-            raise InputError(
-                f"{path} was made with other settings ({', '.join(differing)}): choose another output_dir, or remove it to redo it"
-            )
-        return True
+    def _require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        require_same(path, recorded, now, self.recipe.model_name_or_path)
 
     def _items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
         """Tokenised items that fit the model; those that do not are left out and counted."""
@@ -128,7 +111,7 @@ class Pipeline:
         inputs = self._score_inputs()
         if self.scores_path.exists():
             scores = LayerScores.load(self.scores_path)
-            self._current(self.scores_path, scores.inputs, inputs)
+            self._require_same(self.scores_path, scores.inputs, inputs)
             self.say(f"{self.scores_path}: up to date")
         else:
             records = self.corpora.scoring()
@@ -168,13 +151,13 @@ class Pipeline:
     def expand(self) -> AdeptConfig:
         scores = LayerScores.load(self.scores_path) if self.scores_path.exists() else None
         if scores is not None and "model" in changed(scores.inputs, self._score_inputs()):
-            self._current(self.scores_path, scores.inputs, self._score_inputs())
+            self._require_same(self.scores_path, scores.inputs, self._score_inputs())
         layers = self._chosen(scores)
         steering = self.corpora.steering()
         inputs = {**self._base_inputs(), "expand.layers": layers, "steering items": self.corpora.digest(steering)}
         if self.expanded.exists():
             record = AdeptConfig.load(self.expanded)
-            self._current(self.expanded, record.inputs, inputs)
+            self._require_same(self.expanded, record.inputs, inputs)
             self.say(f"{self.expanded}: up to date")
             return record
         expand = self.recipe.expand
@@ -210,6 +193,19 @@ class Pipeline:
             raise InputError(f"{path}: missing: run adept-fast {stage} first (the same recipe), or adept-fast run for all stages")
 
     # stage 2
+    @cached_property
+    def documents(self) -> Documents:
+        """The domain as tokens. What tuning is going to do with it is said when it is first asked for."""
+        from adept_fast.tuning import plan
+
+        training = self.corpora.training()
+        documents = training.tokenize(self.tokenizer, self.quiet)
+        planned, _ = plan(documents, training.weights, self._tuning_settings(), self.positions)
+        for line in (str(planned), planned.warning):
+            if line:
+                self.say(line)
+        return documents
+
     def _tuning_settings(self) -> TuningSettings:
         from adept_fast.tuning import TuningSettings
 
@@ -233,19 +229,20 @@ class Pipeline:
             **{f"tune.{key}": value for key, value in tune.training.items()},
         }
         if self.tuned.exists():
-            self._current(self.tuned, AdeptConfig.load(self.tuned).inputs, inputs)
+            self._require_same(self.tuned, AdeptConfig.load(self.tuned).inputs, inputs)
             self.say(f"{self.tuned}: up to date")
             return
+        _ = self.documents
         started = self.work / "inputs.json"
         if started.exists():
-            self._current(self.work, read_json(started), inputs)
+            self._require_same(self.work, read_json(started), inputs)
         write_json(started, json.loads(json.dumps(inputs, default=str)))
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
         tune_checkpoint(
             self.expanded,
             self.tuned,
-            training.tokenize(self.tokenizer, self.quiet),
+            self.documents,
             training.weights,
             self._items(self.corpora.steering()),
             {"general": self._items(self.corpora.reporting(tune.max_items)), "domain": held.items},
@@ -284,7 +281,7 @@ class Pipeline:
             result = read_json(self.eval_path)
             differing = changed(result.get("inputs", {}), inputs)
             if "model" in differing:
-                self._current(self.eval_path, result.get("inputs", {}), inputs)
+                self._require_same(self.eval_path, result.get("inputs", {}), inputs)
             if not differing:
                 self.say(f"{self.eval_path}: up to date")
                 return result
@@ -302,6 +299,8 @@ class Pipeline:
 
     def report(self) -> Path:
         """report.html, and the resolved recipe beside it: recipe.yaml, which makes the run again."""
+        if not any(path.exists() for path in (self.scores_path, self.expanded, self.eval_path)):
+            raise InputError(f"{self.folder}: holds no artefacts to report: run adept-fast run first")
         import yaml
 
         kept = self.folder / "recipe.yaml"
@@ -321,7 +320,9 @@ class Pipeline:
         skeleton = checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code)
         describe(skeleton)
         check_choice(len(decoder_layers(skeleton)), expand.k, expand.placement, expand.layers)
-        _ = self.corpora.probe, self.corpora.training(), self._evaluation_corpora
+        _ = self.corpora.probe, self._evaluation_corpora
+        if not self.tuned.exists():
+            _ = self.documents
 
     def run(self) -> dict[str, Any]:
         """All stages that are due, in order."""

@@ -48,7 +48,7 @@ class UnitImportance:
 
 def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """sum g^2, sum |theta g| and sum theta g for each index of `dim`, fp32 [parameter.shape[dim]], by the backend that fits the device."""
-    if backend.resolve("saliency", parameter.device) == "triton" and parameter.ndim <= 2:
+    if backend.resolve("saliency", parameter.device) == "triton":
         from adept_fast.kernels import saliency
 
         return saliency.saliency_sums(parameter, gradient, dim)

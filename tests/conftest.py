@@ -1,9 +1,11 @@
-"""Tests marked `gpu` are skipped, by name, where there is no CUDA device."""
+"""Tests marked `gpu` are skipped, by name, where there is no CUDA device. One thread: tiny tensors gain nothing from more."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,7 +36,7 @@ class Source:
         if not isinstance(value, Mapping) or "path" not in value or set(value) - known:
             raise InputError(f"a source is a path or {{path, split, column, weight}}, found {value!r}")
         source = cls(**value)
-        if not float(source.weight) > 0:
+        if isinstance(source.weight, bool) or not isinstance(source.weight, (int, float)) or not source.weight > 0:
             raise InputError(f"{source.path}: weight must be above 0, found {source.weight!r}")
         return source
 

@@ -3,6 +3,6 @@
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.rates import MAPS, unit_rates
 from adept_fast.tuning.trainer import AdeptTrainer
-from adept_fast.tuning.tune import TuningSettings, check_settings, tune_checkpoint
+from adept_fast.tuning.tune import TuningSettings, check_settings, plan, tune_checkpoint
 
-__all__ = ["MAPS", "AdeptCallback", "AdeptTrainer", "TuningSettings", "check_settings", "tune_checkpoint", "unit_rates"]
+__all__ = ["MAPS", "AdeptCallback", "AdeptTrainer", "TuningSettings", "check_settings", "plan", "tune_checkpoint", "unit_rates"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +20,13 @@ from adept_fast.data.items import Item
 from adept_fast.data.packing import Blocks, document_order
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion import load_first_importance
-from adept_fast.families import layers_path, text_config
+from adept_fast.families import layers_path
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.rates import MAPS
 from adept_fast.tuning.trainer import AdeptTrainer
 from adept_fast.units import GRANULARITIES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MANY_EPOCHS = 4  # repeated text beyond this teaches little and is memorised
 
@@ -70,6 +67,12 @@ class Plan:
             f"{self.documents:,} documents ({self.corpus_tokens:,} tokens in {self.blocks:,} blocks of {self.block_size}, {rows})"
         )
 
+    @property
+    def warning(self) -> str | None:
+        if self.epochs <= MANY_EPOCHS:
+            return None
+        return f"warning: {self.epochs:.1f} epochs over the same text; above {MANY_EPOCHS} it is memorised rather than learnt"
+
 
 def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingArguments:
     """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept."""
@@ -89,13 +92,20 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingAr
         raise InputError(f"tune: {str(error).splitlines()[0]}") from None
 
 
-def plan(blocks: Blocks, documents: int, args: TrainingArguments, one_per_row: bool) -> Plan:
+def plan(
+    documents: Documents, weights: np.ndarray, settings: TuningSettings, positions: int, pad_token: int = 0, one_per_row: bool = False
+) -> tuple[Plan, Blocks]:
+    """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
+    if settings.block_size < 2:
+        raise InputError(f"tune.block_size must be 2 or more, found {settings.block_size}")
+    block_size = min(settings.block_size, positions)
+    blocks = Blocks(documents, document_order(len(documents), weights, settings.seed), block_size, pad_token, one_per_row)
+    args = arguments(settings, Path("unused"), quiet=True)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     in_epoch = math.ceil(len(blocks) / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
-    return Plan(
-        documents, blocks.tokens, len(blocks), blocks.block_size, steps, per_step * blocks.block_size, steps / in_epoch, one_per_row
-    )
+    tokens_per_step = per_step * block_size
+    return Plan(len(documents), blocks.tokens, len(blocks), block_size, steps, tokens_per_step, steps / in_epoch, one_per_row), blocks
 
 
 def tune_checkpoint(
@@ -122,17 +132,12 @@ def tune_checkpoint(
     model = checkpoint.load_model(expanded, **loading)
     tokenizer = checkpoint.load_tokenizer(expanded)
     args = arguments(settings, work, quiet)
-    block_size = _block_size(model, settings.block_size, say)
-    order = document_order(len(documents), weights, settings.seed)
-    blocks = Blocks(documents, order, block_size, tokenizer.pad_token_id or 0)
-    one_per_row = not keeps_documents_apart(model, blocks)
-    if one_per_row:
-        say(f"{model.config.model_type} leaks across packed documents: training one document a row")
-        blocks = Blocks(documents, order, block_size, tokenizer.pad_token_id or 0, one_per_row=True)
-    planned = plan(blocks, len(documents), args, one_per_row)
-    say(str(planned))
-    if planned.epochs > MANY_EPOCHS:
-        say(f"warning: {planned.epochs:.1f} epochs over the same text; above {MANY_EPOCHS} it is memorised rather than learnt")
+    padding = tokenizer.pad_token_id or 0
+    positions = checkpoint.positions(expanded)
+    planned, blocks = plan(documents, weights, settings, positions, padding)
+    if not keeps_documents_apart(model, blocks):
+        planned, blocks = plan(documents, weights, settings, positions, padding, one_per_row=True)
+        say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
     events = TrainerLog(log)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     if last is None:
@@ -183,12 +188,3 @@ def check_settings(settings: TuningSettings) -> None:
 
 def _step(folder: str) -> int:
     return int(folder.rpartition("-")[2])
-
-
-def _block_size(model: PreTrainedModel, wanted: int, say: Callable[[str], None]) -> int:
-    limit = getattr(text_config(model), "max_position_embeddings", None) or wanted
-    if wanted < 2:
-        raise InputError(f"tune.block_size must be 2 or more, found {wanted}")
-    if wanted > limit:
-        say(f"tune.block_size {wanted} is cut to the model's {limit} positions")
-    return min(wanted, limit)

@@ -1,0 +1,33 @@
+"""What an artefact was made from: a flat record of inputs, compared before it is used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adept_fast.errors import InputError
+
+
+def digest(content: Any) -> str:
+    """sha256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs that differ."""
+    now = json.loads(json.dumps(now, default=str))
+    return sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
+
+
+def require_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str) -> None:
+    """Raise InputError, naming what differs, for an artefact that was made from another model or with other settings."""
+    differing = changed(recorded, now)
+    if "model" in differing:
+        raise InputError(f"{path} belongs to another model than {model}: choose another output_dir")
+    if differing:
+        raise InputError(
+            f"{path} was made with other settings ({', '.join(differing)}): choose another output_dir, or remove it to redo it"
+        )
