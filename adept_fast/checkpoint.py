@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+IDENTITY = ("config.json", "tokenizer", "vocab", "merges", "chat_template", "added_tokens", "special_tokens")  # beginnings of names
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 NOT_CARRIED_NAMES = ("config.json", INDEX, RECORD)
 
@@ -81,11 +83,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 over config, weights and tokenizer files: what identifies a source."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if (
-            file.name == "config.json"
-            or file.suffix in (".safetensors", ".model")
-            or file.name.startswith(("tokenizer", "vocab", "merges"))
-        ):
+        if file.is_file() and (file.suffix in (".safetensors", ".model") or file.name.startswith(IDENTITY)):
             with file.open("rb") as stream:
                 digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
@@ -94,19 +92,25 @@ def fingerprint(folder: Path) -> str:
 def positions(folder: Path) -> int:
     """The most tokens the model takes (max_position_embeddings), or 2^20 where its config sets no limit."""
     config = read_json(folder / "config.json")
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 1 << 20
+    limits = [table.get(key) for table in (config, config.get("text_config") or {}) for key in POSITIONS]
+    return next(filter(None, limits), 1 << 20)
 
 
-def differing_tensors(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that two checkpoints hold with different bits, or only one of them holds."""
+def differing_tensors(one: Path, other: Path, rename: Callable[[str], str] = str) -> list[str]:
+    """Names of the tensors of `one` whose counterpart in `other`, under its renamed name, has other bits.
+
+    Tensors without a counterpart (one of two tied ones, say) and tensors kept in another dtype are not compared.
+    """
     files = [{name: file for file in weight_files(folder) for name in _names(file)} for folder in (one, other)]
-    differing = sorted(files[0].keys() ^ files[1].keys())
-    for name in files[0].keys() & files[1].keys():
-        with safe_open(files[0][name], framework="pt") as first, safe_open(files[1][name], framework="pt") as second:
-            tensors = first.get_tensor(name), second.get_tensor(name)
-        if tensors[0].dtype != tensors[1].dtype or not torch.equal(tensors[0].view(torch.uint8), tensors[1].view(torch.uint8)):
-            differing.append(name)
-    return sorted(differing)
+    differing = []
+    for name in sorted(files[0]):
+        twin = rename(name)
+        if twin in files[1]:
+            with safe_open(files[0][name], framework="pt") as first, safe_open(files[1][twin], framework="pt") as second:
+                tensors = first.get_tensor(name).flatten(), second.get_tensor(twin).flatten()
+            if tensors[0].dtype == tensors[1].dtype and not torch.equal(tensors[0].view(torch.uint8), tensors[1].view(torch.uint8)):
+                differing.append(name)
+    return differing
 
 
 def _names(file: Path) -> list[str]:

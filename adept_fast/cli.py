@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from adept_fast.errors import InputError
 
@@ -91,15 +92,17 @@ def _run(command: str, settings: Sequence[str]) -> None:
     from adept_fast.pipeline import Pipeline
 
     _calm_libraries()
-    files = [setting for setting in settings if "=" not in setting]
+    files = [setting for setting in settings if "=" not in setting or Path(setting).is_file()]
     if len(files) > 1:
         raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
-    overrides = [setting for setting in settings if "=" in setting]
+    overrides = [setting for setting in settings if setting not in files]
     quiet = None if sys.stderr.isatty() else True
     if command == "demo":
         from adept_fast import demo
 
-        demo.run(files[0] if files else None, overrides, quiet)
+        if files:
+            raise InputError(f"{files[0]}: demo takes settings only; for a recipe use adept-fast run")
+        demo.run(overrides, quiet)
         return
     pipeline = Pipeline(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say, quiet)
     stages: dict[str, Callable[[], object]] = {

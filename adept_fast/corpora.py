@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from adept_fast.data.documents import Documents, tokenize_documents
-from adept_fast.data.items import check_item, content_hash, document_text
-from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.items import check_item, content_hash, document_text, is_choice
+from adept_fast.data.sources import Record, read
 from adept_fast.data.splits import ProbeParts, by_hash, hold_out, split_probe
 from adept_fast.errors import InputError
 from adept_fast.recipe import Recipe
@@ -75,29 +75,43 @@ class Corpora:
         return by_hash(_with_text(read(source), source.column))[:limit]
 
     @cached_property
-    def _domain(self) -> tuple[list[tuple[Source, list[Record]]], list[Record]]:
-        """Training records by source, and held-out records (documents as training sees them, or eval.domain as it is)."""
+    def _documents(self) -> list[tuple[str, float]]:
+        """(text, weight) of every domain document."""
         if not self.recipe.domain:
             raise InputError("domain is missing: give it as domain=file or in the recipe")
-        sources = [(source, read(source)) for source in self.recipe.domain]
+        return [(document_text(record, source.column), source.weight) for source in self.recipe.domain for record in read(source)]
+
+    @cached_property
+    def _held_out(self) -> list[Record]:
+        """eval.domain as it is, or the documents that are held out."""
         given = self.recipe.eval.domain
         if given is not None:
-            return sources, _with_text(read(given), given.column)
-        split = [(source, hold_out(records, source.path)) for source, records in sources]
-        held = [Record({"text": document_text(record, source.column)}, record.where) for source, sides in split for record in sides[1]]
-        return [(source, sides[0]) for source, sides in split], held
+            return _with_text(read(given), given.column)
+        texts = [text for text, _ in self._documents]
+        held = hold_out(texts, ", ".join(source.path for source in self.recipe.domain))
+        return [Record({"text": text}, "held-out document") for text in sorted(held)]
 
     def held_out(self, limit: int | None) -> list[Record]:
-        return by_hash(self._domain[1])[:limit]
+        return by_hash(self._held_out)[:limit]
 
     @cached_property
     def _training(self) -> TrainingText:
-        parts = list(self._domain[0])
-        if self.recipe.tune.replay is not None:
-            parts.append((self.recipe.tune.replay, read(self.recipe.tune.replay)))
-        texts = [document_text(record, source.column) for source, records in parts for record in records]
-        weights = [float(source.weight) for source, records in parts for _ in records]
-        return TrainingText(texts, np.array(weights))
+        replay = self.recipe.tune.replay
+        documents = list(self._documents)
+        if replay is not None:
+            documents += [(document_text(record, replay.column), replay.weight) for record in read(replay)]
+        parts = self.probe
+        probe = _texts([*parts.scoring, *parts.steering, *parts.reporting], self.recipe.probe.column)
+        purposes = probe | _texts(self._held_out)
+        kept = [(text, weight) for text, weight in documents if text not in purposes]
+        if not kept:
+            raise InputError("domain: every document is held out or stands in the probe: none is left to train on")
+        return TrainingText([text for text, _ in kept], np.array([float(weight) for _, weight in kept]))
 
     def training(self) -> TrainingText:
+        """Domain and replay documents that serve no other purpose."""
         return self._training
+
+
+def _texts(records: Sequence[Record], column: str | None = None) -> set[str]:
+    return {document_text(record, column) for record in records if not is_choice(record) and "input_ids" not in record.content}

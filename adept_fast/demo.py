@@ -41,17 +41,14 @@ MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv d
            "unittest urllib.parse urllib.request uuid weakref zipfile").split()  # fmt: skip
 
 
-def run(path: str | None, overrides: Sequence[str], quiet: bool | None) -> None:
-    """Fetch the model once, write the domain text once, and run all stages."""
+def run(overrides: Sequence[str], quiet: bool | None) -> None:
+    """Fetch the model once, write the domain text once, and run all stages with SETTINGS and `overrides`."""
     folder = cache_folder()
     given = [f"model_name_or_path={model(folder)}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
-    pipeline = Pipeline(recipe.load(path, given), quiet=quiet, say=lambda line: print(line, flush=True))
+    pipeline = Pipeline(recipe.load(None, given), quiet=quiet, say=lambda line: print(line, flush=True))
     with pipeline.held():
-        models = pipeline.run()["models"]
-    for corpus in ("domain", "general"):
-        base, tuned = models["base"][corpus], models["tuned"][corpus]
-        print(f"{corpus} loss: base {base['loss']:.3f} -> tuned {tuned['loss']:.3f} nats per token")
+        pipeline.run()
 
 
 def model(folder: Path) -> Path:

@@ -6,10 +6,10 @@ zeroing the output projections of both branches (pre-norm). Others are refused b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,8 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> 
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: object) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for a module's for the time being, and put back what stood there (accelerate patches instances too)."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -151,7 +152,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def body(*args: object, **kwargs: object) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=hidden[None])
 
-    with _replaced_forward(model.base_model, body):
+    with replaced_forward(model.base_model, body):
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 

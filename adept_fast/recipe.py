@@ -9,10 +9,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from adept_fast.data.items import STYLES
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
 
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
+WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps")
+PLAIN_TEXT = ("model_name_or_path", "output_dir", "revision", "dtype", "attn_implementation")
 TRAINING = {
     "learning_rate": 2.0e-4,
     "num_train_epochs": 1,
@@ -108,6 +111,10 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     for override in overrides:
         _override(content, override)
     recipe = _build(Recipe, content, "")
+    if recipe.score.probe_format not in STYLES:
+        raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {recipe.score.probe_format!r}")
+    if not 0 <= recipe.seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, found {recipe.seed}")
     for key in required:
         if not getattr(recipe, key):
             raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
@@ -124,6 +131,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{override}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+    if key in PLAIN_TEXT and text not in ("", "null"):
+        value = text  # YAML would read 010, 1_0 or a date as something else
     *parents, last = key.split(".")
     table = content
     for parent in parents:
@@ -168,8 +177,11 @@ def _training(key: str, value: Any) -> dict[str, Any]:
         raise InputError(f"tune.{key} is set by the recipe's {SET_ELSEWHERE[key]}")
     if key not in known:
         raise _nearest(key, [*known, *(entry.name for entry in fields(Tune) if entry.name != "training")], "tune.")
-    if isinstance(value, str) and isinstance(known[key].default, float):
+    default = known[key].default
+    if isinstance(value, str) and isinstance(default, (int, float)) and not isinstance(default, bool):
         value = _number(value, f"tune.{key}")
+    if key in WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"tune.{key} must be a whole number of 1 or more, found {value!r}")
     return {key: value}
 
 

@@ -62,6 +62,9 @@ def _only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = mode
     for parameter, _ in before:
         parameter.requires_grad_(id(parameter) in wanted)
     try:

@@ -1,7 +1,7 @@
 """What a unit is: a functional part of a copied layer that gets a learning rate of its own.
 
 granularity "tensor": each attention projection, each MLP projection, each norm (the parts of a fused projection apart);
-"head": the attention projections cut by head, rows of q, k, v and columns of the output projection; the rest as "tensor";
+"head": projections named q_proj, k_proj, v_proj, qkv_proj (by rows) and o_proj (by columns) cut by head; the rest as "tensor";
 "neuron": the projections cut by row, output projections by column; norms whole.
 A unit is a set of indices along one dimension of each of its parameters; a bias belongs to the unit of its weight.
 """

@@ -14,6 +14,8 @@ import pytest
 import tiny_models
 
 from adept_fast.cli import COMMANDS, main
+from adept_fast.corpora import Corpora
+from adept_fast.recipe import load
 
 
 @pytest.fixture
@@ -63,12 +65,19 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["tune.units=layer"], "units must be one of"),
         (["score.method=magic"], "method must be one of"),
         (["tune.warmup_steps=-1"], "warmup_steps"),
-        (["dtype=float8"], "dtype"),
+        (["dtype=float8"], "dtype must be a torch dtype"),
+        (["score.probe_format=Chat"], "score.probe_format must be one of"),
+        (["tune.save_only_model=true"], "tune.save_only_model"),
+        (["tune.eval_strategy=steps"], "tune.eval_strategy"),
+        (["tune.learning_rate=-1"], "Invalid learning rate"),
+        (["tune.per_device_train_batch_size=0"], "tune.per_device_train_batch_size must be a whole number"),
+        (["domain={path: domain.txt, weight: 0.0001}"], "leave no document"),
+        (["seed=-1"], "seed must be from 0"),
     ],
 )
 def test_bad_settings(here: Path, capsys: pytest.CaptureFixture, settings: list[str], message: str) -> None:
     assert message in fails(capsys, "run", *settings)
-    assert not (here / "out" / "tuned").exists() and not list(here.rglob(".partial*"))
+    assert not any((here / "out" / name).exists() for name in ("scores.json", "expanded", "tuned")) and not list(here.rglob(".partial*"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,8 @@ def test_damaged_model_and_unsupported_family(here: Path, capsys: pytest.Capture
     assert "model.safetensors: corrupt or truncated" in fails(capsys, "score")
     shutil.rmtree(here / "model")
     tiny_models.checkpoint(here / "model", "gemma2", head_dim=8)
-    assert "gemma2: cannot be expanded: the norm 'post_attention_layernorm'" in fails(capsys, "run") or "post-norm" in fails(capsys, "run")
+    said = fails(capsys, "run")
+    assert "gemma2: cannot be expanded" in said and "post-norm" in said
     assert not (here / "out" / "expanded").exists()
 
 
@@ -104,6 +114,23 @@ def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) ->
     assert "run adept-fast expand first" in fails(capsys, "verify")
     for command in ("score", "expand", "verify", "tune", "eval", "report"):
         assert main([command, *BASE]) == 0, command
+
+
+def test_another_model_is_not_taken_for_the_one_that_was_expanded(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
+    tiny_models.checkpoint(here / "other", seed=7)
+    for command in ("tune", "eval", "verify"):
+        assert "another model" in fails(capsys, command, "model_name_or_path=other"), command
+    assert "expanded already" in fails(capsys, "run", "model_name_or_path=out/expanded", "output_dir=out2")
+
+
+def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> None:
+    texts = [f"{sentence} {number}" for number, sentence in enumerate(tiny_models.SENTENCES * 3)]
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)))
+    (here / "b.jsonl").write_text("".join(json.dumps({"text": text, "id": -number}) + "\n" for number, text in enumerate(texts[::2])))
+    corpora = Corpora(load(None, ["model_name_or_path=model", "domain=[a.jsonl, b.jsonl]", "probe=probe.jsonl", "tune.replay=probe.jsonl"]))
+    trained, held = set(corpora.training().texts), {record.content["text"] for record in corpora.held_out(None)}
+    assert len(held) == 2 and trained == set(texts) - held
 
 
 def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> None:

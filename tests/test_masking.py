@@ -96,16 +96,20 @@ def test_model_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_journal_resumes_to_the_same_bits(tmp_path) -> None:
+def test_journal_resumes_to_the_same_bits(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = tiny_models.model(), tiny_models.items(5)
     path = tmp_path / "journal"
     whole = score_layers(model, items, quiet=True, journal=path)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third item's line
+    measured = []
+    measure = masking.measure
+    monkeypatch.setattr(masking, "measure", lambda *given: measured.append(given) or measure(*given))
     resumed = score_layers(model, items, quiet=True, journal=path)
-    assert resumed.profiles == whole.profiles
-    path.write_text(lines[0].replace('"items": 5', '"items": 6') + "".join(lines[1:]))  # another run's
-    assert score_layers(model, items, quiet=True, journal=path).profiles == whole.profiles
+    assert resumed.profiles == whole.profiles and len(measured) == 3
+    other = tiny_models.items(5, seed=8)
+    assert score_layers(model, other, quiet=True, journal=path).profiles != whole.profiles, "another probe's rows were taken"
+    assert score_layers(tiny_models.model(seed=4), items, quiet=True, journal=path).profiles != whole.profiles
 
 
 def test_scores_round_trip(tmp_path) -> None:

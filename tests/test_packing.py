@@ -75,10 +75,15 @@ def test_the_check_finds_a_family_that_leaks() -> None:
     assert not keeps_documents_apart(model, Blocks(documents(), np.arange(len(LENGTHS)), 32))
 
 
+def test_blocks_with_nothing_to_predict_are_left_out() -> None:
+    assert len(Blocks(documents([65]), np.arange(1), 64)) == 1 and len(Blocks(documents([1, 1]), np.arange(2), 8)) == 0
+
+
 def test_one_document_a_row_needs_no_isolation() -> None:
     source = documents()
     blocks = Blocks(source, np.arange(len(source)), 32, one_per_row=True)
-    assert all(len(blocks.documents(index)) == 1 for index in range(len(blocks))) and blocks.tokens == source.tokens
+    assert all(len(blocks.documents(index)) == 1 for index in range(len(blocks)))
+    assert blocks.tokens == source.tokens - LENGTHS.count(1)
     assert keeps_documents_apart(tiny_models.model("bloom", n_layer=2, n_head=4), blocks)
 
 

@@ -41,6 +41,11 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
     assert load(str(path)) == recipe
 
 
+def test_text_stays_text_and_numbers_are_read() -> None:
+    recipe = load(None, [*NEEDED, "output_dir=010", "revision=0123456", "tune.warmup_steps=3e-2"])
+    assert (recipe.output_dir, recipe.revision, recipe.tune.training["warmup_steps"]) == ("010", "0123456", 0.03)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -57,6 +62,7 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
         (["score.max_items"], "expected key=value"),
         (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
         (["domain="], "domain must not be empty"),
+        (["domain={path: null}"], "a source's path must be text"),
     ],
 )
 def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:

@@ -36,8 +36,9 @@ PLACES = (
     ("adept_fast.importance.masking:measure", 7),  # scoring
     ("adept_fast.expansion.write:first_importance", 0),
     ("adept_fast.expansion.write:verify_expansion", 0),  # expanding, all written but the name
+    ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.callback:unit_rates", 2),  # a refresh
-    ("adept_fast.tuning.trainer:save_file", 1),  # a checkpoint
+    ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint
     ("adept_fast.checkpoint:differing_tensors", 0),  # the tuned model, all written but the name
     ("adept_fast.pipeline:evaluate", 1),
 )
@@ -93,16 +94,18 @@ def artefacts(folder: Path) -> dict[str, object]:
 def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path) -> None:
     whole = command(folder, "whole", "nowhere", 0)
     assert whole.returncode == 0, whole.stderr
+    resumptions = 0
     for place, calls in PLACES:
         killed = command(folder, "killed", place, calls)
         assert killed.returncode == -9, f"{place} was not reached: {killed.stderr}"
+        resumptions += "resuming from checkpoint-" in killed.stdout
     resumed = command(folder, "killed", "nowhere", 0)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming" not in whole.stdout
+    assert resumptions == 3 and "resuming" not in whole.stdout
     expected, found = artefacts(folder / "whole"), artefacts(folder / "killed")
     for name in expected:
         assert found[name] == expected[name], name
-    assert not list((folder / "killed").glob(".partial*")) and (folder / "killed" / "report.html").is_file()
+    assert not list((folder / "killed").rglob(".partial*")) and (folder / "killed" / "report.html").is_file()
 
 
 def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +130,6 @@ def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.Capture
             parts[2] = str(index + sum(source < index for source in places))
         assert tensor.equal(tuned[".".join(parts)]), name
     assert main(arguments) == 0 and capsys.readouterr().out.count("up to date") == 4
+    assert main(["run", str(output / "recipe.yaml")]) == 0 and capsys.readouterr().out.count("up to date") == 4
     assert main(["verify", *arguments[1:]]) == 0 and main(["verify", *arguments[1:], "dtype=bfloat16"]) == 0
     assert checkpoint.load_model(output / "tuned").adept_config.copies

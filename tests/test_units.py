@@ -94,6 +94,14 @@ def test_importance_leaves_gradients_rng_and_modes_alone() -> None:
     assert after.keys() == gradients.keys() and all(torch.equal(after[name], gradients[name]) for name in gradients)
 
 
+def test_gradient_checkpointing_changes_no_importance() -> None:
+    model, items = expanded().train(), tiny_models.items(3)
+    units = Units.of(model)
+    expected = score_units(model, items, units, quiet=True)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(score_units(model, items, units, quiet=True).abs_taylor, expected.abs_taylor) and model.training
+
+
 def test_a_silent_copy_has_no_signal_and_its_source_gives_the_first_rates() -> None:
     model, items = expanded(trained=False), tiny_models.items(3)
     units = Units.of(model)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+STYLES = ("plain", "chat")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -45,13 +46,13 @@ class Choices:
 
 def content_hash(content: Mapping[str, Any]) -> str:
     """sha256 of a record's content: what decides its part of a split, whichever file it stands in."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")).hexdigest()
 
 
 def document_text(record: Record, column: str | None = None) -> str:
     """The text of a record to train on: its text column, or instruction and output joined."""
     content = record.content
-    if column is None and "text" not in content and "instruction" in content and "output" in content:
+    if column is None and {"instruction", "output"} <= content.keys():
         prompt, answer = _prompt_and_answer(record)
         return prompt + answer
     key = column or "text"
@@ -61,6 +62,14 @@ def document_text(record: Record, column: str | None = None) -> str:
         raise InputError(f"{record.where}: no text under {key!r} (keys: {keys}); name the text column with column=")
     if not text.strip():
         raise InputError(f"{record.where}: {key!r} is empty")
+    return _encodable(text, record)
+
+
+def _encodable(text: str, record: Record) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{record.where}: holds half of a surrogate pair, which is not text") from None
     return text
 
 
@@ -73,7 +82,7 @@ def _prompt_and_answer(record: Record) -> tuple[str, str]:
     if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
         raise InputError(f"{record.where}: 'instruction' and 'output' must be texts that are not empty")
     joined = prompt[-1:].isspace() or answer[:1].isspace()
-    return prompt, answer if joined else "\n" + answer
+    return _encodable(prompt, record), _encodable(answer if joined else "\n" + answer, record)
 
 
 def check_item(record: Record, column: str | None = None) -> None:
@@ -88,6 +97,8 @@ def check_item(record: Record, column: str | None = None) -> None:
 def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, style: str = "plain", column: str | None = None) -> Item:
     """Tokens and labels of a text, an instruction with output, or a record that is tokenised already."""
     check_item(record, column)
+    if style not in STYLES:
+        raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {style!r}")
     content = record.content
     if "input_ids" in content:
         ids = tuple(int(token) for token in content["input_ids"])

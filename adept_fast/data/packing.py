@@ -36,6 +36,8 @@ class Blocks(Dataset):
                 self._pieces[-1].append((start, start + length))
                 start += length
                 room -= length
+        # A block of single tokens has nothing to predict: its mean loss would be 0 / 0.
+        self._pieces = [pieces for pieces in self._pieces if any(stop - start > 1 for start, stop in pieces)]
 
     def __len__(self) -> int:
         return len(self._pieces)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
+from types import NoneType
 from typing import Any, TextIO
 
 from adept_fast.errors import InputError
@@ -36,8 +40,11 @@ class Source:
         if not isinstance(value, Mapping) or "path" not in value or set(value) - known:
             raise InputError(f"a source is a path or {{path, split, column, weight}}, found {value!r}")
         source = cls(**value)
-        if isinstance(source.weight, bool) or not isinstance(source.weight, (int, float)) or not source.weight > 0:
-            raise InputError(f"{source.path}: weight must be above 0, found {source.weight!r}")
+        for key, wanted in (("path", str), ("split", (str, NoneType)), ("column", (str, NoneType))):
+            if not isinstance(getattr(source, key), wanted):
+                raise InputError(f"a source's {key} must be text, found {getattr(source, key)!r}")
+        if isinstance(source.weight, bool) or not isinstance(source.weight, (int, float)) or not 0 < source.weight < math.inf:
+            raise InputError(f"{source.path}: weight must be a number above 0, found {source.weight!r}")
         return source
 
 
@@ -82,7 +89,7 @@ def _records(source: Source) -> Iterator[Record]:
                 yield from _json_array(file, str(path))
             else:
                 yield from _text(file.read(), str(path))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
@@ -115,7 +122,7 @@ def _json_array(file: TextIO, name: str) -> Iterator[Record]:
 
 
 def _text(text: str, name: str) -> Iterator[Record]:
-    documents = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+    documents = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")) if part.strip()]
     if len(documents) == 1:
         lines = documents[0].splitlines(keepends=True)
         documents = ["".join(lines[start : start + LINES_PER_PIECE]).strip("\n") for start in range(0, len(lines), LINES_PER_PIECE)]
@@ -132,7 +139,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     for number, row in enumerate(table.to_pylist(), 1):
-        yield Record(row, f"{path} row {number}")
+        yield Record(_without_nulls(row), f"{path} row {number}")
 
 
 def _dataset(source: Source) -> Iterator[Record]:
@@ -144,4 +151,9 @@ def _dataset(source: Source) -> Iterator[Record]:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
     for number, row in enumerate(rows, 1):
-        yield Record(row, f"{source.path} row {number}")
+        yield Record(_without_nulls(row), f"{source.path} row {number}")
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables give every row every column: what a row does not have is null there."""
+    return {key: value for key, value in row.items() if value is not None}

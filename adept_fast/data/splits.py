@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,15 +39,11 @@ def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
     return ProbeParts(ordered[:scoring], ordered[scoring:steering], ordered[steering:])
 
 
-def hold_out(records: Sequence[Record], name: str, share: float = HELD_OUT) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) documents: every copy of a document falls on one side. At least one is held out and one is left."""
-    ordered = sorted({content_hash(record.content) for record in records})
+def hold_out(texts: Sequence[str], name: str, share: float = HELD_OUT) -> set[str]:
+    """The texts to hold out: a share of the different ones, by hash, so that every copy falls on one side. At least one is, one is not."""
+    ordered = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(ordered) < 2:
         raise InputError(
             f"{name}: one document only, none to hold out: add documents (in a .txt a blank line parts them) or set eval.domain"
         )
-    held = set(ordered[: max(1, min(round(len(ordered) * share), len(ordered) - 1))])
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        sides[content_hash(record.content) in held].append(record)
-    return sides
+    return set(ordered[: max(1, min(round(len(ordered) * share), len(ordered) - 1))])

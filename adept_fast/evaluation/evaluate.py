@@ -50,7 +50,7 @@ def _evaluate(
         "loss": loss,
         "low": low,
         "high": high,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond a float
         "tokens": int(measured.tokens.sum()),
         "items": len(corpus.items),
         "accuracy": None,

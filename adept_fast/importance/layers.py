@@ -16,6 +16,7 @@ from adept_fast.errors import InputError
 from adept_fast.importance import masking
 from adept_fast.importance.journal import Journal
 from adept_fast.importance.scores import LayerScores, Profile
+from adept_fast.inputs import digest
 from adept_fast.intervals import bootstrap
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def score_layers(
 
     loss: the primary profile: "answer" (supervised tokens), "kl" (KL(base || masked) on them, never negative), "all" (all tokens).
     Answer and KL come from the same pass; the all-token profile costs the head on every token: all_tokens=True, or loss="all".
-    probe: records, a path or a dataset name (with tokenizer), or tokenised items. journal: file that lets a killed call resume.
+    probe: records, a path or a dataset name (with tokenizer), or tokenised items. journal: file that lets a killed call resume, which the
+    caller removes.
     Raises InputError for an unknown method or loss, or a probe with nothing supervised.
     """
     for name, value, known in (("method", method, METHODS), ("loss", loss, LOSSES)):
@@ -54,7 +56,13 @@ def score_layers(
     model.eval()
     swept = masking.sweeps_exactly(model, items[0])
     notes = () if swept else ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
-    log = Journal(journal, {"inputs": dict(inputs or {}), "items": len(items), "all_tokens": all_tokens}) if journal else None
+    header = {
+        "model": [model.config.name_or_path, str(model.dtype), digest(model.config.to_dict())],
+        "items": digest([[item.input_ids, item.labels] for item in items]),
+        "all_tokens": all_tokens,
+        "inputs": dict(inputs or {}),
+    }
+    log = Journal(journal, header) if journal else None
     rows = list(log.rows) if log else []
     for item in tqdm(items[len(rows) :], desc="scoring", unit="item", initial=len(rows), total=len(items), disable=quiet):
         row = masking.measure(model, item, all_tokens, swept)

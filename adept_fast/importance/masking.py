@@ -10,8 +10,8 @@ Cost: L + L (L - 1) / 2 layers an item instead of L (L + 1). Source: ADEPT (arXi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.families import decoder_layers, device_of, head_logits, hidden_of, last_hidden, with_hidden
+from adept_fast.families import decoder_layers, device_of, head_logits, hidden_of, last_hidden, replaced_forward, with_hidden
 from adept_fast.losses import item_tensors
 
 if TYPE_CHECKING:
@@ -29,22 +29,14 @@ SWEEP_TOKENS = 16384  # hidden states of one layer call: variants times tokens
 HEAD_ROWS = 512  # rows of logits held at once
 
 
-@contextmanager
-def _wrapped(module: nn.Module, wrapper: Any) -> Iterator[None]:
+def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
     """Replace module.forward by wrapper(original forward, hidden, args, kwargs) for the time being."""
-    forward, own = module.forward, vars(module).get("forward")
+    forward = module.forward
 
     def replaced(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return wrapper(forward, hidden, args, kwargs)
 
-    module.forward = replaced
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+    return replaced_forward(module, replaced)
 
 
 def _fork(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
     measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
     chosen = [entry["copied_from"] for entry in (record or {}).get("inserted") or []]
-    names = ((record or {}).get("source") or {}).get("name_or_path"), recipe.get("model_name_or_path"), (scores or {}).get("model")
+    names = recipe.get("model_name_or_path"), ((record or {}).get("source") or {}).get("name_or_path"), (scores or {}).get("model")
     model = str(next(filter(None, names), "model"))
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,

@@ -73,6 +73,8 @@ class AdeptCallback(TrainerCallback):
         if not state.global_step:
             self._set(adamw, model, self._first_importance(model), 0)
             self._monitor(model, 0)
+        elif adamw.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
+            raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
         self._timed = (time.perf_counter(), state.global_step)
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:

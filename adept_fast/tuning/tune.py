@@ -101,7 +101,9 @@ def plan(
     block_size = min(settings.block_size, positions)
     blocks = Blocks(documents, document_order(len(documents), weights, settings.seed), block_size, pad_token, one_per_row)
     args = arguments(settings, Path("unused"), quiet=True)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not len(blocks):
+        raise InputError("domain: its weights leave no document of two tokens or more to train on")
     in_epoch = math.ceil(len(blocks) / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
     tokens_per_step = per_step * block_size
@@ -139,12 +141,13 @@ def tune_checkpoint(
         planned, blocks = plan(documents, weights, settings, positions, padding, one_per_row=True)
         say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
     events = TrainerLog(log)
+    if work.is_dir():
+        remove_leftovers(work)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     if last is None:
         log.unlink(missing_ok=True)
         events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
     else:
-        remove_leftovers(work)
         say(f"resuming from {Path(last).name}")
     adept = AdeptCallback(
         steering,
@@ -183,7 +186,16 @@ def check_settings(settings: TuningSettings) -> None:
     for key, value, known in (("units", settings.units, GRANULARITIES), ("rate_map", settings.rate_map, tuple(MAPS))):
         if value not in known:
             raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
-    AdeptTrainer.get_optimizer_cls_and_kwargs(arguments(settings, Path("unused"), quiet=True))
+    args = arguments(settings, Path("unused"), quiet=True)
+    if args.save_only_model:
+        raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        raise InputError("tune.eval_strategy: held-out losses are logged every tune.refresh_steps: leave it at no")
+    optimizer, options = AdeptTrainer.get_optimizer_cls_and_kwargs(args)
+    try:
+        optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
+    except ValueError as error:
+        raise InputError(f"tune: {error}") from None
 
 
 def _step(folder: str) -> int:

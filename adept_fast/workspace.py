@@ -1,0 +1,101 @@
+"""Where a recipe works: its model, its output_dir, what is kept there, and what an artefact must be made from to be used again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adept_fast import checkpoint
+from adept_fast.artefacts import remove_leftovers, write_text
+from adept_fast.corpora import Corpora
+from adept_fast.data.items import Item, tokenize_item
+from adept_fast.data.sources import Record
+from adept_fast.errors import InputError
+from adept_fast.inputs import require_same
+from adept_fast.recipe import Recipe
+from adept_fast.record import AdeptConfig
+
+
+class Workspace:
+    """One recipe in one output_dir. say: where one line of news goes; quiet: no progress bars."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool | None = None) -> None:
+        self.recipe, self.say, self.quiet = recipe, say, quiet
+        self.folder = recipe.folder
+        self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
+        self.log, self.work, self.eval_path = self.folder / "trainer_log.jsonl", self.folder / "checkpoints", self.folder / "eval.json"
+        self.corpora = Corpora(recipe)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make output_dir, keep other runs out of it, and clear what a killed one left half written."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder}: output_dir is a file: choose another")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: another run is working in this output_dir") from None
+            remove_leftovers(self.folder)
+            yield
+
+    @cached_property
+    def source(self) -> Path:
+        return checkpoint.resolve(self.recipe.model_name_or_path, self.recipe.revision)
+
+    @cached_property
+    def sha256(self) -> str:
+        return checkpoint.fingerprint(self.source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return checkpoint.load_tokenizer(self.source, self.recipe.trust_remote_code)
+
+    @cached_property
+    def positions(self) -> int:
+        return checkpoint.positions(self.source)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {key: getattr(self.recipe, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
+
+    def base_inputs(self) -> dict[str, Any]:
+        keys = ("dtype", "attn_implementation")
+        return {"model": self.sha256, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
+
+    def require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        require_same(path, recorded, now, self.recipe.model_name_or_path)
+
+    def require_ours(self, path: Path) -> AdeptConfig:
+        """The record of an expanded or tuned checkpoint, which must be made from the recipe's model."""
+        record = AdeptConfig.load(path)
+        self.require_same(path, {"model": record.inputs.get("model")}, {"model": self.sha256})
+        return record
+
+    def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
+        """Tokenised items that fit the model; those that do not are left out and counted."""
+        limit = self.positions
+        items = [tokenize_item(record, self.tokenizer, style, self.recipe.probe.column) for record in records]
+        fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
+        if not fitting:
+            raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")
+        if len(fitting) < len(items):
+            self.say(f"{len(items) - len(fitting)} of {len(items)} probe items are left out: too long for the model, or nothing supervised")
+        return fitting
+
+    def need(self, path: Path, stage: str) -> None:
+        if not path.exists():
+            raise InputError(f"{path}: missing: run adept-fast {stage} first (the same recipe), or adept-fast run for all stages")
+
+    def keep_recipe(self) -> None:
+        """recipe.yaml: the resolved recipe, which makes the run again."""
+        import yaml
+
+        content = json.loads(json.dumps(self.recipe.as_dict(), default=str))
+        write_text(self.folder / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
