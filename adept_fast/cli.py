@@ -88,6 +88,8 @@ def _run(command: str, settings: Sequence[str]) -> None:
         print(describe())
         return
     _needs_extra()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: other libraries' bars too
     from adept_fast import recipe
     from adept_fast.pipeline import Pipeline
 
