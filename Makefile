@@ -13,7 +13,7 @@ BORROWED := $(VENV)/borrowed
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -rs
 
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo

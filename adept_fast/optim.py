@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adept_fast import backend as backends
 from adept_fast.errors import InputError
+from adept_fast.optim_arguments import check_torch_arguments
 from adept_fast.optim_state import MASTER_KEYS, MOMENTS, RATES, Kept, protect_from_cast, rates_into_state, restored
 from adept_fast.reference import AdamWOptions, AdamWTensors, adamw_update_, clip_scale, needs_master
 
@@ -100,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        _check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
+        check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise InputError(f"state_dtype: {state_dtype!r} is not a floating-point dtype; give for example torch.float32, or None")
         if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
@@ -315,42 +316,3 @@ class AdamW(torch.optim.Optimizer):
 
 def _scalar(value: float | Tensor) -> float | Tensor:
     return value.squeeze() if isinstance(value, Tensor) else value
-
-
-def _check_torch_arguments(
-    lr: float | Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    eps: float,
-    weight_decay: float,
-    foreach: bool | None,
-    fused: bool | None,
-    capturable: bool,
-    differentiable: bool,
-) -> None:
-    """torch.optim.AdamW's checks, in its order and words."""
-    if isinstance(lr, Tensor):
-        if foreach and not capturable:
-            raise InputError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        if lr.numel() != 1:
-            raise InputError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
-        raise InputError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
-        raise InputError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise InputError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= weight_decay:
-        raise InputError(f"Invalid weight_decay value: {weight_decay}")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise InputError("betas must be either both floats or both Tensors")
-    for index, beta in enumerate(betas):
-        if isinstance(beta, Tensor):
-            if foreach and not capturable:
-                raise InputError(f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True")
-            if beta.numel() != 1:
-                raise InputError(f"Tensor betas[{index}] must be 1-element")
-    if fused and differentiable:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if fused and foreach:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
