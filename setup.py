@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import pybind11
@@ -52,6 +53,7 @@ class BuildNative(build_ext):
         _run(
             nvcc,
             *("-std=c++17", "-O3", "--threads", "0", "--shared", "--cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+            "--fmad=false",  # the same bits as the CPU's
             *(f"--generate-code=arch=compute_{number},code=sm_{number}" for number in architectures),
             f"--generate-code=arch=compute_{newest},code=compute_{newest}",
             f"-DADEPT_FAST_PTX={newest}",
@@ -78,9 +80,20 @@ def _run(*command: str) -> str:
 
 
 def extensions() -> list[Extension]:
-    native: list[Extension] = [Pybind11Extension("adept_fast._C", ["csrc/cpu.cpp"], cxx_std=17, extra_compile_args=["-O3"])]
+    native: list[Extension] = [
+        Pybind11Extension(
+            "adept_fast._C",
+            sorted(glob("csrc/cpu*.cpp")) + ["csrc/parallel.cpp"],
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            # Every operation rounded once, as on a GPU; no errno and no traps, which would keep roots out of vector loops.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            libraries=["dl"] if sys.platform == "linux" else [],
+        )
+    ]
     if os.environ.get("ADEPT_FAST_BUILD_CUDA") != "0":
-        native.append(Extension(CUDA_NAME, ["csrc/cuda.cu", "csrc/cuda_bindings.cpp"], include_dirs=[pybind11.get_include()]))
+        sources = ["csrc/cuda.cu", "csrc/adamw.cu", "csrc/cuda_bindings.cpp"]
+        native.append(Extension(CUDA_NAME, sources, include_dirs=[pybind11.get_include()], depends=sorted(glob("csrc/*.h"))))
     return native
 
 

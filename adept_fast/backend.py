@@ -15,7 +15,7 @@ from adept_fast.errors import InputError
 
 # operation -> implementations, the preferred one first
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "adamw": ("torch",),
+    "adamw": ("cuda", "triton", "cpu", "torch"),
     "saliency": ("triton", "torch"),
 }
 OLDEST = (8, 0)  # compute capability
@@ -93,8 +93,7 @@ def _cpu() -> Status:
     except ImportError as error:
         return Status(False, f"the C++ extension does not load: {error}", "reinstall from source on this machine")
     features = native.features()
-    used = [name for name, present in features.items() if present is True]
-    return Status(True, ", ".join([features["compiler"], *used]))
+    return Status(True, ", ".join([features["compiler"], *features["instruction_sets"]]))
 
 
 def _torch() -> Status:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AdamWOptions:
-    """Hyperparameters of one parameter group."""
+class AdamWOptions(NamedTuple):
+    """Hyperparameters of one parameter group. `lr` and betas may be 0-d tensors, which are then read on their device."""
 
     lr: float | Tensor
     beta1: float | Tensor
@@ -20,43 +19,30 @@ class AdamWOptions:
     weight_decay: float
     maximize: bool
     master_weights: str | None
-    on_device: bool  # keep step, lr and betas as tensors: no host synchronisation, and gradients through them where asked for
 
 
-@dataclass(frozen=True)
-class AdamWTensors:
-    """One parameter with its gradient, state and rates; `param`, `step`, the moments and `master` are written to.
+class Update(NamedTuple):
+    """One parameter to update, in the form that every backend takes. `param`, `step`, the moments and `master` are written to.
 
-    `master` is what `options.master_weights` needs: fp32 copy, int16 remainder, compensation, or None. `multipliers` (fp32) covers
-    dimensions dim .. dim + ndim - 1 of `param`. Stochastic rounding tells parameters apart by `seed`, and elements by their index, counted
-    in row-major order from `first_index`, which is not 0 where `param` is a slice of rows.
+    All tensors but `step` and `multipliers` are real, of one shape and dense, and lie in memory in one order: elements are counted in that
+    order, and element i has the multiplier multipliers[(i // inner) % length], 1 where there are none. `step` is an fp32 0-d tensor,
+    advanced by the update. `master` is what `options.master_weights` needs: fp32 copy, int16 remainder, compensation, or None.
+    Stochastic rounding tells parameters apart by `seed`, and elements by their number, counted from `first_index`.
     """
 
     param: Tensor
     grad: Tensor
-    step: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
     master: Tensor | None
-    multipliers: Tensor | None
-    dim: int
+    step: Tensor
+    multipliers: Tensor | None  # fp32, [length], on the parameter's device
+    length: int
+    inner: int
+    first_index: int
     seed: int
     options: AdamWOptions
-    first_index: int = 0
-
-    def rows(self, start: int, count: int) -> AdamWTensors:
-        """The same for `count` indices of dimension 0, as views."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.narrow(0, start, count)
-
-        multipliers = self.multipliers
-        if multipliers is not None and multipliers.ndim > 0 and self.dim == 0:
-            multipliers = cut(multipliers)
-        cuts = {name: cut(getattr(self, name)) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")}
-        first_index = self.first_index + start * (self.param.numel() // self.param.shape[0])
-        return replace(self, **cuts, multipliers=multipliers, first_index=first_index)
 
 
 def adamw_(
@@ -68,45 +54,65 @@ def adamw_(
     multipliers: Tensor | None,
     step: float | Tensor,
     options: AdamWOptions,
-) -> None:
-    """The AdamW update, in place, on real tensors of one shape and one dtype (fp32 or fp64), in torch.optim.AdamW's order of operations.
+) -> Tensor:
+    """The new weight; the moments are updated in place. Real tensors of one shape and one dtype (fp32 or fp64).
 
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2            (amsgrad: vmax <- max(vmax, v), used for v below)
-        w <- (1 - rate weight_decay) w
-        w <- w - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)            rate = lr * multiplier
+        w <- w - (rate weight_decay w + rate sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps sqrt(1 - beta2^t)))
+        rate = lr * multiplier
 
+    Every operation is rounded once, in the order of csrc/adamw.h, so that backends agree bit for bit. That order is torch's but for
+    sqrt(1 - beta2^t), taken out of the denominator, and for decay and step, added before they are taken off w: it loses less.
     `step` is t, the number of this update, from 1; an fp64 0-d tensor avoids host synchronisation, and is needed where lr or betas are
-    tensors. `multipliers` broadcasts against `weight`. Source: Loshchilov and Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv
-    1904.09237.
+    tensors. `multipliers` broadcasts against `weight`; 0 keeps it. Source: Loshchilov and Hutter, arXiv 1711.05101; amsgrad: Reddi et
+    al., arXiv 1904.09237.
     """
-    lr, beta1, beta2, decay = options.lr, options.beta1, options.beta2, options.weight_decay
-    exp_avg.lerp_(grad, _as_weight(1 - beta1, weight))
-    if isinstance(beta2, Tensor):
-        exp_avg_sq.lerp_(grad.square(), _as_weight(1 - beta2, weight))
-    else:
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    lr, beta1, beta2 = options.lr, options.beta1, options.beta2
+    _average_(exp_avg, grad, beta1)
+    _average_(exp_avg_sq, grad * grad, beta2)
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq.clamp_(min=exp_avg_sq)
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    denominator = (second.sqrt() / correction2**0.5).add_(options.eps)
-    if multipliers is None and not isinstance(step, Tensor):
-        if decay != 0:
-            weight.mul_(1 - lr * decay)
-        weight.addcdiv_(exp_avg, denominator, value=-(lr / correction1))
-        return
-    # In fp64 until the last cast, so that a unit gets the bits that a group with lr = lr * multiplier would give it.
+    root = (1 - power(beta2, step)) ** 0.5
     rate = lr if multipliers is None else lr * multipliers.double()
-    if decay != 0:
-        weight.mul_(_as_weight(1 - rate * decay, weight))
-    weight.addcdiv_(exp_avg * _as_weight(-(rate / correction1), weight), denominator)
+    stride = _rounded(rate * (root / (1 - power(beta1, step))), weight)
+    decay = _rounded(rate * options.weight_decay, weight)
+    # torch's fp32 root on CPUs is an ulp off for one number in five; rounding the fp64 one is exact.
+    change = (exp_avg / (second.double().sqrt().to(weight.dtype) + _rounded(options.eps * root, weight))) * stride
+    # An infinite weight does not decay: inf - inf is no number.
+    moved = weight - (torch.where(weight.isfinite(), weight * decay, 0) + change)
+    return moved if multipliers is None else torch.where(multipliers == 0, weight, moved)
 
 
-def adamw_update_(tensors: AdamWTensors, grad_scale: Tensor | None = None) -> None:
-    """One update of one parameter of any dtype and layout. Arithmetic is fp32 (fp64 for fp64), results are rounded to the dtypes given.
+def _average_(old: Tensor, value: Tensor, beta: float | Tensor) -> None:
+    """old <- beta old + (1 - beta) value, moving from the nearer of the two, so that beta = 0 forgets exactly."""
+    if isinstance(beta, Tensor):
+        slow = old + (value - old) * _rounded(1 - beta, old)
+        old.copy_(torch.where(beta.to(old.device) >= 0.5, slow, value + (old - value) * _rounded(beta, old)))
+    elif beta >= 0.5:
+        old.add_((value - old) * (1 - beta))
+    else:
+        old.copy_(value + (old - value) * beta)
 
-    The gradient is first multiplied by `grad_scale`. Complex tensors are updated as pairs of reals. Where a multiplier is 0 neither
-    the parameter nor its master is stored to, whatever the gradient holds; the moments move. Modes (`options.master_weights`):
+
+def power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
+    """base ** count, for numbers by squaring: the same bits as native code, unlike a libm's pow."""
+    if isinstance(base, Tensor) or isinstance(count, Tensor):
+        return base**count
+    result, count = 1.0, int(count)
+    while count:
+        if count & 1:
+            result *= base
+        base *= base
+        count >>= 1
+    return result
+
+
+def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
+    """One update of one parameter, `step` advanced. Arithmetic is fp32 (fp64 for fp64), results are rounded to the dtypes given.
+
+    The gradient is first multiplied by `grad_scale`. Where a multiplier is 0 neither the parameter nor its master is stored to, whatever
+    the gradient holds; the moments move. Modes (`options.master_weights`), for parameters of low precision:
 
         None          w = param
         "copy"        w = master, or param where the two disagree (someone edited it)     stored: fp32 master, param = round(w)
@@ -114,39 +120,69 @@ def adamw_update_(tensors: AdamWTensors, grad_scale: Tensor | None = None) -> No
         "kahan"       w = param + compensation                                            stored: param = round(w), round(w - param)
         "stochastic"  w = param                                                           stored: param = stochastic_round(w)
     """
-    options, multipliers = tensors.options, tensors.multipliers
-    param, grad, exp_avg, exp_avg_sq, vmax = (
-        torch.view_as_real(x) if x is not None and x.is_complex() else x
-        for x in (tensors.param, tensors.grad.resolve_conj(), tensors.exp_avg, tensors.exp_avg_sq, tensors.max_exp_avg_sq)
-    )
+    options = update.options
+    update.step.add_(1)
+    differentiable = torch.is_grad_enabled()
+    on_host = update.step.device.type == "cpu" and not isinstance(options.lr, Tensor) and not differentiable
+    step = update.step.item() if on_host else update.step.to(update.param.device, torch.float64)
+    for first, shape, multipliers in _blocks(update, whole=differentiable):
+        tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.master)
+        strides = (shape[1] * shape[2], shape[2], 1)
+        cut = [x if x is None else x.as_strided(shape, strides, x.storage_offset() + first) for x in tensors]
+        _update_block(*cut, multipliers, step, grad_scale, update.seed, update.first_index + first, options)
+
+
+def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, int], Tensor | None]]:
+    """(first element, shape in periods, units and elements, multipliers) of pieces whose temporaries stay in a CPU's cache."""
+    length, inner = update.length, update.inner
+    periods = update.param.numel() // (length * inner)
+    multipliers = None if update.multipliers is None else update.multipliers.view(1, length, 1)
+    limit = update.param.numel() if whole else 2**17 if update.param.device.type == "cpu" else 2**26
+    if periods == 1:
+        units = max(1, limit // inner)
+        for first in range(0, length, units):
+            count = min(units, length - first)
+            yield first * inner, (1, count, inner), multipliers if multipliers is None else multipliers.narrow(1, first, count)
+        return
+    step = max(1, limit // (length * inner))
+    for first in range(0, periods, step):
+        yield first * length * inner, (min(step, periods - first), length, inner), multipliers
+
+
+def _update_block(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    master: Tensor | None,
+    multipliers: Tensor | None,
+    step: float | Tensor,
+    grad_scale: Tensor | None,
+    seed: int,
+    first_index: int,
+    options: AdamWOptions,
+) -> None:
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     grad = grad.to(dtype)
     if grad_scale is not None:
         grad = grad * grad_scale
     if options.maximize:
         grad = -grad
-    frozen = None
-    if multipliers is not None:
-        multipliers = multipliers.reshape(multipliers.shape + (1,) * (param.ndim - tensors.dim - multipliers.ndim))
-        if multipliers.device.type != "cpu" or not multipliers.all():
-            frozen = multipliers == 0
     mode = options.master_weights if needs_master(param) else None
-    weight = _read_weight(mode, param, tensors.master)
-    keep = torch.is_grad_enabled()  # autograd saves what it reads: work on copies, write back at the end
-    if weight is param and (keep or frozen is not None):
+    # Autograd saves what it reads: with it, work on copies, written back at the end.
+    moments = [x if x is None else x.to(dtype, copy=torch.is_grad_enabled()) for x in (exp_avg, exp_avg_sq, max_exp_avg_sq)]
+    weight = _read_weight(mode, param, master)
+    if torch.is_grad_enabled() and weight is param:
         weight = param.clone()
-    moments = [x if x is None else x.to(dtype, copy=keep) for x in (exp_avg, exp_avg_sq, vmax)]
-    on_host = tensors.step.device.type == "cpu" and not options.on_device
-    step = tensors.step.item() if on_host else tensors.step.to(param.device, torch.float64)
-    adamw_(weight, grad, *moments, multipliers, step, options)
-    for stored, value in zip((exp_avg, exp_avg_sq, vmax), moments, strict=True):
+    weight = adamw_(weight, grad, *moments, multipliers, step, options)
+    for stored, value in zip((exp_avg, exp_avg_sq, max_exp_avg_sq), moments, strict=True):
         if stored is not value:
             stored.copy_(value)
-    if weight is not param:
-        rounded, master = _round_weight(mode, weight, param.dtype, tensors)
-        for stored, value in ((param, rounded), (tensors.master, master)):
-            if value is not None:
-                stored.copy_(value if frozen is None else torch.where(frozen, stored, value.to(stored.dtype)))
+    rounded, new_master = _round_weight(mode, weight, param.dtype, seed, step, first_index)
+    for stored, value in ((param, rounded), (master, new_master)):
+        if value is not None:
+            stored.copy_(value if multipliers is None else torch.where(multipliers == 0, stored, value.to(stored.dtype)))
 
 
 def needs_master(param: Tensor) -> bool:
@@ -163,19 +199,22 @@ def _read_weight(mode: str | None, param: Tensor, master: Tensor | None) -> Tens
     return weight + master if mode == "kahan" else weight
 
 
-def _round_weight(mode: str | None, weight: Tensor, dtype: torch.dtype, tensors: AdamWTensors) -> tuple[Tensor, Tensor | None]:
+def _round_weight(
+    mode: str | None, weight: Tensor, dtype: torch.dtype, seed: int, step: float | Tensor, first_index: int
+) -> tuple[Tensor, Tensor | None]:
     if mode == "remainder":
         return split_master(weight)
     if mode == "stochastic":
-        return stochastic_round(weight, tensors.seed, tensors.step, tensors.first_index), None
+        return stochastic_round(weight, seed, step, first_index), None
     rounded = weight.to(dtype)
     if mode == "kahan":
-        return rounded, weight - rounded
+        return rounded, torch.where(weight.isfinite(), weight - rounded, 0)
     return rounded, weight if mode == "copy" else None
 
 
-def _as_weight(value: float | Tensor, weight: Tensor) -> float | Tensor:
-    return value.to(weight.device, weight.dtype) if isinstance(value, Tensor) else value
+def _rounded(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """To the dtype of `like`; numbers are rounded by the operation that takes them."""
+    return value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
 
 
 def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +242,7 @@ def stochastic_round(weight: Tensor, seed: int, step: float | Tensor, first_inde
 
         key = mix(mix(seed + 0x9e3779b9) ^ step)        r = mix(mix(low32(index) ^ key) + high32(index) + mix(key + 0x9e3779b9)) >> 16
 
-    `index` counts elements in row-major order of the shape, from `first_index`.
+    `index` counts elements in row-major order of the shape given, from `first_index`.
     """
     step = torch.as_tensor(step).to(weight.device, torch.int64)
     key = _mix(_mix(torch.full_like(step, (seed + _GOLDEN) & _LOW)) ^ (step & _LOW))
@@ -223,21 +262,24 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def clip_scale(grads: Sequence[Tensor], max_norm: float, inverse_scale: Tensor | None = None) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)), norm the 2-norm of all `grads` together times `inverse_scale`: torch.nn.utils.clip_grad_norm_.
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all elements of `grads`, all of one device: fp64, 0-d, and summed in fp64 whatever their dtype."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return torch.stack(norms).square().sum()
 
-    Accumulated in fp32 (fp64 where a gradient is fp64); a 0-d tensor on the first gradient's device; nan where the norm is nan.
+
+def clip_scale(squares: Tensor, max_norm: float, inverse_scale: Tensor | None = None) -> Tensor:
+    """What gradients are multiplied by so that their 2-norm is at most `max_norm`: torch.nn.utils.clip_grad_norm_, with unscaling.
+
+        inverse_scale * min(1, max_norm / (norm + 1e-6))        norm = sqrt(squares) * inverse_scale
+
+    fp64 in, fp64 out, rounded by who applies it; nan where the norm is nan.
     """
-    norms = []
-    for grad in grads:
-        grad = torch.view_as_real(grad) if grad.is_complex() else grad
-        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        norms.append(torch.linalg.vector_norm(grad, dtype=dtype).to(grads[0].device))
-    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    norm = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
-    if inverse_scale is not None:
-        norm = norm * inverse_scale.to(norm.device)
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    norm = squares.sqrt()
+    if inverse_scale is None:
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    inverse = inverse_scale.to(squares.device, torch.float64)
+    return inverse * (max_norm / (norm * inverse + 1e-6)).clamp(max=1.0)
 
 
 def saliency_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,19 @@
 // adept_fast._C: native code for the CPU.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <cpuid.h>
-#endif
+#include <string>
+#include <vector>
+
+#include "cpu_adamw.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using namespace adept_fast;
 
 #if defined(__clang__)
 constexpr const char* kCompiler = "clang " __clang_version__;
@@ -18,40 +23,62 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-struct Features {
-    bool avx2 = false, fma = false, avx512f = false, avx512bw = false, avx512_bf16 = false;
-};
+std::vector<std::string> names() {
+    std::vector<std::string> result;
+    for (const InstructionSet* const* set = instruction_sets(); *set != nullptr; ++set) {
+        result.push_back((*set)->name);
+    }
+    return result;
+}
 
-Features detect() {
-    Features found;
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_cpu_init();
-    found.avx2 = __builtin_cpu_supports("avx2");
-    found.fma = __builtin_cpu_supports("fma");
-    found.avx512f = __builtin_cpu_supports("avx512f");  // includes that the system saves the wide registers
-    found.avx512bw = __builtin_cpu_supports("avx512bw");
-    // Compilers before GCC 11 do not know this name: leaf 7, subleaf 1, EAX bit 5.
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    found.avx512_bf16 = found.avx512f && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ((a >> 5) & 1u);
-#endif
-    return found;
+const InstructionSet& chosen(const std::string& name) {
+    const InstructionSet* const* set = instruction_sets();
+    for (; *set != nullptr; ++set) {
+        if (name.empty() || name == (*set)->name) {
+            return **set;
+        }
+    }
+    throw py::value_error("this CPU has no " + name);
 }
 
 py::dict features() {
-    const Features found = detect();
     py::dict result;
     result["compiler"] = kCompiler;
-    result["avx2"] = found.avx2;
-    result["fma"] = found.fma;
-    result["avx512f"] = found.avx512f;
-    result["avx512bw"] = found.avx512bw;
-    result["avx512_bf16"] = found.avx512_bf16;
+    result["instruction_sets"] = names();
+    result["openmp_runtime"] = openmp_runtime();
     return result;
+}
+
+template <class Row>
+std::pair<const Row*, std::int64_t> rows(const py::buffer_info& bytes) {
+    const std::int64_t size = bytes.size * bytes.itemsize;
+    if (size % static_cast<std::int64_t>(sizeof(Row)) != 0) {
+        throw py::value_error("a table's size is no multiple of " + std::to_string(sizeof(Row)) + " bytes");
+    }
+    return {static_cast<const Row*>(bytes.ptr), size / static_cast<std::int64_t>(sizeof(Row))};
+}
+
+void step(const py::buffer& tensor_table, const py::buffer& group_table, double grad_scale, int threads, const std::string& set) {
+    const py::buffer_info tensor_bytes = tensor_table.request(), group_bytes = group_table.request();
+    const auto [tensors, count] = rows<Tensor>(tensor_bytes);
+    const auto [groups, group_count] = rows<Group>(group_bytes);
+    const InstructionSet& instructions = chosen(set);
+    const char* wrong = nullptr;
+    {
+        py::gil_scoped_release unlocked;
+        wrong = adamw_step(tensors, count, groups, group_count, grad_scale, threads, instructions);
+    }
+    if (wrong != nullptr) {
+        throw py::value_error(wrong);
+    }
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native code for the CPU.";
-    module.def("features", &features, "The compiler this was built with, and the vector instructions this CPU has, found at run time.");
+    module.def("features", &features,
+               "The compiler this was built with; the instruction sets this CPU has, best first; the OpenMP runtime whose threads are used.");
+    module.def("adamw", &step, py::arg("tensors"), py::arg("groups"), py::arg("grad_scale"), py::arg("threads"), py::arg("set") = "",
+               "One AdamW step. tensors, groups: rows of csrc/descriptor.h as bytes, every address valid; set: an instruction set, or the best.");
 }

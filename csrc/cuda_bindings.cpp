@@ -3,6 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "adamw_body.h"
+#include "adamw_cuda.h"
 #include "cuda_query.h"
 
 namespace py = pybind11;
@@ -40,6 +45,66 @@ py::dict versions() {
     return result;
 }
 
+// Rows of a struct in any contiguous Python buffer, which `info` keeps alive.
+template <class Row>
+struct Rows {
+    py::buffer_info info;
+    const Row* first;
+    std::int64_t count;
+
+    explicit Rows(const py::buffer& buffer) : info(buffer.request()) {
+        const std::int64_t bytes = info.size * info.itemsize, size = sizeof(Row);
+        if (info.ndim != 1 || bytes % size != 0) {
+            throw std::invalid_argument("rows of " + std::to_string(size) + " bytes expected, not " + std::to_string(bytes) + " bytes");
+        }
+        first = static_cast<const Row*>(info.ptr);
+        count = bytes / size;
+    }
+};
+
+py::tuple adamw_table_size(const py::buffer& tensors) {
+    const Rows<adept_fast::Tensor> rows(tensors);
+    const auto size = adept_fast::adamw_table_size(rows.first, rows.count);
+    return py::make_tuple(size.first, size.second);
+}
+
+void adamw_write_table(int device, std::int64_t stream, std::int64_t table, std::int64_t chunks, const py::buffer& tensors) {
+    const Rows<adept_fast::Tensor> rows(tensors);
+    py::gil_scoped_release unlocked;
+    adept_fast::adamw_write_table({device, stream}, {table, rows.count, chunks}, rows.first);
+}
+
+void adamw_step(int device, std::int64_t stream, std::int64_t table, std::int64_t tensors, std::int64_t chunks, const py::buffer& groups,
+                std::int64_t grad_scale, std::int64_t found_inf) {
+    const Rows<adept_fast::Group> rows(groups);
+    py::gil_scoped_release unlocked;
+    adept_fast::adamw_step({device, stream}, {table, tensors, chunks}, rows.first, rows.count, grad_scale, found_inf);
+}
+
+py::dict adamw_kernel(int device) {
+    adept_fast::Kernel kernel;
+    {
+        py::gil_scoped_release unlocked;
+        kernel = adept_fast::adamw_kernel(device);
+    }
+    py::dict result;
+    result["registers"] = kernel.registers;
+    result["local_bytes"] = kernel.local_bytes;
+    result["shared_bytes"] = kernel.shared_bytes;
+    result["threads"] = kernel.threads;
+    result["blocks_per_multiprocessor"] = kernel.blocks_per_multiprocessor;
+    result["multiprocessors"] = kernel.multiprocessors;
+    return result;
+}
+
+py::dict struct_bytes() {
+    py::dict result;
+    result["Tensor"] = sizeof(adept_fast::Tensor);
+    result["Group"] = sizeof(adept_fast::Group);
+    result["StepScalars"] = sizeof(adept_fast::StepScalars);
+    return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, module) {
@@ -48,5 +113,19 @@ PYBIND11_MODULE(_CUDA, module) {
                "The visible devices; none without a driver. RuntimeError where the driver is too old for the runtime built with.");
     module.def("versions", &versions,
                "CUDA versions as 1000 * major + 10 * minor: the runtime built with, and what the driver supports (0: no driver).");
-    module.def("architectures", &adept_fast::architectures, "What was compiled in: sm_XY machine code, and compute_XY, PTX for newer devices.");
+    module.def("architectures", &adept_fast::architectures,
+               "What was compiled in: sm_XY machine code, and compute_XY, PTX for newer devices.");
+    module.def("adamw_table_size", &adamw_table_size, py::arg("tensors"),
+               "(chunks, bytes) of the device memory that a table of these tensors needs; tensors: rows of struct "
+               "Tensor (csrc/descriptor.h).");
+    module.def("adamw_write_table", &adamw_write_table, py::arg("device"), py::arg("stream"), py::arg("table"), py::arg("chunks"),
+               py::arg("tensors"), "Fill the table at address `table`, in stream order. `tensors` is read before the call returns.");
+    module.def("adamw_step", &adamw_step, py::arg("device"), py::arg("stream"), py::arg("table"), py::arg("tensors"), py::arg("chunks"),
+               py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
+               "One AdamW step over a table, in stream order. groups: rows of struct Group, read before the call returns; grad_scale: "
+               "address of an fp64 on the device, 0: 1; found_inf: address of an fp32 there, 0: none; where it is not 0, nothing changes.");
+    module.def("adamw_kernel", &adamw_kernel, py::arg("device"),
+               "Of the update kernel on a device: registers and local_bytes a thread, shared_bytes and threads a block, "
+               "blocks_per_multiprocessor, multiprocessors.");
+    module.def("struct_bytes", &struct_bytes, "Sizes of Tensor, Group and StepScalars as compiled in.");
 }

@@ -38,11 +38,34 @@ def train(optimizer: torch.optim.Optimizer, steps: int = 12, first: int = 1) -> 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-def test_bits_of_torch(dtype: torch.dtype, options: dict) -> None:
+def test_results_of_torch(dtype: torch.dtype, options: dict) -> None:
     ours = train(AdamW(parameters(dtype), **HYPER | options))
     theirs = train(torch.optim.AdamW(parameters(dtype), **HYPER | options, foreach=False))
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+        bound = 8 * torch.finfo(dtype).eps  # roundings of 12 steps; a weight is of order 1
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+        assert torch.equal(a, b) or options != {"lr": 0.0}
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3])
+def test_short_averages_forget(beta1: float) -> None:
+    """beta1 = 0 leaves nothing of the last gradient, whatever its size."""
+    p = Parameter(torch.ones(5))
+    optimizer = AdamW([p], lr=0.1, betas=(beta1, 0.9))
+    for grad in (1e8, 1.0):
+        p.grad = torch.full_like(p, grad)
+        optimizer.step()
+    expected = beta1 * (1 - beta1) * 1e8 + (1 - beta1)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full_like(p, expected), rtol=1e-6, atol=0)
+
+
+def test_infinite_weights_stay() -> None:
+    """A mask in a parameter survives weight decay: inf - inf would be no number."""
+    p = Parameter(torch.tensor([float("-inf"), 1.0]))
+    optimizer = AdamW([p], **HYPER)
+    p.grad = torch.tensor([0.0, 1.0])
+    optimizer.step()
+    assert p[0] == float("-inf") and p[1] < 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -103,7 +126,7 @@ def test_blocks_and_layouts() -> None:
     step_all(optimizer, ours)
     step_all(torch.optim.AdamW(theirs, **HYPER, amsgrad=True, foreach=False), theirs)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=4e-7, atol=4e-7)
     assert optimizer.state[ours[3]]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
 
 

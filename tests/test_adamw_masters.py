@@ -53,7 +53,7 @@ def test_nearer_to_fp64_than_plain_bf16() -> None:
 def test_copy_and_remainder_are_one_fp32_run() -> None:
     """The masters of both modes and a run in fp32 agree bit for bit when all see the same gradients and fp32 moments."""
     p = Parameter(bf16(0).float())
-    plain = torch.optim.AdamW([p], **HYPER, foreach=False)
+    plain = AdamW([p], **HYPER)
     for step in range(1, 31):
         p.grad = (bf16(step) + 0.5).float()
         plain.step()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
+from adept_fast.optim.launch import sum_of_squares
 from adept_fast.reference import clip_scale
 
 HYPER = {"lr": 3e-3, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.13}
@@ -92,10 +93,13 @@ def test_clip_scale_in_low_precision_complex_and_with_nan() -> None:
     pairs = torch.randn(3, 5, generator=generator, dtype=torch.complex64)
     grads = [torch.randn(1001, generator=generator).bfloat16(), pairs, torch.zeros(0)]
     norm = sum(g.to(torch.complex128).abs().square().sum() for g in grads).sqrt()
-    torch.testing.assert_close(clip_scale(grads, 0.7).double(), 0.7 / (norm + 1e-6), rtol=1e-6, atol=0)
-    torch.testing.assert_close(clip_scale(grads, 0.7, torch.tensor(0.25)).double(), 0.7 / (norm / 4 + 1e-6), rtol=1e-6, atol=0)
-    assert clip_scale(grads, 1e6).item() == 1.0
-    assert clip_scale([torch.tensor([float("nan")])], 1.0).isnan()
+    squares = sum_of_squares([torch.view_as_real(g) if g.is_complex() else g for g in grads])
+    assert squares.dtype == torch.float64
+    torch.testing.assert_close(squares, norm.square(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(clip_scale(squares, 0.7), 0.7 / (norm + 1e-6), rtol=1e-12, atol=0)
+    torch.testing.assert_close(clip_scale(squares, 0.7, torch.tensor(0.25)), 0.25 * 0.7 / (norm / 4 + 1e-6), rtol=1e-12, atol=0)
+    assert clip_scale(squares, 1e6).item() == 1.0
+    assert clip_scale(sum_of_squares([torch.tensor([float("nan")])]), 1.0).isnan()
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])

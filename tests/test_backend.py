@@ -86,8 +86,8 @@ def test_status_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_native_cpu_code_is_preferred_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend.IMPLEMENTED, "adamw", ("cpu", "torch"))
-    monkeypatch.setitem(sys.modules, "adept_fast._C", SimpleNamespace(features=lambda: {"compiler": "gcc 14", "avx2": True, "fma": False}))
-    assert backend.status()["cpu"] == backend.Status(True, "gcc 14, avx2")
+    monkeypatch.setitem(sys.modules, "adept_fast._C", SimpleNamespace(features=lambda: {"compiler": "gcc 14", "instruction_sets": ["avx2", "generic"]}))
+    assert backend.status()["cpu"] == backend.Status(True, "gcc 14, avx2, generic")
     assert backend.resolve("adamw", CPU) == "cpu"
     assert backend.resolve("adamw", CUDA) == "torch"
 
@@ -155,7 +155,8 @@ def test_info_names_versions_backends_and_remedies(monkeypatch: pytest.MonkeyPat
 
 def test_native_modules_tell_what_they_are() -> None:
     cpu = pytest.importorskip("adept_fast._C")
-    assert set(cpu.features()) == {"compiler", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16"}
+    features = cpu.features()
+    assert features["compiler"] and features["instruction_sets"][-1] == "generic" and "omp" in features["openmp_runtime"]
     cuda = pytest.importorskip("adept_fast._CUDA")
     assert cuda.versions()["runtime"] >= 11000
     assert any(name.startswith("sm_") for name in cuda.architectures()) and cuda.architectures()[-1].startswith("compute_")

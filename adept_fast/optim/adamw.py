@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from adept_fast import backend as backends
 from adept_fast.errors import InputError
-from adept_fast.optim_arguments import check_torch_arguments
-from adept_fast.optim_state import MASTER_KEYS, MOMENTS, RATES, Kept, protect_from_cast, rates_into_state, restored
-from adept_fast.reference import AdamWOptions, AdamWTensors, adamw_update_, clip_scale, needs_master
+from adept_fast.optim import shards
+from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments
+from adept_fast.optim.launch import in_memory, launch, sum_of_squares
+from adept_fast.optim.state import (
+    MASTER_KEYS,
+    RATES,
+    Kept,
+    create_missing,
+    protect_from_cast,
+    rates_into_state,
+    restored,
+    widen_sharded_remainders,
+)
+from adept_fast.reference import AdamWOptions, Update, clip_scale, needs_master
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 
-def _torch_step(updates: list[AdamWTensors], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    for update in updates:
-        update.step.add_(1)
-        # Blocks keep the temporaries in a CPU's cache, and small everywhere; autograd could not follow in-place updates of views of leaves.
-        elements = update.param.numel()
-        block = 2**17 if update.param.device.type == "cpu" else 2**26
-        if torch.is_grad_enabled() or elements <= block:
-            adamw_update_(update, grad_scale)
-            continue
-        length = update.param.shape[0]
-        rows = max(1, block * length // elements)
-        for start in range(0, length, rows):
-            adamw_update_(update.rows(start, min(rows, length - start)), grad_scale)
-
-
-# backend -> function that advances `step` and updates one device's tensors; gradients are multiplied by grad_scale (fp32, 0-d) first, and
-# nothing is stored where found_inf (fp32, 0-d) is not 0.
-_STEPS: dict[str, Callable[[list[AdamWTensors], Tensor | None, Tensor | None], None]] = {"torch": _torch_step}
+# torch 2.8's name, and the one that followed it.
+_check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None) or (
+    torch.optim.Optimizer._cuda_graph_capture_health_check
+)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -50,7 +44,8 @@ class AdamW(torch.optim.Optimizer):
         w <- w - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Drop-in for torch.optim.AdamW: same arguments, defaults, errors, closures, hooks, schedulers and state dict, which loads from and
-    into torch's in mid-run. Arithmetic is fp32 (fp64 for fp64 parameters), results are rounded to the dtypes kept.
+    into torch's in mid-run. Arithmetic is fp32 (fp64 for fp64 parameters), each operation rounded once, in the same order by every
+    backend: they give the same bits. Results are rounded to the dtypes kept. DTensor parameters are updated shard by shard.
 
     Arguments beyond torch's:
         state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq; None = the parameter's. Complex parameters keep theirs.
@@ -66,9 +61,8 @@ class AdamW(torch.optim.Optimizer):
         backend: "cuda", "triton", "cpu" or "torch"; None chooses per device.
     The state is 2 (3 with amsgrad) tensors of the parameter's shape in state_dtype, the master, and `step` (fp32, 0-d).
 
-    Of torch's keywords, foreach and fused choose nothing here; fused and capturable keep `step` on the parameter's device, as in torch,
-    so that state dicts interchange; capturable also keeps lr and betas given as tensors there; differentiable=True takes the plain path.
-    GradScaler's grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
+    Of torch's keywords, foreach and fused choose nothing here; fused, capturable, and backends "cuda" and "triton" keep `step` on the
+    parameter's device, where lr and betas given as tensors are read too; differentiable=True takes the plain path. GradScaler's grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
 
     Raises InputError (a ValueError) for arguments out of range and unknown backends, RuntimeError for a forced backend that is not
     available and for sparse gradients.
@@ -102,15 +96,10 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
     ) -> None:
         check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-            raise InputError(f"state_dtype: {state_dtype!r} is not a floating-point dtype; give for example torch.float32, or None")
-        if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
-            raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InputError(f"max_grad_norm: {max_grad_norm} is not positive; None switches clipping off")
+        check_own_arguments(state_dtype, master_weights, max_grad_norm)
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend
-        self._written = WeakIdKeyDictionary()
+        self._written: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "betas": tuple(_scalar(beta) for beta in betas),
@@ -129,17 +118,11 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, and checks that this optimizer's backend and master weights can serve the parameters."""
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
+        group = self.param_groups[-1]
         try:
-            if self.master_weights in ("remainder", "stochastic"):
-                for position, param in enumerate(params):
-                    if needs_master(param) and param.dtype != torch.bfloat16:
-                        raise InputError(
-                            f"group {len(self.param_groups) - 1}, parameter {position}: master_weights={self.master_weights!r} needs "
-                            f"bfloat16, not {param.dtype}; use 'copy' or 'kahan'"
-                        )
-            for device in {param.device for param in params}:
-                backends.resolve("adamw", device, self.backend)
+            for position, param in enumerate(group["params"]):
+                check_dtypes(f"group {len(self.param_groups) - 1}, parameter {position}", param, self.master_weights)
+                self._backend(group, param)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -176,7 +159,11 @@ class AdamW(torch.optim.Optimizer):
             )
         if not bool(((values >= 0) & values.isfinite()).all()):
             raise InputError("multipliers: every one must be finite and >= 0")
-        group.setdefault(RATES, {})[position] = (values, dim)
+        held = group.setdefault(RATES, {}).get(position)
+        if held is not None and held[0].shape == values.shape and held[0].device == values.device and held[1] == dim:
+            held[0].copy_(values)  # at the same address, so that a captured or compiled step sees them
+        else:
+            group[RATES][position] = (values, dim)
 
     def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
         """(multipliers, dim) of `param` as set, dim counted from the front, or None. Raises InputError for a parameter that is not here."""
@@ -192,6 +179,7 @@ class AdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure`, called first with gradients enabled, returns."""
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,85 +189,129 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self) -> None:
-        due = list(self._with_gradient())
-        if not due:
-            return
-        found_inf = getattr(self, "found_inf", None)
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
-        if self.max_grad_norm is not None:
-            clip = clip_scale([param.grad for _, _, _, param in due], self.max_grad_norm, scale)
-            scale = clip if scale is None else clip * scale.to(clip.device)
-        by_device: dict[torch.device, list[AdamWTensors]] = defaultdict(list)
-        options = {id(group): self._options(group) for group, _, _, _ in due}
-        for group, position, ordinal, param in due:
-            by_device[param.device].append(self._tensors(group, position, ordinal, param, options[id(group)]))
-        for device, updates in by_device.items():
-            name = "torch" if self.defaults["differentiable"] else backends.resolve("adamw", device, self.backend)
-            _STEPS[name](updates, *(x if x is None else x.to(device) for x in (scale, found_inf)))
-        if self.master_weights in ("remainder", "kahan"):
-            for _, _, _, param in due:
-                self._written[param] = param._version
-
-    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], int, int, Tensor]]:
-        ordinal = 0
+        work: dict[tuple[torch.device, str], list[Update]] = {}
+        copies, grads, meshes, first = [], [], [], 0
         for group in self.param_groups:
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    if param.grad.layout != torch.strided:
-                        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-                    yield group, position, ordinal, param
-                ordinal += 1
+            columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
+            self._init_group(group, first, *columns)
+            first += len(group["params"])
+            lr, beta1, beta2 = _scalar(group["lr"]), *group["betas"]
+            options = AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights)
+            for *tensors, dim, first_index, seed, mesh, backend in zip(*columns, strict=True):
+                update, copied = in_memory(*tensors, dim, first_index, seed, options)
+                key = (update.param.device, backend)
+                if key not in work:
+                    work[key] = []
+                work[key].append(update)
+                copies.extend(copied)
+                grads.append(update.grad)
+                meshes.append(mesh)
+        if not work:
+            return
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scale = None if grad_scale is None else grad_scale.double().reciprocal()
+        if self.max_grad_norm is not None:
+            scale = clip_scale(shards.total(sum_of_squares, grads, meshes), self.max_grad_norm, scale)
+        for (device, backend), updates in work.items():
+            launch(backend, updates, *(x if x is None else x.to(device) for x in (scale, found_inf)))
+        for original, copy in copies:
+            original.copy_(copy)
+        if self.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self._written[param] = param._version
 
-    def _options(self, group: dict[str, Any]) -> AdamWOptions:
-        on_device = bool(group["capturable"] or self.defaults["differentiable"])
-        lr, beta1, beta2 = (_scalar(x) if on_device else float(x) for x in (group["lr"], *group["betas"]))
-        return AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights, on_device)
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        first: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor | None],
+        masters: list[Tensor | None],
+        steps: list[Tensor],
+        multipliers: list[Tensor | None],
+        dims: list[int],
+        first_indices: list[int],
+        seeds: list[int],
+        meshes: list[shards.Mesh | None],
+        backend_names: list[str],
+    ) -> None:
+        """Create what state is missing and append a row to the columns for each parameter with a gradient; of sharded ones, this process's
+        part. torch.compile knows this name and its form: it runs it while it traces, and guards what it returns."""
+        if any(param.grad is not None and param.grad.layout != torch.strided for param in group["params"]):
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        for position, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            name = self._backend(group, param)
+            state = self._state(group, param, name)
+            rates, dim = group.get(RATES, {}).get(position, (None, 0))
+            if rates is not None:
+                if rates.shape != param.shape[dim : dim + rates.ndim]:
+                    raise InputError(
+                        f"unit_lr: multipliers of shape {tuple(rates.shape)} from dim={dim} no longer fit parameter {position} of its "
+                        f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
+                    )
+                if rates.device != param.device:
+                    rates = rates.to(param.device)
+                    group[RATES][position] = (rates, dim)
+            shard = shards.shard_of(param)
+            params.append(shards.local(param))
+            grads.append(shards.local(param.grad, param))
+            exp_avgs.append(shards.local(state["exp_avg"]))
+            exp_avg_sqs.append(shards.local(state["exp_avg_sq"]))
+            max_exp_avg_sqs.append(shards.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None)
+            key = self._kept(group, param, name).master_key
+            masters.append(None if key is None else shards.local(state[key]))
+            steps.append(state["step"])
+            multipliers.append(rates if shard is None or rates is None else shard.multipliers(rates, dim))
+            dims.append(dim)
+            first_indices.append(0 if shard is None else shard.first_index)
+            seeds.append(first + position)
+            meshes.append(None if shard is None else shard.mesh)
+            backend_names.append(name)
 
-    def _tensors(self, group: dict[str, Any], position: int, ordinal: int, param: Tensor, options: AdamWOptions) -> AdamWTensors:
-        state, kept = self.state[param], self._kept(group, param)
-        if "step" not in state:
-            state["step"] = torch.zeros((), device=kept.step_device)
-        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
-            if key not in state:
-                state[key] = torch.zeros_like(param, dtype=kept.moments, memory_format=torch.preserve_format).detach()
-        master, key = None, kept.master_key
-        if key is not None:
-            if key not in state:
-                start = param.detach().to(kept.master) if key == "master" else torch.zeros_like(param, dtype=kept.master).detach()
-                state[key] = start
-            elif key != "master" and self._written.get(param, param._version) != param._version:
-                state[key].zero_()
-            master = state[key]
-        multipliers, dim = group.get(RATES, {}).get(position, (None, 0))
-        if multipliers is not None:
-            if multipliers.shape != param.shape[dim : dim + multipliers.ndim]:
-                raise InputError(
-                    f"unit_lr: multipliers of shape {tuple(multipliers.shape)} from dim={dim} no longer fit parameter {position} of its "
-                    f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
-                )
-            multipliers = multipliers.to(param.device)
-        vmax = state["max_exp_avg_sq"] if group["amsgrad"] else None
-        moments = (state["exp_avg"], state["exp_avg_sq"], vmax)
-        return AdamWTensors(param, param.grad, state["step"], *moments, master, multipliers, dim, ordinal, options)
+    def _backend(self, group: dict[str, Any], param: Tensor) -> str:
+        """What updates `param`; native code and Triton keep to fp32, bf16 and fp16 on GPUs, fp64 is left to plain torch there."""
+        if self.defaults["differentiable"]:
+            return "torch"
+        name = backends.resolve("adamw", param.device, self.backend)
+        if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, self.state_dtype)):
+            if self.backend or os.environ.get("ADEPT_FAST_BACKEND"):
+                raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
+            return "torch"
+        return name
 
-    def _kept(self, group: dict[str, Any], param: Tensor) -> Kept:
+    def _state(self, group: dict[str, Any], param: Tensor, backend: str) -> dict[str, Any]:
+        """The state of `param`, with what is missing created, and a remainder or compensation that an edit made stale reset."""
+        state, kept = self.state[param], self._kept(group, param, backend)
+        create_missing(state, param, kept, group["amsgrad"])
+        if kept.master_key in ("remainder", "compensation") and self._written.get(param, param._version) != param._version:
+            state[kept.master_key].zero_()
+        return state
+
+    def _kept(self, group: dict[str, Any], param: Tensor, backend: str) -> Kept:
         """How the state of `param` is kept here."""
         moments = param.dtype if self.state_dtype is None or param.is_complex() else self.state_dtype
         key = MASTER_KEYS.get(self.master_weights) if needs_master(param) else None
         master = {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
-        on_device = group["capturable"] or group["fused"]
+        on_device = group["capturable"] or group["fused"] or backend in ("cuda", "triton")
         return Kept(param.device if on_device else torch.device("cpu"), moments, key, master)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's. Per parameter that has been updated the keys `unit_lr` (fp32, the shape given) and `unit_dim` stand beside its state;
         rates of the others stand in their group as `unit_lr`: {position: (multipliers, dim)}."""
         # A hook, so that the user's own hooks see the rates too.
-        hook = self.register_state_dict_post_hook(rates_into_state, prepend=True)
+        hooks = [self.register_state_dict_post_hook(hook, prepend=True) for hook in (rates_into_state, widen_sharded_remainders)]
         try:
             return super().state_dict()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, from this class or torch.optim.AdamW, except that tensors are copied and each key gets the dtype it has here: moments
@@ -298,14 +330,15 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
-        self._written = WeakIdKeyDictionary()
+        self._written = {}
         for group in self.param_groups:
             for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
                 group.setdefault(name, self.defaults[name])
             group["decoupled_weight_decay"] = True
             for position, param in enumerate(group["params"]):
                 if param in self.state:
-                    kept = self.state[param] = restored(self.state[param], self._kept(group, param), param.device)
+                    kept = self._kept(group, param, self._backend(group, param))
+                    kept = self.state[param] = restored(self.state[param], kept, param.device)
                     if "unit_lr" in kept:
                         group.setdefault(RATES, {})[position] = (kept.pop("unit_lr"), kept.pop("unit_dim"))
         if not any(group.get(RATES) for group in self.param_groups):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adept_fast.optim.shards import is_sharded
+
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
@@ -24,6 +26,19 @@ class Kept:
     moments: torch.dtype
     master_key: str | None
     master: torch.dtype
+
+
+def create_missing(state: dict[str, Any], param: Tensor, kept: Kept, amsgrad: bool) -> None:
+    """Add the keys that an update of `param` needs and `state` lacks."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=kept.step_device)
+    for key in MOMENTS[: 3 if amsgrad else 2]:
+        if key not in state:
+            state[key] = torch.zeros_like(param, dtype=kept.moments, memory_format=torch.preserve_format).detach()
+    if kept.master_key == "master" and "master" not in state:
+        state["master"] = param.detach().to(kept.master)
+    elif kept.master_key is not None and kept.master_key not in state:
+        state[kept.master_key] = torch.zeros_like(param, dtype=kept.master).detach()
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,17 @@ def rates_into_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
             group[RATES] = waiting
 
 
+def _carried(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.int16 else dtype
+
+
+def widen_sharded_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State dict post-hook: sharded remainders as int32, because neither NCCL nor gloo carries int16."""
+    for parameter, state in state_dict["state"].items():
+        if isinstance(state, dict) and "remainder" in state and is_sharded(state["remainder"]):
+            state_dict["state"][parameter] = state | {"remainder": state["remainder"].to(torch.int32)}
+
+
 def protect_from_cast(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Load pre-hook: wrap every state tensor, to be unwrapped by `restored`."""
 
@@ -70,8 +96,8 @@ def restored(state: dict[str, Any], kept: Kept, device: torch.device) -> dict[st
         elif not isinstance(value, Uncast):
             result[key] = value
         elif key in MASTER_KEYS.values():
-            if key == kept.master_key and value.tensor.dtype == kept.master:
-                result[key] = value.tensor.to(device, copy=True)
+            if key == kept.master_key and value.tensor.dtype in (kept.master, _carried(kept.master)):
+                result[key] = value.tensor.to(device, kept.master, copy=True)
         else:
             dtypes = {"unit_lr": torch.float32} | dict.fromkeys(MOMENTS, kept.moments)
             result[key] = value.tensor.to(device, dtypes.get(key, value.tensor.dtype), copy=True)

@@ -1,10 +1,12 @@
-"""What torch.optim.AdamW refuses, refused here in the same order and words."""
+"""What AdamW refuses: what torch.optim.AdamW does, in the same order and words, and its own arguments out of range."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
+from adept_fast.reference import needs_master
 
 
 def check_torch_arguments(
@@ -44,3 +46,19 @@ def check_torch_arguments(
         raise RuntimeError("`fused` does not support `differentiable`")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | None, max_grad_norm: float | None) -> None:
+    """Raise InputError for a state_dtype, master_weights or max_grad_norm that does not exist."""
+    if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+        raise InputError(f"state_dtype: {state_dtype!r} is not a floating-point dtype; give for example torch.float32, or None")
+    if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
+        raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise InputError(f"max_grad_norm: {max_grad_norm} is not positive; None switches clipping off")
+
+
+def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
+    """Raise InputError where `master_weights` cannot serve `param`."""
+    if master_weights in ("remainder", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
+        raise InputError(f"{where}: master_weights={master_weights!r} needs bfloat16, not {param.dtype}; use 'copy' or 'kahan'")

@@ -1,0 +1,49 @@
+"""How a parameter lies in memory, and how its gradient and state are brought into the same order.
+
+Backends walk memory, not indices: element i of a dense tensor is the i-th in memory, whatever the strides. Index j of a dimension with
+stride s and size n is then (i // s) % n, in transposed and channels-last tensors too.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def in_one_order(tensors: list[Tensor | None], row_major: bool) -> tuple[list[Tensor | None], list[Pair]]:
+    """The tensors, all in the memory order of the first (row-major where asked for, or where that one is not dense), and the pairs (tensor,
+    copy) of those that had to be copied."""
+    first = tensors[0]
+    if all(x is None or x.is_contiguous() for x in tensors):
+        return tensors, []
+    if row_major or not dense(first):
+        like = torch.empty(first.shape, device="meta")
+    else:
+        like = torch.empty_like(first, device="meta")
+    ordered, copies = [], []
+    for x in tensors:
+        if x is not None and not (x.stride() == like.stride() or x.numel() == 0):
+            copy = torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+            copies.append((x, copy))
+            x = copy
+        ordered.append(x)
+    return ordered, copies
+
+
+def unit_walk(param: Tensor, multipliers: Tensor, dim: int) -> tuple[int, int] | None:
+    """(length, inner) such that element i in memory has the multiplier multipliers.view(-1)[(i // inner) % length], or None where the
+    memory order of `param` allows no such walk. `multipliers` covers dimensions dim .. dim + ndim - 1."""
+    units = [d for d in range(dim, dim + multipliers.ndim) if param.shape[d] > 1]
+    if not units or param.numel() == 0:
+        return 1, 1
+    merge = all(param.stride(a) == param.stride(b) * param.shape[b] for a, b in pairwise(units))
+    return (multipliers.numel(), param.stride(units[-1])) if merge else None

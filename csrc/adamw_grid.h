@@ -1,0 +1,79 @@
+// Which elements a thread of the AdamW launch updates, and which units they belong to. Host and device code alike.
+//
+// Tensors are cut into chunks, numbered through all tensors; block b takes chunks b, b + grid, ... A block walks its chunk in turns of
+// kTurn elements, kWidth neighbours a thread.
+#pragma once
+
+#include "descriptor.h"
+#include "number_formats.h"
+
+namespace adept_fast {
+
+constexpr int kThreads = 256;
+constexpr int kWidth = 8;
+constexpr int kTurn = kThreads * kWidth;
+constexpr int kChunk = 4 * kTurn;
+
+ADEPT_FAST_INLINE std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// The tensor that `chunk` is part of. first_chunks: per tensor, ascending; a tensor without elements has its successor's.
+ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks, std::int64_t tensors, std::int64_t chunk) {
+    std::int64_t low = 0, high = tensors;  // first_chunks[low] <= chunk < first_chunks[high]
+    while (high - low > 1) {
+        const std::int64_t middle = (low + high) / 2;
+        (first_chunks[middle] <= chunk ? low : high) = middle;
+    }
+    return static_cast<std::int32_t>(low);
+}
+
+// Of the kWidth elements that begin at `first`, a bit each for those that the tensor has.
+ADEPT_FAST_INLINE std::uint32_t present_bits(std::int64_t first, std::int64_t numel) {
+    const std::int64_t left = numel - first;
+    return left >= kWidth ? (1u << kWidth) - 1u : left <= 0 ? 0u : (1u << left) - 1u;
+}
+
+// An element's multiplier, and how many elements from here on have it (or at least the rest of the chunk).
+struct Place {
+    std::int64_t unit;
+    std::uint32_t left;
+};
+
+// Multipliers (i / inner) % length along one chunk: 64-bit divisions once, 32-bit ones from there on.
+struct UnitWalk {
+    std::int64_t length, unit;    // unit: of the chunk's first element
+    std::uint32_t inner, passed;  // passed: elements of that unit that lie before the chunk
+};
+
+// first: of the chunk.
+ADEPT_FAST_INLINE UnitWalk unit_walk(const Tensor& row, std::int64_t first) {
+    const std::int64_t units = first / row.inner, passed = first - units * row.inner;
+    const std::int64_t unit = units % row.length;
+    if (row.inner <= kChunk) {
+        return {row.length, unit, static_cast<std::uint32_t>(row.inner), static_cast<std::uint32_t>(passed)};
+    }
+    // A unit longer than a chunk ends in it at most once: a length of two chunks serves as well, and fits 32 bits.
+    const std::int64_t left = row.inner - passed;
+    return {row.length, unit, 2 * kChunk, static_cast<std::uint32_t>(2 * kChunk - (left < kChunk ? left : kChunk))};
+}
+
+// offset: of an element in the chunk.
+ADEPT_FAST_INLINE Place place_at(const UnitWalk& walk, std::uint32_t offset) {
+    const std::uint32_t units = (walk.passed + offset) / walk.inner, left = (units + 1) * walk.inner - (walk.passed + offset);
+    const std::int64_t unit = walk.unit + units;
+    if (unit < walk.length) {
+        return {unit, left};
+    }
+    if (walk.length > kChunk) {
+        return {unit - walk.length, left};
+    }
+    return {static_cast<std::uint32_t>(unit) % static_cast<std::uint32_t>(walk.length), left};
+}
+
+ADEPT_FAST_INLINE void to_next(const UnitWalk& walk, Place& place) {
+    if (--place.left == 0) {
+        place.left = walk.inner;
+        place.unit = place.unit + 1 == walk.length ? 0 : place.unit + 1;
+    }
+}
+
+}  // namespace adept_fast

@@ -1,0 +1,131 @@
+#include "cpu_adamw.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "parallel.h"
+
+namespace adept_fast {
+namespace {
+
+constexpr std::int64_t kChunk = 32768;  // elements a thread takes at a time; below this much in all one thread is enough
+
+// Chunks of all arrays, numbered through: which array, and where in it.
+class Chunks {
+public:
+    void add(std::int64_t numel) { ends_.push_back((ends_.empty() ? 0 : ends_.back()) + (numel + kChunk - 1) / kChunk); }
+    std::int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
+
+    template <class F>
+    void visit(std::int64_t chunk, const F& body) const {
+        const auto found = std::upper_bound(ends_.begin(), ends_.end(), chunk);
+        const std::int64_t before = found == ends_.begin() ? 0 : *(found - 1);
+        body(static_cast<std::size_t>(found - ends_.begin()), (chunk - before) * kChunk);
+    }
+
+private:
+    std::vector<std::int64_t> ends_;
+};
+
+template <class F>
+struct Queue {
+    const F& body;
+    const std::int64_t count;
+    std::atomic<std::int64_t> next{0};
+
+    static void drain(void* self) {
+        Queue& queue = *static_cast<Queue*>(self);
+        for (std::int64_t chunk; (chunk = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;) {
+            queue.body(chunk);
+        }
+    }
+};
+
+template <class F>
+void for_each_chunk(std::int64_t count, int threads, const F& body) {
+    Queue<F> queue{body, count};
+    run_on_threads(static_cast<int>(std::min<std::int64_t>(threads, count)), &Queue<F>::drain, &queue);
+}
+
+template <class T>
+void fill_rates(const Work& work, const float* multipliers, T* decay, T* step) {
+    for (std::int64_t i = 0; i < work.tensor.length; ++i) {
+        const Rate<T> rate = unit_rate<T>(work.scalars, multipliers[i]);
+        decay[i] = rate.decay;
+        step[i] = rate.step;
+    }
+}
+
+}  // namespace
+
+const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* groups, std::int64_t group_count, double grad_scale,
+                       int threads, const InstructionSet& set) {
+    std::int64_t rates = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const Tensor& t = tensors[i];
+        if (t.numel < 0 || t.length < 1 || t.inner < 1 || t.group < 0 || t.group >= group_count) {
+            return "a row of the tensor table is out of range";
+        }
+        rates += t.length > 1 ? 2 * t.length : 0;
+    }
+    std::vector<double> scratch(static_cast<std::size_t>(rates));  // room for fp64, used as fp32 by most
+    double* free = scratch.data();
+    std::vector<Work> work;
+    work.reserve(static_cast<std::size_t>(count));
+    Chunks chunks;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const Tensor& t = tensors[i];
+        const Group& g = groups[t.group];
+        float& step = *reinterpret_cast<float*>(t.step);
+        step += 1.0f;
+        const std::int64_t number = static_cast<std::int64_t>(step);
+        const double scale = g.maximize != 0.0 ? -grad_scale : grad_scale;
+        const float* multipliers = reinterpret_cast<const float*>(t.multipliers);
+        Work one{t, step_scalars(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, scale, number), number, 1.0, nullptr, nullptr};
+        if (multipliers != nullptr && t.length == 1) {
+            one.multiplier = multipliers[0];
+        } else if (multipliers != nullptr) {
+            double *decay = free, *steps = free + t.length;
+            free += 2 * t.length;
+            if ((t.formats & 3) == kFp64) {
+                fill_rates(one, multipliers, decay, steps);
+            } else {
+                fill_rates(one, multipliers, reinterpret_cast<float*>(decay), reinterpret_cast<float*>(steps));
+            }
+            one.decay = decay;
+            one.step = steps;
+        }
+        work.push_back(one);
+        chunks.add(t.numel);
+    }
+    for_each_chunk(chunks.count(), threads, [&](std::int64_t chunk) {
+        chunks.visit(chunk, [&](std::size_t i, std::int64_t first) {
+            set.update(work[i], first, std::min(kChunk, work[i].tensor.numel - first));
+        });
+    });
+    return nullptr;
+}
+
+const InstructionSet* const* instruction_sets() {
+    static const InstructionSet* found[4] = {};
+    static const bool once = [] {
+        int i = 0;
+#if defined(__x86_64__)
+        __builtin_cpu_init();  // what it reports includes that the system saves the wide registers
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512dq")) {
+            found[i++] = &kAvx512;
+        }
+        if (__builtin_cpu_supports("avx2")) {
+            found[i++] = &kAvx2;
+        }
+#endif
+        found[i] = &kGeneric;
+        return true;
+    }();
+    (void)once;
+    return found;
+}
+
+}  // namespace adept_fast

@@ -1,0 +1,35 @@
+// AdamW over ranges of memory on the CPU, compiled once per instruction set (cpu_adamw_body.h), and the step over all tensors.
+#pragma once
+
+#include "adamw.h"
+#include "descriptor.h"
+
+namespace adept_fast {
+
+// One tensor in one step. decay and step: the unit rates, `length` values of the arithmetic's type each; null where there is one unit.
+struct Work {
+    Tensor tensor;
+    StepScalars scalars;
+    std::int64_t t;
+    double multiplier;  // of the one unit
+    const void *decay, *step;
+};
+
+struct InstructionSet {
+    const char* name;
+    void (*update)(const Work& work, std::int64_t first, std::int64_t count);
+};
+
+extern const InstructionSet kGeneric;
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2, kAvx512;
+#endif
+
+// The instruction sets that this CPU has, the best first; `name` null ends the list.
+const InstructionSet* const* instruction_sets();
+
+// Advances every tensor's step and updates it. Returns what is wrong with the rows, or null.
+const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* groups, std::int64_t group_count, double grad_scale,
+                       int threads, const InstructionSet& set);
+
+}  // namespace adept_fast

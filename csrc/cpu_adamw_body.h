@@ -1,0 +1,350 @@
+// Included by one source file per instruction set, with ADEPT_FAST_SET its name: everything here is compiled for that set.
+//
+// Streams that are not of the arithmetic's type pass through tiles that stay in the first-level cache, so that one loop serves every mix of
+// formats, and the compiler vectorises it. A tile is small, so that the next one's conversions run while this one's roots and quotients
+// are under way.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu_adamw.h"
+
+namespace adept_fast {
+namespace {
+
+constexpr std::int64_t kTile = 64;
+
+// A number of elements: known when compiled for whole tiles, so that their loops have no remainder.
+struct Whole {
+    constexpr operator std::int64_t() const { return kTile; }
+};
+
+template <class S>
+S* at(std::int64_t address, std::int64_t index) {
+    return reinterpret_cast<S*>(address) + index;
+}
+
+template <class T>
+constexpr bool is_own(std::int64_t format) {
+    return format == (sizeof(T) == 8 ? kFp64 : kFp32);
+}
+
+template <class T, class N>
+void load(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* __restrict out) {
+    if (format == kBf16) {
+        const std::uint16_t* in = at<const std::uint16_t>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
+    } else if (format == kFp16) {
+        const std::uint16_t* in = at<const std::uint16_t>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = from_fp16(in[i]);
+    } else if (format == kFp32) {
+        const float* in = at<const float>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+    } else {
+        const double* in = at<const double>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+    }
+}
+
+// In place where the memory is of the arithmetic's type.
+template <class T, class N>
+T* open(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* tile) {
+    if (is_own<T>(format)) return at<T>(address, first);
+    load(address, format, first, n, tile);
+    return tile;
+}
+
+// Rates of a range of elements: one for all, or one each.
+template <class T>
+struct OneRate {
+    Rate<T> rate;
+    Rate<T> operator[](std::int64_t) const { return rate; }
+    bool frozen(std::int64_t) const { return false; }  // a frozen range is not stored at all
+    bool store() const { return !(rate.decay < static_cast<T>(0)); }
+    OneRate from(std::int64_t) const { return *this; }
+};
+
+template <class T>
+struct RateEach {
+    const T *decay, *step;
+    Rate<T> operator[](std::int64_t i) const { return {decay[i], step[i]}; }
+    bool frozen(std::int64_t i) const { return decay[i] < static_cast<T>(0); }
+    bool store() const { return true; }
+    RateEach from(std::int64_t i) const { return {decay + i, step + i}; }
+};
+
+struct Always {
+    bool frozen(std::int64_t) const { return false; }
+};
+
+template <class T, class N, class Rates>
+void store(std::int64_t address, std::int64_t format, std::int64_t first, N n, const T* __restrict in, Rates rates) {
+    if (format == kBf16) {
+        std::uint16_t* out = at<std::uint16_t>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = rates.frozen(i) ? out[i] : to_bf16(static_cast<float>(in[i]));
+    } else if (format == kFp16) {
+        std::uint16_t* out = at<std::uint16_t>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = rates.frozen(i) ? out[i] : to_fp16(static_cast<float>(in[i]));
+    } else if (format == kFp32) {
+        float* out = at<float>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = rates.frozen(i) ? out[i] : static_cast<float>(in[i]);
+    } else {
+        double* out = at<double>(address, first);
+        for (std::int64_t i = 0; i < n; ++i) out[i] = rates.frozen(i) ? out[i] : static_cast<double>(in[i]);
+    }
+}
+
+template <class T>
+struct Streams {
+    T *weight, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+    const T* grad;
+};
+
+template <class T, bool kAmsgrad, bool kSlow, class N, class Rates>
+void loop(N n, Streams<T> s, Constants<T> c, Rates rates) {
+    T *__restrict w = s.weight, *__restrict m = s.exp_avg, *__restrict v = s.exp_avg_sq, *__restrict x = s.max_exp_avg_sq;
+    const T* __restrict g = s.grad;
+    if (kSlow) c.slow1 = c.slow2 = true;
+    T none = 0;
+    for (std::int64_t i = 0; i < n; ++i) w[i] = adamw<kAmsgrad>(w[i], g[i], m[i], v[i], kAmsgrad ? x[i] : none, c, rates[i]);
+}
+
+template <class T, class N, class Rates>
+void elements(N n, Streams<T> s, const Constants<T>& c, Rates rates) {
+    const bool slow = c.slow1 && c.slow2;
+    if (s.max_exp_avg_sq != nullptr) {
+        slow ? loop<T, true, true>(n, s, c, rates) : loop<T, true, false>(n, s, c, rates);
+    } else {
+        slow ? loop<T, false, true>(n, s, c, rates) : loop<T, false, false>(n, s, c, rates);
+    }
+}
+
+// The weights that the master mode stands for; in place where the parameter is of the arithmetic's type.
+template <class T, class N>
+T* open_weights(const Tensor& t, std::int64_t first, N n, T* tile) {
+    const std::int64_t format = t.formats & 3;
+    if (t.mode == kDirect || t.mode == kStochastic) return open(t.param, format, first, n, tile);
+    if (t.mode == kRemainder) {
+        const std::uint16_t* param = at<const std::uint16_t>(t.param, first);
+        const std::int16_t* low = at<const std::int16_t>(t.master, first);
+        for (std::int64_t i = 0; i < n; ++i) tile[i] = join_master(param[i], low[i]);
+        return tile;
+    }
+    load(t.param, format, first, n, tile);
+    if (t.mode == kCopy) {
+        const float* master = at<const float>(t.master, first);
+        if (format == kBf16) {
+            for (std::int64_t i = 0; i < n; ++i) tile[i] = from_bf16(to_bf16(master[i])) == tile[i] ? master[i] : tile[i];
+        } else {
+            for (std::int64_t i = 0; i < n; ++i) tile[i] = from_fp16(to_fp16(master[i])) == tile[i] ? master[i] : tile[i];
+        }
+    } else {
+        alignas(64) T compensation[kTile];
+        load(t.master, format, first, n, compensation);
+        for (std::int64_t i = 0; i < n; ++i) tile[i] += compensation[i];
+    }
+    return tile;
+}
+
+template <class T, class N, class Rates>
+void close_weights(const Work& work, std::int64_t first, N n, const T* weight, Rates rates) {
+    const Tensor& t = work.tensor;
+    const std::int64_t format = t.formats & 3;
+    std::uint16_t* param = at<std::uint16_t>(t.param, first);
+    if (t.mode == kRemainder) {
+        std::int16_t* low = at<std::int16_t>(t.master, first);
+        for (std::int64_t i = 0; i < n; ++i) {
+            std::uint16_t high;
+            std::int16_t rest;
+            split_master(static_cast<float>(weight[i]), high, rest);
+            param[i] = rates.frozen(i) ? param[i] : high;
+            low[i] = rates.frozen(i) ? low[i] : rest;
+        }
+    } else if (t.mode == kStochastic) {
+        const NoiseKey key = noise_key(static_cast<std::uint32_t>(t.seed), work.t);
+        const std::uint64_t index = static_cast<std::uint64_t>(t.first_index + first);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::uint16_t rounded = stochastic_bf16(static_cast<float>(weight[i]), key, index + static_cast<std::uint64_t>(i));
+            param[i] = rates.frozen(i) ? param[i] : rounded;
+        }
+    } else {
+        store(t.param, format, first, n, weight, rates);
+        if (t.mode == kCopy) {
+            store(t.master, kFp32, first, n, weight, rates);
+        } else if (t.mode == kKahan) {
+            alignas(64) T lost[kTile];
+            if (format == kBf16) {
+                for (std::int64_t i = 0; i < n; ++i) lost[i] = weight[i] - from_bf16(to_bf16(static_cast<float>(weight[i])));
+            } else {
+                for (std::int64_t i = 0; i < n; ++i) lost[i] = weight[i] - from_fp16(to_fp16(static_cast<float>(weight[i])));
+            }
+            for (std::int64_t i = 0; i < n; ++i) lost[i] = is_finite(weight[i]) ? lost[i] : static_cast<T>(0);
+            store(t.master, format, first, n, static_cast<const T*>(lost), rates);
+        }
+    }
+}
+
+template <class T, class N, class Rates>
+void tile(const Work& work, std::int64_t first, N n, const Constants<T>& c, Rates rates) {
+    alignas(64) T weights[kTile], grads[kTile], averages[kTile], squares[kTile], maxima[kTile];
+    const Tensor& t = work.tensor;
+    const std::int64_t moments = (t.formats >> 4) & 3;
+    Streams<T> s;
+    s.weight = open_weights(t, first, n, weights);
+    s.grad = open(t.grad, (t.formats >> 2) & 3, first, n, grads);
+    s.exp_avg = open(t.exp_avg, moments, first, n, averages);
+    s.exp_avg_sq = open(t.exp_avg_sq, moments, first, n, squares);
+    s.max_exp_avg_sq = t.max_exp_avg_sq == 0 ? nullptr : open(t.max_exp_avg_sq, moments, first, n, maxima);
+    elements(n, s, c, rates);
+    if (s.weight == weights && rates.store()) close_weights(work, first, n, static_cast<const T*>(weights), rates);
+    if (!is_own<T>(moments)) {
+        store(t.exp_avg, moments, first, n, static_cast<const T*>(averages), Always{});
+        store(t.exp_avg_sq, moments, first, n, static_cast<const T*>(squares), Always{});
+        if (t.max_exp_avg_sq != 0) store(t.max_exp_avg_sq, moments, first, n, static_cast<const T*>(maxima), Always{});
+    }
+}
+
+// Two neighbours of 16 bits in one word of 32: a CPU's vectors unpack and pack these with a shift and a mask each, where a loop over single
+// elements shuffles across lanes.
+struct Pair {
+    std::uint32_t bits;
+    std::uint16_t low() const { return static_cast<std::uint16_t>(bits & 0xffffu); }
+    std::uint16_t high() const { return static_cast<std::uint16_t>(bits >> 16); }
+};
+
+Pair load_pair(std::int64_t address, std::int64_t element) {
+    Pair pair;
+    std::memcpy(&pair.bits, at<const std::uint16_t>(address, element), sizeof pair.bits);
+    return pair;
+}
+
+void store_pair(std::int64_t address, std::int64_t element, std::uint16_t low, std::uint16_t high) {
+    const std::uint32_t bits = std::uint32_t{low} | std::uint32_t{high} << 16;
+    std::memcpy(at<std::uint16_t>(address, element), &bits, sizeof bits);
+}
+
+// Whether pairs() can take the update: everything of 16 bits and bf16, averages that move from the old value, no maximum.
+bool in_pairs(const Tensor& t, const Constants<float>& c) {
+    const std::int64_t all_bf16 = kBf16 | kBf16 << 2 | kBf16 << 4;
+    return t.formats == all_bf16 && t.mode != kCopy && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
+}
+
+// 2 * count elements, all with one rate.
+template <std::int64_t kMode>
+void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<float> c, Rate<float> rate) {
+    const Tensor t = work.tensor;
+    const NoiseKey key = noise_key(static_cast<std::uint32_t>(t.seed), work.t);
+    const std::uint64_t index = static_cast<std::uint64_t>(t.first_index + first);
+    c.slow1 = c.slow2 = true;
+    float none = 0;
+#pragma GCC ivdep
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t at = first + 2 * i;
+        const Pair param = load_pair(t.param, at), grad = load_pair(t.grad, at), m = load_pair(t.exp_avg, at), v = load_pair(t.exp_avg_sq, at);
+        Pair kept{0};
+        if (kMode == kRemainder || kMode == kKahan) kept = load_pair(t.master, at);
+        float w0 = from_bf16(param.low()), w1 = from_bf16(param.high());
+        if (kMode == kRemainder) {
+            w0 = join_master(param.low(), static_cast<std::int16_t>(kept.low()));
+            w1 = join_master(param.high(), static_cast<std::int16_t>(kept.high()));
+        } else if (kMode == kKahan) {
+            w0 += from_bf16(kept.low());
+            w1 += from_bf16(kept.high());
+        }
+        float m0 = from_bf16(m.low()), m1 = from_bf16(m.high()), v0 = from_bf16(v.low()), v1 = from_bf16(v.high());
+        w0 = adamw_moving<false>(w0, from_bf16(grad.low()), m0, v0, none, c, rate);
+        w1 = adamw_moving<false>(w1, from_bf16(grad.high()), m1, v1, none, c, rate);
+        store_pair(t.exp_avg, at, to_bf16(m0), to_bf16(m1));
+        store_pair(t.exp_avg_sq, at, to_bf16(v0), to_bf16(v1));
+        std::uint16_t p0 = to_bf16(w0), p1 = to_bf16(w1);
+        if (kMode == kRemainder) {
+            std::int16_t r0, r1;
+            split_master(w0, p0, r0);
+            split_master(w1, p1, r1);
+            store_pair(t.master, at, static_cast<std::uint16_t>(r0), static_cast<std::uint16_t>(r1));
+        } else if (kMode == kKahan) {
+            const float lost0 = is_finite(w0) ? w0 - from_bf16(p0) : 0.0f, lost1 = is_finite(w1) ? w1 - from_bf16(p1) : 0.0f;
+            store_pair(t.master, at, to_bf16(lost0), to_bf16(lost1));
+        } else if (kMode == kStochastic) {
+            p0 = stochastic_bf16(w0, key, index + 2 * static_cast<std::uint64_t>(i));
+            p1 = stochastic_bf16(w1, key, index + 2 * static_cast<std::uint64_t>(i) + 1);
+        }
+        store_pair(t.param, at, p0, p1);
+    }
+}
+
+void pairs_of_mode(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, Rate<float> rate) {
+    switch (work.tensor.mode) {
+        case kRemainder: return pairs<kRemainder>(work, first, count, c, rate);
+        case kKahan: return pairs<kKahan>(work, first, count, c, rate);
+        case kStochastic: return pairs<kStochastic>(work, first, count, c, rate);
+        default: return pairs<kDirect>(work, first, count, c, rate);
+    }
+}
+
+template <class T, class Rates>
+void range(const Work& work, std::int64_t first, std::int64_t n, const Constants<T>& c, Rates rates) {
+    const Tensor& t = work.tensor;
+    if (t.mode == kDirect && is_own<T>(t.formats & 3) && is_own<T>((t.formats >> 2) & 3) && is_own<T>((t.formats >> 4) & 3)) {
+        T* vmax = t.max_exp_avg_sq == 0 ? nullptr : at<T>(t.max_exp_avg_sq, first);
+        const Streams<T> s{at<T>(t.param, first), at<T>(t.exp_avg, first), at<T>(t.exp_avg_sq, first), vmax, at<const T>(t.grad, first)};
+        elements(n, s, c, rates);
+        return;
+    }
+    std::int64_t i = 0;
+    if constexpr (std::is_same_v<Rates, OneRate<float>>) {
+        if (rates.store() && in_pairs(t, c)) {
+            pairs_of_mode(work, first, n / 2, c, rates.rate);
+            i = n / 2 * 2;
+        }
+    }
+    for (; i + kTile <= n; i += kTile) tile(work, first + i, Whole{}, c, rates.from(i));
+    if (i < n) tile(work, first + i, n - i, c, rates.from(i));
+}
+
+template <class T>
+void update(const Work& work, std::int64_t first, std::int64_t count) {
+    const Tensor& t = work.tensor;
+    const Constants<T> c = constants<T>(work.scalars);
+    if (work.decay == nullptr) {
+        range(work, first, count, c, OneRate<T>{unit_rate<T>(work.scalars, work.multiplier)});
+        return;
+    }
+    const RateEach<T> units{static_cast<const T*>(work.decay), static_cast<const T*>(work.step)};
+    const std::int64_t run = t.inner == 1 ? t.length : t.inner;  // elements whose rates lie side by side, or are one
+    std::int64_t unit = (first / t.inner) % t.length, rest = first % t.inner;
+    if (run >= kTile) {
+        for (const std::int64_t end = first + count; first < end;) {
+            const std::int64_t left = t.inner == 1 ? t.length - unit : t.inner - rest, n = left < end - first ? left : end - first;
+            t.inner == 1 ? range(work, first, n, c, units.from(unit)) : range(work, first, n, c, OneRate<T>{units[unit]});
+            first += n;
+            unit = t.inner == 1 || unit + 1 == t.length ? 0 : unit + 1;
+            rest = 0;
+        }
+        return;
+    }
+    for (const std::int64_t end = first + count; first < end;) {
+        alignas(64) T decay[kTile], step[kTile];
+        const std::int64_t n = kTile < end - first ? kTile : end - first;
+        for (std::int64_t i = 0; i < n; ++i) {
+            decay[i] = units.decay[unit];
+            step[i] = units.step[unit];
+            if (++rest == t.inner) {
+                rest = 0;
+                unit = unit + 1 == t.length ? 0 : unit + 1;
+            }
+        }
+        range(work, first, n, c, RateEach<T>{decay, step});
+        first += n;
+    }
+}
+
+void update_any(const Work& work, std::int64_t first, std::int64_t count) {
+    (work.tensor.formats & 3) == kFp64 ? update<double>(work, first, count) : update<float>(work, first, count);
+}
+
+}  // namespace
+
+const InstructionSet ADEPT_FAST_SET = {ADEPT_FAST_SET_NAME, &update_any};
+
+}  // namespace adept_fast

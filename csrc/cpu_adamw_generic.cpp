@@ -1,0 +1,3 @@
+#define ADEPT_FAST_SET kGeneric
+#define ADEPT_FAST_SET_NAME "generic"
+#include "cpu_adamw_body.h"

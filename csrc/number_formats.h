@@ -1,0 +1,59 @@
+// fp32 to and from bf16 and fp16, round to nearest even, denormals kept, in integer arithmetic: the same bits on CPU and GPU, and loops over
+// them vectorise on every CPU. (The CPU instruction vcvtneps2bf16 would flush denormals.)
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define ADEPT_FAST_INLINE static __host__ __device__ __forceinline__
+#else
+// static: each instruction set compiles its own copy, and the linker must not merge them.
+#define ADEPT_FAST_INLINE static inline __attribute__((always_inline, unused))
+#endif
+
+namespace adept_fast {
+
+ADEPT_FAST_INLINE std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+ADEPT_FAST_INLINE float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+ADEPT_FAST_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+
+ADEPT_FAST_INLINE bool is_finite(double value) { return value - value == 0.0; }
+
+ADEPT_FAST_INLINE float from_bf16(std::uint16_t half) { return float_of(std::uint32_t{half} << 16); }
+
+ADEPT_FAST_INLINE std::uint16_t to_bf16(float value) {
+    const std::uint32_t bits = bits_of(value);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    // A carry out of the payload would make a number of a NaN.
+    return static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+ADEPT_FAST_INLINE float from_fp16(std::uint16_t half) {
+    // 2^112 is the distance of the two exponent biases; the product also normalises denormals.
+    const float magnitude = float_of((half & 0x7fffu) << 13) * 0x1p112f;
+    const std::uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
+    return float_of(bits_of(magnitude) | special | ((half & 0x8000u) << 16));
+}
+
+ADEPT_FAST_INLINE std::uint16_t to_fp16(float value) {
+    const std::uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5 lines the denormal's last bit up with the last bit of the sum, which is where it is rounded.
+    const std::uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const std::uint32_t result = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? denormal : normal;
+    return static_cast<std::uint16_t>(result | ((bits >> 16) & 0x8000u));
+}
+
+}  // namespace adept_fast

@@ -1,0 +1,89 @@
+"""Before an update: every tensor's step is advanced, and the scalars of its update are computed, on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adept_fast.kernels.adamw_tables import GROUP_WORDS, TENSOR_WORDS
+
+SCALARS = tl.constexpr(12)
+ROW = tl.constexpr(TENSOR_WORDS)
+GROUP_ROW = tl.constexpr(GROUP_WORDS)
+
+
+@triton.jit
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def hyperparameter(group, word: tl.constexpr, inside):
+    """lr, beta1 or beta2 of each tensor's group: the number in the table, or what stands at an address there."""
+    number = tl.load(group + word, mask=inside, other=0).to(tl.float64, bitcast=True)
+    address = tl.load(group + 6 + word, mask=inside, other=0)
+    kind = (tl.load(group + 9, mask=inside, other=0) >> (2 * word)) & 3
+    narrow = tl.load(address.to(tl.pointer_type(tl.float32)), mask=kind == 1, other=0.0).to(tl.float64)
+    wide = tl.load(address.to(tl.pointer_type(tl.float64)), mask=kind == 2, other=0.0)
+    return tl.where(kind == 1, narrow, tl.where(kind == 2, wide, number))
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSORS: tl.constexpr):
+    """scalars: fp64 [tensors, SCALARS], each exact or rounded once more by the update:
+
+        lr, weight_decay, sqrt(1 - beta2^t) / (1 - beta1^t), what gradients are multiplied by, eps sqrt(1 - beta2^t), the weights of both
+        averages, whether each moves from its old value, two keys of stochastic rounding, and whether there is an update at all
+
+    Where found_inf is not 0 there is none, and no step is advanced.
+    """
+    i = tl.program_id(0).to(tl.int64) * TENSORS + tl.arange(0, TENSORS)
+    inside = i < tensors
+    row = rows + i * ROW
+    group = groups + tl.load(row + 13, mask=inside, other=0) * GROUP_ROW
+    lr = hyperparameter(group, 0, inside)
+    beta1 = hyperparameter(group, 1, inside)
+    beta2 = hyperparameter(group, 2, inside)
+    eps = tl.load(group + 3, mask=inside, other=0).to(tl.float64, bitcast=True)
+    weight_decay = tl.load(group + 4, mask=inside, other=0).to(tl.float64, bitcast=True)
+    maximize = tl.load(group + 5, mask=inside, other=0).to(tl.float64, bitcast=True)
+    found = tl.zeros([TENSORS], tl.float32)
+    if found_inf is not None:
+        found += tl.load(found_inf)
+    finite = inside & (found == 0.0)
+    counter = tl.load(row + 6, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(counter, mask=inside, other=0.0) + 1.0
+    tl.store(counter, step, mask=finite)
+    t = step.to(tl.int32)
+    # By squaring, as in csrc/adamw.h. A fixed number of times, because the interpreter knows no other ranges.
+    power1 = tl.full([TENSORS], 1.0, tl.float64)
+    power2 = tl.full([TENSORS], 1.0, tl.float64)
+    base1 = beta1
+    base2 = beta2
+    for bit in tl.static_range(31):
+        odd = ((t >> bit) & 1) != 0
+        power1 = tl.where(odd, power1 * base1, power1)
+        power2 = tl.where(odd, power2 * base2, power2)
+        base1 = base1 * base1
+        base2 = base2 * base2
+    root = tl.sqrt(1.0 - power2)
+    scale = tl.full([TENSORS], 1.0, tl.float64)
+    if grad_scale is not None:
+        scale = scale * tl.load(grad_scale).to(tl.float64)
+    seed = tl.load(row + 12, mask=inside, other=0).to(tl.uint32)
+    key = mix(mix(seed + 0x9E3779B9) ^ t.to(tl.uint32))
+    target = scalars + i * SCALARS
+    tl.store(target, lr, mask=inside)
+    tl.store(target + 1, weight_decay, mask=inside)
+    tl.store(target + 2, root / (1.0 - power1), mask=inside)
+    tl.store(target + 3, tl.where(maximize != 0.0, -scale, scale), mask=inside)
+    tl.store(target + 4, eps * root, mask=inside)
+    tl.store(target + 5, tl.where(beta1 >= 0.5, 1.0 - beta1, beta1), mask=inside)
+    tl.store(target + 6, tl.where(beta2 >= 0.5, 1.0 - beta2, beta2), mask=inside)
+    tl.store(target + 7, (beta1 >= 0.5).to(tl.float64), mask=inside)
+    tl.store(target + 8, (beta2 >= 0.5).to(tl.float64), mask=inside)
+    tl.store(target + 9, key.to(tl.float64), mask=inside)
+    tl.store(target + 10, mix(key + 0x9E3779B9).to(tl.float64), mask=inside)
+    tl.store(target + 11, finite.to(tl.float64), mask=inside)
