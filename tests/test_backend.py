@@ -86,7 +86,8 @@ def test_status_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_native_cpu_code_is_preferred_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend.IMPLEMENTED, "adamw", ("cpu", "torch"))
-    monkeypatch.setitem(sys.modules, "adept_fast._C", SimpleNamespace(features=lambda: {"compiler": "gcc 14", "instruction_sets": ["avx2", "generic"]}))
+    features = {"compiler": "gcc 14", "instruction_sets": ["avx2", "generic"]}
+    monkeypatch.setitem(sys.modules, "adept_fast._C", SimpleNamespace(features=lambda: features))
     assert backend.status()["cpu"] == backend.Status(True, "gcc 14, avx2, generic")
     assert backend.resolve("adamw", CPU) == "cpu"
     assert backend.resolve("adamw", CUDA) == "torch"

@@ -26,7 +26,7 @@ MASTERS = {"copy": torch.float32, "remainder": torch.int16, "kahan": None}
 
 
 class Part(NamedTuple):
-    """A parameter: its size, how multipliers walk it (length 0: none), how far it lies off its allocation, what its values hold, its step."""
+    """A parameter: its size, its multipliers (length 0: none), how far it lies off its allocation, what its values hold, its step."""
 
     numel: int
     length: int = 0
@@ -73,7 +73,7 @@ WALKS = tuple(
     )
 )
 SETUPS = [
-    *((("fp32", grad, moments), mode) for grad, moments, mode in (("fp32", "fp32", None), ("bf16", "fp32", "copy"), ("fp16", "bf16", None))),
+    *((("fp32", g, m), mode) for g, m, mode in (("fp32", "fp32", None), ("bf16", "fp32", "copy"), ("fp16", "bf16", None))),
     *((("bf16", "bf16", "fp32"), mode) for mode in (None, "copy", "remainder", "kahan", "stochastic")),
     *((("bf16", "bf16", "bf16"), mode) for mode in (None, "remainder", "stochastic")),
     *((("bf16", "fp32", "fp16"), mode) for mode in ("copy", "kahan")),

@@ -62,7 +62,8 @@ class AdamW(torch.optim.Optimizer):
     The state is 2 (3 with amsgrad) tensors of the parameter's shape in state_dtype, the master, and `step` (fp32, 0-d).
 
     Of torch's keywords, foreach and fused choose nothing here; fused, capturable, and backends "cuda" and "triton" keep `step` on the
-    parameter's device, where lr and betas given as tensors are read too; differentiable=True takes the plain path. GradScaler's grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
+    parameter's device, where lr and betas given as tensors are read too; differentiable=True takes the plain path. GradScaler's
+    grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
 
     Raises InputError (a ValueError) for arguments out of range and unknown backends, RuntimeError for a forced backend that is not
     available and for sparse gradients.

@@ -114,8 +114,8 @@ def _through_the_compiler(backend: str, updates: list[Update], grad_scale: Tenso
             if isinstance(x, Tensor):
                 scalars.append(x)
         numbers.extend((o.eps, o.weight_decay, float(o.maximize)))
-    mode = updates[0].options.master_weights or ""
-    torch.ops.adept_fast.adamw_(*tensors, scalars, grad_scale, found_inf, present, walks, numbers, mode, backend)
+    master_weights = updates[0].options.master_weights or ""
+    torch.ops.adept_fast.adamw_(*tensors, scalars, grad_scale, found_inf, present, walks, numbers, master_weights, backend)
 
 
 @torch.library.custom_op(
@@ -136,7 +136,7 @@ def _operator(
     present: Sequence[bool],
     walks: Sequence[int],
     numbers: Sequence[float],
-    mode: str,
+    master_weights: str,
     backend: str,
 ) -> None:
     vmax, master, rates, scalar = iter(max_exp_avg_sqs), iter(masters), iter(multipliers), iter(scalars)
@@ -144,7 +144,7 @@ def _operator(
     for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         own = numbers[6 * i : 6 * i + 6]
         three = [next(scalar) if x < 0 else x for x in own[:3]]
-        options = AdamWOptions(*three, own[3], own[4], bool(own[5]), mode or None)
+        options = AdamWOptions(*three, own[3], own[4], bool(own[5]), master_weights or None)
         has_vmax, has_master, has_rates = present[3 * i : 3 * i + 3]
         optional = (next(column) if there else None for column, there in ((vmax, has_vmax), (master, has_master), (rates, has_rates)))
         maximum, kept, unit = optional
