@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)
 # Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: test demo gpu lint clean
+.PHONY: test demo gpu sanitize lint clean
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -20,7 +20,20 @@ demo: $(VENV)/.hf
 
 gpu: $(VENV)/.test
 	$(RUN) -m pytest -q -m gpu
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m pytest -q -m gpu tests/test_adamw_cuda_gpu.py -k reference_bits || exit 1; \
+	done
 	$(RUN) -m bench all --save
+
+# The C++ extension, built with AddressSanitizer and UndefinedBehaviorSanitizer in a copy, runs its tests.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.test
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -rL adept_fast csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/adept_fast/_C*.so
+	cd $(SANITIZED) && ADEPT_FAST_BUILD_CUDA=0 CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		LDFLAGS="-fsanitize=address,undefined" ../../$(RUN) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		../../$(RUN) -m pytest -q -p no:cacheprovider tests/test_adamw_cpu.py tests/test_adamw_units.py -k 'not forked'
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="bench adamw", description=__doc__)
     parser.add_argument("--elements", type=int, default=None, help="parameters in all (default: 10^7 on a CPU, 10^9 on a GPU)")
     parser.add_argument("--tensors", type=int, default=465, help="tensors they are spread over; torch's one group per unit makes as many")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default=None)
     arguments = parser.parse_args(argv)

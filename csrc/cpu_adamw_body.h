@@ -58,7 +58,6 @@ T* open(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* t
 template <class T>
 struct OneRate {
     Rate<T> rate;
-    Rate<T> operator[](std::int64_t) const { return rate; }
     bool frozen(std::int64_t) const { return false; }  // a frozen range is not stored at all
     bool store() const { return !(rate.decay < static_cast<T>(0)); }
     OneRate from(std::int64_t) const { return *this; }
@@ -100,13 +99,30 @@ struct Streams {
     const T* grad;
 };
 
-template <class T, bool kAmsgrad, bool kSlow, class N, class Rates>
-void loop(N n, Streams<T> s, Constants<T> c, Rates rates) {
+// A rate as a loop over elements reads it: one that does not change, or two arrays that nothing here writes to.
+template <class T, bool kAmsgrad, bool kSlow, class N>
+void loop(N n, Streams<T> s, Constants<T> c, OneRate<T> rates) {
     T *__restrict w = s.weight, *__restrict m = s.exp_avg, *__restrict v = s.exp_avg_sq, *__restrict x = s.max_exp_avg_sq;
     const T* __restrict g = s.grad;
     if (kSlow) c.slow1 = c.slow2 = true;
     T none = 0;
-    for (std::int64_t i = 0; i < n; ++i) w[i] = adamw<kAmsgrad>(w[i], g[i], m[i], v[i], kAmsgrad ? x[i] : none, c, rates[i]);
+    for (std::int64_t i = 0; i < n; ++i) w[i] = adamw<kAmsgrad>(w[i], g[i], m[i], v[i], kAmsgrad ? x[i] : none, c, rates.rate);
+}
+
+template <class T, bool kAmsgrad, bool kSlow, class N>
+void loop_each(N n, Streams<T> s, Constants<T> c, const T* __restrict decay, const T* __restrict step) {
+    T *__restrict w = s.weight, *__restrict m = s.exp_avg, *__restrict v = s.exp_avg_sq, *__restrict x = s.max_exp_avg_sq;
+    const T* __restrict g = s.grad;
+    if (kSlow) c.slow1 = c.slow2 = true;
+    T none = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        w[i] = adamw<kAmsgrad>(w[i], g[i], m[i], v[i], kAmsgrad ? x[i] : none, c, Rate<T>{decay[i], step[i]});
+    }
+}
+
+template <class T, bool kAmsgrad, bool kSlow, class N>
+void loop(N n, const Streams<T>& s, const Constants<T>& c, const RateEach<T>& rates) {
+    loop_each<T, kAmsgrad, kSlow>(n, s, c, rates.decay, rates.step);
 }
 
 template <class T, class N, class Rates>
@@ -223,6 +239,19 @@ void store_pair(std::int64_t address, std::int64_t element, std::uint16_t low, s
     std::memcpy(at<std::uint16_t>(address, element), &bits, sizeof bits);
 }
 
+// to_bf16 and split_master of what was computed from bf16 alone: the NaN among it, which come from bf16 or from the CPU, have no low bits,
+// and rounding cannot carry out of their payload.
+std::uint16_t short_to_bf16(float value) {
+    const std::uint32_t bits = bits_of(value);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void split_short(float weight, std::uint16_t& param, std::uint16_t& remainder) {
+    const std::uint32_t bits = bits_of(weight), low = bits & 0xffffu;
+    param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+    remainder = static_cast<std::uint16_t>(low);
+}
+
 // Whether pairs() can take the update: everything of 16 bits and bf16, averages that move from the old value, no maximum.
 bool in_pairs(const Tensor& t, const Constants<float>& c) {
     const std::int64_t all_bf16 = kBf16 | kBf16 << 2 | kBf16 << 4;
@@ -254,17 +283,17 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
         float m0 = from_bf16(m.low()), m1 = from_bf16(m.high()), v0 = from_bf16(v.low()), v1 = from_bf16(v.high());
         w0 = adamw_moving<false>(w0, from_bf16(grad.low()), m0, v0, none, c, rate);
         w1 = adamw_moving<false>(w1, from_bf16(grad.high()), m1, v1, none, c, rate);
-        store_pair(t.exp_avg, at, to_bf16(m0), to_bf16(m1));
-        store_pair(t.exp_avg_sq, at, to_bf16(v0), to_bf16(v1));
-        std::uint16_t p0 = to_bf16(w0), p1 = to_bf16(w1);
+        store_pair(t.exp_avg, at, short_to_bf16(m0), short_to_bf16(m1));
+        store_pair(t.exp_avg_sq, at, short_to_bf16(v0), short_to_bf16(v1));
+        std::uint16_t p0 = short_to_bf16(w0), p1 = short_to_bf16(w1);
         if (kMode == kRemainder) {
-            std::int16_t r0, r1;
-            split_master(w0, p0, r0);
-            split_master(w1, p1, r1);
-            store_pair(t.master, at, static_cast<std::uint16_t>(r0), static_cast<std::uint16_t>(r1));
+            std::uint16_t r0, r1;
+            split_short(w0, p0, r0);
+            split_short(w1, p1, r1);
+            store_pair(t.master, at, r0, r1);
         } else if (kMode == kKahan) {
             const float lost0 = is_finite(w0) ? w0 - from_bf16(p0) : 0.0f, lost1 = is_finite(w1) ? w1 - from_bf16(p1) : 0.0f;
-            store_pair(t.master, at, to_bf16(lost0), to_bf16(lost1));
+            store_pair(t.master, at, short_to_bf16(lost0), short_to_bf16(lost1));
         } else if (kMode == kStochastic) {
             p0 = stochastic_bf16(w0, key, index + 2 * static_cast<std::uint64_t>(i));
             p1 = stochastic_bf16(w1, key, index + 2 * static_cast<std::uint64_t>(i) + 1);
@@ -273,7 +302,24 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
     }
 }
 
+// Ahead of a loop whose prefetcher stops at every page.
+void fetch(const Tensor& t, std::int64_t first, std::int64_t n) {
+    const std::int64_t addresses[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.mode == kRemainder || t.mode == kKahan ? t.master : 0};
+    for (const std::int64_t address : addresses) {
+        for (std::int64_t i = 0; address != 0 && i < n; i += 32) __builtin_prefetch(at<const std::uint16_t>(address, first + i));
+    }
+}
+
 void pairs_of_mode(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, Rate<float> rate) {
+    constexpr std::int64_t kAhead = 512;
+    if (count > kAhead) {
+        for (std::int64_t i = 0; i < count; i += kAhead) {
+            const std::int64_t n = kAhead < count - i ? kAhead : count - i;
+            fetch(work.tensor, first + 2 * (i + n), 2 * (count - i - n < kAhead ? count - i - n : kAhead));
+            pairs_of_mode(work, first + 2 * i, n, c, rate);
+        }
+        return;
+    }
     switch (work.tensor.mode) {
         case kRemainder: return pairs<kRemainder>(work, first, count, c, rate);
         case kKahan: return pairs<kKahan>(work, first, count, c, rate);

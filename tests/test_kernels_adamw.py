@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ MASTERS = {"copy": torch.float32, "remainder": torch.int16, "kahan": None}
 
 
 class Part(NamedTuple):
-    """A parameter: its size, its multipliers (length 0: none), how far it lies off its allocation, what its values hold, its step."""
+    """A parameter: its size, its multipliers (length 0: none), how far into its allocation it lies, its values, its step."""
 
     numel: int
     length: int = 0
@@ -60,7 +62,7 @@ PARTS = (
     Part(67, 1, 1, offset=1, step=99_999),
     Part(255, 5, 51),
     Part(90, 9, 1, offset=3),
-    Part(504, 7, 9, step=5),
+    Part(189, 7, 9, step=5),
     Part(130, 2, 65, values="frozen"),
     Part(67, values="special", step=2**24 - 2),
 )
@@ -80,7 +82,7 @@ SETUPS = [
     *((("fp16", "fp16", moments), mode) for moments in ("fp16", "fp32") for mode in (None, "copy", "kahan")),
 ]
 LAUNCHES = [
-    *(Launch(*setup, PARTS, amsgrad=i % 2 == 0, maximize=i % 3 == 0) for i, setup in enumerate(SETUPS)),
+    *(Launch(*setup, PARTS, amsgrad=i % 2 == 0, maximize=i % 3 == 0, blocks=1 + i % 2, steps=2 + i % 2) for i, setup in enumerate(SETUPS)),
     Launch(("bf16", "bf16", "fp32"), "stochastic", WALKS, block=64, steps=1),
     Launch(("fp32", "fp32", "fp32"), None, WALKS[:4], block=64, blocks=1, steps=1),
     Launch(("fp32", "fp32", "fp32"), None, PARTS[:3], grad_scale=0.3, device_scalars=torch.float32),
@@ -156,7 +158,6 @@ def differences(launch: Launch, device: str) -> list[str]:
     """What differs, after each step, between the kernels on `device` and the reference on the CPU."""
     from adept_fast.kernels import adamw as kernels
 
-    kernels.BLOCK, kernels.BLOCKS, kernels.TENSORS = launch.block, launch.blocks, 4
     expected = list(updates_of(launch))
     found = [copied(update, device) for update in expected]
     scalars = launch.device_scalars
@@ -174,7 +175,8 @@ def differences(launch: Launch, device: str) -> list[str]:
     frozen = [copied(u, "cpu") for u, part in zip(expected, launch.parts, strict=True) if part.values == "frozen"]
     names = []
     for repeat in range(launch.steps):
-        kernels.adamw(found, *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
+        with patch.multiple(kernels, BLOCK=launch.block, BLOCKS=launch.blocks, TENSORS=4):
+            kernels.adamw(found, *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
         for ours, theirs in zip(found, expected, strict=True):
             if not launch.found_inf:
                 adamw_update_(theirs, grad_scale)
@@ -205,6 +207,140 @@ def interpreted() -> list[list[str]]:
 @pytest.mark.parametrize("index", range(len(LAUNCHES)), ids=lambda index: str(LAUNCHES[index]))
 def test_interpreted_kernel_agrees_bit_for_bit(interpreted: list[list[str]], index: int) -> None:
     assert interpreted[index] == []
+
+
+def compiled(architecture: int, name: str, types: dict[str, str], constants: dict[str, Any]) -> tuple[str, str]:
+    """(PTX, machine code) of a kernel whose tables are aligned."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from adept_fast.kernels import adamw as kernels
+
+    kernel = getattr(kernels, name)
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    assembly = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False}).asm
+    return assembly["ptx"], assembly["sass"]
+
+
+INEXACT = re.compile(r"\.ftz|\.approx|\.full|\bfma\.")
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+WIDE = [
+    (("fp32", "fp32", "fp32"), None, True),
+    (("bf16", "bf16", "fp32"), "remainder", False),
+    (("bf16", "bf16", "bf16"), "stochastic", True),
+    (("bf16", "fp32", "fp32"), "copy", False),
+    (("fp16", "fp16", "fp16"), "kahan", False),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "mode", "amsgrad"), WIDE, ids=str)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_compiles_to_wide_accesses_without_spills(architecture: int, dtypes: tuple[str, str, str], mode: str | None, amsgrad: bool) -> None:
+    """Each thread has 8 elements of each tensor, so 16-byte accesses are 2 in fp32 and 1 in 16 bits, in the path for whole blocks."""
+    from adept_fast.kernels import adamw as kernels
+
+    constants = dict(zip(("PARAM", "GRAD", "MOMENTS"), (kernels.TRITON_DTYPES[DTYPES[name]] for name in dtypes), strict=True))
+    constants |= {"MODE": kernels.MODES[mode], "AMSGRAD": amsgrad, "BLOCK": kernels.BLOCK, "BLOCKS": kernels.BLOCKS}
+    types = {"rows": "*i64", "chunks": "*i64", "scalars": "*fp64", "first_program": "i32"}
+    ptx, machine_code = compiled(architecture, "update_kernel", types, constants)
+    param, grad, moment = (BYTES[name] // 2 for name in dtypes)
+    master = {"copy": 2, "remainder": 1, "kahan": 1}.get(mode, 0)
+    stores = param + (2 + amsgrad) * moment + master
+    assert not re.search(r"\b(LDL|STL)\b", machine_code)
+    assert len(re.findall(r"\bLDG\.E\.128\b", machine_code)) == stores + grad
+    assert len(re.findall(r"\bSTG\.E\.128\b", machine_code)) == stores
+    assert not INEXACT.search(ptx)
+    assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_preparation_compiles_to_ieee_arithmetic(architecture: int) -> None:
+    types = {"rows": "*i64", "groups": "*i64", "scalars": "*fp64", "grad_scale": "*fp64", "found_inf": "*fp32", "tensors": "i32"}
+    ptx, _ = compiled(architecture, "prepare_kernel", types, {"TENSORS": 64})
+    assert not INEXACT.search(ptx)
+    assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx
+
+
+def test_tables_are_kept_until_they_change() -> None:
+    from adept_fast.kernels.adamw_tables import chunks_on, groups_on, tensor_table, tensors_on
+
+    device = torch.device("cpu")
+    updates = list(updates_of(LAUNCHES[0]))
+
+    def tables() -> list[Tensor]:
+        rows, _, options = tensor_table(updates)
+        return [tensors_on(device, rows, updates), groups_on(device, options), chunks_on(device, rows[8::14], 128)]
+
+    first, again = tables(), tables()
+    assert all(x is y for x, y in zip(first, again, strict=True))
+    updates[3] = updates[3]._replace(grad=updates[3].grad.clone(), options=updates[3].options._replace(lr=0.7))
+    changed = tables()
+    assert [x is y for x, y in zip(first, changed, strict=True)] == [False, False, True]
+    words = first[2].tolist()
+    assert words == [(part << 32) + i for i, p in enumerate(LAUNCHES[0].parts) for part in range(-(-p.numel // 128))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_gpu_agrees_bit_for_bit(launch: Launch) -> None:
+    assert differences(launch, "cuda") == []
+    assert differences(launch._replace(block=1024, blocks=8), "cuda") == []
+
+
+@pytest.mark.gpu
+def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
+    from adept_fast.kernels import adamw as kernels
+
+    launch = Launch(("bf16", "bf16", "fp32"), "remainder", PARTS[2:5])
+    expected = [copied(u, "cpu") for u in updates_of(launch)]
+    found = [copied(u, "cuda") for u in expected]
+    lr = torch.tensor(0.1, device="cuda")
+    found = [u._replace(options=u.options._replace(lr=lr)) for u in found]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kernels.adamw(found, None, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.adamw(found, None, None)
+    rates = [0.1, 0.02, 0.3]
+    for rate in rates[1:]:
+        lr.fill_(rate)
+        for update in found:
+            update.multipliers.mul_(0.5)
+        graph.replay()
+    for theirs, ours in zip(expected, found, strict=True):
+        for i, rate in enumerate(rates):
+            if i:
+                theirs.multipliers.mul_(0.5)
+            adamw_update_(theirs._replace(options=theirs.options._replace(lr=torch.tensor(rate).item())))
+        assert all(same_bits(x, getattr(ours, name)) for name, x in theirs._asdict().items() if isinstance(x, Tensor))
+
+
+@pytest.mark.gpu
+def test_gpu_indexes_beyond_32_bits() -> None:
+    from adept_fast.kernels import adamw as kernels
+
+    numel, tail, length = 2**31 + 4099, 10_007, 3001
+    generator = torch.Generator().manual_seed(0)
+    param, grad, m, v = (torch.zeros(numel, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+    ends = [torch.randn(tail, generator=generator).bfloat16() for _ in range(4)]
+    ends[3].abs_()
+    for x, end in zip((param, grad, m, v), ends, strict=True):
+        x[-tail:] = end.cuda()
+    multipliers = torch.rand(length, generator=generator)
+    options = AdamWOptions(0.013, 0.9, 0.95, 1e-6, 0.3, False, "stochastic")
+    start = numel - tail
+    kernels.adamw(
+        [Update(param, grad, m, v, None, None, torch.zeros((), device="cuda"), multipliers.cuda(), length, 1, 5, 3, options)], None, None
+    )
+    each = multipliers[(torch.arange(tail) + start) % length]
+    adamw_update_(Update(*ends, None, None, torch.zeros(()), each, tail, 1, 5 + start, 3, options))
+    for x, end in zip((param, m, v), (ends[0], ends[2], ends[3]), strict=True):
+        assert torch.equal(x[-tail:].cpu(), end)
 
 
 if __name__ == "__main__":
