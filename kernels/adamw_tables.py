@@ -40,41 +40,31 @@ def tensor_table(updates: Sequence[Update]) -> tuple[array[int], list[tuple[Setu
     A row: addresses of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers (0: there is none), then numel, length,
     inner, first_index, seed, and the number of its options.
     """
-    by_setup: dict[tuple[torch.dtype, torch.dtype, torch.dtype, str | None, bool], array[int]] = {}
-    numbers: dict[int, int] = {}
-    groups: list[AdamWOptions] = []
-    for param, grad, exp_avg, exp_avg_sq, vmax, master, step, multipliers, length, inner, first_index, seed, options in updates:
-        group = numbers.get(id(options))
-        if group is None:
-            group = numbers[id(options)] = len(groups)
-            groups.append(options)
-        dtype = param.dtype
-        setup = (dtype, grad.dtype, exp_avg.dtype, None if dtype == torch.float32 else options.master_weights, vmax is not None)
-        rows = by_setup.get(setup)
-        if rows is None:
-            rows = by_setup[setup] = array("q")
-        rows.extend(
-            (
-                param.data_ptr(),
-                grad.data_ptr(),
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                0 if vmax is None else vmax.data_ptr(),
-                0 if master is None else master.data_ptr(),
-                step.data_ptr(),
-                0 if multipliers is None else multipliers.data_ptr(),
-                param.numel(),
-                length,
-                inner,
-                first_index,
-                seed,
-                group,
-            )
-        )
-    table = array("q")
-    for rows in by_setup.values():
-        table.extend(rows)
-    return table, [(Setup(*setup), len(rows) // TENSOR_WORDS) for setup, rows in by_setup.items()], groups
+    by_setup: dict[tuple[torch.dtype, torch.dtype, torch.dtype, str | None, bool], list[Update]] = {}
+    for u in updates:
+        setup = (u[0].dtype, u[1].dtype, u[2].dtype, u[12].master_weights, u[4] is not None)
+        if setup in by_setup:
+            by_setup[setup].append(u)
+        else:
+            by_setup[setup] = [u]
+    # Column by column, which takes Python half the time of row by row.
+    ordered = [u for part in by_setup.values() for u in part]
+    columns = list(zip(*ordered, strict=True))
+    options = {id(o): o for o in columns[12]}
+    numbers = {key: i for i, key in enumerate(options)}
+    rows = array("q", bytes(8 * TENSOR_WORDS * len(ordered)))
+    for word in (0, 1, 2, 3, 6):
+        rows[word::TENSOR_WORDS] = array("q", map(Tensor.data_ptr, columns[word]))
+    for word in (4, 5, 7):
+        rows[word::TENSOR_WORDS] = array("q", [0 if x is None else x.data_ptr() for x in columns[word]])
+    rows[8::TENSOR_WORDS] = array("q", map(Tensor.numel, columns[0]))
+    for word in (9, 10, 11, 12):
+        rows[word::TENSOR_WORDS] = array("q", columns[word - 1])
+    rows[13::TENSOR_WORDS] = array("q", [numbers[id(o)] for o in columns[12]])
+    setups = [
+        (Setup(*setup[:3], None if setup[0] == torch.float32 else setup[3], setup[4]), len(part)) for setup, part in by_setup.items()
+    ]
+    return rows, setups, list(options.values())
 
 
 def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]) -> Tensor:

@@ -53,8 +53,7 @@ class Launch(NamedTuple):
 
     def __str__(self) -> str:
         flags = [name for name in ("amsgrad", "maximize", "grad_scale", "found_inf", "device_scalars") if getattr(self, name)]
-        numels = ",".join(str(part.numel) for part in self.parts)
-        return "-".join([*self.dtypes, str(self.mode), *flags, f"{self.block}x{self.blocks}", numels])
+        return "-".join([*self.dtypes, str(self.mode), *flags, f"{self.block}x{self.blocks}", f"{len(self.parts)}parts"])
 
 
 PARTS = (
@@ -167,31 +166,27 @@ def differences(launch: Launch, device: str) -> list[str]:
             key: o._replace(**{name: torch.tensor(getattr(o, name), dtype=scalars, device=device) for name in ("lr", "beta1", "beta2")})
             for key, o in options.items()
         }
-        found = [u._replace(options=on_device[id(u.options)]) for u in found]
         as_read = {key: o._replace(lr=o.lr.item(), beta1=o.beta1.item(), beta2=o.beta2.item()) for key, o in on_device.items()}
+        found = [u._replace(options=on_device[id(u.options)]) for u in found]
         expected = [u._replace(options=as_read[id(u.options)]) for u in expected]
     grad_scale = None if launch.grad_scale is None else torch.tensor(launch.grad_scale, dtype=torch.float64)
     found_inf = None if launch.found_inf is None else torch.tensor(launch.found_inf)
-    frozen = [copied(u, "cpu") for u, part in zip(expected, launch.parts, strict=True) if part.values == "frozen"]
+    start = [copied(u, "cpu") for u in expected]
     names = []
     for repeat in range(launch.steps):
         with patch.multiple(kernels, BLOCK=launch.block, BLOCKS=launch.blocks, TENSORS=4):
             kernels.adamw(found, *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs, before, part in zip(found, expected, start, launch.parts, strict=True):
             if not launch.found_inf:
                 adamw_update_(theirs, grad_scale)
-            for name, x in theirs._asdict().items():
-                if isinstance(x, Tensor) and not same_bits(x, getattr(ours, name)):
-                    names.append(f"step {repeat}, tensor {theirs.seed}: {name}")
-            new = torch.randn(theirs.grad.shape, generator=torch.Generator().manual_seed(repeat)).to(theirs.grad.dtype)
-            if theirs.seed not in {before.seed for before in frozen}:
+            pairs = [(name, x, getattr(ours, name)) for name, x in theirs._asdict().items() if isinstance(x, Tensor)]
+            if part.values == "frozen":
+                pairs += [("frozen", x, y) for x, y in ((before.param, ours.param), (before.master, ours.master)) if x is not None]
+            names += [f"step {repeat}, tensor {theirs.seed}: {name}" for name, x, y in pairs if not same_bits(x, y)]
+            if part.values != "frozen":
+                new = torch.randn(theirs.grad.shape, generator=torch.Generator().manual_seed(repeat)).to(theirs.grad.dtype)
                 theirs.grad.copy_(new)
                 ours.grad.copy_(new)
-    for before in frozen:
-        kept = found[before.seed]
-        for name in ("param", "master"):
-            if getattr(before, name) is not None and not torch.equal(getattr(before, name), getattr(kept, name).cpu()):
-                names.append(f"frozen {name}")
     return names
 
 
@@ -279,8 +274,7 @@ def test_tables_are_kept_until_they_change() -> None:
     updates[3] = updates[3]._replace(grad=updates[3].grad.clone(), options=updates[3].options._replace(lr=0.7))
     changed = tables()
     assert [x is y for x, y in zip(first, changed, strict=True)] == [False, False, True]
-    words = first[2].tolist()
-    assert words == [(part << 32) + i for i, p in enumerate(LAUNCHES[0].parts) for part in range(-(-p.numel // 128))]
+    assert first[2].tolist() == [(part << 32) + i for i, p in enumerate(LAUNCHES[0].parts) for part in range(-(-p.numel // 128))]
 
 
 @pytest.mark.gpu
@@ -299,8 +293,7 @@ def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
     found = [copied(u, "cuda") for u in expected]
     lr = torch.tensor(0.1, device="cuda")
     found = [u._replace(options=u.options._replace(lr=lr)) for u in found]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(torch.cuda.Stream()):
         kernels.adamw(found, None, None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -324,8 +317,7 @@ def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
 def test_gpu_indexes_beyond_32_bits() -> None:
     from adept_fast.kernels import adamw as kernels
 
-    numel, tail, length = 2**31 + 4099, 10_007, 3001
-    generator = torch.Generator().manual_seed(0)
+    numel, tail, length, generator = 2**31 + 4099, 10_007, 3001, torch.Generator().manual_seed(0)
     param, grad, m, v = (torch.zeros(numel, dtype=torch.bfloat16, device="cuda") for _ in range(4))
     ends = [torch.randn(tail, generator=generator).bfloat16() for _ in range(4)]
     ends[3].abs_()
@@ -333,12 +325,10 @@ def test_gpu_indexes_beyond_32_bits() -> None:
         x[-tail:] = end.cuda()
     multipliers = torch.rand(length, generator=generator)
     options = AdamWOptions(0.013, 0.9, 0.95, 1e-6, 0.3, False, "stochastic")
-    start = numel - tail
-    kernels.adamw(
-        [Update(param, grad, m, v, None, None, torch.zeros((), device="cuda"), multipliers.cuda(), length, 1, 5, 3, options)], None, None
-    )
-    each = multipliers[(torch.arange(tail) + start) % length]
-    adamw_update_(Update(*ends, None, None, torch.zeros(()), each, tail, 1, 5 + start, 3, options))
+    step = torch.zeros((), device="cuda")
+    kernels.adamw([Update(param, grad, m, v, None, None, step, multipliers.cuda(), length, 1, 5, 3, options)], None, None)
+    each = multipliers[torch.arange(numel - tail, numel) % length]
+    adamw_update_(Update(*ends, None, None, torch.zeros(()), each, tail, 1, 5 + numel - tail, 3, options))
     for x, end in zip((param, m, v), (ends[0], ends[2], ends[3]), strict=True):
         assert torch.equal(x[-tail:].cpu(), end)
 

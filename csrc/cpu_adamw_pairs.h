@@ -1,0 +1,123 @@
+// Included by cpu_adamw_body.h: the loop for tensors that are bf16 throughout, which are bound by instructions, not by memory.
+#pragma once
+
+#include "cpu_adamw.h"
+
+namespace adept_fast {
+namespace {
+
+template <class S>
+S* at(std::int64_t address, std::int64_t index) {
+    return reinterpret_cast<S*>(address) + index;
+}
+
+// Two neighbours of 16 bits in one word of 32: a CPU's vectors unpack and pack these with a shift and a mask each, where a loop over single
+// elements shuffles across lanes.
+struct Pair {
+    std::uint32_t bits;
+    std::uint16_t low() const { return static_cast<std::uint16_t>(bits & 0xffffu); }
+    std::uint16_t high() const { return static_cast<std::uint16_t>(bits >> 16); }
+};
+
+Pair load_pair(std::int64_t address, std::int64_t element) {
+    Pair pair;
+    std::memcpy(&pair.bits, at<const std::uint16_t>(address, element), sizeof pair.bits);
+    return pair;
+}
+
+void store_pair(std::int64_t address, std::int64_t element, std::uint16_t low, std::uint16_t high) {
+    const std::uint32_t bits = std::uint32_t{low} | std::uint32_t{high} << 16;
+    std::memcpy(at<std::uint16_t>(address, element), &bits, sizeof bits);
+}
+
+// to_bf16 and split_master of what was computed from bf16 alone: the NaN among it, which come from bf16 or from the CPU, have no low bits,
+// and rounding cannot carry out of their payload.
+std::uint16_t short_to_bf16(float value) {
+    const std::uint32_t bits = bits_of(value);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void split_short(float weight, std::uint16_t& param, std::uint16_t& remainder) {
+    const std::uint32_t bits = bits_of(weight), low = bits & 0xffffu;
+    param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+    remainder = static_cast<std::uint16_t>(low);
+}
+
+// Whether pairs() can take the update: everything of 16 bits and bf16, averages that move from the old value, no maximum.
+bool in_pairs(const Tensor& t, const Constants<float>& c) {
+    const std::int64_t all_bf16 = kBf16 | kBf16 << 2 | kBf16 << 4;
+    return t.formats == all_bf16 && t.mode != kCopy && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
+}
+
+// 2 * count elements, all with one rate.
+template <std::int64_t kMode>
+void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<float> c, Rate<float> rate) {
+    const Tensor t = work.tensor;
+    const NoiseKey key = noise_key(static_cast<std::uint32_t>(t.seed), work.t);
+    const std::uint64_t index = static_cast<std::uint64_t>(t.first_index + first);
+    c.slow1 = c.slow2 = true;
+    float none = 0;
+#pragma GCC ivdep
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t at = first + 2 * i;
+        const Pair param = load_pair(t.param, at), grad = load_pair(t.grad, at), m = load_pair(t.exp_avg, at), v = load_pair(t.exp_avg_sq, at);
+        Pair kept{0};
+        if (kMode == kRemainder || kMode == kKahan) kept = load_pair(t.master, at);
+        float w0 = from_bf16(param.low()), w1 = from_bf16(param.high());
+        if (kMode == kRemainder) {
+            w0 = join_master(param.low(), static_cast<std::int16_t>(kept.low()));
+            w1 = join_master(param.high(), static_cast<std::int16_t>(kept.high()));
+        } else if (kMode == kKahan) {
+            w0 += from_bf16(kept.low());
+            w1 += from_bf16(kept.high());
+        }
+        float m0 = from_bf16(m.low()), m1 = from_bf16(m.high()), v0 = from_bf16(v.low()), v1 = from_bf16(v.high());
+        w0 = adamw_moving<false>(w0, from_bf16(grad.low()), m0, v0, none, c, rate);
+        w1 = adamw_moving<false>(w1, from_bf16(grad.high()), m1, v1, none, c, rate);
+        store_pair(t.exp_avg, at, short_to_bf16(m0), short_to_bf16(m1));
+        store_pair(t.exp_avg_sq, at, short_to_bf16(v0), short_to_bf16(v1));
+        std::uint16_t p0 = short_to_bf16(w0), p1 = short_to_bf16(w1);
+        if (kMode == kRemainder) {
+            std::uint16_t r0, r1;
+            split_short(w0, p0, r0);
+            split_short(w1, p1, r1);
+            store_pair(t.master, at, r0, r1);
+        } else if (kMode == kKahan) {
+            const float lost0 = is_finite(w0) ? w0 - from_bf16(p0) : 0.0f, lost1 = is_finite(w1) ? w1 - from_bf16(p1) : 0.0f;
+            store_pair(t.master, at, short_to_bf16(lost0), short_to_bf16(lost1));
+        } else if (kMode == kStochastic) {
+            p0 = stochastic_bf16(w0, key, index + 2 * static_cast<std::uint64_t>(i));
+            p1 = stochastic_bf16(w1, key, index + 2 * static_cast<std::uint64_t>(i) + 1);
+        }
+        store_pair(t.param, at, p0, p1);
+    }
+}
+
+// Ahead of a loop whose prefetcher stops at every page.
+void fetch(const Tensor& t, std::int64_t first, std::int64_t n) {
+    const std::int64_t addresses[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.mode == kRemainder || t.mode == kKahan ? t.master : 0};
+    for (const std::int64_t address : addresses) {
+        for (std::int64_t i = 0; address != 0 && i < n; i += 32) __builtin_prefetch(at<const std::uint16_t>(address, first + i));
+    }
+}
+
+void pairs_of_mode(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, Rate<float> rate) {
+    constexpr std::int64_t kAhead = 512;
+    if (count > kAhead) {
+        for (std::int64_t i = 0; i < count; i += kAhead) {
+            const std::int64_t n = kAhead < count - i ? kAhead : count - i;
+            fetch(work.tensor, first + 2 * (i + n), 2 * (count - i - n < kAhead ? count - i - n : kAhead));
+            pairs_of_mode(work, first + 2 * i, n, c, rate);
+        }
+        return;
+    }
+    switch (work.tensor.mode) {
+        case kRemainder: return pairs<kRemainder>(work, first, count, c, rate);
+        case kKahan: return pairs<kKahan>(work, first, count, c, rate);
+        case kStochastic: return pairs<kStochastic>(work, first, count, c, rate);
+        default: return pairs<kDirect>(work, first, count, c, rate);
+    }
+}
+
+}  // namespace
+}  // namespace adept_fast
