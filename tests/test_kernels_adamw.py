@@ -36,6 +36,7 @@ class Part(NamedTuple):
     offset: int = 0
     values: str = "normal"
     step: int = 0
+    dtypes: tuple[str, str, str] | None = None
 
 
 class Launch(NamedTuple):
@@ -56,6 +57,7 @@ class Launch(NamedTuple):
         return "-".join([*self.dtypes, str(self.mode), *flags, f"{self.block}x{self.blocks}", f"{len(self.parts)}parts"])
 
 
+FP32 = ("fp32", "fp32", "fp32")
 PARTS = (
     Part(315),
     Part(67, 1, 1, offset=1, step=99_999),
@@ -83,11 +85,13 @@ SETUPS = [
 LAUNCHES = [
     *(Launch(*setup, PARTS, amsgrad=i % 2 == 0, maximize=i % 3 == 0, blocks=1 + i % 2, steps=2 + i % 2) for i, setup in enumerate(SETUPS)),
     Launch(("bf16", "bf16", "fp32"), "stochastic", WALKS, block=64, steps=1),
-    Launch(("fp32", "fp32", "fp32"), None, WALKS[:4], block=64, blocks=1, steps=1),
-    Launch(("fp32", "fp32", "fp32"), None, PARTS[:3], grad_scale=0.3, device_scalars=torch.float32),
+    Launch(FP32, None, WALKS[:4], block=64, blocks=1, steps=1),
+    Launch(FP32, None, PARTS[:3], grad_scale=0.3, device_scalars=torch.float32),
     Launch(("bf16", "bf16", "bf16"), "kahan", PARTS[:3], grad_scale=2.0**-16, found_inf=0.0, maximize=True, device_scalars=torch.float64),
     Launch(("bf16", "bf16", "fp32"), "copy", PARTS[:3], amsgrad=True, found_inf=1.0),
-    Launch(("fp32", "fp32", "fp32"), None, (Part(0), Part(5), Part(0), Part(130, 2, 65), Part(0))),
+    Launch(FP32, None, (Part(0), Part(5), Part(0), Part(130, 2, 65), Part(0))),
+    Launch(("fp16", "fp16", "fp16"), "kahan", (Part(300), Part(0, dtypes=FP32), Part(90, 9, dtypes=FP32), Part(513), Part(5, dtypes=FP32))),
+    Launch(FP32, None, (Part(6006, 2, 3003),), blocks=3, steps=1),
     Launch(("bf16", "bf16", "fp32"), "remainder", (Part(0),)),
     Launch(("bf16", "bf16", "fp32"), "remainder", ()),
 ]
@@ -105,15 +109,16 @@ def updates_of(launch: Launch) -> Iterator[Update]:
         AdamWOptions(0.013, 0.9, 0.95, 1e-6, 0.3, launch.maximize, launch.mode),
         AdamWOptions(0.4, 0.25, 0.4, 1e-3, 0.07, launch.maximize, launch.mode),
     )
-    dtype, grad_dtype, moments_dtype = (DTYPES[name] for name in launch.dtypes)
     generator = torch.Generator().manual_seed(len(str(launch)))
     for seed, part in enumerate(launch.parts):
+        dtype, grad_dtype, moments_dtype = (DTYPES[name] for name in part.dtypes or launch.dtypes)
         weight, grad, m, v, vmax = (torch.randn(part.numel, generator=generator) for _ in range(5))
         if part.values == "special":
             for i, x in enumerate((float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-40, 3e38, 65519.0, 1 + 2**-8, 6e-8)):
                 weight[i], grad[3 * i] = x, x
                 vmax[5 * i] = x
             m[10:20], v[10:20], grad[40:50] = 1e-39, 3e-42, 1e-30
+            grad.view(torch.int32)[60] = 0x7FFFFFFF  # a NaN that plain rounding carries into a number
         multipliers = None
         if part.length:
             multipliers = torch.rand(part.length, generator=generator) * 3
@@ -171,8 +176,7 @@ def differences(launch: Launch, device: str) -> list[str]:
         expected = [u._replace(options=as_read[id(u.options)]) for u in expected]
     grad_scale = None if launch.grad_scale is None else torch.tensor(launch.grad_scale, dtype=torch.float64)
     found_inf = None if launch.found_inf is None else torch.tensor(launch.found_inf)
-    start = [copied(u, "cpu") for u in expected]
-    names = []
+    start, names = [copied(u, "cpu") for u in expected], []
     for repeat in range(launch.steps):
         with patch.multiple(kernels, BLOCK=launch.block, BLOCKS=launch.blocks, TENSORS=4):
             kernels.adamw(found, *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
@@ -223,7 +227,7 @@ def compiled(architecture: int, name: str, types: dict[str, str], constants: dic
 INEXACT = re.compile(r"\.ftz|\.approx|\.full|\bfma\.")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 WIDE = [
-    (("fp32", "fp32", "fp32"), None, True),
+    (FP32, None, True),
     (("bf16", "bf16", "fp32"), "remainder", False),
     (("bf16", "bf16", "bf16"), "stochastic", True),
     (("bf16", "fp32", "fp32"), "copy", False),
@@ -262,8 +266,7 @@ def test_preparation_compiles_to_ieee_arithmetic(architecture: int) -> None:
 def test_tables_are_kept_until_they_change() -> None:
     from adept_fast.kernels.adamw_tables import chunks_on, groups_on, tensor_table, tensors_on
 
-    device = torch.device("cpu")
-    updates = list(updates_of(LAUNCHES[0]))
+    device, updates = torch.device("cpu"), list(updates_of(LAUNCHES[0]))
 
     def tables() -> list[Tensor]:
         rows, _, options = tensor_table(updates)
@@ -291,7 +294,7 @@ def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
     launch = Launch(("bf16", "bf16", "fp32"), "remainder", PARTS[2:5])
     expected = [copied(u, "cpu") for u in updates_of(launch)]
     found = [copied(u, "cuda") for u in expected]
-    lr = torch.tensor(0.1, device="cuda")
+    lr, rates = torch.tensor(0.1, device="cuda"), [0.1, 0.02, 0.3]
     found = [u._replace(options=u.options._replace(lr=lr)) for u in found]
     with torch.cuda.stream(torch.cuda.Stream()):
         kernels.adamw(found, None, None)
@@ -299,7 +302,6 @@ def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernels.adamw(found, None, None)
-    rates = [0.1, 0.02, 0.3]
     for rate in rates[1:]:
         lr.fill_(rate)
         for update in found:
@@ -323,9 +325,8 @@ def test_gpu_indexes_beyond_32_bits() -> None:
     ends[3].abs_()
     for x, end in zip((param, grad, m, v), ends, strict=True):
         x[-tail:] = end.cuda()
-    multipliers = torch.rand(length, generator=generator)
+    multipliers, step = torch.rand(length, generator=generator), torch.zeros((), device="cuda")
     options = AdamWOptions(0.013, 0.9, 0.95, 1e-6, 0.3, False, "stochastic")
-    step = torch.zeros((), device="cuda")
     kernels.adamw([Update(param, grad, m, v, None, None, step, multipliers.cuda(), length, 1, 5, 3, options)], None, None)
     each = multipliers[torch.arange(numel - tail, numel) % length]
     adamw_update_(Update(*ends, None, None, torch.zeros(()), each, tail, 1, 5 + numel - tail, 3, options))
