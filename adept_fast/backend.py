@@ -17,6 +17,7 @@ from adept_fast.errors import InputError
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw": ("cuda", "triton", "cpu", "torch"),
     "saliency": ("triton", "torch"),
+    "linear_cross_entropy": ("torch",),
 }
 OLDEST = (8, 0)  # compute capability
 
@@ -126,7 +127,7 @@ def status() -> dict[str, Status]:
 
 
 def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
-    """The backend that runs `operation` ("adamw" or "saliency") on tensors of `device`.
+    """The backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
 
     `forced`, or else the environment variable ADEPT_FAST_BACKEND, is taken at its word: InputError for a name that does not exist,
     RuntimeError, with the remedy, where that backend is missing, lacks the operation or cannot run on the device.

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import device_of, head_logits, last_hidden
+from adept_fast.head import token_losses, token_predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048  # padded tokens of one forward
-HEAD_ROWS = 256  # rows of logits held at once
 
 
 @dataclass(frozen=True)
@@ -94,35 +93,21 @@ def corpus_loss(
                 if candidates:
                     asked[at + int((row == candidates[index].position).nonzero()[0, 0])] = candidates[index].tokens
                 at += len(row)
-            losses, choices, likeliest = _row_losses(model, hidden, targets, asked)
+            losses, choices = token_predictions(model, hidden, targets) if argmax else (token_losses(model, hidden, targets), targets)
             lengths = [len(row) for row in rows]
             for index, loss, choice in zip(batch, losses.split(lengths), choices.split(lengths), strict=True):
                 sums[index], best[index] = loss.double().sum().cpu(), choice.cpu()
             if candidates:
-                for index, pick in zip(batch, likeliest, strict=True):
-                    picked[index] = pick
+                rivals = head_logits(model, hidden[list(asked)]).float()
+                for index, tokens, row in zip(batch, asked.values(), rivals, strict=True):
+                    picked[index] = int(row[list(tokens)].argmax())
             bar.update(len(batch))
     model.train(training)
     return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
-
-
-def _row_losses(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, asked: dict[int, tuple[int, ...]]
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Loss and argmax of each row, and for the rows in `asked` the index of the likeliest of their tokens."""
-    losses, best, likeliest = [hidden.new_zeros(0, dtype=torch.float32)], [targets[:0]], []
-    for start in range(0, len(targets), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        logits = head_logits(model, hidden[part]).float()
-        losses.append(functional.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
-        best.append(logits.argmax(-1))
-        likeliest += [int(logits[row - start, list(asked[row])].argmax()) for row in sorted(asked) if start <= row < start + HEAD_ROWS]
-    return torch.cat(losses), torch.cat(best), likeliest
 
 
 def sequence_loss(model: PreTrainedModel, item: Item) -> Tensor:
     """Summed loss of one item, differentiable: the negative log-likelihood of its supervised tokens."""
     ids, targets = item_tensors(item, device_of(model))
     supervised = targets != IGNORE
-    hidden = last_hidden(model, ids[None])[0][supervised]
-    return functional.cross_entropy(head_logits(model, hidden).float(), targets[supervised], reduction="sum")
+    return token_losses(model, last_hidden(model, ids[None])[0][supervised], targets[supervised]).sum()
