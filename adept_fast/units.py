@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError
-from adept_fast.families import Family, describe, fused_rows, text_config
+from adept_fast.families import describe, fused_rows, text_config
 from adept_fast.record import record_of
 
 if TYPE_CHECKING:
@@ -67,10 +67,11 @@ class Units:
         names: list[tuple[str, str]] = []
         slices: dict[str, Slices] = {}
         for layer in record.copies:
+            outputs = {name.rpartition(".")[0] for name in family.silent[layer]}
             for path, module in layers[layer].named_modules():
                 own = dict(module.named_parameters(recurse=False))
                 if own:
-                    _cut(f"{family.layers}.{layer}.{path}", path, own, family, config, granularity, names, slices)
+                    _cut(f"{family.layers}.{layer}.{path}", path, own, path in outputs, config, granularity, names, slices)
         sizes = torch.zeros(len(names), dtype=torch.int64)
         for name, cut in slices.items():
             parameter = model.get_parameter(name)
@@ -102,7 +103,7 @@ def _cut(
     module: str,
     path: str,
     parameters: dict[str, nn.Parameter],
-    family: Family,
+    output: bool,
     config: PretrainedConfig,
     granularity: str,
     names: list[tuple[str, str]],
@@ -117,7 +118,7 @@ def _cut(
         for name, parameter in parameters.items():
             slices[f"{module}.{name}"] = Slices(0, torch.full((parameter.shape[0],), unit))
         return
-    dim = 1 if path in family.outputs else 0
+    dim = 1 if output else 0
     parts = fused_rows(config, kind, weight.shape[0]) if dim == 0 else [("", weight.shape[1])]
     index = torch.empty(weight.shape[dim], dtype=torch.int64)
     at = 0

@@ -7,7 +7,7 @@ base computes, bit for bit in the same dtype and kernel. Source: ADEPT (arXiv 25
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adept_fast.errors import InputError
-from adept_fast.families import Family, describe, layers_path, text_config
+from adept_fast.families import describe, expanded_config, layers_path
 from adept_fast.record import AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMod
         after.append(layer)
         if index in chosen:
             inserted.append(Inserted(layer=len(after), copied_from=index))
-            after.append(_silent_copy(layer, family))
+            after.append(_silent_copy(layer, family.silent[index]))
     setattr(expanded.get_submodule(parent), name, nn.ModuleList(after))
     for index, layer in enumerate(after):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    _extend_config(expanded, family, chosen)
+    vars(expanded.config).update(vars(expanded_config(model.config, chosen)))
     total = sum(parameter.numel() for parameter in expanded.parameters())
     trainable = sum(parameter.numel() for entry in inserted for parameter in after[entry.layer].parameters())
     expanded.adept_config = AdeptConfig(
@@ -78,21 +78,13 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMod
     return expanded.eval()
 
 
-def _silent_copy(layer: nn.Module, family: Family) -> nn.Module:
+def _silent_copy(layer: nn.Module, silent: Mapping[str, float]) -> nn.Module:
     duplicate = copy.deepcopy(layer, memo={})  # without the memo of shared tensors: the copy has its own
+    tensors = dict(duplicate.named_parameters()) | dict(duplicate.named_buffers())
     with torch.no_grad():
-        for output in family.outputs:
-            for parameter in duplicate.get_submodule(output).parameters():
-                parameter.zero_()
+        for name, value in silent.items():
+            tensors[name].fill_(value)
     return duplicate
-
-
-def _extend_config(model: PreTrainedModel, family: Family, chosen: list[int]) -> None:
-    config = text_config(model)
-    entries = {key: list(getattr(config, key)) for key in family.per_layer_config}
-    config.num_hidden_layers += len(chosen)
-    for key, values in entries.items():
-        setattr(config, key, [value for index, value in enumerate(values) for _ in range(2 if index in chosen else 1)])
 
 
 def copies(model: PreTrainedModel) -> list[nn.Module]:

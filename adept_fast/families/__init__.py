@@ -1,0 +1,35 @@
+"""What a decoder-only model is made of: its layers, what makes a copy of one silent, its per-layer config, its fused projections.
+
+Nothing outside this package knows one family from another.
+"""
+
+from adept_fast.families.config import expanded_config
+from adept_fast.families.fused import fused_rows
+from adept_fast.families.layers import (
+    decoder_layers,
+    device_of,
+    head_logits,
+    hidden_of,
+    last_hidden,
+    layers_path,
+    replaced_forward,
+    text_config,
+    with_hidden,
+)
+from adept_fast.families.silence import Family, describe
+
+__all__ = [
+    "Family",
+    "decoder_layers",
+    "describe",
+    "device_of",
+    "expanded_config",
+    "fused_rows",
+    "head_logits",
+    "hidden_of",
+    "last_hidden",
+    "layers_path",
+    "replaced_forward",
+    "text_config",
+    "with_hidden",
+]

@@ -1,0 +1,82 @@
+"""Where a decoder-only model keeps its layers, and how its forward is entered: found by structure, not by architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adept_fast.errors import UnsupportedFamilyError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Path of the decoder layers: the outermost module list with config.num_hidden_layers entries."""
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedFamilyError(f"{model.config.model_type}: an encoder-decoder; adept_fast is for decoder-only models")
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not found:
+        raise UnsupportedFamilyError(f"{model.config.model_type}: no list of {count} decoder layers found")
+    return min(found, key=lambda name: name.count("."))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.get_submodule(layers_path(model))
+
+
+def hidden_of(output: Tensor | tuple) -> Tensor:
+    """The hidden states in what a decoder layer returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+    """The same kind of output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Hidden states after the final norm, [batch, tokens, hidden]."""
+    return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for a module's for the time being, and put back what stood there (accelerate patches instances too)."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of hidden states [n, hidden] taken after the final norm, through the model's own head.
+
+    The model's forward runs with its body replaced, so logit scaling and soft-capping stay what the family makes them. The output type
+    is the mixture-of-experts one because it has every field that any family reads.
+    """
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    def body(*args: object, **kwargs: object) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=hidden[None])
+
+    with replaced_forward(model.base_model, body):
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
