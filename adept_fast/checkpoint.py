@@ -1,8 +1,7 @@
-"""A model on disk: found, checked, hashed, loaded, and saved whole or not at all. safetensors only; no pickle is loaded."""
+"""A model on disk: found, checked, loaded, and saved whole or not at all. safetensors only; no pickle is loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,22 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from adept_fast.artefacts import read_json, staged_folder
 from adept_fast.errors import InputError
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
+from adept_fast.shards import INDEX, WEIGHTS, open_shards, same_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-IDENTITY = ("config.json", "tokenizer", "vocab", "merges", "chat_template", "added_tokens", "special_tokens")  # beginnings of names
-NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_CARRIED_NAMES = ("config.json", INDEX, RECORD)
+NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+NOT_CARRIED_NAMES = ("config.json", RECORD)
+CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -49,44 +47,20 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise InputError(f"{name}: neither a folder nor a model on the hub that can be reached ({str(error).splitlines()[0]})") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as its index lists them."""
-    if (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise InputError(f"{folder / INDEX}: holds no weight_map: fetch the checkpoint again")
-        return sorted(folder / name for name in set(shards.values()))
-    return [folder / WEIGHTS]
-
-
 def check(folder: Path) -> None:
     """Raise InputError unless `folder` holds a config and whole safetensors files."""
     if not folder.is_dir():
         raise InputError(f"{folder}: not a model folder")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
-    if read_json(folder / "config.json").get("quantization_config"):
-        raise InputError(f"{folder}: quantised checkpoints cannot be expanded: use the unquantised one")
-    for file in weight_files(folder):
-        if not file.is_file():
-            pickled = next(folder.glob("*.bin"), None)
-            hint = f"; {pickled.name} is a pickle and is not loaded: convert it to safetensors" if pickled else ""
-            raise InputError(f"{file}: missing{hint}")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: corrupt or truncated ({error}): fetch it again") from None
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over config, weights and tokenizer files: what identifies a source."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and (file.suffix in (".safetensors", ".model") or file.name.startswith(IDENTITY)):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise InputError(f"{folder}: quantised: its packed weights cannot be made silent or trained: use the unquantised checkpoint")
+    if not (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        pickled = next(folder.glob("*.bin"), None)
+        hint = f"{pickled.name} is a pickle and is not loaded: convert it to safetensors" if pickled else "fetch the checkpoint again"
+        raise InputError(f"{folder / WEIGHTS}: missing: {hint}")
+    open_shards(folder)
 
 
 def positions(folder: Path) -> int:
@@ -101,21 +75,9 @@ def differing_tensors(one: Path, other: Path, rename: Callable[[str], str] = str
 
     Tensors without a counterpart (one of two tied ones, say) and tensors kept in another dtype are not compared.
     """
-    files = [{name: file for file in weight_files(folder) for name in _names(file)} for folder in (one, other)]
-    differing = []
-    for name in sorted(files[0]):
-        twin = rename(name)
-        if twin in files[1]:
-            with safe_open(files[0][name], framework="pt") as first, safe_open(files[1][twin], framework="pt") as second:
-                tensors = first.get_tensor(name).flatten(), second.get_tensor(twin).flatten()
-            if tensors[0].dtype == tensors[1].dtype and not torch.equal(tensors[0].view(torch.uint8), tensors[1].view(torch.uint8)):
-                differing.append(name)
-    return differing
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+    ours, theirs = open_shards(one).tensors, open_shards(other).tensors
+    pairs = ((name, ours[name], theirs[rename(name)]) for name in sorted(ours) if rename(name) in theirs)
+    return [name for name, first, second in pairs if first.dtype == second.dtype and not same_bytes(first, second)]
 
 
 def load_model(
@@ -191,11 +153,23 @@ def save(
             model.save_pretrained(staging)
         finally:
             model.config.use_cache = use_cache
-        for file in sorted(carried_from.iterdir()):
-            if file.is_file() and not file.name.endswith(NOT_CARRIED) and file.name not in NOT_CARRIED_NAMES:
-                shutil.copyfile(file, staging / file.name)
+        carry_files(carried_from, staging)
         model.adept_config.save(staging)
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)
         if prove:
             prove(staging)
+
+
+def carried(folder: Path) -> list[Path]:
+    """What goes along unchanged with the weights: tokenizer, generation config, chat templates, licence, model card, code."""
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.endswith(NOT_CARRIED)]
+    files += [file for name in CARRIED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
+    return sorted(file for file in files if file.name not in NOT_CARRIED_NAMES)
+
+
+def carry_files(source: Path, target: Path) -> None:
+    for file in carried(source):
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)

@@ -16,6 +16,7 @@ from adept_fast.corpora import Corpora
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
+from adept_fast.fingerprint import fingerprint
 from adept_fast.inputs import require_same
 from adept_fast.recipe import Recipe
 from adept_fast.record import AdeptConfig
@@ -51,7 +52,7 @@ class Workspace:
 
     @cached_property
     def sha256(self) -> str:
-        return checkpoint.fingerprint(self.source)
+        return fingerprint(self.source)
 
     @cached_property
     def tokenizer(self) -> Any:

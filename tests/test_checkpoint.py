@@ -11,6 +11,7 @@ import tiny_models
 
 from adept_fast import checkpoint
 from adept_fast.errors import InputError
+from adept_fast.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -53,9 +54,9 @@ def test_damage_is_named(folder: Path, damage, message: str) -> None:
 
 def test_fingerprint_follows_the_content(folder: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(folder, tmp_path / "twin")
-    assert checkpoint.fingerprint(twin) == checkpoint.fingerprint(folder)
+    assert fingerprint(twin) == fingerprint(folder)
     tiny_models.model(seed=7).save_pretrained(twin)
-    assert checkpoint.fingerprint(twin) != checkpoint.fingerprint(folder)
+    assert fingerprint(twin) != fingerprint(folder)
     assert checkpoint.differing_tensors(folder, folder) == []
     assert "model.layers.0.mlp.up_proj.weight" in checkpoint.differing_tensors(folder, twin)
 

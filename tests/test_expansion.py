@@ -9,7 +9,6 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion import (
     copies,
@@ -21,6 +20,7 @@ from adept_fast.expansion import (
     verify_expansion,
 )
 from adept_fast.families import describe
+from adept_fast.fingerprint import fingerprint
 from adept_fast.optim import AdamW
 from adept_fast.record import AdeptConfig
 
@@ -117,7 +117,7 @@ def test_checkpoint_loads_with_plain_transformers(tmp_path: Path) -> None:
     base, expanded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "expanded"))
     assert torch.equal(base(IDS).logits, expanded(IDS).logits)
     assert AdeptConfig.load(tmp_path / "expanded") == record
-    assert record.source["sha256"] == checkpoint.fingerprint(source)
+    assert record.source["sha256"] == fingerprint(source)
     assert (tmp_path / "expanded" / "LICENSE").read_text() == "a licence"
     assert (tmp_path / "expanded" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     sums = load_first_importance(tmp_path / "expanded")

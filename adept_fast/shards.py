@@ -1,0 +1,277 @@
+"""safetensors files as bytes: headers read and checked, shards written from pieces of other files without passing through memory.
+
+A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes without gaps
+(https://huggingface.co/docs/safetensors). A checkpoint is model.safetensors, or the shards that model.safetensors.index.json lists.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adept_fast.artefacts import read_json
+from adept_fast.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000  # bytes, as the format's own readers have it
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+AT_ONCE = 1 << 26  # bytes of one copying call: between two of them the progress bar moves and an interrupt is seen
+BUFFER = 1 << 20
+_NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # other file systems, older kernels
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's place: `size` bytes at `start` of `file`."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> bytearray:
+        content = bytearray(self.size)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(content) != self.size:
+                raise InputError(f"{self.file}: corrupt or truncated: it became shorter while it was read")
+        return content
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to write: the bytes of a stored one, or `content`, `repeated` times."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: Stored | None = None
+    content: bytes = b""
+    repeated: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.stored.size if self.stored else len(self.content) * self.repeated
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The weights of a checkpoint. files: file name -> its tensors, by offset; metadata: file name -> the header's own; index: what the
+    index holds beside weight_map, None for a checkpoint of one file."""
+
+    folder: Path
+    files: Mapping[str, tuple[Stored, ...]]
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    index: Mapping[str, Any] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        return {stored.name: stored for entries in self.files.values() for stored in entries}
+
+
+def _shown(name: object) -> str:
+    text = ascii(name)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_header(file: Path) -> tuple[tuple[Stored, ...], dict[str, str]]:
+    """The tensors of a safetensors file, by offset, and its metadata. Raises InputError unless the header is whole and agrees with the file."""
+
+    def corrupt(reason: str) -> InputError:
+        return InputError(f"{file}: corrupt or truncated ({reason}): fetch it again")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise corrupt(f"its header has {_shown(next(name for name in names if names.count(name) > 1))} twice")
+        return content
+
+    try:
+        with file.open("rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if total < 8 or length > min(total - 8, LARGEST_HEADER):
+                raise corrupt(f"a header of {length} bytes in a file of {total}")
+            text = stream.read(length)
+    except OSError as error:
+        raise corrupt(error.strerror or "unreadable") from None
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=once)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise corrupt(f"its header is not JSON: {error}") from None
+    except InputError:
+        raise
+    except ValueError as error:  # a number of more digits than Python converts
+        raise corrupt(f"its header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise corrupt("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise corrupt("its metadata is not text")
+    data = 8 + length
+    tensors = sorted((_stored(file, name, entry, data, corrupt) for name, entry in header.items()), key=lambda s: (s.start, s.size))
+    end = data
+    for stored in tensors:
+        if stored.start != end:
+            raise corrupt(f"the bytes of {_shown(stored.name)} do not follow those before it")
+        end += stored.size
+    if end != total:
+        raise corrupt(f"its tensors end at byte {end}, the file at {total}")
+    return tuple(tensors), metadata
+
+
+def _stored(file: Path, name: str, entry: Any, data: int, corrupt: Callable[[str], InputError]) -> Stored:
+    def natural(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise corrupt(f"{_shown(name)} has not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise corrupt(f"{_shown(name)} has the unknown dtype {_shown(dtype)}")
+    if not natural(shape) or not natural(offsets) or len(offsets) != 2:
+        raise corrupt(f"{_shown(name)} has a malformed shape or data_offsets")
+    size = offsets[1] - offsets[0]
+    if size < 0 or math.prod(shape) * BITS[dtype] != 8 * size:
+        raise corrupt(f"{_shown(name)} has {size} bytes, not those of {dtype} {_shown(shape)}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise corrupt(f"the name {_shown(name)} is not valid Unicode") from None
+    return Stored(file, name, dtype, tuple(shape), data + offsets[0], size)
+
+
+def weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """Names of a checkpoint's safetensors files, and its index, checked, if it has one."""
+    index = folder / INDEX
+    if not index.is_file():
+        return [WEIGHTS], None
+    if (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder}: holds both {WEIGHTS} and {INDEX}: remove the one that is out of date")
+    content = read_json(index)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index}: holds no weight_map: fetch the checkpoint again")
+    present = set(os.listdir(folder))
+    for name, file in shards.items():
+        if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: {_shown(name)} stands in {_shown(file)}, which is no .safetensors beside it: fetch it again")
+        if file not in present:
+            raise InputError(f"{index}: its shard {_shown(file)} is missing: fetch the checkpoint again")
+    return sorted(set(shards.values())), content
+
+
+def open_shards(folder: Path) -> Shards:
+    """The weights of a checkpoint folder. Raises InputError for a file that is missing or corrupt, or that the index contradicts."""
+    names, index = weight_files(folder)
+    files, metadata, homes = {}, {}, {}
+    for file in names:
+        files[file], metadata[file] = read_header(folder / file)
+        for stored in files[file]:
+            if stored.name in homes:
+                raise InputError(f"{folder / file}: {_shown(stored.name)} stands in {homes[stored.name]} too: fetch the checkpoint again")
+            homes[stored.name] = file
+    if index is None:
+        return Shards(folder, files, metadata)
+    listed = index.pop("weight_map")
+    wrong = sorted(name for name in {*listed, *homes} if listed.get(name) != homes.get(name))
+    if wrong:
+        where = f"in {homes[wrong[0]]}" if wrong[0] in homes else "nowhere"
+        raise InputError(f"{folder / INDEX}: {_shown(wrong[0])} stands {where}, unlike the index has it: fetch the checkpoint again")
+    return Shards(folder, files, metadata, index)
+
+
+def write_shard(target: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], progress: Callable[[int], object]) -> None:
+    """Write one safetensors file. Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned.
+
+    Neighbours that were neighbours are copied as one range by the kernel, so memory is constant. progress: called with bytes written.
+    """
+    ordered = sorted(pieces, key=lambda piece: -BITS[piece.dtype])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for piece in ordered:
+        header[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [at, at + piece.size]}
+        at += piece.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise InputError(f"{target}: a header of {len(text)} bytes is more than safetensors files may have")
+    with target.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.flush()
+        for file, start, size, piece in _ranges(ordered):
+            if file is not None:
+                _copy(file, start, size, stream.fileno(), progress)
+                continue
+            block = piece.content * max(1, min(piece.repeated, BUFFER // max(1, len(piece.content))))
+            for begin in range(0, size, len(block) or 1):
+                stream.write(memoryview(block)[: size - begin])
+            stream.flush()
+            progress(size)
+
+
+def _ranges(pieces: Iterable[Piece]) -> list[tuple[Path | None, int, int, Piece]]:
+    """(file, start, size, first piece); adjacent ranges of one file are joined, a piece with content of its own has no file."""
+    ranges: list[tuple[Path | None, int, int, Piece]] = []
+    for piece in pieces:
+        if piece.stored is None:
+            ranges.append((None, 0, piece.size, piece))
+            continue
+        file, start, size = piece.stored.file, piece.stored.start, piece.stored.size
+        if ranges and ranges[-1][0] == file and ranges[-1][1] + ranges[-1][2] == start:
+            ranges[-1] = (file, ranges[-1][1], ranges[-1][2] + size, ranges[-1][3])
+        else:
+            ranges.append((file, start, size, piece))
+    return ranges
+
+
+def _copy(file: Path, start: int, size: int, target: int, progress: Callable[[int], object]) -> None:
+    """Append `size` bytes of `file` to the descriptor: in the kernel where it can, else through a buffer."""
+    with file.open("rb", buffering=0) as source:
+        in_kernel, left = hasattr(os, "copy_file_range"), size
+        while left:
+            copied = 0
+            if in_kernel:
+                try:
+                    copied = os.copy_file_range(source.fileno(), target, min(left, AT_ONCE), start)
+                except OSError as error:
+                    if error.errno not in _NOT_IN_KERNEL:
+                        raise
+            if not copied:
+                in_kernel = False
+                block = os.pread(source.fileno(), min(left, BUFFER), start)
+                if not block:
+                    raise InputError(f"{file}: corrupt or truncated: it became shorter while it was copied")
+                copied = os.write(target, block)
+            start, left = start + copied, left - copied
+            progress(copied)
+
+
+def same_bytes(one: Stored, other: Stored) -> bool:
+    """Whether two tensors have the same bits. Constant memory."""
+    if one.size != other.size:
+        return False
+    with one.file.open("rb", buffering=0) as first, other.file.open("rb", buffering=0) as second:
+        for at in range(0, one.size, BUFFER):
+            length = min(BUFFER, one.size - at)
+            if os.pread(first.fileno(), length, one.start + at) != os.pread(second.fileno(), length, other.start + at):
+                return False
+    return True
