@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from adept_fast.artefacts import read_json, staged_folder
 from adept_fast.errors import InputError
 from adept_fast.record import FILE as RECORD
+from adept_fast.record import KEY as RECORD_KEY
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import INDEX, WEIGHTS, open_shards, same_bytes
 
@@ -105,8 +106,9 @@ def load_model(
         raise InputError(f"{folder}: {len(missing)} tensors are missing or of another shape, first {missing[0]}: fetch it again")
     if torch.cuda.is_available():
         model.to("cuda")
-    if (folder / RECORD).is_file():
-        model.adept_config = AdeptConfig.load(folder)
+    record = AdeptConfig.find(folder)
+    if record is not None:
+        model.adept_config = record
     return model.eval()
 
 
@@ -149,6 +151,7 @@ def save(
 
     with staged_folder(target) as staging:
         use_cache, model.config.use_cache = model.config.use_cache, True
+        setattr(model.config, RECORD_KEY, model.adept_config.as_dict())
         try:
             model.save_pretrained(staging)
         finally:

@@ -265,7 +265,7 @@ class Pipeline(Workspace):
 
     def _check_model(self) -> Any:
         """The model without its weights, whose layers the recipe must fit."""
-        if (self.source / checkpoint.RECORD).is_file():
+        if AdeptConfig.find(self.source) is not None:
             raise InputError(f"{self.source}: expanded already: start from its base")
         skeleton, expand = checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code), self.recipe.expand
         check_choice(len(decoder_layers(skeleton)), expand.k, expand.placement, expand.layers)

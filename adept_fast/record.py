@@ -1,7 +1,12 @@
-"""The record that travels in the checkpoint, adept_config.json: which layers are new, copied from where, from which source and scores."""
+"""The record that travels in the checkpoint: which layers are new, copied from where, from which source and scores.
+
+It stands in adept_config.json, and under the key `adept_config` in config.json, which transformers keeps through save_pretrained, its
+Trainer's checkpoints and the hub. docs/record.md has the schema.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,20 +16,24 @@ from adept_fast.artefacts import read_json, write_json
 from adept_fast.errors import InputError
 
 FILE = "adept_config.json"
+KEY = "adept_config"  # in config.json
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """A copy: its index in the expanded model, and the index of the layer it was copied from in the source."""
+    """A copy: its index in the expanded model, and the index of the layer it was copied from in the source, which no copies count in.
+    round: 0 for a copy of the first expansion, 1 for one of a later expansion of that model, and so on."""
 
     layer: int
     copied_from: int
+    round: int = 0
 
 
 @dataclass(frozen=True)
 class AdeptConfig:
-    """source: name_or_path, sha256, num_hidden_layers; selection: how the layers were chosen; inputs: what the stage was made from."""
+    """source: name_or_path, sha256, tensors_sha256, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
+    inputs: what the stage was made from; proof: what was compared when it was written."""
 
     inserted: tuple[Inserted, ...]
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -32,32 +41,67 @@ class AdeptConfig:
     parameters: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    proof: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
     def copies(self) -> tuple[int, ...]:
         return tuple(entry.layer for entry in self.inserted)
 
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The copies that tuning trains: those of the last expansion."""
+        last = max((entry.round for entry in self.inserted), default=0)
+        return tuple(entry.layer for entry in self.inserted if entry.round == last)
+
+    def original(self, index: int) -> int:
+        """Where the source's layer `index` stands in the expanded model."""
+        at = index
+        for copy in sorted(self.copies):
+            at += copy <= at
+        return at
+
     def source_index(self, entry: Inserted) -> int:
-        """Where the layer that `entry` was copied from stands in the expanded model: right before its copy."""
-        return entry.layer - 1
+        """Where the layer that `entry` was copied from stands in the expanded model."""
+        return self.original(entry.copied_from)
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def save(self, folder: Path) -> None:
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, self.as_dict())
 
     @classmethod
     def load(cls, folder: Path) -> AdeptConfig:
-        path = Path(folder) / FILE
-        content = read_json(path)
-        if content.get("schema") != SCHEMA:
-            raise InputError(
-                f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it"
-            )
+        """Read the record of a checkpoint. Raises InputError where there is none, or none that is known."""
+        record = cls.find(folder)
+        if record is None:
+            raise InputError(f"{folder}: no {FILE}, and no {KEY} in config.json: not an expanded model, or one that lost its record")
+        return record
+
+    @classmethod
+    def find(cls, folder: Path) -> AdeptConfig | None:
+        """The same; None for a checkpoint without a record."""
+        folder = Path(folder)
+        if (folder / FILE).is_file():
+            return cls._read(read_json(folder / FILE), folder / FILE)
+        config = folder / "config.json"
+        found = read_json(config).get(KEY) if config.is_file() else None
+        return None if found is None else cls._read(found, config)
+
+    @classmethod
+    def _read(cls, content: Any, path: Path) -> AdeptConfig:
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else content
+            raise InputError(f"{path}: schema {found!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")
         try:
-            inserted = tuple(Inserted(int(entry["layer"]), int(entry["copied_from"])) for entry in content.pop("inserted"))
-            return cls(inserted=inserted, **content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a record of an expansion ({error})") from None
+            entries = [Inserted(*(int(entry.get(key, 0)) for key in ("layer", "copied_from", "round"))) for entry in content["inserted"]]
+            record = cls(**{**content, "inserted": tuple(entries)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a record of an expansion ({error}): expand the model again") from None
+        if not entries or len({*record.copies}) < len(entries) or min(record.copies) < 1 or any(entry.copied_from < 0 for entry in entries):
+            raise InputError(f"{path}: its copies {list(record.copies)} cannot be: expand the model again")
+        return record
 
 
 def record_of(model: object) -> AdeptConfig:

@@ -1,4 +1,4 @@
-"""safetensors files as bytes: headers read and checked, shards written from pieces of other files without passing through memory.
+"""safetensors files as bytes: headers and indexes, read and checked in full.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes without gaps
 (https://huggingface.co/docs/safetensors). A checkpoint is model.safetensors, or the shards that model.safetensors.index.json lists.
@@ -6,11 +6,10 @@ A file is an 8-byte little-endian header length, a JSON header {name: {dtype, sh
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,7 @@ BITS = {
     "F4": 4,
 }
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-AT_ONCE = 1 << 26  # bytes of one copying call: between two of them the progress bar moves and an interrupt is seen
 BUFFER = 1 << 20
-_NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # other file systems, older kernels
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ class Stored:
     start: int
     size: int
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
     def read(self) -> bytearray:
         content = bytearray(self.size)
         with self.file.open("rb") as stream:
@@ -53,22 +54,6 @@ class Stored:
             if stream.readinto(content) != self.size:
                 raise InputError(f"{self.file}: corrupt or truncated: it became shorter while it was read")
         return content
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor to write: the bytes of a stored one, or `content`, `repeated` times."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    stored: Stored | None = None
-    content: bytes = b""
-    repeated: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.stored.size if self.stored else len(self.content) * self.repeated
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ def _shown(name: object) -> str:
 
 
 def read_header(file: Path) -> tuple[tuple[Stored, ...], dict[str, str]]:
-    """The tensors of a safetensors file, by offset, and its metadata. Raises InputError unless the header is whole and agrees with the file."""
+    """The tensors of a safetensors file, by offset, and its metadata. Raises InputError unless the header agrees with the file."""
 
     def corrupt(reason: str) -> InputError:
         return InputError(f"{file}: corrupt or truncated ({reason}): fetch it again")
@@ -197,72 +182,6 @@ def open_shards(folder: Path) -> Shards:
         where = f"in {homes[wrong[0]]}" if wrong[0] in homes else "nowhere"
         raise InputError(f"{folder / INDEX}: {_shown(wrong[0])} stands {where}, unlike the index has it: fetch the checkpoint again")
     return Shards(folder, files, metadata, index)
-
-
-def write_shard(target: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], progress: Callable[[int], object]) -> None:
-    """Write one safetensors file. Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned.
-
-    Neighbours that were neighbours are copied as one range by the kernel, so memory is constant. progress: called with bytes written.
-    """
-    ordered = sorted(pieces, key=lambda piece: -BITS[piece.dtype])
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for piece in ordered:
-        header[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [at, at + piece.size]}
-        at += piece.size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > LARGEST_HEADER:
-        raise InputError(f"{target}: a header of {len(text)} bytes is more than safetensors files may have")
-    with target.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.flush()
-        for file, start, size, piece in _ranges(ordered):
-            if file is not None:
-                _copy(file, start, size, stream.fileno(), progress)
-                continue
-            block = piece.content * max(1, min(piece.repeated, BUFFER // max(1, len(piece.content))))
-            for begin in range(0, size, len(block) or 1):
-                stream.write(memoryview(block)[: size - begin])
-            stream.flush()
-            progress(size)
-
-
-def _ranges(pieces: Iterable[Piece]) -> list[tuple[Path | None, int, int, Piece]]:
-    """(file, start, size, first piece); adjacent ranges of one file are joined, a piece with content of its own has no file."""
-    ranges: list[tuple[Path | None, int, int, Piece]] = []
-    for piece in pieces:
-        if piece.stored is None:
-            ranges.append((None, 0, piece.size, piece))
-            continue
-        file, start, size = piece.stored.file, piece.stored.start, piece.stored.size
-        if ranges and ranges[-1][0] == file and ranges[-1][1] + ranges[-1][2] == start:
-            ranges[-1] = (file, ranges[-1][1], ranges[-1][2] + size, ranges[-1][3])
-        else:
-            ranges.append((file, start, size, piece))
-    return ranges
-
-
-def _copy(file: Path, start: int, size: int, target: int, progress: Callable[[int], object]) -> None:
-    """Append `size` bytes of `file` to the descriptor: in the kernel where it can, else through a buffer."""
-    with file.open("rb", buffering=0) as source:
-        in_kernel, left = hasattr(os, "copy_file_range"), size
-        while left:
-            copied = 0
-            if in_kernel:
-                try:
-                    copied = os.copy_file_range(source.fileno(), target, min(left, AT_ONCE), start)
-                except OSError as error:
-                    if error.errno not in _NOT_IN_KERNEL:
-                        raise
-            if not copied:
-                in_kernel = False
-                block = os.pread(source.fileno(), min(left, BUFFER), start)
-                if not block:
-                    raise InputError(f"{file}: corrupt or truncated: it became shorter while it was copied")
-                copied = os.write(target, block)
-            start, left = start + copied, left - copied
-            progress(copied)
 
 
 def same_bytes(one: Stored, other: Stored) -> bool:

@@ -35,7 +35,7 @@ sys.exit(main(sys.argv[3:]))
 PLACES = (
     ("adept_fast.importance.masking:measure", 7),  # scoring
     ("adept_fast.expansion.write:first_importance", 0),
-    ("adept_fast.expansion.write:verify_expansion", 0),  # expanding, all written but the name
+    ("adept_fast.expansion.write:compare", 0),  # expanding, all written but the name
     ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.callback:unit_rates", 2),  # a refresh
     ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint

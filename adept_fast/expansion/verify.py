@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,31 +24,33 @@ def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
     return torch.randint(vocabulary, TOKENS, generator=generator).to(device_of(model))
 
 
-@torch.no_grad()
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
     """Raise ExpansionError with the largest logit difference unless both models agree bit for bit on `inputs` (token ids
     [rows, tokens], default random ones): in one forward, and token by token through the cache."""
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
-    training = (base.training, expanded.training)
-    base.eval()
-    expanded.eval()
+    compare(observe(base, inputs), observe(expanded, inputs))
+
+
+@torch.no_grad()
+def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
+    """What a model computes, in eval mode: (how, logits) in one forward, then token by token through the cache."""
+    training = model.training
+    model.eval()
     try:
-        _compare(base(inputs, use_cache=False).logits, expanded(inputs, use_cache=False).logits, "in one forward")
-        split = max(1, inputs.shape[1] - 3)
-        caches = [None, None]
+        seen = [("in one forward", model(inputs, use_cache=False).logits)]
+        split, cache = max(1, inputs.shape[1] - 3), None
         for start, stop in ((0, split), *((at, at + 1) for at in range(split, inputs.shape[1]))):
-            outputs = [
-                model(inputs[:, start:stop], past_key_values=cache, use_cache=True)
-                for model, cache in zip((base, expanded), caches, strict=True)
-            ]
-            _compare(outputs[0].logits, outputs[1].logits, "decoding through the cache")
-            caches = [output.past_key_values for output in outputs]
+            output = model(inputs[:, start:stop], past_key_values=cache, use_cache=True)
+            seen.append(("decoding through the cache", output.logits))
+            cache = output.past_key_values
+        return seen
     finally:
-        base.train(training[0])
-        expanded.train(training[1])
+        model.train(training)
 
 
-def _compare(expected: Tensor, found: Tensor, how: str) -> None:
-    if expected.shape != found.shape or not torch.equal(expected, found):
-        difference = "shapes differ" if expected.shape != found.shape else f"{float((expected.float() - found.float()).abs().max()):.3g}"
-        raise ExpansionError(f"the expanded model does not compute what its base computes {how}: largest logit difference {difference}")
+def compare(base: Sequence[tuple[str, Tensor]], expanded: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ExpansionError unless two models were observed to compute the same bits."""
+    for (how, expected), (_, found) in zip(base, expanded, strict=True):
+        if expected.shape != found.shape or not torch.equal(expected, found):
+            largest = "shapes differ" if expected.shape != found.shape else f"{float((expected.float() - found.float()).abs().max()):.3g}"
+            raise ExpansionError(f"the expanded model does not compute what its base computes {how}: largest logit difference {largest}")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adept_fast import checkpoint
+from adept_fast.artefacts import read_json
 from adept_fast.data.items import Item
-from adept_fast.errors import ExpansionError
+from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
+from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
 from adept_fast.expansion.insert import expand_model
-from adept_fast.expansion.verify import verify_expansion
-from adept_fast.families import layers_path
+from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
+from adept_fast.fingerprint import identity, tensors_sha256
 from adept_fast.record import AdeptConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def expand_checkpoint(
@@ -29,50 +29,66 @@ def expand_checkpoint(
     steering: Sequence[Item] = (),
     selection: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
     quiet: bool | None = None,
     **loading: Any,
 ) -> AdeptConfig:
     """Write `source` (a folder or hub name) with silent copies of `layers` to the new folder `target`; returns its record.
 
-    The whole model passes through memory once, in the checkpoint's dtype. name: what the record calls the source (default: `source`).
-    steering: probe items for the first unit importances, which are stored beside the weights. The written model is compared with the
-    source, loaded afresh and verified; on failure `target` does not appear.
-    Raises InputError for bad input, ExpansionError when the logits differ.
+    The tensors go from shards to shards as bytes, in their own dtypes, without passing through memory. name: what the record calls the
+    source (default: `source`). steering: probe items for the first unit importances, which are stored beside the weights; they need the
+    model in memory. verify: compare every carried tensor, then load source and result one after the other and compare their logits, in
+    `loading`'s dtype; False, for a model that memory does not hold, leaves a note in the record. On failure `target` does not appear.
+    Raises InputError for bad input, ExpansionError when bits differ.
     """
-    folder = checkpoint.resolve(str(source))
-    base = checkpoint.load_model(folder, **loading)
-    expanded = expand_model(base, layers)
-    expanded.adept_config = replace(
-        expanded.adept_config,
-        source={
-            **expanded.adept_config.source,
-            "name_or_path": name or str(source),
-            "sha256": checkpoint.fingerprint(folder),
-        },
-        selection={"layers": [entry.copied_from for entry in expanded.adept_config.inserted], **(selection or {})},
-        inputs=dict(inputs or {}),
-    )
-    extra = {FILE: as_tensors(first_importance(expanded, steering, quiet))} if steering else {}
+    folder, target = checkpoint.resolve(str(source)), Path(target)
+    on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
+    expanded = expand_model(on_disk.skeleton, layers).adept_config
+    chosen = [entry.copied_from for entry in expanded.inserted]
+    held = read_json(folder / "config.json")
+    config = config_file(held, on_disk.skeleton.config, chosen)
+    plan = arrange(on_disk, _with_silent_copies(on_disk, chosen))
+    extra, seen = {}, None
+    if steering or verify:
+        base = checkpoint.load_model(folder, **loading)
+        if verify:
+            seen = observe(base, random_inputs(base))
+        if steering:
+            extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
+        del base
+    with ThreadPoolExecutor(1) as beside:  # hashing and copying both wait for other things than each other
+        digest = beside.submit(tensors_sha256, on_disk.shards.tensors, 1)
 
-    def prove(written: Path) -> None:
-        touched = checkpoint.differing_tensors(folder, written, _renamed(expanded))
-        if touched:
-            raise ExpansionError(f"{len(touched)} tensors of {folder} came out changed, first {touched[0]}")
-        verify_expansion(base, checkpoint.load_model(written, **loading))
+        def record() -> AdeptConfig:
+            tensors = digest.result()
+            hashes = {"sha256": identity(folder, tensors), "tensors_sha256": tensors, "config": held}
+            return replace(
+                expanded,
+                source={**expanded.source, "name_or_path": name or str(source), **hashes},
+                selection={"layers": chosen, **(selection or {})},
+                inputs=dict(inputs or {}),
+                proof=_proof(loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
+            )
 
-    checkpoint.save(expanded, folder, Path(target), extra, prove)
-    return expanded.adept_config
+        def prove(written: Path) -> None:
+            prove_bytes(plan, written)
+            model = checkpoint.load_model(written, **loading)
+            compare(seen or [], observe(model, random_inputs(model)))
+
+        made = write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
+    assert made is not None
+    return made
 
 
-def _renamed(expanded: PreTrainedModel) -> Callable[[str], str]:
-    """Names of the source's tensors -> their names in the expanded model."""
-    prefix = layers_path(expanded) + "."
-    copied = [entry.copied_from for entry in expanded.adept_config.inserted]
+def _with_silent_copies(source: OnDisk, chosen: Sequence[int]) -> list[Layer]:
+    layers = []
+    for index in range(source.count):
+        layers.append(Layer(index))
+        if index in chosen:
+            layers.append(Layer(index, source.silent))
+    return layers
 
-    def rename(name: str) -> str:
-        if not name.startswith(prefix):
-            return name
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        return f"{prefix}{int(index) + sum(source < int(index) for source in copied)}.{rest}"
 
-    return rename
+def _proof(dtype: str | None) -> dict[str, Any]:
+    equal = dict.fromkeys(("carried_tensors", "logits", "decoding"), "bit-equal")
+    return {**equal, "tokens": list(TOKENS), "dtype": dtype or "its own"}

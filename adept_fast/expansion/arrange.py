@@ -1,0 +1,191 @@
+"""A checkpoint made from another by giving it other layers: planned tensor by tensor, written from shards to shards, proven, named.
+
+Tensors that stay keep their shard and are copied as bytes; what is made new goes to the shard of its template. Memory is constant in the
+size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adept_fast import checkpoint
+from adept_fast.artefacts import staged_folder, write_json
+from adept_fast.errors import ExpansionError, InputError
+from adept_fast.families import Family, describe
+from adept_fast.fingerprint import tensors_sha256
+from adept_fast.naming import Naming
+from adept_fast.pieces import Piece, write_shard
+from adept_fast.record import KEY, AdeptConfig
+from adept_fast.shards import INDEX, Shards, Stored, open_shards, same_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SPARE = 1 << 24  # bytes left free for headers, config and record
+Plan = dict[str, list[Piece]]  # file name -> its tensors
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A checkpoint as it lies there: its tensors, what they are called, what silences its layers, and the model without weights."""
+
+    folder: Path
+    shards: Shards
+    skeleton: PreTrainedModel
+    family: Family
+    naming: Naming
+
+    @classmethod
+    def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
+        """Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent."""
+        skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
+        family, shards = describe(skeleton), open_shards(folder)
+        naming = Naming(skeleton, family.layers, shards.tensors)
+        naming.check(shards)
+        return cls(folder, shards, skeleton, family, naming)
+
+    @property
+    def count(self) -> int:
+        return self.naming.count
+
+    def fill(self, stored: Stored) -> float | None:
+        """The value that silences a tensor of a layer; None for one that a silent copy keeps."""
+        layer = self.naming.layer(stored.name)
+        return None if layer is None or layer >= self.count else self.naming.fill(stored.name, self.family.silent[layer])
+
+    def silent(self, stored: Stored, name: str) -> Piece:
+        """The tensor of a silent copy that corresponds to `stored`."""
+        value = self.fill(stored)
+        if value is None:
+            return Piece(name, stored.dtype, stored.shape, stored)
+        return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
+
+    def originals_sha256(self, record: AdeptConfig) -> str:
+        """The digest of all tensors but the copies', under the names they have in the source."""
+        places = {record.original(index): index for index in range(self.count - len(record.copies))}
+        tensors = {}
+        for name, stored in self.shards.tensors.items():
+            layer = self.naming.layer(name)
+            if layer is None:
+                tensors[name] = stored
+            elif layer >= self.count:
+                tensors[self.naming.moved(name, layer - len(record.copies))] = stored
+            elif layer in places:
+                tensors[self.naming.moved(name, places[layer])] = stored
+        return tensors_sha256(tensors)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the checkpoint to write. template: the layer whose tensors' names, shapes and shards it takes; make: (the template's
+    tensor, the new name) -> what is written, None for the template's own bytes."""
+
+    template: int
+    make: Callable[[Stored, str], Piece] | None = None
+
+
+def as_tensor(stored: Stored) -> Tensor:
+    return torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype]).reshape(stored.shape) if stored.size else torch.empty(stored.shape)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def arrange(source: OnDisk, layers: Sequence[Layer]) -> Plan:
+    """What each shard is going to hold when the model has these layers. What stays comes first, in its order."""
+    indices: dict[int, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        indices[layer.template].append(index)
+    plan: Plan = {}
+    for file, tensors in source.shards.files.items():
+        kept: list[Piece] = []
+        made: list[Piece] = []
+        for stored in tensors:
+            at = source.naming.layer(stored.name)
+            if at is None:
+                kept.append(Piece(stored.name, stored.dtype, stored.shape, stored))
+                continue
+            for index in indices[at] if at < source.count else [at + len(layers) - source.count]:
+                name, make = source.naming.moved(stored.name, index), layers[index].make if index < len(layers) else None
+                (kept if make is None else made).append(make(stored, name) if make else Piece(name, stored.dtype, stored.shape, stored))
+        if kept or made:
+            plan[file] = kept + made
+    return plan
+
+
+def write_checkpoint(
+    target: Path,
+    source: OnDisk,
+    plan: Plan,
+    config: Mapping[str, Any],
+    record: Callable[[], AdeptConfig | None],
+    prove: Callable[[Path], None] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    quiet: bool | None = None,
+) -> AdeptConfig | None:
+    """Write `plan` and all that goes along with it to the new folder `target`; returns the record.
+
+    record: called when the weights are written. extra: further safetensors files. prove: called with the written folder before it gets its
+    name. Raises InputError where the disk is too small or `target` exists; whatever is raised, no target appears.
+    """
+    from safetensors.torch import save_file
+
+    total = sum(piece.size for pieces in plan.values() for piece in pieces)
+    require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
+    with staged_folder(target) as staging:
+        with tqdm(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
+            for file, pieces in plan.items():
+                write_shard(staging / file, pieces, source.shards.metadata.get(file, {}), bar.update)
+        if source.shards.index is not None:
+            write_json(staging / INDEX, _index(source, plan))
+        checkpoint.carry_files(source.folder, staging)
+        made = record()
+        written = {key: value for key, value in config.items() if key != KEY}
+        if made is not None:
+            made.save(staging)
+            written[KEY] = made.as_dict()
+        (staging / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        for name, tensors in (extra or {}).items():
+            save_file(dict(tensors), staging / name)
+        if prove:
+            prove(staging)
+    return made
+
+
+def require_space(target: Path, size: int) -> None:
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if size + SPARE > free:
+        raise InputError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk: make room, or write elsewhere")
+
+
+def _index(source: OnDisk, plan: Plan) -> dict[str, Any]:
+    index = dict(source.shards.index or {})
+    metadata = dict(index.get("metadata") or {})
+    pieces = [piece for entries in plan.values() for piece in entries]
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(piece.numel for piece in pieces) - sum(t.numel for t in source.shards.tensors.values())
+    metadata["total_size"] = sum(piece.size for piece in pieces)
+    weight_map = {piece.name: file for file, entries in plan.items() for piece in entries}
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def prove_bytes(plan: Plan, written: Path) -> None:
+    """Raise ExpansionError unless every tensor that was to be copied has the bits of the one it was copied from."""
+    found = open_shards(written).tensors
+    for pieces in plan.values():
+        for piece in pieces:
+            if piece.stored is not None and not same_bytes(piece.stored, found[piece.name]):
+                raise ExpansionError(f"{piece.name} came out with other bits than {piece.stored.name} of {piece.stored.file}")
