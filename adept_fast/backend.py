@@ -17,7 +17,7 @@ from adept_fast.errors import InputError
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw": ("cuda", "triton", "cpu", "torch"),
     "saliency": ("triton", "torch"),
-    "linear_cross_entropy": ("torch",),
+    "linear_cross_entropy": ("cpu", "torch"),
 }
 OLDEST = (8, 0)  # compute capability
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_adamw.h"
+#include "cpu_rows.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -73,6 +74,23 @@ void step(const py::buffer& tensor_table, const py::buffer& group_table, double 
     }
 }
 
+void logits(std::int64_t logits, std::int64_t rows, std::int64_t count, std::int64_t stride, std::int64_t first, std::int64_t targets,
+            std::int64_t bias, float scale, float softcap, std::int64_t variants, bool gradient, std::int64_t state,
+            std::int64_t state_stride, int threads, const std::string& set) {
+    const LogitBlock block{reinterpret_cast<float*>(logits), rows, count, stride, first, reinterpret_cast<const std::int64_t*>(targets),
+                           reinterpret_cast<const float*>(bias), scale, softcap, variants, gradient,
+                           reinterpret_cast<double*>(state), state_stride};
+    const RowKernels& kernels = row_kernels(chosen(set).name);
+    const char* wrong = nullptr;
+    {
+        py::gil_scoped_release unlocked;
+        wrong = softmax(block, threads, kernels);
+    }
+    if (wrong != nullptr) {
+        throw py::value_error(wrong);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -81,4 +99,8 @@ PYBIND11_MODULE(_C, module) {
                "The compiler this was built with; the instruction sets this CPU has, best first; the OpenMP runtime whose threads are used.");
     module.def("adamw", &step, py::arg("tensors"), py::arg("groups"), py::arg("grad_scale"), py::arg("threads"), py::arg("set") = "",
                "One AdamW step. tensors, groups: rows of csrc/descriptor.h as bytes, every address valid; set: an instruction set, or the best.");
+    module.def("softmax", &logits, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("stride"), py::arg("first"),
+               py::arg("targets"), py::arg("bias"), py::arg("scale"), py::arg("softcap"), py::arg("variants"), py::arg("gradient"),
+               py::arg("state"), py::arg("state_stride"), py::arg("threads"), py::arg("set") = "",
+               "One block of logits into the running softmax of its rows: csrc/cpu_rows.h. Addresses of fp32, int64 and fp64 memory.");
 }

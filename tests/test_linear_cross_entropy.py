@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from adept_fast import backend
 from adept_fast.errors import InputError
 from adept_fast.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_divergence, linear_predictions
 from adept_fast.reference import Projection
+from bench.linear_cross_entropy import peak_memory
 
 BACKENDS = [name for name in backend.IMPLEMENTED["linear_cross_entropy"] if name == "torch" or name == "cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +104,35 @@ def test_shapes_of_any_rank_and_nothing_supervised(name: str) -> None:
     losses = linear_cross_entropy(hidden, head, torch.full_like(targets, IGNORE), backend=name)
     assert not losses.any() and not torch.autograd.grad(losses.sum(), hidden)[0].any()
     assert linear_cross_entropy(hidden[:0], head, targets[:0], backend=name).shape == (0,)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name == "cpu"])
+def test_memory_does_not_grow_with_the_vocabulary(name: str) -> None:
+    peaks = []
+    for vocabulary in (20_000, 200_000):
+        hidden, head, targets = inputs(256, 16, vocabulary, False, 1.0, 0.0, torch.bfloat16)
+        hidden.requires_grad_()
+        call = functools.partial(lambda h, head, t: torch.autograd.grad(linear_cross_entropy(h, head, t, backend=name).sum(), h), hidden)
+        call(head._replace(weight=head.weight[:64]), targets % 64)  # what the libraries keep from their first call
+        peaks.append(peak_memory(lambda call=call, head=head, targets=targets: call(head, targets), torch.device("cpu")))
+    assert max(peaks) < 4 * 2**20  # 256 rows of 200,000 logits are 195 MiB
+    assert abs(peaks[1] - peaks[0]) < 2**20
+
+
+@pytest.mark.parametrize("variants", [0, 3])
+def test_bits_do_not_depend_on_instructions_or_threads(monkeypatch: pytest.MonkeyPatch, variants: int) -> None:
+    native, cpu = pytest.importorskip("adept_fast._C"), pytest.importorskip("adept_fast.cpu")
+    hidden, head, targets = inputs(300, 40, 5003, True, 1.7, 9.0, torch.bfloat16)
+    results = []
+    for instructions in native.features()["instruction_sets"]:
+        for threads in (1, 3):
+            monkeypatch.setattr(cpu, "INSTRUCTIONS", instructions)
+            monkeypatch.setattr(cpu, "THREADS", threads)
+            results.append(cpu.linear_cross_entropy(hidden, head, targets.clamp_min(0), variants, not variants))
+    assert len(results) >= 2
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,0 +1,56 @@
+#include "cpu_rows.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace adept_fast {
+
+namespace {
+
+constexpr std::int64_t kElements = 16384;  // a thread takes at a time
+
+// Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
+template <class F>
+void in_ranges(std::int64_t total, std::int64_t step, int threads, const F& body) {
+    struct Queue {
+        const F& body;
+        const std::int64_t total, step;
+        std::atomic<std::int64_t> next{0};
+    } queue{body, total, step};
+    const auto drain = [](void* data) {
+        Queue& q = *static_cast<Queue*>(data);
+        for (std::int64_t first; (first = q.next.fetch_add(q.step, std::memory_order_relaxed)) < q.total;) {
+            q.body(first, std::min(q.step, q.total - first));
+        }
+    };
+    run_on_threads(static_cast<int>(std::min<std::int64_t>(threads, (total + step - 1) / step)), drain, &queue);
+}
+
+}  // namespace
+
+const RowKernels& row_kernels(const char* set) {
+#if defined(__x86_64__)
+    if (std::strcmp(set, "avx512") == 0) return kAvx512Rows;
+    if (std::strcmp(set, "avx2") == 0) return kAvx2Rows;
+#endif
+    (void)set;
+    return kGenericRows;
+}
+
+const char* softmax(const LogitBlock& block, int threads, const RowKernels& kernels) {
+    const std::int64_t group = std::max<std::int64_t>(block.variants, 1);
+    if (block.count < 1 || block.count > kLongestBlock || block.stride < block.count || block.stride % 16 != 0) {
+        return "a block of logits is too long, or its stride is no multiple of 16";
+    }
+    if (block.variants < 0 || block.rows % group != 0 || (block.gradient && block.variants > 0)) {
+        return "the rows of a block are no whole groups of variants, or want a gradient of a divergence";
+    }
+    const std::int64_t at_once = std::max<std::int64_t>(1, kElements / block.count / group) * group;
+    in_ranges(block.rows, at_once, threads, [&](std::int64_t first, std::int64_t rows) { kernels.softmax(block, first, rows); });
+    return nullptr;
+}
+
+}  // namespace adept_fast

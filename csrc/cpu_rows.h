@@ -1,0 +1,45 @@
+// Passes over rows of matrices on the CPU, compiled once per instruction set (cpu_softmax_body.h).
+#pragma once
+
+#include <cstdint>
+
+namespace adept_fast {
+
+// What is known of a row of logits after some blocks of the vocabulary. One array of `rows` fp64 for each, one after the other.
+enum RowState : int { kMaximum, kSum, kWeighted, kTarget, kSlope, kShrink, kArgmax, kRowStates };
+
+// Rows of products w . h of one block of the vocabulary: [rows, count], `stride` apart, which is a multiple of 16. Made into logits, and with
+// `gradient` into e^(logit - maximum) times d logit / d product.
+// variants > 0: rows stand in groups of as many, and each gathers its divergence from the first of its group.
+struct LogitBlock {
+    float* logits;
+    std::int64_t rows, count, stride;
+    std::int64_t first;  // index of column 0 in the vocabulary
+    const std::int64_t* targets;
+    const float* bias;  // [count], or null
+    float scale, softcap;
+    std::int64_t variants;
+    bool gradient;
+    double* state;  // of row 0
+    std::int64_t state_stride;
+};
+
+struct RowKernels {
+    void (*softmax)(const LogitBlock& block, std::int64_t first_row, std::int64_t rows);
+};
+
+extern const RowKernels kGenericRows;
+#if defined(__x86_64__)
+extern const RowKernels kAvx2Rows, kAvx512Rows;
+#endif
+
+// Columns that one block may have.
+constexpr std::int64_t kLongestBlock = 4096;
+
+// Of an instruction set, by the name that cpu_adamw.h gives it.
+const RowKernels& row_kernels(const char* set);
+
+// Returns what is wrong with the block, or null.
+const char* softmax(const LogitBlock& block, int threads, const RowKernels& kernels);
+
+}  // namespace adept_fast

@@ -1,0 +1,19 @@
+// Standard headers come before the target changes: what they define may be shared with code for older CPUs.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+#define ADEPT_FAST_ROWS kAvx512Rows
+#define ADEPT_FAST_VECTOR 64
+#include "cpu_softmax_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,3 @@
+#define ADEPT_FAST_ROWS kGenericRows
+#define ADEPT_FAST_VECTOR 16
+#include "cpu_softmax_body.h"
