@@ -56,8 +56,8 @@ def write_shards(
 ) -> None:
     """Write safetensors files, file name -> pieces, with the header metadata of each. progress: called with bytes written.
 
-    Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned. Neighbours that were neighbours are copied as
-    one range by the kernel, so memory is constant. What is written goes to the disk meanwhile, from another thread.
+    Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned. Neighbours that were neighbours are copied
+    as one range by the kernel, so memory is constant. What is written goes to the disk meanwhile, from another thread.
     """
     with ThreadPoolExecutor(1) as beside:
         flushes: list[Future] = []

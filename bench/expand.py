@@ -1,7 +1,7 @@
 """Writing an expanded checkpoint against copying its source's files: both read what lies in the page cache, both are fsynced, interleaved.
 
-A random Llama checkpoint of about --gigabytes in shards is made in a temporary folder under --folder, and removed. Four layers are copied, so
-the expanded files are about a tenth larger. Memory is the expanding process's peak over what it has after its imports.
+A random Llama checkpoint of about --gigabytes in shards is made in a temporary folder under --folder, and removed. Four layers are
+copied, so the expanded files are about a tenth larger. Memory is the expanding process's peak over what it has after its imports.
 """
 
 from __future__ import annotations
