@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,17 +11,30 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def bootstrap(sums: Tensor, weights: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def resampled(sums: Tensor, weights: Tensor, seed: int = 0) -> Tensor:
+    """Weighted means sum(sums) / sum(weights) of 2,000 resamples of whole items, fp64 [resamples, ...]; see `bootstrap`."""
+    draws = torch.randint(len(weights), (RESAMPLES, len(weights)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLES, len(weights), dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
+    return _means(counts, sums, weights)
+
+
+def _means(counts: Tensor, sums: Tensor, weights: Tensor) -> Tensor:
+    flat, weights = sums.double().reshape(len(weights), -1), weights.double()[:, None]
+    measured = ~flat.isnan()
+    return ((counts @ flat.nan_to_num()) / (counts @ (weights * measured))).unflatten(1, sums.shape[1:] or (1,))
+
+
+def bootstrap(
+    sums: Tensor, weights: Tensor, seed: int = 0, statistic: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean sum(sums) / sum(weights) over items, and its 95 % percentile interval from 2,000 resamples of whole items.
 
-    sums: [items, ...] in any unit; weights: [items], say supervised tokens. Returns value, low, high, each of shape [...], fp64.
+    sums: [items, ...] in any unit, NaN where an item was not measured (it then counts in neither sum); weights: [items], say supervised
+    tokens. statistic: what is wanted of means [n, ...], itself [n, ...]; none: the means. Returns value, low, high, fp64, without [n].
     """
-    flat, weights = sums.double().flatten(1) if sums.ndim > 1 else sums.double()[:, None], weights.double()
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(weights), (RESAMPLES, len(weights)), generator=generator)
-    counts = torch.zeros(RESAMPLES, len(weights), dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
-    means = (counts @ flat) / (counts @ weights)[:, None]
+    statistic = statistic or (lambda means: means)
+    value = statistic(_means(torch.ones(1, len(weights), dtype=torch.float64), sums, weights))[0]
     tail = (1 - CONFIDENCE) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    shape = sums.shape[1:]
-    return (flat.sum(0) / weights.sum()).reshape(shape), low.reshape(shape), high.reshape(shape)
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.nanquantile(statistic(resampled(sums, weights, seed)), bounds, dim=0)
+    return (value, low, high) if sums.ndim > 1 else (value[0], low[0], high[0])

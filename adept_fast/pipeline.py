@@ -22,7 +22,7 @@ from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
-from adept_fast.importance import LayerScores, check_choice, score_layers, select_layers, undecided
+from adept_fast.importance import LOSSES, LayerScores, check_choice, score_layers, select_layers, undecided
 from adept_fast.inputs import changed, digest
 from adept_fast.record import AdeptConfig, versions
 from adept_fast.report import layer_profile, save_png, write_report
@@ -63,7 +63,7 @@ class Pipeline(Workspace):
                 items,
                 self.recipe.score.method,
                 loss,
-                all_tokens=self.recipe.score.loss is None,
+                losses=() if self.recipe.score.loss else LOSSES,
                 seed=self.recipe.score.seed,
                 journal=journal,
                 inputs=inputs,

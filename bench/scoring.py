@@ -1,20 +1,32 @@
-"""Masking by one sweep against one forward with a hook per layer: the same scores, and the time of each, interleaved item by item.
+"""Exact masking of all layers by the sweep against the ways it is done by hand, interleaved in one process.
+
+    naive in file order, sorted     one forward with a hook for each layer, batches of 4 padded to their longest item, no_grad
+    padded to 2,048                 the same with every item padded to 2,048 tokens: extrapolated from 3 forwards of one item
+    own FLOP model                  2 FLOPs a weight and layer token of the sweep, causal attention, the head on the rows that count; at the
+                                    rate of F.linear on the model's own layer matrices with as many rows as one layer call has
 
 Without --model a random model of SmolLM2-135M's shape and random items stand in: the same work, other scores.
+--part I/N runs one of N parts and keeps its sums in --into FILE; the result comes with the last one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import time
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from adept_fast.data.items import IGNORE, Item, load_items
-from adept_fast.families import decoder_layers, device_of
+from adept_fast.families import decoder_layers, device_of, text_config
 from adept_fast.importance import masking
+from adept_fast.importance.packs import Pack, pack
+from adept_fast.importance.sweep import SweepPlan, layer_tokens, plan
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -26,47 +38,153 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+BATCH, REFERENCE_LENGTH = 4, 2048
+WAYS = ("sweep", "naive_file_order", "naive_sorted")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m bench scoring", description=__doc__)
     parser.add_argument("--model", help="a checkpoint folder or hub name")
     parser.add_argument("--probe", default="general", help="a probe file, with --model")
-    parser.add_argument("--items", type=int, default=16)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th item")
+    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--part", default="1/1", metavar="I/N")
+    parser.add_argument("--into", type=Path, help="JSON file of the parts, with --part")
     given = parser.parse_args(argv)
+    part, parts = map(int, given.part.split("/"))
     model, items = _inputs(given)
-    device = device_of(model)
-    swept, hooked = 0.0, 0.0
-    differences = torch.zeros(len(decoder_layers(model)), 2, dtype=torch.float64)  # summed over items: sweep, hooks
-    if not masking.sweeps_exactly(model, items[0]):
+    planned = plan(model, items)
+    if not planned.swept:
         raise RuntimeError("this model's layers cannot be run on a batch of variants: there is no sweep to time")
-    by_hooks(model, items[0])  # warm-up
-    for item in items:
-        _wait(device)
-        start = time.perf_counter()
-        losses = masking.measure(model, item, all_tokens=False)["answer"]
-        _wait(device)
-        middle = time.perf_counter()
-        plain = by_hooks(model, item)
-        _wait(device)
-        swept, hooked = swept + middle - start, hooked + time.perf_counter() - middle
-        swept_values = [loss - losses[0] for loss in losses[1:]]
-        differences += torch.stack([torch.tensor(swept_values).double(), torch.tensor(plain).double() * item.supervised], 1)
+    found = _run(model, items, planned, part, parts)
+    kept = json.loads(given.into.read_text()) if given.into and given.into.exists() else {}
+    kept[given.part] = found
+    if given.into:
+        given.into.write_text(json.dumps(kept))
+    if len(kept) < parts:
+        return {"parts": sorted(kept), "of": parts}
+    return {**_facts(model, items, planned, given), **_result(model, items, planned, list(kept.values()))}
+
+
+def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: int, parts: int) -> dict[str, Any]:
+    """Seconds of each way, and the sums of its loss differences [layers], over this part's packs and batches."""
+    indices = list(range(len(items)))
+    ordered = sorted(indices, key=lambda index: len(items[index].input_ids))
+    work: dict[str, list[Any]] = {
+        "sweep": pack(items, indices, planned.pack),
+        "naive_file_order": [indices[start : start + BATCH] for start in range(0, len(items), BATCH)],
+        "naive_sorted": [ordered[start : start + BATCH] for start in range(0, len(items), BATCH)],
+    }
+    layers = len(decoder_layers(model))
+    seconds, sums, rates, references = dict.fromkeys(WAYS, 0.0), {way: torch.zeros(layers, dtype=torch.float64) for way in WAYS}, [], []
+    _naive(model, items[:1], ())  # warm-up
+    for step in zip_longest(*(work[way][part - 1 :: parts] for way in WAYS)):
+        for way, task in zip(WAYS, step, strict=True):
+            if task is None:
+                continue
+            start = _now(model)
+            sums[way] += _swept(model, task, planned) if way == "sweep" else _naive(model, [items[index] for index in task], range(layers))
+            seconds[way] += _now(model) - start
+        rates.append(_matmul_rate(model, planned.tokens))
+    for item in items[:3]:
+        start = _now(model)
+        _naive(model, [item], (), REFERENCE_LENGTH)
+        references.append(_now(model) - start)
+    return {"seconds": seconds, "sums": {way: sums[way].tolist() for way in WAYS}, "rates": rates, "references": references}
+
+
+def _swept(model: torch.nn.Module, task: Pack, planned: SweepPlan) -> torch.Tensor:
+    losses = masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"].sum(0)
+    return losses[1:] - losses[0]
+
+
+@torch.no_grad()
+def _naive(model: torch.nn.Module, items: list[Item], layers: Any, length: int = 0) -> torch.Tensor:
+    """One forward with all layers, then one with each of `layers` bypassed by a forward hook; summed loss differences."""
+    length = length or max(len(item.input_ids) for item in items)
+    ids, mask = torch.zeros(len(items), length, dtype=torch.int64), torch.zeros(len(items), length, dtype=torch.int64)
+    labels = torch.full((len(items), length), IGNORE)
+    for row, item in enumerate(items):
+        ids[row, : len(item.input_ids)] = torch.tensor(item.input_ids)
+        labels[row, : len(item.labels)] = torch.tensor(item.labels)
+        mask[row, : len(item.input_ids)] = 1
+    ids, mask, labels = (tensor.to(device_of(model)) for tensor in (ids, mask, labels))
+
+    def bypass(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def loss() -> float:
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        return float(functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"))
+
+    base, values = loss(), []
+    for layer in layers:
+        handle = decoder_layers(model)[layer].register_forward_hook(bypass, with_kwargs=True)
+        values.append(loss() - base)
+        handle.remove()
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _matmul_rate(model: torch.nn.Module, rows: int) -> float:
+    """FLOPs a second of F.linear over all layer matrices in turn, as the sweep meets them."""
+    matrices = [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
+    inputs = {width: torch.randn(rows, width).to(matrices[0]) for width in {matrix.shape[1] for matrix in matrices}}
+    start = _now(model)
+    for matrix in matrices:
+        functional.linear(inputs[matrix.shape[1]], matrix)
+    return 2 * rows * sum(matrix.numel() for matrix in matrices) / (_now(model) - start)
+
+
+def _flops(model: torch.nn.Module, items: list[Item], planned: SweepPlan) -> float:
+    config, layers = text_config(model), len(decoder_layers(model))
+    weights = sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters() if parameter.ndim == 2)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    total = 0.0
+    for alone in pack(items, range(len(items)), 0):
+        passed = layer_tokens(model, alone, range(layers))
+        total += passed * (2 * weights + 4 * width * (alone.tokens + 1) / 2)
+        total += 2 * (1 + layers) * len(alone.rows) * config.hidden_size * config.vocab_size
+    return total
+
+
+def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = {way: sum(part["seconds"][way] for part in parts) for way in WAYS}
+    sums = {way: torch.tensor([part["sums"][way] for part in parts], dtype=torch.float64).sum(0) for way in WAYS}
     tokens = sum(item.supervised for item in items)
-    largest = float((differences[:, 0] - differences[:, 1]).abs().max() / tokens)
+    largest = max(float((sums["sweep"] - sums[way]).abs().max()) / tokens for way in WAYS[1:])
     if largest > 1e-4:
-        raise RuntimeError(f"the sweep's scores differ from those by hooks by {largest:.2g}, above 1e-4: nothing is timed that is wrong")
+        raise RuntimeError(f"the sweep's scores differ from the naive ones by {largest:.2g}, above 1e-4: nothing is timed that is wrong")
+    rate = statistics.median(rate for part in parts for rate in part["rates"])
+    reference = statistics.median(time for part in parts for time in part["references"]) * len(items) * (1 + len(decoder_layers(model)))
+    modelled = _flops(model, items, planned) / rate
+    return {
+        **{f"{way}_seconds": round(seconds[way], 2) for way in WAYS},
+        "padded_to_2048_seconds_extrapolated": round(reference),
+        "flop_model_seconds": round(modelled, 2),
+        "matmul_gflops": round(rate / 1e9, 1),
+        "sweep_over_naive_file_order": round(seconds["sweep"] / seconds["naive_file_order"], 4),
+        "sweep_over_naive_sorted": round(seconds["sweep"] / seconds["naive_sorted"], 4),
+        "sweep_over_padded_to_2048": round(seconds["sweep"] / reference, 5),
+        "sweep_over_flop_model": round(seconds["sweep"] / modelled, 3),
+        "largest_difference_of_a_score": largest,
+    }
+
+
+def _facts(model: torch.nn.Module, items: list[Item], planned: SweepPlan, given: argparse.Namespace) -> dict[str, Any]:
+    device = device_of(model)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "model": given.model or "random, SmolLM2-135M's shape",
+        "model": Path(given.model).name if given.model else "random, SmolLM2-135M's shape",
+        "probe": Path(given.probe).name if given.model else "random",
         "items": len(items),
         "tokens": sum(len(item.input_ids) for item in items),
-        "supervised_tokens": tokens,
-        "sweep_seconds": round(swept, 3),
-        "hooks_seconds": round(hooked, 3),
-        "ratio": round(swept / hooked, 4),
-        "largest_difference_of_a_score": largest,
+        "supervised_tokens": sum(item.supervised for item in items),
+        "parts": int(given.part.split("/")[1]),
+        "layer_call_tokens": planned.tokens,
+        "pack_tokens": planned.pack,
     }
 
 
@@ -75,7 +193,9 @@ def _inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
         from adept_fast import checkpoint
 
         folder = checkpoint.resolve(given.model)
-        return checkpoint.load_model(folder), load_items(given.probe, checkpoint.load_tokenizer(folder))[: given.items]
+        model = checkpoint.load_model(folder).eval()
+        items = load_items(given.probe, checkpoint.load_tokenizer(folder))[:: given.every][: given.items]
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -87,29 +207,7 @@ def _inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@torch.no_grad()
-def by_hooks(model: torch.nn.Module, item: Item) -> list[float]:
-    """One forward with all layers, then one with each bypassed by a forward hook; loss differences on the supervised tokens."""
-
-    def bypass(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    ids = torch.tensor([item.input_ids], device=device_of(model))
-    labels = torch.tensor(item.labels[1:], device=ids.device)
-
-    def loss() -> float:
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-        return float(functional.cross_entropy(logits, labels, ignore_index=IGNORE))
-
-    base, values = loss(), []
-    for layer in decoder_layers(model):
-        handle = layer.register_forward_hook(bypass, with_kwargs=True)
-        values.append(loss() - base)
-        handle.remove()
-    return values
+def _now(model: torch.nn.Module) -> float:
+    if device_of(model).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

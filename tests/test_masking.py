@@ -9,9 +9,10 @@ import tiny_models
 import torch
 from torch.nn import functional
 
+from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
-from adept_fast.importance import LayerScores, masking, score_layers, select_layers, undecided
+from adept_fast.importance import LayerScores, masking, packs, score_layers, select_layers, sweep, undecided
 
 OTHERS = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "final_logit_softcapping": 5.0},
@@ -19,6 +20,7 @@ OTHERS = {
     "mixtral": {"num_local_experts": 4},
     "gpt_neox": {},
     "cohere": {"logit_scale": 0.25},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 
 
@@ -54,7 +56,7 @@ def by_hooks(model: torch.nn.Module, items: list) -> dict[str, list[float]]:
 def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     model = tiny_models.model(family, **OTHERS.get(family, {}))
     items = tiny_models.items(4)
-    scores = score_layers(model, items, loss="all", quiet=True)
+    scores = score_layers(model, items, loss="all", losses=masking.LOSSES, quiet=True)
     expected = by_hooks(model, items)
     assert not scores.notes, "the sweep was not used"
     for name, values in expected.items():
@@ -63,12 +65,10 @@ def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     assert min(scores.profiles["kl"].values) > 0
 
 
-def test_memory_bounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_bound_changes_nothing() -> None:
     model, items = tiny_models.model(), tiny_models.items(3)
-    whole = score_layers(model, items, loss="all", quiet=True)
-    monkeypatch.setattr(masking, "SWEEP_TOKENS", 7)
-    monkeypatch.setattr(masking, "HEAD_ROWS", 3)
-    parts = score_layers(model, items, loss="all", quiet=True)
+    whole = score_layers(model, items, loss="all", losses=masking.LOSSES, quiet=True)
+    parts = score_layers(model, items, loss="all", losses=masking.LOSSES, sweep_tokens=7, quiet=True)
     for name in whole.profiles:
         torch.testing.assert_close(torch.tensor(parts.profiles[name].values), torch.tensor(whole.profiles[name].values), atol=1e-5, rtol=0)
 
@@ -77,10 +77,10 @@ def test_model_that_cannot_be_swept_is_scored_one_by_one_and_says_so(monkeypatch
     model, items = tiny_models.model(), tiny_models.items(3)
     expected = score_layers(model, items, quiet=True)
 
-    def broken(forward: object, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    def broken(*given: object) -> torch.Tensor:
         raise RuntimeError("shapes do not broadcast")
 
-    monkeypatch.setattr(masking, "_fork", broken)
+    monkeypatch.setattr(sweep._Wavefront, "_run", broken)
     scores = score_layers(model, items, quiet=True)
     assert "one forward a layer" in scores.notes[0]
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(expected.values), atol=1e-5, rtol=0)
@@ -97,25 +97,55 @@ def test_model_is_left_as_it_was() -> None:
 
 
 def test_journal_resumes_to_the_same_bits(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, items = tiny_models.model(), tiny_models.items(5)
+    model, items = tiny_models.model(), tiny_models.items(9)
     path = tmp_path / "journal"
-    whole = score_layers(model, items, quiet=True, journal=path)
+    whole = score_layers(model, items, sweep_tokens=240, quiet=True, journal=path)
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third item's line
+    assert 1 + 3 < len(lines) < 1 + len(items), "items were not packed, or all into one pack"
+    path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third pack's line
     measured = []
     measure = masking.measure
     monkeypatch.setattr(masking, "measure", lambda *given: measured.append(given) or measure(*given))
-    resumed = score_layers(model, items, quiet=True, journal=path)
-    assert resumed.profiles == whole.profiles and len(measured) == 3
-    other = tiny_models.items(5, seed=8)
-    assert score_layers(model, other, quiet=True, journal=path).profiles != whole.profiles, "another probe's rows were taken"
-    assert score_layers(tiny_models.model(seed=4), items, quiet=True, journal=path).profiles != whole.profiles
+    resumed = score_layers(model, items, sweep_tokens=240, quiet=True, journal=path)
+    assert resumed.profiles == whole.profiles and len(measured) == len(lines) - 3
+    for others in ((model, tiny_models.items(9, seed=8)), (tiny_models.model(seed=4), items)):
+        again = score_layers(*others, sweep_tokens=240, quiet=True, journal=path)
+        assert again.profiles != whole.profiles, "another probe's or model's rows were taken"
+
+
+def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
+    items = tiny_models.items(12)
+    made = packs.pack(items, range(12), 60)
+    assert sorted(index for pack in made for index in pack.items) == list(range(12)) and len(made) < 12
+    for pack in made:
+        assert pack.tokens <= 60 and pack.positions.tolist() == [at for length in pack.lengths for at in range(length)]
+        for place, index in enumerate(pack.items):
+            item, rows = items[index], pack.rows[pack.owners == place] - sum(pack.lengths[:place])
+            assert pack.lengths[place] == len(item.input_ids) - 1  # the last token predicts nothing
+            assert pack.targets[pack.owners == place].tolist() == [label for label in item.labels[1:] if label != -100]
+            assert [item.labels[row + 1] != -100 for row in rows.tolist()] == [True] * item.supervised
+    question = Item(tuple(range(3, 23)), (-100,) * 8 + (11,) + (-100,) * 11)
+    assert packs.pack([question], [0], 60)[0].tokens == 8 and packs.pack([question], [0], 60, all_tokens=True)[0].tokens == 19
+
+
+@pytest.mark.parametrize(("family", "swept"), [("mpt", True), ("bloom", False)])
+def test_family_that_leaks_across_documents_takes_one_item_a_row(family: str, swept: bool) -> None:
+    """MPT sees no document's end, Bloom's position bias does not broadcast over variants: both are noticed, and scored right."""
+    changes = {"mpt": {"n_layers": 4, "n_heads": 4, "d_model": 32}, "bloom": {"n_layer": 4, "n_head": 4}}[family]
+    model, items = tiny_models.model(family, **changes), tiny_models.items(4)
+    planned = sweep.plan(model, items)
+    assert (planned.swept, planned.pack) == (swept, 0)
+    scores = score_layers(model, items, quiet=True)
+    torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)
+    assert len(scores.notes) == (not swept)
 
 
 def test_scores_round_trip(tmp_path) -> None:
     scores = score_layers(tiny_models.model(), tiny_models.items(3), quiet=True)
     scores.save(tmp_path / "scores.json")
-    assert LayerScores.load(tmp_path / "scores.json") == scores
+    loaded = LayerScores.load(tmp_path / "scores.json")
+    assert loaded == scores and torch.equal(loaded.per_item["answer"].sums, scores.per_item["answer"].sums)
+    assert loaded.per_item["answer"].profile("masking") == scores.profiles["answer"]
     content = json.loads((tmp_path / "scores.json").read_text())
     (tmp_path / "scores.json").write_text(json.dumps({**content, "schema": 99}))
     with pytest.raises(InputError, match="schema 99"):

@@ -33,7 +33,7 @@ from adept_fast.cli import main
 sys.exit(main(sys.argv[3:]))
 """
 PLACES = (
-    ("adept_fast.importance.masking:measure", 7),  # scoring
+    ("adept_fast.importance.masking:measure", 3),  # scoring
     ("adept_fast.expansion.write:first_importance", 0),
     ("adept_fast.expansion.write:compare", 0),  # expanding, all written but the name
     ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint

@@ -74,7 +74,8 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def body(*args: object, **kwargs: object) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=hidden[None])
 
-    with replaced_forward(model.base_model, body):
+    stack = model.get_submodule(layers_path(model).rpartition(".")[0])  # not the base model: OPT's head calls the decoder within
+    with replaced_forward(stack, body):
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 

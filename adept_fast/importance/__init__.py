@@ -1,6 +1,7 @@
 """Stage 1: which layers general competence rests on."""
 
-from adept_fast.importance.layers import LOSSES, METHODS, score_layers
+from adept_fast.importance.layers import METHODS, score_layers
+from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.scores import LayerScores, Profile
 from adept_fast.importance.selection import PLACEMENTS, check_choice, select_layers, undecided
 

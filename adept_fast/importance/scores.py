@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adept_fast.artefacts import read_json, write_json
+import torch
+from torch import Tensor
+
+from adept_fast.artefacts import read_json, staged_file, write_json
 from adept_fast.errors import InputError
-from adept_fast.intervals import CONFIDENCE
+from adept_fast.intervals import CONFIDENCE, bootstrap
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Profile:
-    """values: loss without the layer minus loss with it, nats per supervised token [layers]; low, high: bootstrap interval over items."""
+    """values [layers], in nats per supervised token where the method is masking (its docstring says so where not); low, high: bootstrap
+    interval over items."""
 
     values: tuple[float, ...]
     low: tuple[float, ...]
@@ -25,8 +29,46 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class ItemScores:
+    """What a profile is averaged from. sums: fp64 [items, layers] (rank: [items, layers, kinds]), NaN where a race left an item out;
+    weights: fp64 [items]; base: the baseline's summed loss, fp64 [items], or nothing. Value of a layer: sum(sums) / sum(weights)."""
+
+    sums: Tensor
+    weights: Tensor
+    base: Tensor | None = None
+
+    def profile(self, method: str, seed: int = 0) -> Profile:
+        values, low, high = bootstrap(self.sums, self.weights, seed, STATISTICS.get(method))
+        measured = self.base is not None and ~self.base.isnan()
+        base = None if self.base is None else float(self.base[measured].sum() / self.weights[measured].sum())
+        return Profile(tuple(values.tolist()), tuple(low.tolist()), tuple(high.tolist()), base)
+
+
+def share_of_largest(means: Tensor) -> Tensor:
+    """Means [n, layers] divided by the largest of each row."""
+    return means / means.amax(-1, keepdim=True)
+
+
+def mean_rank(means: Tensor) -> Tensor:
+    """1 - mean over kinds of rank / layers, the highest of a kind having rank 1: [n, layers, kinds] -> [n, layers].
+
+    A kind that a layer lacks is NaN there.
+    """
+    there = ~means.isnan()
+    order = means.nan_to_num(-torch.inf).argsort(1, descending=True, stable=True)
+    ranks = 1.0 + order.argsort(1).double()
+    return 1 - (ranks * there).sum(2) / there.sum(2) / means.shape[1]
+
+
+STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weighted means; the other methods are the means themselves
+
+
+@dataclass(frozen=True)
 class LayerScores:
-    """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by."""
+    """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by.
+
+    certificate: what a race has proven (see race.py). per_item: what the profiles are averaged from, kept beside scores.json.
+    """
 
     method: str
     loss: str
@@ -38,7 +80,9 @@ class LayerScores:
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     confidence: float = CONFIDENCE
+    certificate: Mapping[str, Any] | None = None
     schema: int = SCHEMA
+    per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -57,11 +101,20 @@ class LayerScores:
         return self.profiles[self.loss].base_loss
 
     def save(self, path: str | Path) -> None:
-        write_json(Path(path), asdict(self))
+        """Write scores.json, and per_item beside it as scores.items.safetensors."""
+        path = Path(path)
+        if self.per_item:
+            from safetensors.torch import save_file
+
+            tensors = {f"{name}.{key}": value for name, scores in self.per_item.items() for key, value in vars(scores).items()}
+            with staged_file(items_path(path)) as staging:
+                save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
+        content = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "per_item"}
+        write_json(path, {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:
-        """Read scores.json. Raises InputError when it is missing, malformed or of another schema."""
+        """Read scores.json, and per_item where it lies beside it. Raises InputError when it is missing, malformed or of another schema."""
         content = read_json(Path(path))
         if content.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
@@ -70,6 +123,21 @@ class LayerScores:
                 name: Profile(tuple(entry["values"]), tuple(entry["low"]), tuple(entry["high"]), entry["base_loss"])
                 for name, entry in content.pop("profiles").items()
             }
-            return cls(profiles=profiles, notes=tuple(content.pop("notes")), **content)
+            return cls(profiles=profiles, notes=tuple(content.pop("notes")), per_item=_per_item(items_path(path)), **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None
+
+
+def items_path(path: str | Path) -> Path:
+    """Where the scores of single items lie: scores.json -> scores.items.safetensors."""
+    return Path(path).with_suffix(".items.safetensors")
+
+
+def _per_item(path: Path) -> dict[str, ItemScores]:
+    if not path.is_file():
+        return {}
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    names = dict.fromkeys(key.partition(".")[0] for key in tensors)
+    return {name: ItemScores(tensors[f"{name}.sums"], tensors[f"{name}.weights"], tensors.get(f"{name}.base")) for name in names}

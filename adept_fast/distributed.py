@@ -1,0 +1,43 @@
+"""Several processes of one run, as torchrun starts them: who this one is, and sums over all."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, distributed
+
+
+def join() -> None:
+    """Join the processes that torchrun started, where it did; each takes the CUDA device of its local rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def active() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if active() else 0
+
+
+def processes() -> int:
+    return distributed.get_world_size() if active() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on its own device."""
+    if not active():
+        return values
+    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")
+    summed = values.to(device, copy=True)
+    distributed.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def wait() -> None:
+    if active():
+        distributed.barrier()

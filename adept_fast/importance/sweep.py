@@ -1,0 +1,156 @@
+"""The wavefront: hidden states of a model without each of some layers, each prefix computed once.
+
+At layer l the baseline and the variants that bypass an earlier layer run as one batch, and the baseline's input joins them as the
+variant that bypasses l. The sweep rides on the model's own forward: masks, positions, scaling and soft-capping are the family's.
+
+Cost in layers a token, for candidates C of L layers: L + sum over l in C of (L - 1 - l); all of them: L + L (L - 1) / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
+from adept_fast.importance.packs import Pack, packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from adept_fast.data.items import Item
+
+CPU_TOKENS, GPU_TOKENS = 640, 16384  # of one layer call; on a CPU its activations then stay in cache and in memory that is already mapped
+PACK_SHARE = 8  # a pack fills this part of a layer call, which some layers on holds as many variants of it
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """How a model is swept. tokens: bound on variants times tokens of one layer call (a single longer item goes alone); pack: bound on the
+    tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward."""
+
+    tokens: int
+    pack: int
+    swept: bool = True
+
+
+def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
+    """Replace module.forward by wrapper(original forward, hidden, args, kwargs) for the time being."""
+    forward = module.forward
+
+    def replaced(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, hidden, args, kwargs)
+
+    return replaced_forward(module, replaced)
+
+
+class _Wavefront:
+    """Hidden states of the live variants, the baseline first, in one buffer that each layer updates in place."""
+
+    def __init__(self, layers: Sequence[int], last: int, rows: Tensor, tokens: int) -> None:
+        self.layers, self.last, self.rows, self.tokens = set(layers), last, rows, tokens
+        self.live = 1
+        self.buffer: Tensor | None = None
+
+    def wrapper(self, layer: int) -> Any:
+        def run(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return self._run(layer, forward, hidden, args, kwargs)
+
+        return run
+
+    def _run(self, layer: int, forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.buffer is None:
+            self.buffer = hidden.new_empty(1 + len(self.layers), *hidden.shape[1:])
+        if hidden.data_ptr() != self.buffer.data_ptr():  # the first layer, or a model that changes hidden states between layers
+            self.buffer[: self.live] = hidden
+        joins = layer in self.layers
+        if joins:
+            self.buffer[self.live] = self.buffer[0]
+        for part in _even_parts(self.live, max(1, self.tokens // hidden.shape[1])):
+            output = forward(self.buffer[part], *args, **kwargs)
+            found = hidden_of(output)
+            if found.device != self.buffer.device:  # a model spread over devices
+                self.buffer = self.buffer.to(found.device)
+            self.buffer[part] = found
+        self.live += joins
+        states = self.buffer[: self.live]
+        return with_hidden(output, states[:, self.rows.to(states.device)] if layer == self.last else states)
+
+
+def _even_parts(count: int, most: int) -> Iterator[slice]:
+    """range(count) in as few slices of at most `most` as it takes, of sizes that differ by one at most."""
+    parts = -(-count // most)
+    for part in range(parts):
+        yield slice(part * count // parts, (part + 1) * count // parts)
+
+
+def _forward(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """Positions are given only where they start again: without them the model may take the faster causal path."""
+    positions = {"position_ids": pack.positions[None]} if len(pack.items) > 1 else {}
+    return last_hidden(model, pack.ids[None], **positions)
+
+
+def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int) -> Tensor:
+    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden]."""
+    modules = decoder_layers(model)
+    front = _Wavefront(layers, len(modules) - 1, pack.rows, tokens)
+    with ExitStack() as stack:
+        for layer, module in enumerate(modules):
+            stack.enter_context(_wrapped(module, front.wrapper(layer)))
+        return _forward(model, pack)
+
+
+def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return with_hidden(forward(hidden, *args, **kwargs), hidden)
+
+
+def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Tensor:
+    """The same from one forward a layer, each with that layer bypassed: for models whose layers cannot be run on a batch of variants."""
+    modules = decoder_layers(model)
+    rows = [_forward(model, pack)[:, pack.rows]]
+    for layer in layers:
+        with _wrapped(modules[layer], _bypass):
+            rows.append(_forward(model, pack)[:, pack.rows])
+    return torch.cat(rows)
+
+
+def layer_tokens(model: PreTrainedModel, pack: Pack, layers: Sequence[int], swept: bool = True) -> int:
+    """Tokens that pass through a layer, summed over layers: the cost of sweeping a pack."""
+    count = len(decoder_layers(model))
+    return pack.tokens * (count + (sum(count - 1 - layer for layer in layers) if swept else count * len(layers)))
+
+
+@torch.no_grad()
+def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = None) -> SweepPlan:
+    """Try the sweep on the first tokens of two items: alone against one forward a layer, and packed against alone."""
+    device = device_of(model)
+    tokens = tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    count = len(decoder_layers(model))
+    layers = sorted({0, count // 3, 2 * count // 3, count - 1})
+    short = [_first_tokens(item, length) for item, length in zip(items[:2], (16, 11), strict=False)]
+    alone = [packed(short, [index], True).to(device) for index in range(len(short))]
+    expected = [one_by_one(model, pack, layers) for pack in alone]
+
+    def agrees(pack: Pack, wanted: Tensor) -> bool:
+        try:
+            found = sweep(model, pack, layers, 2 * pack.tokens)  # in several parts
+        except RuntimeError:  # shapes that do not broadcast over variants
+            return False
+        tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
+        return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+    if not all(map(agrees, alone, expected)):
+        return SweepPlan(tokens, 0, swept=False)
+    together = len(short) > 1 and agrees(packed(short, range(len(short)), True).to(device), torch.cat(expected, 1))
+    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0)
+
+
+def _first_tokens(item: Item, count: int) -> Item:
+    from adept_fast.data.items import Item
+
+    ids = (item.input_ids * 2)[:count]  # an item of one supervised token has two
+    return Item(ids, ids)
