@@ -7,7 +7,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from adept_fast.errors import InputError
 from adept_fast.shards import BITS, BUFFER, LARGEST_HEADER, Stored
 
 AT_ONCE = 1 << 26  # bytes of one copying call: between two of them the progress bar moves and an interrupt is seen
+FLUSHED_AT_ONCE = 1 << 28  # bytes: the disk writes them while the next are copied
 NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # other file systems, older kernels
 
 
@@ -47,11 +51,43 @@ class Piece:
             yield block[: self.size - at]
 
 
-def write_shard(target: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], progress: Callable[[int], object]) -> None:
-    """Write one safetensors file. Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned.
+def write_shards(
+    folder: Path, plan: Mapping[str, Sequence[Piece]], metadata: Mapping[str, Mapping[str, str]], progress: Callable[[int], object]
+) -> None:
+    """Write safetensors files, file name -> pieces, with the header metadata of each. progress: called with bytes written.
 
-    Neighbours that were neighbours are copied as one range by the kernel, so memory is constant. progress: called with bytes written.
+    Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned. Neighbours that were neighbours are copied
+    as one range by the kernel, so memory is constant. What is written goes to the disk meanwhile, from another thread.
     """
+    with ThreadPoolExecutor(1) as beside:
+        flushes: list[Future] = []
+        waiting = 0
+
+        def wrote(stream: BufferedWriter, count: int) -> None:
+            nonlocal waiting
+            waiting += count
+            progress(count)
+            if waiting >= FLUSHED_AT_ONCE:
+                waiting = 0
+                flushes.append(beside.submit(_flush, os.dup(stream.fileno())))
+
+        for file, pieces in plan.items():
+            with (folder / file).open("wb") as stream:
+                _write(stream, folder / file, pieces, metadata.get(file, {}), partial(wrote, stream))
+        for flush in flushes:
+            flush.result()
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(
+    stream: BufferedWriter, target: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], progress: Callable[[int], object]
+) -> None:
     ordered = sorted(pieces, key=lambda piece: -BITS[piece.dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -62,17 +98,16 @@ def write_shard(target: Path, pieces: Sequence[Piece], metadata: Mapping[str, st
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InputError(f"{target}: a header of {len(text)} bytes is more than safetensors files may have")
-    with target.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    stream.flush()
+    for file, start, size, piece in _ranges(ordered):
+        if file is not None:
+            _copy(file, start, size, stream.fileno(), progress)
+            continue
+        for block in piece.blocks():
+            stream.write(block)
+            progress(len(block))
         stream.flush()
-        for file, start, size, piece in _ranges(ordered):
-            if file is not None:
-                _copy(file, start, size, stream.fileno(), progress)
-                continue
-            for block in piece.blocks():
-                stream.write(block)
-                progress(len(block))
-            stream.flush()
 
 
 def _ranges(pieces: Iterable[Piece]) -> list[tuple[Path | None, int, int, Piece]]:

@@ -1,17 +1,27 @@
 """The expanded model: silent copies of chosen layers, in memory or on disk, proven."""
 
+from adept_fast.expansion.delta import apply_copies, extract_copies
+from adept_fast.expansion.dial import dial, dialled_model
 from adept_fast.expansion.first_rates import first_importance, load_first_importance
 from adept_fast.expansion.insert import ParameterCounts, copies, expand_model, freeze_original
+from adept_fast.expansion.merge import merge_copies
+from adept_fast.expansion.remove import remove_copies
 from adept_fast.expansion.verify import verify_expansion
 from adept_fast.expansion.write import expand_checkpoint
 
 __all__ = [
     "ParameterCounts",
+    "apply_copies",
     "copies",
+    "dial",
+    "dialled_model",
     "expand_checkpoint",
     "expand_model",
+    "extract_copies",
     "first_importance",
     "freeze_original",
     "load_first_importance",
+    "merge_copies",
+    "remove_copies",
     "verify_expansion",
 ]

@@ -24,7 +24,7 @@ from adept_fast.errors import ExpansionError, InputError
 from adept_fast.families import Family, describe
 from adept_fast.fingerprint import tensors_sha256
 from adept_fast.naming import Naming
-from adept_fast.pieces import Piece, write_shard
+from adept_fast.pieces import Piece, write_shards
 from adept_fast.record import KEY, AdeptConfig
 from adept_fast.shards import INDEX, Shards, Stored, open_shards, same_bytes
 
@@ -146,8 +146,7 @@ def write_checkpoint(
     require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
     with staged_folder(target) as staging:
         with tqdm(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
-            for file, pieces in plan.items():
-                write_shard(staging / file, pieces, source.shards.metadata.get(file, {}), bar.update)
+            write_shards(staging, plan, source.shards.metadata, bar.update)
         if source.shards.index is not None:
             write_json(staging / INDEX, _index(source, plan))
         checkpoint.carry_files(source.folder, staging)

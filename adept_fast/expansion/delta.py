@@ -1,0 +1,74 @@
+"""The copies alone, as a small checkpoint, and their application to the base they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from adept_fast import checkpoint
+from adept_fast.artefacts import read_json, staged_folder
+from adept_fast.errors import InputError
+from adept_fast.expansion.arrange import Layer, OnDisk, require_space
+from adept_fast.expansion.config import config_file
+from adept_fast.expansion.remade import open_expanded, taken, write_remade
+from adept_fast.fingerprint import identity, tensors_sha256
+from adept_fast.pieces import Piece, write_shards
+from adept_fast.record import AdeptConfig
+from adept_fast.shards import read_header
+
+FILE = "adept_copies.safetensors"
+
+
+def extract_copies(source: str | Path, target: str | Path, *, quiet: bool | None = None, trust_remote_code: bool = False) -> AdeptConfig:
+    """Write the copies of the expanded or tuned checkpoint `source` and its record, and nothing else, to the folder `target`.
+
+    The tensors keep their names and bits. Returns the record, whose source.tensors_sha256 says what base they belong to.
+    """
+    on_disk, record = open_expanded(source, trust_remote_code)
+    copies = set(record.copies)
+    tensors = [stored for stored in on_disk.shards.tensors.values() if on_disk.naming.layer(stored.name) in copies]
+    pieces = [Piece(stored.name, stored.dtype, stored.shape, stored) for stored in tensors]
+    target = Path(target)
+    require_space(target, sum(piece.size for piece in pieces))
+    with staged_folder(target) as staging:
+        write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
+        record.save(staging)
+    return record
+
+
+def apply_copies(
+    base: str | Path,
+    delta: str | Path,
+    target: str | Path,
+    *,
+    verify: bool = True,
+    quiet: bool | None = None,
+    trust_remote_code: bool = False,
+) -> AdeptConfig:
+    """Write `base` with the copies of `delta` (a folder that extract_copies wrote) to the folder `target`.
+
+    Raises InputError where the base's tensors are not those that the copies were made on, or the delta is not whole.
+    """
+    folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(Path(delta))
+    on_disk = OnDisk.open(folder, trust_remote_code)
+    found = tensors_sha256(on_disk.shards.tensors)
+    if found != record.source.get("tensors_sha256"):
+        raise InputError(
+            f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found[:12]}, "
+            f"expected {str(record.source.get('tensors_sha256'))[:12]}"
+        )
+    if not (Path(delta) / FILE).is_file():
+        raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
+    tensors = {stored.name: stored for stored in read_header(Path(delta) / FILE)[0]}
+    places = {entry.layer: entry for entry in record.inserted}
+    layers, originals = [], iter(range(on_disk.count))
+    for index in range(on_disk.count + len(places)):
+        entry = places.get(index)
+        layers.append(Layer(next(originals)) if entry is None else Layer(entry.copied_from, partial(taken, tensors, Path(delta) / FILE)))
+    held = read_json(folder / "config.json")
+    config = config_file(held, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
+    source = {**record.source, "name_or_path": str(base), "sha256": identity(folder, found), "config": held}
+    made = write_remade(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)
+    assert made is not None
+    return made

@@ -1,0 +1,164 @@
+"""Writing an expanded checkpoint against copying its source's files: both read what lies in the page cache, both are fsynced, interleaved.
+
+A random Llama checkpoint of about --gigabytes in shards is made in a temporary folder under --folder, and removed. Four layers are
+copied, so the expanded files are about a tenth larger. Memory is the expanding process's peak over what it has after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adept_fast.pieces import Piece, write_shards
+from adept_fast.shards import INDEX, open_shards
+
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+SHARD = 10**9  # bytes
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Arguments -> medians in seconds, their ratio, GB/s of the expanded files, peak memory in MB. Raises where a byte went astray."""
+    parser = argparse.ArgumentParser(prog="python -m bench expand", description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the temporary folder is made")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="adept-bench-", dir=given.folder) as temporary:
+        source, copied, expanded = (Path(temporary) / name for name in ("source", "copied", "expanded"))
+        count = make(source, int(given.gigabytes * 1e9))
+        layers = [count * place // 4 + 1 for place in range(4)]
+        copying, expanding = [], []
+        for _ in range(given.rounds + 1):  # the first fills the page cache, and is not counted
+            copying.append(copy(source, copied))
+            expanding.append(_in_child(source, expanded, layers))
+            _validate(source, expanded, layers)
+            size = sum(file.stat().st_size for file in expanded.iterdir())
+            shutil.rmtree(copied)
+            shutil.rmtree(expanded)
+        source_size = sum(file.stat().st_size for file in source.iterdir())
+    times = {"copy": median(copying[1:]), "expand": median(run["seconds"] for run in expanding[1:])}
+    return {
+        "device": "cpu",
+        "shards": len(range(0, source_size, SHARD)),
+        "layers": count,
+        "source_gb": round(source_size / 1e9, 3),
+        "expanded_gb": round(size / 1e9, 3),
+        "copy_seconds": round(times["copy"], 3),
+        "expand_seconds": round(times["expand"], 3),
+        "ratio": round(times["expand"] / times["copy"], 3),
+        "ratios_by_round": [round(run["seconds"] / seconds, 3) for run, seconds in zip(expanding[1:], copying[1:], strict=True)],
+        "expand_gb_s": round(size / 1e9 / times["expand"], 3),
+        "peak_mb_over_imports": max(run["peak_mb"] for run in expanding),
+        "rounds": given.rounds,
+    }
+
+
+def make(folder: Path, size: int) -> int:
+    """Write the random checkpoint; returns its number of layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import torch  # isort: skip
+
+    def skeleton(layers: int) -> Any:
+        config = AutoConfig.for_model("llama", **SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+        with torch.device("meta"):
+            return config, AutoModelForCausalLM.from_config(config).state_dict()
+
+    sizes = [sum(2 * tensor.numel() for tensor in skeleton(layers)[1].values()) for layers in (1, 2)]
+    count = max(8, round((size - sizes[0]) / (sizes[1] - sizes[0])) + 1)
+    config, tensors = skeleton(count)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    shards: list[list[Piece]] = [[]]
+    for name, tensor in tensors.items():
+        if sum(piece.size for piece in shards[-1]) > SHARD:
+            shards.append([])
+        piece = Piece(name, "BF16", tuple(tensor.shape), made=lambda tensor=tensor: os.urandom(2 * tensor.numel()))
+        shards[-1].append(piece)
+    weight_map, plan = {}, {}
+    for number, pieces in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        plan[file] = pieces
+        weight_map |= {piece.name: file for piece in pieces}
+    write_shards(folder, plan, dict.fromkeys(plan, {"format": "pt"}), lambda _: None)
+    total = sum(piece.size for pieces in shards for piece in pieces)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    for file in folder.iterdir():
+        _sync(file)
+    return count
+
+
+def copy(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+    for file in target.iterdir():
+        _sync(file)
+    _sync(target)
+    return time.perf_counter() - start
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _in_child(source: Path, target: Path, layers: list[int]) -> dict[str, float]:
+    arguments = [sys.executable, "-c", "from bench.expand import child; child()", str(source), str(target), json.dumps(layers)]
+    return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def child() -> None:
+    """Expand, and print the seconds it took and the megabytes it needed. What loading any model imports is imported before."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from adept_fast import expand_checkpoint
+
+    source, target, layers = sys.argv[1:]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    start = time.perf_counter()
+    expand_checkpoint(source, target, json.loads(layers), verify=False, quiet=True)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak_mb": _status("VmHWM") - before}))
+
+
+def _status(key: str) -> float:
+    """Megabytes of this process: VmRSS what it has, VmHWM the most it had (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def _validate(source: Path, expanded: Path, layers: list[int]) -> None:
+    """All but the copies' tensors are there with the same digest; the copies' output projections are zero."""
+    from adept_fast.expansion.arrange import OnDisk
+    from adept_fast.record import AdeptConfig
+
+    record, on_disk = AdeptConfig.load(expanded), OnDisk.open(expanded)
+    if [entry.copied_from for entry in record.inserted] != layers or on_disk.originals_sha256(record) != record.source["tensors_sha256"]:
+        raise RuntimeError("the expanded checkpoint does not hold its source's tensors")
+    tensors = open_shards(expanded).tensors
+    for layer in record.copies:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            if any(tensors[f"model.layers.{layer}.{name}.weight"].read()):
+                raise RuntimeError(f"{name} of copy {layer} is not silent")
