@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
     from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original, verify_expansion
-    from adept_fast.importance import LayerScores, score_layers, select_layers
+    from adept_fast.importance import LayerScores, Race, score_layers, select_layers
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
     from adept_fast.tuning import AdeptCallback, AdeptTrainer, unit_rates
@@ -26,6 +26,7 @@ __all__ = [
     "ExpansionError",
     "InputError",
     "LayerScores",
+    "Race",
     "Units",
     "UnsupportedFamilyError",
     "expand_checkpoint",
@@ -45,6 +46,7 @@ _MODULES = {
     "ExpansionError": "adept_fast.errors",
     "InputError": "adept_fast.errors",
     "LayerScores": "adept_fast.importance",
+    "Race": "adept_fast.importance",
     "Units": "adept_fast.units",
     "UnsupportedFamilyError": "adept_fast.errors",
     "expand_checkpoint": "adept_fast.expansion",

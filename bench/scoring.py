@@ -23,10 +23,10 @@ import torch
 from torch.nn import functional
 
 from adept_fast.data.items import IGNORE, Item, load_items
-from adept_fast.families import decoder_layers, device_of, text_config
+from adept_fast.families import decoder_layers, device_of
 from adept_fast.importance import masking
 from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.sweep import SweepPlan, layer_tokens, plan
+from adept_fast.importance.sweep import SweepPlan, flops, plan
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -137,18 +137,6 @@ def _matmul_rate(model: torch.nn.Module, rows: int) -> float:
     return 2 * rows * sum(matrix.numel() for matrix in matrices) / (_now(model) - start)
 
 
-def _flops(model: torch.nn.Module, items: list[Item], planned: SweepPlan) -> float:
-    config, layers = text_config(model), len(decoder_layers(model))
-    weights = sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters() if parameter.ndim == 2)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    total = 0.0
-    for alone in pack(items, range(len(items)), 0):
-        passed = layer_tokens(model, alone, range(layers))
-        total += passed * (2 * weights + 4 * width * (alone.tokens + 1) / 2)
-        total += 2 * (1 + layers) * len(alone.rows) * config.hidden_size * config.vocab_size
-    return total
-
-
 def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {way: sum(part["seconds"][way] for part in parts) for way in WAYS}
     sums = {way: torch.tensor([part["sums"][way] for part in parts], dtype=torch.float64).sum(0) for way in WAYS}
@@ -158,7 +146,7 @@ def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts
         raise RuntimeError(f"the sweep's scores differ from the naive ones by {largest:.2g}, above 1e-4: nothing is timed that is wrong")
     rate = statistics.median(rate for part in parts for rate in part["rates"])
     reference = statistics.median(time for part in parts for time in part["references"]) * len(items) * (1 + len(decoder_layers(model)))
-    modelled = _flops(model, items, planned) / rate
+    modelled = sum(flops(model, alone, range(len(decoder_layers(model)))) for alone in pack(items, range(len(items)), 0)) / rate
     return {
         **{f"{way}_seconds": round(seconds[way], 2) for way in WAYS},
         "padded_to_2048_seconds_extrapolated": round(reference),

@@ -2,7 +2,19 @@
 
 from adept_fast.importance.layers import METHODS, score_layers
 from adept_fast.importance.masking import LOSSES
+from adept_fast.importance.race import Race
 from adept_fast.importance.scores import LayerScores, Profile
 from adept_fast.importance.selection import PLACEMENTS, check_choice, select_layers, undecided
 
-__all__ = ["LOSSES", "METHODS", "PLACEMENTS", "LayerScores", "Profile", "check_choice", "score_layers", "select_layers", "undecided"]
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "PLACEMENTS",
+    "LayerScores",
+    "Profile",
+    "Race",
+    "check_choice",
+    "score_layers",
+    "select_layers",
+    "undecided",
+]

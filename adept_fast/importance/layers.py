@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.measuring import Measuring
+from adept_fast.importance.race import Race, certificate, run
 from adept_fast.importance.scores import ItemScores, LayerScores
 from adept_fast.importance.sweep import plan
 
@@ -31,6 +32,7 @@ def score_layers(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     losses: Collection[str] = (),
+    race: Race | None = None,
     sweep_tokens: int | None = None,
     seed: int = 0,
     journal: Path | None = None,
@@ -43,6 +45,8 @@ def score_layers(
     profiles to measure beside it, in the same pass; "all" costs the head on every token.
     probe: records, a path or a dataset name (with tokenizer), or tokenised items. sweep_tokens: bound on variants times tokens of one layer
     call, that is on memory (none: 640 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
+    race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
+    certificate, and the values of layers that were dropped rest on fewer items.
     Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
     Raises InputError for an unknown method or loss, or a probe with nothing supervised.
     """
@@ -51,13 +55,19 @@ def score_layers(
         for value in values:
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+    if race and (method != "masking" or wanted != {loss}):
+        raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer) if item.supervised]
     started, training = time.perf_counter(), model.training
     model.eval()
     planned = plan(model, items, sweep_tokens)
     notes = () if planned.swept else ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
     measuring = Measuring(model, items, wanted, planned, journal, inputs, quiet)
-    measuring.measure(range(len(items)), range(measuring.layers))
+    proof = None
+    if race:
+        proof = _raced(measuring, race, loss, seed)
+    else:
+        measuring.measure(range(len(items)), range(measuring.layers))
     measuring.close()
     model.train(training)
     per_item = {name: _item_scores(measuring, name) for name in measuring.names}
@@ -71,11 +81,28 @@ def score_layers(
         model=model.config.name_or_path,
         notes=notes,
         inputs=dict(inputs or {}),
+        certificate=proof,
         per_item=per_item,
     )
 
 
+def _weights(measuring: Measuring, name: str) -> torch.Tensor:
+    """Tokens that count in a loss, fp64 [items]."""
+    counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in measuring.items]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
 def _item_scores(measuring: Measuring, name: str) -> ItemScores:
-    weights = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in measuring.items]
     base = None if name == "kl" else measuring.losses[name][:, 0]
-    return ItemScores(measuring.differences(name), torch.tensor(weights, dtype=torch.float64), base)
+    return ItemScores(measuring.differences(name), _weights(measuring, name), base)
+
+
+def _raced(measuring: Measuring, race: Race, loss: str, seed: int) -> dict[str, Any]:
+    tokens = _weights(measuring, loss)
+
+    def measure(items: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+        measuring.measure(items, layers, f"racing {len(layers)} layers")
+        return measuring.differences(loss)[list(items)]
+
+    outcome = run(race, tokens, measuring.layers, measure, seed)
+    return certificate(race, outcome, tokens, seed, measuring.cost / measuring.whole_cost())

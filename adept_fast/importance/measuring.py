@@ -16,7 +16,7 @@ from adept_fast.families import decoder_layers
 from adept_fast.importance import masking
 from adept_fast.importance.journal import Journal
 from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.sweep import SweepPlan, layer_tokens
+from adept_fast.importance.sweep import SweepPlan, flops
 from adept_fast.inputs import digest
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Measuring:
-    """losses: by name, fp64 [items, 1 + layers], the baseline first; NaN where not measured. cost: layer tokens spent by all processes."""
+    """losses: by name, fp64 [items, 1 + layers], the baseline first; NaN where not measured. cost: FLOPs spent by all processes."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Measuring:
         self.layers = len(decoder_layers(model))
         self.names = [name for name in masking.LOSSES if name in losses]
         self.losses = {name: torch.full((len(items), 1 + self.layers), torch.nan, dtype=torch.float64) for name in self.names}
-        self.cost = 0
+        self.cost = 0.0
         header = {
             "model": [model.config.name_or_path, str(model.dtype), digest(model.config.to_dict())],
             "items": digest([[item.input_ids, item.labels] for item in items]),
@@ -55,10 +55,10 @@ class Measuring:
     def measure(self, indices: Sequence[int], layers: Sequence[int], title: str = "scoring") -> None:
         """Fill in the losses of the items at `indices` for the baseline and for the model without each of `layers`."""
         packs = pack(self.items, indices, self.plan.pack, "all" in self.losses)
-        costs = [layer_tokens(self.model, each, layers, self.plan.swept) for each in packs]
+        costs = [flops(self.model, each, layers, self.plan.swept) for each in packs]
         mine = _shares(costs, distributed.processes())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(layers), dtype=torch.float64)
-        with tqdm(total=sum(costs[at] for at in mine), desc=title, unit="layer tokens", unit_scale=True, disable=self.quiet) as bar:
+        with tqdm(total=sum(costs[at] for at in mine), desc=title, unit="FLOP", unit_scale=True, disable=self.quiet) as bar:
             for at in mine:
                 values = self._recorded(packs[at], layers)
                 for name, rows in zip(self.names, found, strict=True):
@@ -70,6 +70,11 @@ class Measuring:
         for name, measured in zip(self.names, found, strict=True):
             self.losses[name][rows[:, None], columns] = measured[rows]
         self.cost += sum(costs)
+
+    def whole_cost(self) -> float:
+        """FLOPs of measuring all layers on all items, whatever the packs."""
+        alone = pack(self.items, range(len(self.items)), 0, "all" in self.losses)
+        return sum(flops(self.model, each, range(self.layers), self.plan.swept) for each in alone)
 
     def _recorded(self, pack: Pack, layers: Sequence[int]) -> dict[str, list[list[float]]]:
         def run() -> dict[str, list[list[float]]]:
@@ -86,10 +91,10 @@ class Measuring:
         return self.losses[name][:, 1:] - self.losses[name][:, :1]
 
 
-def _shares(costs: Sequence[int], processes: int) -> list[list[int]]:
+def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
     """Places of `costs` for each process, the costliest first, each to the one that has least so far."""
     shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+    loads = [0.0] * processes
     for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
         least = loads.index(min(loads))
         shares[least].append(at)

@@ -21,9 +21,15 @@ def check_choice(layers: int, k: int, placement: str, given: tuple[int, ...] | N
 
 def select_layers(scores: LayerScores, k: int = 4, placement: str = "lowest") -> list[int]:
     """k layers, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth bands (LLaMA Pro);
-    "lowest_per_band": the lowest of each of k equal depth bands. Raises InputError for a k below 1 or above the number of layers."""
+    "lowest_per_band": the lowest of each of k equal depth bands. Scores of a race give the layers that it is the proof of.
+    Raises InputError for a k below 1 or above the number of layers, or for another choice than was raced for."""
     layers = len(scores.values)
     check_choice(layers, k, placement)
+    if scores.certificate and placement != "uniform":
+        if (k, placement) != (scores.certificate["k"], "lowest"):
+            raced = scores.certificate["k"]
+            raise InputError(f"the scores are those of a race for the {raced} lowest layers: score without a race for another choice")
+        return list(scores.certificate["layers"])
     if placement == "lowest":
         return sorted(_lowest(scores, range(layers), k))
     bands = [range(band * layers // k, (band + 1) * layers // k) for band in range(k)]
@@ -40,5 +46,7 @@ def undecided(scores: LayerScores, chosen: list[int], placement: str = "lowest")
     """Layers that were not chosen although their interval reaches below the highest chosen value: the intervals do not part them."""
     if placement != "lowest":
         return []
+    if scores.certificate:
+        return [layer for layer in scores.certificate["undecided"] if layer not in chosen]
     limit = max(scores.high[layer] for layer in chosen)
     return [layer for layer in range(len(scores.values)) if layer not in chosen and scores.low[layer] < limit]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
+from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, text_config, with_hidden
 from adept_fast.importance.packs import Pack, packed
 
 if TYPE_CHECKING:
@@ -118,10 +118,18 @@ def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Ten
     return torch.cat(rows)
 
 
-def layer_tokens(model: PreTrainedModel, pack: Pack, layers: Sequence[int], swept: bool = True) -> int:
-    """Tokens that pass through a layer, summed over layers: the cost of sweeping a pack."""
-    count = len(decoder_layers(model))
-    return pack.tokens * (count + (sum(count - 1 - layer for layer in layers) if swept else count * len(layers)))
+def layer_tokens(layers: int, tokens: int, without: Sequence[int], swept: bool = True) -> int:
+    """Tokens that pass through a layer of a model of so many layers, summed over layers, to measure it without each of some."""
+    return tokens * (layers + (sum(layers - 1 - layer for layer in without) if swept else layers * len(without)))
+
+
+def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], swept: bool = True) -> float:
+    """FLOPs of measuring a pack: 2 a weight of a layer and token that passes it, causal attention within items, the head on its rows."""
+    config, layers = text_config(model), decoder_layers(model)
+    weights = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1) / len(layers)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    body = sum(layer_tokens(len(layers), length, without, swept) * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
+    return body + 2.0 * (1 + len(without)) * len(pack.rows) * config.hidden_size * config.vocab_size
 
 
 @torch.no_grad()
