@@ -66,7 +66,7 @@ class Units:
         layers = model.get_submodule(family.layers)
         names: list[tuple[str, str]] = []
         slices: dict[str, Slices] = {}
-        for layer in record.copies:
+        for layer in record.trained:
             outputs = {name.rpartition(".")[0] for name in family.silent[layer]}
             for path, module in layers[layer].named_modules():
                 own = dict(module.named_parameters(recurse=False))

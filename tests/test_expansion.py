@@ -80,14 +80,18 @@ def test_copies_own_their_tensors_and_originals_are_shared() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gemma2", {"head_dim": 8}, "post-norm"),
-        ("olmo2", {}, "post-norm"),
-        ("mixtral", {"num_local_experts": 4}, "experts"),
-        ("gpt2", {"n_layer": 4, "n_embd": 32, "n_head": 4}, "attention scale"),
+        (
+            "gpt2",
+            {"n_layer": 4, "n_embd": 32, "n_head": 4, "scale_attn_by_inverse_layer_idx": True},
+            "attn.scaling depends on the layer's index",
+        ),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "ffn_dim": 48}, "its output is not its input plus branches"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "its output is not its input plus branches"),
+        ("diffllama", {}, "self_attn.lambda_init depends on the layer's index"),
     ],
 )
 def test_unsupported_families_are_refused_by_name_with_the_reason(family: str, changes: dict, reason: str) -> None:
-    with pytest.raises(UnsupportedFamilyError, match=f"^{family}: .*{reason}"):
+    with pytest.raises(UnsupportedFamilyError, match=f"^{family}: cannot be expanded: .*{reason}"):
         expand_model(tiny_models.model(family, **changes), [1])
 
 

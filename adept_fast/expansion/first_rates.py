@@ -29,7 +29,7 @@ def first_importance(model: PreTrainedModel, items: Sequence[Item], quiet: bool 
     record, path = record_of(model), layers_path(model)
     dims: dict[str, list[int]] = {}
     copy_name: dict[str, str] = {}
-    for entry in record.inserted:
+    for entry in (entry for entry in record.inserted if entry.layer in record.trained):
         for name, parameter in model.get_submodule(f"{path}.{record.source_index(entry)}").named_parameters():
             source = f"{path}.{record.source_index(entry)}.{name}"
             copy_name[source] = f"{path}.{entry.layer}.{name}"

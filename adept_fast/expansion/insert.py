@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from adept_fast.errors import InputError
-from adept_fast.families import describe, expanded_config, layers_path
-from adept_fast.record import AdeptConfig, Inserted, record_of, versions
+from adept_fast.families import decoder_layers, describe, expanded_config, layers_path, same_layers
+from adept_fast.record import KEY, AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,62 +39,115 @@ def check_layers(layers: Iterable[int], count: int) -> list[int]:
     return sorted(chosen)
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """sources: for each layer of the expanded model, the layer of the given one that it is or copies; inserted: all its copies, those of
+    earlier expansions too; new: the indices of the new ones."""
+
+    sources: tuple[int, ...]
+    inserted: tuple[Inserted, ...]
+    new: tuple[int, ...]
+
+
+def arrange_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | None = None) -> Arrangement:
+    """Where the layers of a model of `count` layers stand when each of `layers` is copied; earlier: its record, if it is expanded already.
+
+    A new copy comes right after its layer and that layer's earlier copies. Raises InputError for bad indices, or a copy's.
+    """
+    chosen = check_layers(layers, count)
+    held = {entry.layer: entry for entry in earlier.inserted} if earlier else {}
+    if copied := [layer for layer in chosen if layer in held]:
+        raise InputError(f"layer {copied[0]} is itself a copy (of layer {copied[0] - 1} or an earlier one): copy what it was copied from")
+    round = max((entry.round for entry in held.values()), default=-1) + 1
+    sources: list[int] = []
+    inserted: list[Inserted] = []
+    new: list[int] = []
+    original = -1
+    for index in range(count):
+        if index in held:
+            inserted.append(replace(held[index], layer=len(sources)))
+        else:
+            original, group = original + 1, index
+        sources.append(index)
+        if group in chosen and index + 1 not in held:
+            new.append(len(sources))
+            inserted.append(Inserted(len(sources), original, round))
+            sources.append(group)
+    return Arrangement(tuple(sources), tuple(inserted), tuple(new))
+
+
 def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     """A new model with a silent copy of each chosen layer right after it; `model` stays as it is.
 
-    Tensors of the original layers are shared with `model`, not copied. `adept_config` of the result names the copies; call
-    freeze_original before training. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
+    The model is built from the expanded config, so that indices, caches and per-layer settings are those of a freshly loaded one.
+    Tensors of the original layers are shared with `model`, not copied. `adept_config` of the result names the copies, those of earlier
+    expansions too; call freeze_original before training. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
     """
-    if getattr(model, "adept_config", None) is not None:
-        raise InputError("this model is expanded already: expanding twice is not supported; start from its base")
-    family = describe(model)
-    count = len(model.get_submodule(family.layers))
-    chosen = check_layers(layers, count)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    expanded = copy.deepcopy(model, memo=shared)
-    parent, _, name = family.layers.rpartition(".")
-    before = expanded.get_submodule(family.layers)
-    after: list[nn.Module] = []
-    inserted: list[Inserted] = []
-    for index, layer in enumerate(before):
-        after.append(layer)
-        if index in chosen:
-            inserted.append(Inserted(layer=len(after), copied_from=index))
-            after.append(_silent_copy(layer, family.silent[index]))
-    setattr(expanded.get_submodule(parent), name, nn.ModuleList(after))
-    for index, layer in enumerate(after):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    vars(expanded.config).update(vars(expanded_config(model.config, chosen)))
+    family, earlier = describe(model), getattr(model, "adept_config", None)
+    count = len(family.silent)
+    made = arrange_copies(layers, count, earlier)
+    expanded = _built(model, [made.sources[index] for index in made.new])
+    same_layers(model, expanded, made.sources)
+    _fill(expanded, model, family.layers, made)
+    after = decoder_layers(expanded)
+    for index in made.new:
+        _silence(after[index], family.silent[made.sources[index]])
     total = sum(parameter.numel() for parameter in expanded.parameters())
-    trainable = sum(parameter.numel() for entry in inserted for parameter in after[entry.layer].parameters())
+    trainable = sum(parameter.numel() for index in made.new for parameter in after[index].parameters())
+    source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "sha256": "", "num_hidden_layers": count}
     expanded.adept_config = AdeptConfig(
-        inserted=tuple(inserted),
-        source={"name_or_path": model.config.name_or_path, "sha256": "", "num_hidden_layers": count},
-        parameters={"total": total, "trainable": trainable},
-        versions=versions(),
+        inserted=made.inserted, source=source, parameters={"total": total, "trainable": trainable}, versions=versions()
     )
+    setattr(expanded.config, KEY, expanded.adept_config.as_dict())
     return expanded.eval()
 
 
-def _silent_copy(layer: nn.Module, silent: Mapping[str, float]) -> nn.Module:
-    duplicate = copy.deepcopy(layer, memo={})  # without the memo of shared tensors: the copy has its own
-    tensors = dict(duplicate.named_parameters()) | dict(duplicate.named_buffers())
+def _built(model: PreTrainedModel, chosen: list[int]) -> PreTrainedModel:
+    """A model of the expanded config: parameters on meta, buffers and plain attributes as its constructor computes them."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        built = type(model)(expanded_config(model.config, chosen))
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built
+
+
+def _fill(expanded: PreTrainedModel, model: PreTrainedModel, path: str, made: Arrangement) -> None:
+    """Put the tensors of `model` in their places in `expanded`; the new copies get their own."""
+    before, after = model.get_submodule(path), expanded.get_submodule(path)
+    pairs = [(after[index], before[source]) for index, source in enumerate(made.sources)]
+    for index, (layer, source) in enumerate(pairs):
+        for name, module in layer.named_modules():
+            _take(module, source.get_submodule(name), index in made.new)
+    inner = {id(module) for layer, _ in pairs for module in layer.modules()}
+    for name, module in expanded.named_modules():
+        if id(module) not in inner:
+            _take(module, model.get_submodule(name), copied=False)
+
+
+def _take(module: nn.Module, source: nn.Module, copied: bool) -> None:
+    for name, tensor in source._parameters.items():
+        module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad) if copied and tensor is not None else tensor
+    for name, tensor in source._buffers.items():
+        module._buffers[name] = tensor.clone() if copied and tensor is not None else tensor
+
+
+def _silence(layer: nn.Module, silent: Mapping[str, float]) -> None:
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     with torch.no_grad():
         for name, value in silent.items():
             tensors[name].fill_(value)
-    return duplicate
 
 
 def copies(model: PreTrainedModel) -> list[nn.Module]:
-    """The copied layers of an expanded model, in order."""
+    """The copied layers of an expanded model that are to be trained, in order: those of its last expansion."""
     layers = model.get_submodule(layers_path(model))
-    return [layers[index] for index in record_of(model).copies]
+    return [layers[index] for index in record_of(model).trained]
 
 
 def freeze_original(model: PreTrainedModel) -> ParameterCounts:
-    """Let only the copies require gradients. Returns total and trainable parameter counts."""
+    """Let only the copies of the last expansion require gradients. Returns total and trainable parameter counts."""
     model.requires_grad_(False)
     trainable = 0
     for layer in copies(model):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = (2, 33)  # shape of the random inputs: two rows, an odd length
+DECODED = 4  # tokens
 
 
 def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
@@ -26,24 +27,29 @@ def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
 
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
     """Raise ExpansionError with the largest logit difference unless both models agree bit for bit on `inputs` (token ids
-    [rows, tokens], default random ones): in one forward, and token by token through the cache."""
+    [rows, tokens], default random ones): in one forward, and in greedy decoding through the family's own cache."""
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
     compare(observe(base, inputs), observe(expanded, inputs))
 
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
-    """What a model computes, in eval mode: (how, logits) in one forward, then token by token through the cache."""
+    """What a model computes, in eval mode: (how, logits) in one forward, then for each greedily decoded token."""
+    from transformers import GenerationConfig
+
     training = model.training
     model.eval()
     try:
-        seen = [("in one forward", model(inputs, use_cache=False).logits)]
-        split, cache = max(1, inputs.shape[1] - 3), None
-        for start, stop in ((0, split), *((at, at + 1) for at in range(split, inputs.shape[1]))):
-            output = model(inputs[:, start:stop], past_key_values=cache, use_cache=True)
-            seen.append(("decoding through the cache", output.logits))
-            cache = output.past_key_values
-        return seen
+        seen = [("in one forward", model(input_ids=inputs, use_cache=False).logits)]
+        greedy = GenerationConfig(
+            max_new_tokens=DECODED, do_sample=False, use_cache=True, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        own, model.generation_config = model.generation_config, greedy  # the model's own would fill in its sampling and its end of text
+        try:
+            decoded = model.generate(inputs, attention_mask=torch.ones_like(inputs))
+        finally:
+            model.generation_config = own
+        return seen + [("in greedy decoding", logits) for logits in decoded.logits]
     finally:
         model.train(training)
 

@@ -14,7 +14,7 @@ from adept_fast.data.items import Item
 from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
 from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
-from adept_fast.expansion.insert import expand_model
+from adept_fast.expansion.insert import arrange_copies, expand_model
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
 from adept_fast.fingerprint import identity, tensors_sha256
 from adept_fast.record import AdeptConfig
@@ -43,11 +43,14 @@ def expand_checkpoint(
     """
     folder, target = checkpoint.resolve(str(source)), Path(target)
     on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
-    expanded = expand_model(on_disk.skeleton, layers).adept_config
-    chosen = [entry.copied_from for entry in expanded.inserted]
+    earlier = on_disk.skeleton.adept_config = AdeptConfig.find(folder)
+    made = arrange_copies(layers, on_disk.count, earlier)
+    chosen = [made.sources[index] for index in made.new]
+    expanded = expand_model(on_disk.skeleton, chosen).adept_config
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, chosen)
-    plan = arrange(on_disk, _with_silent_copies(on_disk, chosen))
+    silenced = [Layer(source, on_disk.silent if index in made.new else None) for index, source in enumerate(made.sources)]
+    plan = arrange(on_disk, silenced)
     extra, seen = {}, None
     if steering or verify:
         base = checkpoint.load_model(folder, **loading)
@@ -64,7 +67,7 @@ def expand_checkpoint(
             hashes = {"sha256": identity(folder, tensors), "tensors_sha256": tensors, "config": held}
             return replace(
                 expanded,
-                source={**expanded.source, "name_or_path": name or str(source), **hashes},
+                source=earlier.source if earlier else {**expanded.source, "name_or_path": name or str(source), **hashes},
                 selection={"layers": chosen, **(selection or {})},
                 inputs=dict(inputs or {}),
                 proof=_proof(loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
@@ -75,18 +78,9 @@ def expand_checkpoint(
             model = checkpoint.load_model(written, **loading)
             compare(seen or [], observe(model, random_inputs(model)))
 
-        made = write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
-    assert made is not None
-    return made
-
-
-def _with_silent_copies(source: OnDisk, chosen: Sequence[int]) -> list[Layer]:
-    layers = []
-    for index in range(source.count):
-        layers.append(Layer(index))
-        if index in chosen:
-            layers.append(Layer(index, source.silent))
-    return layers
+        written = write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
+    assert written is not None
+    return written
 
 
 def _proof(dtype: str | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What a decoder-only model is made of: its layers, what makes a copy of one silent, its per-layer config, its fused projections.
 
-Nothing outside this package knows one family from another.
+Nothing outside this package knows one family from another, and nothing in it knows one by name where its structure tells.
 """
 
 from adept_fast.families.config import expanded_config
+from adept_fast.families.family import Family, describe
 from adept_fast.families.fused import fused_rows
 from adept_fast.families.layers import (
     decoder_layers,
@@ -16,7 +17,7 @@ from adept_fast.families.layers import (
     text_config,
     with_hidden,
 )
-from adept_fast.families.silence import Family, describe
+from adept_fast.families.same import same_layers
 
 __all__ = [
     "Family",
@@ -30,6 +31,7 @@ __all__ = [
     "last_hidden",
     "layers_path",
     "replaced_forward",
+    "same_layers",
     "text_config",
     "with_hidden",
 ]

@@ -1,26 +1,115 @@
-"""The config of an expanded model: the layer count and every field that says something per layer."""
+"""The config of an expanded model: the layer count and every field that says something about single layers.
+
+An allowlist of fields by what they hold, as lists of indices and of layers can have the same length. A field that is not on it and
+matters comes out in `same_layers`, which compares the layers that both configs build.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ONE_A_LAYER = ("layer_types", "no_rope_layers")  # an allowlist, as lists of indices can have that length too
+ONE_A_LAYER = (
+    *("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "attention_layers", "no_rope_layers"),
+    *("layer_rope_theta", "num_attention_heads_per_layer"),
+)
+INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
+FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")  # how many
+LAST_INDEX = ("moe_layer_end_index",)
+COUNTS = ("num_hidden_layers", "num_blocks")
+OVERRIDES = "per_layer_config"  # {"3": {field: value}}, which transformers keeps behind a property
+
+
+class _Positions:
+    """Where the layers of a model with `count` of them stand after a copy of each of `layers` is put right after it."""
+
+    def __init__(self, layers: Sequence[int], count: int) -> None:
+        self.layers, self.count = frozenset(layers), count
+
+    def of(self, index: int) -> list[int]:
+        """The new indices of a layer: its own, and its copy's."""
+        own = index + sum(layer < index for layer in self.layers)
+        return [own, own + 1] if index in self.layers else [own]
+
+    def one_a_layer(self, values: Sequence[Any]) -> list[Any]:
+        return [value for index, value in enumerate(values) for _ in self.of(index)]
+
+    def indices(self, values: Sequence[int]) -> list[int]:
+        return [new for index in values for new in self.of(index)]
+
+    def first_layers(self, number: int) -> int:
+        return number + sum(layer < number for layer in self.layers)
+
+    def last_index(self, index: int) -> int:
+        return index if index < 0 else self.of(min(index, self.count - 1))[-1]
+
+    def overrides(self, values: Mapping[str, Any]) -> dict[int, Any]:
+        return {new: value for key, value in values.items() for new in self.of(int(key))}
 
 
 def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
     """A copy of `config` (the whole one, of a multimodal model too) for the model with a copy right after each of `layers`.
 
-    layers: indices in the unexpanded model, ascending, each once.
+    layers: indices in the unexpanded model, each once.
     """
     expanded = copy.deepcopy(config)
     text = expanded.get_text_config(decoder=True)
-    entries = {key: list(value) for key in ONE_A_LAYER if isinstance(value := getattr(text, key, None), list)}
-    text.num_hidden_layers += len(layers)
-    for key, values in entries.items():
-        setattr(text, key, [value for index, value in enumerate(values) for _ in range(2 if index in layers else 1)])
+    count = text.num_hidden_layers
+    at = _Positions(layers, count)
+    changes: dict[str, Any] = {}
+    for keys, change, kind in (
+        (ONE_A_LAYER, at.one_a_layer, list),
+        (INDICES, at.indices, list),
+        (FIRST_LAYERS, at.first_layers, int),
+        (LAST_INDEX, at.last_index, int),
+    ):
+        changes |= {key: change(value) for key in keys if isinstance(value := vars(text).get(key), kind)}
+    for key, rewrite in REWRITTEN.items():
+        if vars(text).get(key) is not None:
+            changes |= rewrite(text, at)
+    overrides = text.to_dict().get(OVERRIDES)
+    vars(text).update(changes)
+    for key in COUNTS:
+        if getattr(text, key, None) == count:
+            setattr(text, key, count + len(at.layers))
+    if overrides:
+        text.per_layer_config = at.overrides(overrides)
     return expanded
+
+
+def _sparse_step(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
+    """Every n-th layer is sparse -> the others are named."""
+    step = text.decoder_sparse_step
+    dense = [index for index in range(at.count) if index in text.mlp_only_layers or (index + 1) % step]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": at.indices(dense)}
+
+
+def _cyclic_types(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
+    """A pattern that is repeated to the end -> one entry a layer."""
+    return {"block_types": at.one_a_layer([text.block_types[index % len(text.block_types)] for index in range(at.count)])}
+
+
+def _attention_types(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
+    """[[pattern, times], ...] -> the whole as a pattern, once."""
+    return {"attention_types": [[at.one_a_layer(text.attention_layers), 1]]}
+
+
+def _scale_depth(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
+    """scale_depth / sqrt(layers) multiplies each branch: the factor that keeps the quotient, to the last bit."""
+    wanted, root = text.scale_depth / math.sqrt(at.count), math.sqrt(at.count + len(at.layers))
+    value = wanted * root
+    near = [value, math.nextafter(value, math.inf), math.nextafter(value, 0)]
+    return {"scale_depth": min(near, key=lambda candidate: abs(candidate / root - wanted))}
+
+
+REWRITTEN: Mapping[str, Callable[[Any, _Positions], dict[str, Any]]] = {
+    "decoder_sparse_step": _sparse_step,
+    "block_types": _cyclic_types,
+    "attention_types": _attention_types,
+    "scale_depth": _scale_depth,
+}

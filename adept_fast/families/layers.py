@@ -20,14 +20,17 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Path of the decoder layers: the outermost module list with config.num_hidden_layers entries."""
+    """Path of the decoder layers: of the text decoder's, the outermost module list with config.num_hidden_layers entries."""
     count = getattr(text_config(model), "num_hidden_layers", None)
-    if model.config.is_encoder_decoder:
-        raise UnsupportedFamilyError(f"{model.config.model_type}: an encoder-decoder; adept_fast is for decoder-only models")
+    if model.config.is_encoder_decoder or hasattr(text_config(model), "decoder_layers"):
+        raise UnsupportedFamilyError(
+            f"{model.config.model_type}: an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models"
+        )
     found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
         raise UnsupportedFamilyError(f"{model.config.model_type}: no list of {count} decoder layers found")
-    return min(found, key=lambda name: name.count("."))
+    decoder = model.get_decoder()  # the text model of a multimodal one
+    return min(found, key=lambda name: (model.get_submodule(name) not in decoder.modules(), name.count(".")))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

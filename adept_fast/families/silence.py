@@ -1,73 +1,243 @@
-"""What makes a copy of a layer silent: which of its parameters and buffers to fill, and with what."""
+"""What makes a copy of a layer silent, read off the layer's own computation.
+
+A layer is silent when its output is its input, bit for bit. Its autograd graph, walked from the output, says how: a sum of the input
+and of branches needs the input untouched and each branch 0; a branch is 0 when the last factor of it that is a parameter is 0. That is
+the output projection (weight and bias) in pre-norm layers, and the gain of the norm behind it in post-norm ones, where a zeroed
+projection would be silent too, but whose first updates the norm would amplify. The graph is that of a model without values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.families.layers import layers_path
+from adept_fast.families.layers import hidden_of, layers_path, replaced_forward, with_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUTPUT_PROJECTIONS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "fc_out"})
-PRE_NORMS = frozenset({"input_layernorm", "post_attention_layernorm", "ln_1", "ln_2"})
-REFUSED = {
-    "gemma3n": "its layers share key-value caches and per-layer embeddings",
-    "gpt2": "its attention scale can depend on the layer's index",
-    "jamba": "its kinds of layer alternate with a fixed period",
-    "minicpm3": "its residual scale depends on the number of layers",
-    "diffllama": "its attention depends on the layer's depth",
-    "rwkv": "its recurrent state is kept per layer index",
-    "ctrl": "it has no list of residual layers",
-    "openai-gpt": "it normalises after each residual sum",
-    "zamba": "it shares blocks between layers",
-}
+TOKENS = 4
+PRODUCTS = frozenset({"Mul", "Mm", "Bmm", "Mv", "Linear", "GroupedMm", "Convolution"})
+BIASED_PRODUCTS = frozenset({"Addmm", "Baddbmm", "Addbmm", "Addmv"})  # bias, factor, factor
+NORMS = frozenset({"NativeLayerNorm", "FusedRmsNorm", "NativeGroupNorm"})  # input, gain, bias
+SUMS = frozenset({"Add", "Sub", "Cat", "Stack", "IndexAdd", "ScatterAdd", "IndexPut", "IndexCopy", "Scatter", "Where", "CopySlices"})
+SAME = frozenset(  # the same numbers, perhaps elsewhere
+    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Slice", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
+    | {"NativeDropout"}
+)
+ZERO_TO_ZERO = SAME | frozenset(
+    {"Div", "Neg", "Sum", "Mean", "Select", "Index", "Gather", "IndexSelect", "Expand", "Repeat", "Split", "SplitWithSizes", "Unbind"}
+    | {"AsStrided", "ConstantPadNd", "MaskedFill", "Tanh", "Relu", "Silu", "Gelu", "Copy"}
+)
+_KIND = re.compile(r"Backward\d*$")
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
 
 
 @dataclass(frozen=True)
-class Family:
-    """layers: path of the layer list. silent: per layer, which parameters and buffers (names within the layer) to fill with which
-    value, so that a copy of the layer passes the residual stream through unchanged."""
+class Silence:
+    """How a copy of one layer is made silent. fill: parameters and buffers, named within the layer, and the value to fill each with.
 
-    name: str
-    layers: str
-    silent: tuple[Mapping[str, float], ...]
-
-
-def describe(model: PreTrainedModel) -> Family:
-    """The family of a model (meta tensors are enough) whose copies can be made silent.
-
-    Raises UnsupportedFamilyError with the reason otherwise.
+    gains: those of them that are gains (elementwise factors) rather than projections: the gates of a post-norm copy.
     """
-    name = model.config.model_type
-    if name in REFUSED:
-        raise UnsupportedFamilyError(f"{name}: cannot be expanded: {REFUSED[name]}")
-    path = layers_path(model)
-    return Family(name, path, tuple(_silent(name, layer) for layer in model.get_submodule(path)))
+
+    fill: Mapping[str, float] = field(default_factory=dict)
+    gains: frozenset[str] = frozenset()
+
+    def __or__(self, other: Silence) -> Silence:
+        return Silence({**self.fill, **other.fill}, self.gains | other.gains)
 
 
-def _silent(family: str, layer: nn.Module) -> dict[str, float]:
-    def refuse(reason: str) -> UnsupportedFamilyError:
-        return UnsupportedFamilyError(f"{family}: cannot be expanded: {reason}")
+class _Refused(Exception):
+    """Why a value cannot be made 0, or cannot be made the layer's input."""
 
-    silent: dict[str, float] = {}
-    for name, child in layer.named_children():
-        if "norm" in name or name.startswith("ln_"):
-            if name not in PRE_NORMS:
-                raise refuse(f"the norm {name!r} stands after a branch (post-norm), which would amplify the first updates of a silent copy")
-            continue
-        writing = [inner for inner, _ in child.named_modules() if inner.rpartition(".")[2] in OUTPUT_PROJECTIONS]
-        if any(parameter.ndim > 2 for parameter in child.parameters()):
-            raise refuse(f"{name!r} holds experts or convolutions")
-        if len(writing) == 1:
-            silent |= {f"{name}.{writing[0]}.{inner}": 0.0 for inner, _ in child.get_submodule(writing[0]).named_parameters()}
-        elif any(True for _ in child.parameters()):
-            raise refuse(f"{name!r} has {len(writing)} known output projections instead of one")
-    if not silent:
-        raise refuse("no output projection found in its layers")
-    return silent
+
+def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
+    """One per layer. `model` may hold meta tensors. Raises UnsupportedFamilyError with the reason."""
+    from transformers.initialization import no_init_weights
+
+    own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, no_init_weights():
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+    twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
+    layers = twin.get_submodule(path)
+    traces: dict[int, tuple[Tensor, Any]] = {}  # entry and output of the first layer of each signature
+    first: dict[tuple, int] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(_traced(layer, first.setdefault(_signature(layer), index), traces))
+        try:
+            with mode, torch.enable_grad():
+                twin(input_ids=torch.zeros((1, TOKENS), dtype=torch.int64), use_cache=False)
+        except DataDependentOutputException:
+            raise UnsupportedFamilyError(f"{name}: cannot be expanded: what it computes depends on values, not on shapes alone") from None
+    found = {}
+    for index in first.values():
+        where = f"{name}: cannot be expanded: layer {index}"
+        if index not in traces:
+            raise UnsupportedFamilyError(f"{where} takes no part when the input is text")
+        found[index] = _Walk(own[index], layers[index], traces[index][0]).silence(traces[index][1], where)
+    return tuple(found[first[_signature(layer)]] for layer in layers)
+
+
+def _signature(layer: nn.Module) -> tuple:
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+@contextmanager
+def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]]) -> Iterator[None]:
+    """Let the layer record its computation, or pass its input through where one of its kind has; either way the next one gets it as is."""
+    forward = layer.forward
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if first not in traces:
+            entry = hidden.detach().requires_grad_()
+            traces[first] = entry, forward(entry, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": entry})
+        return with_hidden(traces[first][1], hidden)
+
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.requires_grad_(True)
+    with replaced_forward(layer, traced):
+        yield
+
+
+class _Walk:
+    """The computation of one layer from its entry (a leaf) to its output. own: the layer with values, for probing its norms."""
+
+    def __init__(self, own: nn.Module, layer: nn.Module, entry: Tensor) -> None:
+        self.own, self.entry = own, entry
+        self.parameters = {id(parameter): name for name, parameter in layer.named_parameters()}
+        self.names = {**self.parameters, **{id(buffer): name for name, buffer in layer.named_buffers()}}
+
+    def silence(self, output: Any, where: str) -> Silence:
+        try:
+            found = self.unchanged(getattr(hidden_of(output), "grad_fn", None))
+        except _Refused as reason:
+            raise UnsupportedFamilyError(f"{where}: {reason}") from None
+        if not found.fill:
+            raise UnsupportedFamilyError(f"{where}: it has no branch")
+        return Silence({twin: value for name, value in found.fill.items() for twin in self._alike(name)}, found.gains)
+
+    def unchanged(self, node: Any) -> Silence:
+        """What makes a value the layer's input."""
+        kind = _kind(node)
+        if kind == "AccumulateGrad" and node.variable is self.entry:
+            return Silence()
+        if kind == "Add":
+            for kept, branch in ((0, 1), (1, 0)):
+                try:
+                    stream = self.unchanged(node.next_functions[kept][0])
+                except _Refused as reason:
+                    refused = reason
+                    continue
+                return stream | self.zero(node.next_functions[branch][0])
+            raise refused
+        if kind in SAME:
+            return self.unchanged(_inputs(node)[0])
+        if kind == "Mul":
+            return self._unscaled(node)
+        raise _Refused(f"its output is not its input plus branches (found {kind or 'a constant'} on the way)")
+
+    def _unscaled(self, node: Any) -> Silence:
+        functions = [function for function, _ in node.next_functions]
+        for stream, factor in (functions, functions[::-1]):
+            if factor is None and stream is not None and _constant(node) == 1:
+                return self.unchanged(stream)
+            if stream is not None and (name := self._leaf(factor)[0]):
+                return self.unchanged(stream) | Silence({name: 1.0})
+        raise _Refused("it scales the residual stream")
+
+    def zero(self, node: Any) -> Silence:
+        """What makes a value 0."""
+        kind, inputs = _kind(node), _inputs(node)
+        if node is None:  # a constant: the zeros that sums start from; the logits check sees others
+            return Silence()
+        if kind == "AccumulateGrad":
+            if id(node.variable) not in self.parameters:
+                raise _Refused("its input reaches its output on two ways" if node.variable is self.entry else "a branch ends in a buffer")
+            return Silence({self.parameters[id(node.variable)]: 0.0})
+        if kind in NORMS and len(inputs) > 1:
+            affine = self._all(inputs[1:])
+            return Silence(affine.fill, frozenset(affine.fill))
+        if kind in BIASED_PRODUCTS:
+            return self.zero(node.next_functions[0][0]) | self._product(_inputs(node, 1), kind)
+        if kind in PRODUCTS:
+            return self._product(inputs, kind)
+        if kind in SUMS:
+            return self._all(inputs)
+        if kind in ZERO_TO_ZERO or kind in NORMS:
+            return self.zero(inputs[0])
+        raise _Refused(f"a branch ends in {kind}, not in a projection or a gain")
+
+    def _all(self, nodes: list[Any]) -> Silence:
+        found = Silence()
+        for node in nodes:
+            found |= self.zero(node)
+        return found
+
+    def _product(self, factors: list[Any], kind: str) -> Silence:
+        for factor in factors:
+            name, shifted = self._leaf(factor)
+            if name in self.parameters.values():
+                bias = self._all(factors[2:]) if kind in ("Convolution", "Linear") else Silence()
+                value = self._vanishing(name) if shifted else 0.0
+                return bias | Silence({name: value}, frozenset({name}) if kind == "Mul" else frozenset())
+        refused = _Refused("a branch ends in a product of constants")
+        for factor in factors:
+            try:
+                return self.zero(factor)
+            except _Refused as reason:
+                refused = reason
+        raise refused
+
+    def _leaf(self, node: Any) -> tuple[str | None, bool]:
+        """The parameter or buffer that a value is, and whether a constant is added to it."""
+        shifted = False
+        while _kind(node) in ZERO_TO_ZERO or (_kind(node) == "Add" and len(_inputs(node)) == 1):
+            shifted |= _kind(node) == "Add"
+            node = _inputs(node)[0]
+        return (self.names.get(id(node.variable)) if _kind(node) == "AccumulateGrad" else None), shifted
+
+    def _vanishing(self, name: str) -> float:
+        """The gain with which the norm that owns it gives 0, found by trying: -1 where it multiplies by 1 + gain."""
+        path, _, gain = name.rpartition(".")
+        norm = copy.deepcopy(self.own.get_submodule(path))
+        norm = (norm.to_empty(device="cpu") if norm.get_parameter(gain).is_meta else norm.cpu()).float()
+        shape = norm.get_parameter(gain).shape
+        with torch.no_grad():
+            for value in (0.0, -1.0):
+                norm.get_parameter(gain).fill_(value)
+                if not norm(torch.linspace(-1, 2, 2 * shape.numel()).view(2, *shape)).any():
+                    return value
+        raise _Refused(f"neither 0 nor -1 for the gain {name} makes its norm give 0")
+
+    def _alike(self, name: str) -> list[str]:
+        """The name and those that differ in indices only: the other experts of a list, which the traced tokens need not have reached."""
+        pattern = re.compile(r"\d+".join(map(re.escape, _INDEX.split(name))))
+        return [other for other in self.names.values() if pattern.fullmatch(other)]
+
+
+def _kind(node: Any) -> str:
+    return "" if node is None else _KIND.sub("", type(node).__name__)
+
+
+def _inputs(node: Any, start: int = 0) -> list[Any]:
+    return [] if node is None else [function for function, _ in node.next_functions[start:] if function is not None]
+
+
+def _constant(node: Any) -> float | None:
+    """The number that a Mul multiplies by, where it is a plain one."""
+    other = getattr(node, "_saved_other", None)
+    return float(other) if isinstance(other, Tensor) and other.ndim == 0 else None

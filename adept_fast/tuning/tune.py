@@ -171,7 +171,7 @@ def tune_checkpoint(
         trainer.train(resume_from_checkpoint=last)
     model.adept_config = replace(model.adept_config, inputs=dict(inputs or {}))
     path = layers_path(model)
-    copies = tuple(f"{path}.{layer}." for layer in model.adept_config.copies)
+    copies = tuple(f"{path}.{layer}." for layer in model.adept_config.trained)
 
     def prove(written: Path) -> None:
         touched = [name for name in checkpoint.differing_tensors(expanded, written) if not name.startswith(copies)]
