@@ -19,6 +19,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "saliency": ("triton", "torch"),
     "linear_cross_entropy": ("cpu", "torch"),
 }
+OVERRIDE = "ADEPT_FAST_BACKEND"
 OLDEST = (8, 0)  # compute capability
 
 
@@ -133,10 +134,10 @@ def resolve(operation: str, device: torch.device, forced: str | None = None) -> 
     RuntimeError, with the remedy, where that backend is missing, lacks the operation or cannot run on the device.
     """
     implemented = IMPLEMENTED[operation]
-    name = forced or os.environ.get("ADEPT_FAST_BACKEND")
+    name = forced or os.environ.get(OVERRIDE)
     if not name:
         return next(candidate for candidate in implemented if _fits(candidate, device) and _FIND[candidate]().found)
-    asked = f"backend={name!r}" if forced else f"ADEPT_FAST_BACKEND={name}"
+    asked = f"backend={name!r}" if forced else f"{OVERRIDE}={name}"
     if name not in _FIND:
         raise InputError(f"{asked}: no such backend; choose one of {', '.join(_FIND)}")
     if name not in implemented:

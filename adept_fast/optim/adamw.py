@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from adept_fast.errors import InputError
 from adept_fast.optim import shards
 from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments
 from adept_fast.optim.launch import in_memory, launch, sum_of_squares
+from adept_fast.optim.plan import Plan, Row, plan_of
 from adept_fast.optim.state import (
+    EDITED,
     MASTER_KEYS,
     RATES,
     Kept,
@@ -29,6 +31,9 @@ from adept_fast.reference import AdamWOptions, Update, clip_scale, needs_master
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
+    from adept_fast.optim.layout import Pair
+
+    Described = tuple[Update, Sequence[Pair], shards.Mesh | None, tuple[torch.device, str]]
 
 # torch 2.8's name, and the one that followed it.
 _check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None) or (
@@ -101,6 +106,7 @@ class AdamW(torch.optim.Optimizer):
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self._written: dict[Tensor, int] = {}
+        self._plans: dict[int, tuple[tuple[Any, ...], dict[int, Plan | None]]] = {}  # per group: what they rely on, by position
         defaults = {
             "lr": lr,
             "betas": tuple(_scalar(beta) for beta in betas),
@@ -192,21 +198,20 @@ class AdamW(torch.optim.Optimizer):
     def _update(self) -> None:
         work: dict[tuple[torch.device, str], list[Update]] = {}
         copies, grads, meshes, first = [], [], [], 0
-        for group in self.param_groups:
-            columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
-            self._init_group(group, first, *columns)
-            first += len(group["params"])
+        described = self._described if torch.compiler.is_compiling() or self.defaults["differentiable"] else self._planned
+        for number, group in enumerate(self.param_groups):
             lr, beta1, beta2 = _scalar(group["lr"]), *group["betas"]
             options = AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights)
-            for *tensors, dim, first_index, seed, mesh, backend in zip(*columns, strict=True):
-                update, copied = in_memory(*tensors, dim, first_index, seed, options)
-                key = (update.param.device, backend)
-                if key not in work:
-                    work[key] = []
-                work[key].append(update)
-                copies.extend(copied)
-                grads.append(update.grad)
-                meshes.append(mesh)
+            for update, copied, mesh, place in described(number, group, first, options):
+                if place not in work:
+                    work[place] = []
+                work[place].append(update)
+                if copied:
+                    copies.extend(copied)
+                if self.max_grad_norm is not None:
+                    grads.append(update.grad)
+                    meshes.append(mesh)
+            first += len(group["params"])
         if not work:
             return
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -223,58 +228,87 @@ class AdamW(torch.optim.Optimizer):
                     if param.grad is not None:
                         self._written[param] = param._version
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        first: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor | None],
-        masters: list[Tensor | None],
-        steps: list[Tensor],
-        multipliers: list[Tensor | None],
-        dims: list[int],
-        first_indices: list[int],
-        seeds: list[int],
-        meshes: list[shards.Mesh | None],
-        backend_names: list[str],
-    ) -> None:
-        """Create what state is missing and append a row to the columns for each parameter with a gradient; of sharded ones, this process's
-        part. torch.compile knows this name and its form: it runs it while it traces, and guards what it returns."""
-        if any(param.grad is not None and param.grad.layout != torch.strided for param in group["params"]):
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+    def _planned(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
+        """(update, copies to write back, mesh, (device, backend)) of each parameter with a gradient, by its plan where that still holds."""
+        flags = (group["amsgrad"], group["capturable"], group["fused"])
+        settings = (self.backend, os.environ.get(backends.OVERRIDE), self.state_dtype, self.master_weights, first, flags)
+        if number not in self._plans or self._plans[number][0] != settings:
+            self._plans[number] = settings, {}
+        plans = self._plans[number][1]
+        dense = False
         for position, param in enumerate(group["params"]):
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
-            name = self._backend(group, param)
-            state = self._state(group, param, name)
-            rates, dim = group.get(RATES, {}).get(position, (None, 0))
-            if rates is not None:
-                if rates.shape != param.shape[dim : dim + rates.ndim]:
-                    raise InputError(
-                        f"unit_lr: multipliers of shape {tuple(rates.shape)} from dim={dim} no longer fit parameter {position} of its "
-                        f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
-                    )
-                if rates.device != param.device:
-                    rates = rates.to(param.device)
-                    group[RATES][position] = (rates, dim)
-            shard = shards.shard_of(param)
-            params.append(shards.local(param))
-            grads.append(shards.local(param.grad, param))
-            exp_avgs.append(shards.local(state["exp_avg"]))
-            exp_avg_sqs.append(shards.local(state["exp_avg_sq"]))
-            max_exp_avg_sqs.append(shards.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None)
-            key = self._kept(group, param, name).master_key
-            masters.append(None if key is None else shards.local(state[key]))
-            steps.append(state["step"])
-            multipliers.append(rates if shard is None or rates is None else shard.multipliers(rates, dim))
-            dims.append(dim)
-            first_indices.append(0 if shard is None else shard.first_index)
-            seeds.append(first + position)
-            meshes.append(None if shard is None else shard.mesh)
-            backend_names.append(name)
+            plan = plans.get(position)
+            rates = group[RATES].get(position) if RATES in group else None
+            if plan is not None and plan.holds(param, grad, self.state[param], rates):
+                if plan.master_key in EDITED:
+                    self._reset_if_edited(param, plan.master_key)
+                yield Update(param, grad, *plan.kept, options), (), None, plan.place
+                continue
+            dense = dense or _refuse_sparse(group)
+            row = self._row(group, position, param, first)
+            update, copies = in_memory(row, options)
+            key = self._kept(group, param, row.backend).master_key
+            plans[position] = plan_of(param, row, update, key, group[RATES].get(position) if RATES in group else None)
+            yield update, copies, row.mesh, (update.param.device, row.backend)
+
+    def _described(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
+        """The same without plans, through a method that torch.compile knows."""
+        columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
+        self._init_group(group, first, *columns)
+        for fields in zip(*columns, strict=True):
+            row = Row(*fields)
+            update, copies = in_memory(row, options)
+            yield update, copies, row.mesh, (update.param.device, row.backend)
+
+    def _init_group(self, group: dict[str, Any], first: int, *columns: list[Any]) -> None:
+        """Append to the columns, one per field of Row, a row for each parameter with a gradient. torch.compile runs a method of this name
+        while it traces, and guards what the lists then hold."""
+        _refuse_sparse(group)
+        for position, param in enumerate(group["params"]):
+            if param.grad is not None:
+                for column, value in zip(columns, self._row(group, position, param, first), strict=True):
+                    column.append(value)
+
+    def _row(self, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
+        """A parameter with its gradient, state (created where missing) and rates; of a sharded one, this process's part."""
+        backend = self._backend(group, param)
+        state, kept = self.state[param], self._kept(group, param, backend)
+        create_missing(state, param, kept, group["amsgrad"])
+        self._reset_if_edited(param, kept.master_key)
+        rates, dim = group.get(RATES, {}).get(position, (None, 0))
+        if rates is not None:
+            if rates.shape != param.shape[dim : dim + rates.ndim]:
+                raise InputError(
+                    f"unit_lr: multipliers of shape {tuple(rates.shape)} from dim={dim} no longer fit parameter {position} of its "
+                    f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
+                )
+            if rates.device != param.device:
+                rates = rates.to(param.device)
+                group[RATES][position] = (rates, dim)
+        shard = shards.shard_of(param)
+        return Row(
+            shards.local(param),
+            shards.local(param.grad, param),
+            shards.local(state["exp_avg"]),
+            shards.local(state["exp_avg_sq"]),
+            shards.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
+            None if kept.master_key is None else shards.local(state[kept.master_key]),
+            state["step"],
+            rates if shard is None or rates is None else shard.multipliers(rates, dim),
+            dim,
+            0 if shard is None else shard.first_index,
+            first + position,
+            None if shard is None else shard.mesh,
+            backend,
+        )
+
+    def _reset_if_edited(self, param: Tensor, master_key: str | None) -> None:
+        """Zero a remainder or compensation whose parameter was written to since the last step."""
+        if master_key in EDITED and self._written.get(param, param._version) != param._version:
+            self.state[param][master_key].zero_()
 
     def _backend(self, group: dict[str, Any], param: Tensor) -> str:
         """What updates `param`; native code and Triton keep to fp32, bf16 and fp16 on GPUs, fp64 is left to plain torch there."""
@@ -282,18 +316,10 @@ class AdamW(torch.optim.Optimizer):
             return "torch"
         name = backends.resolve("adamw", param.device, self.backend)
         if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, self.state_dtype)):
-            if self.backend or os.environ.get("ADEPT_FAST_BACKEND"):
+            if self.backend or os.environ.get(backends.OVERRIDE):
                 raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
             return "torch"
         return name
-
-    def _state(self, group: dict[str, Any], param: Tensor, backend: str) -> dict[str, Any]:
-        """The state of `param`, with what is missing created, and a remainder or compensation that an edit made stale reset."""
-        state, kept = self.state[param], self._kept(group, param, backend)
-        create_missing(state, param, kept, group["amsgrad"])
-        if kept.master_key in ("remainder", "compensation") and self._written.get(param, param._version) != param._version:
-            state[kept.master_key].zero_()
-        return state
 
     def _kept(self, group: dict[str, Any], param: Tensor, backend: str) -> Kept:
         """How the state of `param` is kept here."""
@@ -331,7 +357,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
-        self._written = {}
+        self._written, self._plans = {}, {}
         for group in self.param_groups:
             for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
                 group.setdefault(name, self.defaults[name])
@@ -350,3 +376,9 @@ class AdamW(torch.optim.Optimizer):
 
 def _scalar(value: float | Tensor) -> float | Tensor:
     return value.squeeze() if isinstance(value, Tensor) else value
+
+
+def _refuse_sparse(group: dict[str, Any]) -> bool:
+    if any(param.grad is not None and param.grad.layout != torch.strided for param in group["params"]):
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+    return True

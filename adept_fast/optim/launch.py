@@ -14,29 +14,18 @@ from torch import Tensor
 
 from adept_fast import reference
 from adept_fast.optim.layout import Pair, in_one_order, unit_walk
+from adept_fast.optim.plan import Row
 from adept_fast.reference import AdamWOptions, Update
 
 Backend = Callable[[Sequence[Update], Tensor | None, Tensor | None], None]
 _MODULES = {"cuda": "adept_fast.optim.cuda", "triton": "adept_fast.kernels.adamw", "cpu": "adept_fast.optim.cpu"}
 
 
-def in_memory(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    master: Tensor | None,
-    step: Tensor,
-    multipliers: Tensor | None,
-    dim: int,
-    first_index: int,
-    seed: int,
-    options: AdamWOptions,
-) -> tuple[Update, list[Pair]]:
+def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
     """The update with all tensors real and in one memory order, and (original, copy) of those that were copied for that and are written to.
 
-    `multipliers` covers dimensions dim .. dim + ndim - 1 of `param`."""
+    `row.multipliers` covers dimensions dim .. dim + ndim - 1 of the parameter."""
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers, dim, first_index, seed = row[:11]
     if param.numel() == 0:
         multipliers = None
     walk = None if multipliers is None else unit_walk(param, multipliers, dim)
@@ -76,7 +65,9 @@ def _run(backend: str, updates: Sequence[Update], grad_scale: Tensor | None, fou
         return
     import_module(_MODULES[backend]).adamw(updates, grad_scale, found_inf)
     # Autograd and the check for edits see writes by this counter alone.
-    torch.autograd.graph.increment_version([x for u in updates for x in (*u[:1], *u[2:7]) if x is not None])
+    columns = list(zip(*updates, strict=True))
+    optional = [x for column in columns[4:6] for x in column if x is not None]
+    torch.autograd.graph.increment_version([*columns[0], *columns[2], *columns[3], *columns[6], *optional])
 
 
 def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from adept_fast.optim.shards import is_sharded
 
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
+EDITED = ("remainder", "compensation")  # what an edit of the parameter makes stale
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
 
