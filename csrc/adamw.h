@@ -103,9 +103,14 @@ ADEPT_FAST_INLINE T adamw_moving(T weight, T grad, T& m, T& v, T& vmax, const Co
 
 // The same; the old weight where the unit is frozen.
 template <bool kAmsgrad, class T>
-ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate) {
+ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate, bool frozen) {
     const T moved = adamw_moving<kAmsgrad>(weight, grad, m, v, vmax, c, rate);
-    return rate.decay < static_cast<T>(0) ? weight : moved;
+    return frozen ? weight : moved;
+}
+
+template <bool kAmsgrad, class T>
+ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate) {
+    return adamw<kAmsgrad>(weight, grad, m, v, vmax, c, rate, rate.decay < static_cast<T>(0));
 }
 
 // An exact fp32 weight kept as bf16 and a signed 16-bit remainder: bits = 2^16 * param + remainder. A tie rounds away from zero, because

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -50,10 +51,16 @@ void for_each_chunk(std::int64_t count, int threads, const F& body) {
 
 template <class T>
 void fill_rates(const Work& work, const float* multipliers, T* decay, T* step) {
-    for (std::int64_t i = 0; i < work.tensor.length; ++i) {
+    const std::int64_t length = work.tensor.length;
+    for (std::int64_t i = 0; i < length; ++i) {
         const Rate<T> rate = unit_rate<T>(work.scalars, multipliers[i]);
         decay[i] = rate.decay;
         step[i] = rate.step;
+    }
+    if (std::is_same_v<T, float> && work.tensor.inner == 1) {
+        for (T* rates : {decay, step}) {
+            for (std::int64_t i = 0, even = (length + 1) / 2; i < length; ++i) rates[length + (i % 2 == 0 ? 0 : even) + i / 2] = rates[i];
+        }
     }
 }
 
@@ -69,7 +76,7 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
         }
         rates += t.length > 1 ? 2 * t.length : 0;
     }
-    std::vector<double> scratch(static_cast<std::size_t>(rates));  // room for fp64, used as fp32 by most
+    std::vector<double> scratch(static_cast<std::size_t>(rates));  // room for fp64, or for fp32 twice
     double* free = scratch.data();
     std::vector<Work> work;
     work.reserve(static_cast<std::size_t>(count));

@@ -6,7 +6,8 @@
 
 namespace adept_fast {
 
-// One tensor in one step. decay and step: the unit rates, `length` values of the arithmetic's type each; null where there is one unit.
+// One tensor in one step. decay and step: the unit rates, `length` values of the arithmetic's type each, and where that is fp32 once more,
+// those of even units before those of odd ones; null where there is one unit.
 struct Work {
     Tensor tensor;
     StepScalars scalars;

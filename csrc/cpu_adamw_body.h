@@ -229,12 +229,25 @@ void range(const Work& work, std::int64_t first, std::int64_t n, const Constants
     std::int64_t i = 0;
     if constexpr (std::is_same_v<Rates, OneRate<float>>) {
         if (rates.store() && in_pairs(t, c)) {
-            pairs_of_mode(work, first, n / 2, c, rates.rate);
+            pairs_of_mode(work, first, n / 2, c, SameRates{rates.rate});
             i = n / 2 * 2;
         }
     }
     for (; i + kTile <= n; i += kTile) tile(work, first + i, Whole{}, c, rates.from(i));
     if (i < n) tile(work, first + i, n - i, c, rates.from(i));
+}
+
+// Elements that begin with one of `unit` and have a unit each.
+template <class T>
+void columns(const Work& work, std::int64_t first, std::int64_t n, const Constants<T>& c, RateEach<T> units, std::int64_t unit) {
+    std::int64_t i = 0;
+    if constexpr (std::is_same_v<T, float>) {
+        if (in_pairs(work.tensor, c)) {
+            pairs_of_mode(work, first, n / 2, c, paired_rates(work, unit));
+            i = n / 2 * 2;
+        }
+    }
+    range(work, first + i, n - i, c, units.from(unit + i));
 }
 
 template <class T>
@@ -251,7 +264,7 @@ void update(const Work& work, std::int64_t first, std::int64_t count) {
     if (run >= kTile) {
         for (const std::int64_t end = first + count; first < end;) {
             const std::int64_t left = t.inner == 1 ? t.length - unit : t.inner - rest, n = left < end - first ? left : end - first;
-            t.inner == 1 ? range(work, first, n, c, units.from(unit)) : range(work, first, n, c, OneRate<T>{units[unit]});
+            t.inner == 1 ? columns(work, first, n, c, units, unit) : range(work, first, n, c, OneRate<T>{units[unit]});
             first += n;
             unit = t.inner == 1 || unit + 1 == t.length ? 0 : unit + 1;
             rest = 0;

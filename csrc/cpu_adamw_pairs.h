@@ -49,9 +49,29 @@ bool in_pairs(const Tensor& t, const Constants<float>& c) {
     return t.formats == all_bf16 && t.mode != kCopy && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
 }
 
-// 2 * count elements, all with one rate.
-template <std::int64_t kMode>
-void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<float> c, Rate<float> rate) {
+// The rates of pairs: one for all of them, or arrays of the first neighbours' and of the second ones'.
+struct SameRates {
+    Rate<float> rate;
+    SameRates from(std::int64_t) const { return *this; }
+};
+
+struct PairedRates {
+    const float *decay0, *step0, *decay1, *step1;
+    PairedRates from(std::int64_t i) const { return {decay0 + i, step0 + i, decay1 + i, step1 + i}; }
+};
+
+// Of pairs that begin with `unit`, in a tensor with a unit an element along its rows.
+PairedRates paired_rates(const Work& work, std::int64_t unit) {
+    const std::int64_t length = work.tensor.length, even = (length + 1) / 2;
+    const float *decay = static_cast<const float*>(work.decay) + length, *step = static_cast<const float*>(work.step) + length;
+    const PairedRates all{decay, step, decay + even, step + even};
+    return unit % 2 == 0 ? all.from(unit / 2) : PairedRates{all.decay1, all.step1, all.decay0 + 1, all.step0 + 1}.from(unit / 2);
+}
+
+// 2 * count elements. Where kEach is not set all have `rate`, which is not a frozen one.
+template <std::int64_t kMode, bool kEach>
+void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<float> c, Rate<float> rate, const float* __restrict decay0,
+           const float* __restrict step0, const float* __restrict decay1, const float* __restrict step1) {
     const Tensor t = work.tensor;
     const NoiseKey key = noise_key(static_cast<std::uint32_t>(t.seed), work.t);
     const std::uint64_t index = static_cast<std::uint64_t>(t.first_index + first);
@@ -72,8 +92,10 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
             w1 += from_bf16(kept.high());
         }
         float m0 = from_bf16(m.low()), m1 = from_bf16(m.high()), v0 = from_bf16(v.low()), v1 = from_bf16(v.high());
-        w0 = adamw_moving<false>(w0, from_bf16(grad.low()), m0, v0, none, c, rate);
-        w1 = adamw_moving<false>(w1, from_bf16(grad.high()), m1, v1, none, c, rate);
+        const Rate<float> rate0 = kEach ? Rate<float>{decay0[i], step0[i]} : rate, rate1 = kEach ? Rate<float>{decay1[i], step1[i]} : rate;
+        const bool frozen0 = kEach && rate0.decay < 0.0f, frozen1 = kEach && rate1.decay < 0.0f;
+        w0 = adamw<false>(w0, from_bf16(grad.low()), m0, v0, none, c, rate0, frozen0);
+        w1 = adamw<false>(w1, from_bf16(grad.high()), m1, v1, none, c, rate1, frozen1);
         store_pair(t.exp_avg, at, short_to_bf16(m0), short_to_bf16(m1));
         store_pair(t.exp_avg_sq, at, short_to_bf16(v0), short_to_bf16(v1));
         std::uint16_t p0 = short_to_bf16(w0), p1 = short_to_bf16(w1);
@@ -84,10 +106,14 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
             store_pair(t.master, at, r0, r1);
         } else if (kMode == kKahan) {
             const float lost0 = is_finite(w0) ? w0 - from_bf16(p0) : 0.0f, lost1 = is_finite(w1) ? w1 - from_bf16(p1) : 0.0f;
-            store_pair(t.master, at, short_to_bf16(lost0), short_to_bf16(lost1));
+            p0 = frozen0 ? param.low() : p0;
+            p1 = frozen1 ? param.high() : p1;
+            store_pair(t.master, at, frozen0 ? kept.low() : short_to_bf16(lost0), frozen1 ? kept.high() : short_to_bf16(lost1));
         } else if (kMode == kStochastic) {
             p0 = stochastic_bf16(w0, key, index + 2 * static_cast<std::uint64_t>(i));
             p1 = stochastic_bf16(w1, key, index + 2 * static_cast<std::uint64_t>(i) + 1);
+            p0 = frozen0 ? param.low() : p0;
+            p1 = frozen1 ? param.high() : p1;
         }
         store_pair(t.param, at, p0, p1);
     }
@@ -101,21 +127,32 @@ void fetch(const Tensor& t, std::int64_t first, std::int64_t n) {
     }
 }
 
-void pairs_of_mode(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, Rate<float> rate) {
+template <std::int64_t kMode>
+void pairs(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, SameRates same) {
+    pairs<kMode, false>(work, first, count, c, same.rate, nullptr, nullptr, nullptr, nullptr);
+}
+
+template <std::int64_t kMode>
+void pairs(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, PairedRates each) {
+    pairs<kMode, true>(work, first, count, c, {}, each.decay0, each.step0, each.decay1, each.step1);
+}
+
+template <class Rates>
+void pairs_of_mode(const Work& work, std::int64_t first, std::int64_t count, const Constants<float>& c, Rates rates) {
     constexpr std::int64_t kAhead = 512;
     if (count > kAhead) {
         for (std::int64_t i = 0; i < count; i += kAhead) {
             const std::int64_t n = kAhead < count - i ? kAhead : count - i;
             fetch(work.tensor, first + 2 * (i + n), 2 * (count - i - n < kAhead ? count - i - n : kAhead));
-            pairs_of_mode(work, first + 2 * i, n, c, rate);
+            pairs_of_mode(work, first + 2 * i, n, c, rates.from(i));
         }
         return;
     }
     switch (work.tensor.mode) {
-        case kRemainder: return pairs<kRemainder>(work, first, count, c, rate);
-        case kKahan: return pairs<kKahan>(work, first, count, c, rate);
-        case kStochastic: return pairs<kStochastic>(work, first, count, c, rate);
-        default: return pairs<kDirect>(work, first, count, c, rate);
+        case kRemainder: return pairs<kRemainder>(work, first, count, c, rates);
+        case kKahan: return pairs<kKahan>(work, first, count, c, rates);
+        case kStochastic: return pairs<kStochastic>(work, first, count, c, rates);
+        default: return pairs<kDirect>(work, first, count, c, rates);
     }
 }
 

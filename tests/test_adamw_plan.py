@@ -1,0 +1,168 @@
+"""Plans of updates: kept while they hold, dropped for whatever changes between two steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adept_fast.optim import AdamW
+
+SHAPES = ((5, 7), (3, 4, 2), (11,))
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(params: list[Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def moved(opt: AdamW) -> None:
+    first = opt.param_groups[0]["params"][0]
+    first.data = first.data.clone()
+
+
+def transposed(opt: AdamW) -> None:
+    first = opt.param_groups[0]["params"][0]
+    first.data = first.data.t().contiguous().t()
+
+
+def narrower_gradient(opt: AdamW) -> None:
+    first = opt.param_groups[0]["params"][0]
+    first.grad_dtype = None
+    first.grad = first.grad.to(torch.bfloat16)
+
+
+def gradient_in_another_order(opt: AdamW) -> None:
+    first = opt.param_groups[0]["params"][0]
+    first.grad = first.grad.t().contiguous().t()
+
+
+def without_a_gradient(opt: AdamW) -> None:
+    opt.param_groups[0]["params"][1].grad = None
+
+
+def rates(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(0.2, 1.8, 5))
+
+
+def other_rates(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(1.5, 0.1, 5))
+
+
+def column_rates(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(0.0, 1.8, 7), dim=1)
+
+
+def no_rates(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], None)
+
+
+def amsgrad(opt: AdamW) -> None:
+    opt.param_groups[0]["amsgrad"] = True
+
+
+def another_rate(opt: AdamW) -> None:
+    opt.param_groups[0]["lr"] = torch.tensor(0.05)
+
+
+def another_moment(opt: AdamW) -> None:
+    state = opt.state[opt.param_groups[0]["params"][0]]
+    state["exp_avg"] = 2 * state["exp_avg"]
+
+
+def moment_in_place(opt: AdamW) -> None:
+    state = opt.state[opt.param_groups[0]["params"][0]]
+    state["exp_avg_sq"].data = 2 * state["exp_avg_sq"]
+
+
+def plain_backend(opt: AdamW) -> None:
+    opt.backend = "torch"
+
+
+def reloaded(opt: AdamW) -> None:
+    opt.load_state_dict(opt.state_dict())
+
+
+def another_group(opt: AdamW) -> None:
+    added = Parameter(torch.full((6,), 0.5))
+    added.grad = torch.linspace(-1.0, 1.0, 6)
+    opt.add_param_group({"params": [added], "lr": 0.1})
+
+
+def swapped(opt: AdamW) -> None:
+    params = opt.param_groups[0]["params"]
+    other = Parameter(params[0].detach().clone())
+    other.grad, opt.state[other] = params[0].grad, opt.state.pop(params[0])
+    params[0] = other
+
+
+CHANGES = [
+    moved, transposed, narrower_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates, column_rates, no_rates, amsgrad,
+    another_rate, another_moment, moment_in_place, plain_backend, reloaded, another_group, swapped,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", CHANGES, ids=lambda change: change.__name__)
+def test_changes_between_steps_do_what_they_do_without_plans(first: Callable[[AdamW], None]) -> None:
+    """Every change after every other, against an optimizer that forgets its plans before each step."""
+    for second in CHANGES:
+        ends = []
+        for forgets in (False, True):
+            params = parameters()
+            opt = AdamW(params, lr=0.02, weight_decay=0.1, betas=(0.8, 0.95))
+            for step, change in enumerate((None, None, first, second, None)):
+                give_gradients(params, step)
+                if change is not None:
+                    change(opt)
+                if forgets:
+                    opt._plans.clear()
+                opt.step()
+            ends.append([tensor.detach() for group in opt.param_groups for param in group["params"] for tensor in _kept(opt, param)])
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), (first.__name__, second.__name__)
+
+
+def _kept(opt: AdamW, param: Tensor) -> list[Tensor]:
+    return [param, *(value for value in opt.state[param].values() if isinstance(value, Tensor))]
+
+
+@pytest.mark.parametrize("mode", ["remainder", "kahan"])
+def test_an_edit_resets_what_a_plan_would_keep(mode: str) -> None:
+    params = parameters(torch.bfloat16)
+    opt = AdamW(params, lr=1e-4, master_weights=mode)
+    for step in range(3):
+        give_gradients(params, step)
+        opt.step()
+    before = [_kept(opt, param)[-1].clone() for param in params]
+    with torch.no_grad():
+        params[0].mul_(2)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    give_gradients(params, 9)
+    opt.step()
+    after = [_kept(opt, param)[-1] for param in params]
+    assert before[0].count_nonzero() > 0 and after[0].count_nonzero() == 0
+    assert torch.equal(before[1], after[1]) and before[1].count_nonzero() > 0
+
+
+def test_plans_hold_from_the_second_step_on_and_keep_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    opt = AdamW(params)
+    give_gradients(params, 0)
+    opt.step()
+    described = []
+    monkeypatch.setattr(opt, "_row", lambda *arguments: described.append(arguments))
+    give_gradients(params, 1)
+    gone = [weakref.ref(param.grad) for param in params]
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    assert described == [] and all(reference() is None for reference in gone)
