@@ -264,7 +264,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of all elements of `grads`, all of one device: fp64, 0-d, and summed in fp64 whatever their dtype."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    norms = torch._foreach_norm(list(grads), dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
 

@@ -91,6 +91,14 @@ void logits(std::int64_t logits, std::int64_t rows, std::int64_t count, std::int
     }
 }
 
+double squares(const py::buffer& table, int threads, const std::string& set) {
+    const py::buffer_info bytes = table.request();
+    const auto [gradients, count] = rows<Gradient>(bytes);
+    const InstructionSet& instructions = chosen(set);
+    py::gil_scoped_release unlocked;
+    return sum_of_squares(gradients, count, threads, instructions);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -103,4 +111,6 @@ PYBIND11_MODULE(_C, module) {
                py::arg("targets"), py::arg("bias"), py::arg("scale"), py::arg("softcap"), py::arg("variants"), py::arg("gradient"),
                py::arg("state"), py::arg("state_stride"), py::arg("threads"), py::arg("set") = "",
                "One block of logits into the running softmax of its rows: csrc/cpu_rows.h. Addresses of fp32, int64 and fp64 memory.");
+    module.def("sum_of_squares", &squares, py::arg("gradients"), py::arg("threads"), py::arg("set") = "",
+               "Of all elements of dense gradients, in fp64. gradients: rows of address, numel, format (csrc/descriptor.h).");
 }

@@ -114,6 +114,20 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
     return nullptr;
 }
 
+double sum_of_squares(const Gradient* gradients, std::int64_t count, int threads, const InstructionSet& set) {
+    Chunks chunks;
+    for (std::int64_t i = 0; i < count; ++i) chunks.add(gradients[i].numel);
+    std::vector<double> partial(static_cast<std::size_t>(chunks.count()));
+    for_each_chunk(chunks.count(), threads, [&](std::int64_t chunk) {
+        chunks.visit(chunk, [&](std::size_t i, std::int64_t first) {
+            partial[static_cast<std::size_t>(chunk)] = set.sum_of_squares(gradients[i], first, std::min(kChunk, gradients[i].numel - first));
+        });
+    });
+    double total = 0.0;
+    for (const double part : partial) total += part;
+    return total;
+}
+
 const InstructionSet* const* instruction_sets() {
     static const InstructionSet* found[4] = {};
     static const bool once = [] {

@@ -16,9 +16,15 @@ struct Work {
     const void *decay, *step;
 };
 
+// A gradient whose squares are summed.
+struct Gradient {
+    std::int64_t address, numel, format;
+};
+
 struct InstructionSet {
     const char* name;
     void (*update)(const Work& work, std::int64_t first, std::int64_t count);
+    double (*sum_of_squares)(const Gradient& gradient, std::int64_t first, std::int64_t count);
 };
 
 extern const InstructionSet kGeneric;
@@ -32,5 +38,8 @@ const InstructionSet* const* instruction_sets();
 // Advances every tensor's step and updates it. Returns what is wrong with the rows, or null.
 const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* groups, std::int64_t group_count, double grad_scale,
                        int threads, const InstructionSet& set);
+
+// Of all elements, in fp64: the same bits for any number of threads and any instruction set.
+double sum_of_squares(const Gradient* gradients, std::int64_t count, int threads, const InstructionSet& set);
 
 }  // namespace adept_fast

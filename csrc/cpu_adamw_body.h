@@ -291,8 +291,32 @@ void update_any(const Work& work, std::int64_t first, std::int64_t count) {
     (work.tensor.formats & 3) == kFp64 ? update<double>(work, first, count) : update<float>(work, first, count);
 }
 
+// Lane k sums elements k, k + kTile, ...: an order that every instruction set can keep.
+template <class N>
+void add_squares(const Gradient& g, std::int64_t first, N n, double* __restrict lanes) {
+    if (g.format == kFp64) {
+        const double* in = at<const double>(g.address, first);
+        for (std::int64_t i = 0; i < n; ++i) lanes[i] += in[i] * in[i];
+        return;
+    }
+    alignas(64) float tile[kTile];
+    const float* in = open(g.address, g.format, first, n, tile);
+    for (std::int64_t i = 0; i < n; ++i) lanes[i] += static_cast<double>(in[i]) * static_cast<double>(in[i]);
+}
+
+double sum_of_squares_any(const Gradient& g, std::int64_t first, std::int64_t count) {
+    alignas(64) double lanes[kTile] = {};
+    std::int64_t i = 0;
+    for (; i + kTile <= count; i += kTile) add_squares(g, first + i, Whole{}, lanes);
+    add_squares(g, first + i, count - i, lanes);
+    for (std::int64_t half = kTile / 2; half > 0; half /= 2) {
+        for (std::int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    }
+    return lanes[0];
+}
+
 }  // namespace
 
-const InstructionSet ADEPT_FAST_SET = {ADEPT_FAST_SET_NAME, &update_any};
+const InstructionSet ADEPT_FAST_SET = {ADEPT_FAST_SET_NAME, &update_any, &sum_of_squares_any};
 
 }  // namespace adept_fast

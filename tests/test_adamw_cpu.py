@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
+from adept_fast.optim.table import gradient_rows
 
 native = pytest.importorskip("adept_fast._C", reason="the C++ extension was not built")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,8 +70,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_bits_of_the_plain_formula(dtype: str, mode: str, state: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from adept_fast.optim import cpu
 
-    chosen = functools.partial(native.adamw, set=instructions)
-    monkeypatch.setattr(cpu, "_C", type("Native", (), {"adamw": staticmethod(chosen)}))
+    chosen = {name: staticmethod(functools.partial(getattr(native, name), set=instructions)) for name in ("adamw", "sum_of_squares")}
+    monkeypatch.setattr(cpu, "_C", type("Native", (), chosen))
     for units, options in itertools.product(("none", "rows", "columns", "whole"), OPTIONS):
         arguments = (dtype, mode, state, units, SHAPES)
         assert same(run("cpu", *arguments, **options), run("torch", *arguments, **options)), (units, options)
@@ -119,3 +121,17 @@ def test_rows_out_of_range_are_refused() -> None:
         native.adamw(bytes(100), bytes(80), 1.0, 1)
     with pytest.raises(ValueError, match="no sse9"):
         native.adamw(b"", b"", 1.0, 1, "sse9")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_sum_of_squares_is_the_same_for_any_threads_and_instruction_set(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(n, generator=generator).mul(3e-3).to(dtype) for n in (100_003, 0, 1, 63, 65, 32_768)]
+    rows = gradient_rows(grads)
+    sets = native.features()["instruction_sets"]
+    found = {native.sum_of_squares(rows, threads, name) for threads in (1, 3) for name in sets}
+    assert len(found) == 1
+    exact = math.fsum(x * x for grad in grads for x in grad.double().tolist())
+    assert found.pop() == pytest.approx(exact, rel=1e-13)
+    grads[0][70_000] = float("nan")
+    assert math.isnan(native.sum_of_squares(rows, 2))

@@ -107,8 +107,8 @@ def swapped(opt: AdamW) -> None:
 
 
 CHANGES = [
-    moved, transposed, narrower_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates, column_rates, no_rates, amsgrad,
-    another_rate, another_moment, moment_in_place, plain_backend, reloaded, another_group, swapped,
+    moved, transposed, narrower_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates, column_rates, no_rates,
+    amsgrad, another_rate, another_moment, moment_in_place, plain_backend, reloaded, another_group, swapped,
 ]  # fmt: skip
 
 

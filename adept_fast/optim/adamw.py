@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -217,7 +218,9 @@ class AdamW(torch.optim.Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = None if grad_scale is None else grad_scale.double().reciprocal()
         if self.max_grad_norm is not None:
-            scale = clip_scale(shards.total(sum_of_squares, grads, meshes), self.max_grad_norm, scale)
+            summed_by = next((backend for device, backend in work if device.type == "cpu"), "torch")
+            squares = shards.total(partial(sum_of_squares, backend=summed_by), grads, meshes)
+            scale = clip_scale(squares, self.max_grad_norm, scale)
         for (device, backend), updates in work.items():
             launch(backend, updates, *(x if x is None else x.to(device) for x in (scale, found_inf)))
         for original, copy in copies:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adept_fast import _C
-from adept_fast.optim.table import group_rows, tensor_rows
+from adept_fast.optim.table import gradient_rows, group_rows, tensor_rows
 from adept_fast.reference import Update
 
 
@@ -19,3 +19,8 @@ def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tenso
     rows, options = tensor_rows(updates)
     numbers = [o._replace(lr=float(o.lr), beta1=float(o.beta1), beta2=float(o.beta2)) for o in options]
     _C.adamw(rows, group_rows(numbers), 1.0 if grad_scale is None else grad_scale.item(), torch.get_num_threads())
+
+
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
+    """Of all elements of dense `grads`: fp64, 0-d; the same bits for any number of threads. torch's fp64 norm is slower than a step."""
+    return torch.tensor(_C.sum_of_squares(gradient_rows(grads), torch.get_num_threads()), dtype=torch.float64)

@@ -77,14 +77,18 @@ def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tens
         reference.adamw_update_(update, grad_scale)
 
 
-def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Of all elements of `grads`, which are real and may be on several devices: fp64, 0-d, on the device of the first."""
+def sum_of_squares(grads: Sequence[Tensor], backend: str = "torch") -> Tensor:
+    """Of all elements of `grads`, which are real, dense and may be on several devices: fp64, 0-d, on the device of the first. "cpu" as
+    `backend` sums those on the CPU natively."""
     devices: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         if grad.device not in devices:
             devices[grad.device] = []
         devices[grad.device].append(grad)
-    sums = [reference.sum_of_squares(of_one) for of_one in devices.values()]
+    sums = []
+    for device, of_one in devices.items():
+        native = backend == "cpu" == device.type and not torch.compiler.is_compiling()
+        sums.append((import_module(_MODULES["cpu"]) if native else reference).sum_of_squares(of_one))
     total = sums[0]
     for other in sums[1:]:
         total = total + other.to(total.device)

@@ -38,6 +38,11 @@ def tensor_rows(updates: Sequence[Update]) -> tuple[array[int], list[AdamWOption
     return rows, list(options.values())
 
 
+def gradient_rows(grads: Sequence[Tensor]) -> array[int]:
+    """One row of struct Gradient of csrc/cpu_adamw.h a tensor: address, numel, format."""
+    return array("q", [word for g in grads for word in (g.data_ptr(), g.numel(), _FORMATS[g.dtype])])
+
+
 def group_rows(options: Sequence[AdamWOptions]) -> bytes:
     """One row a group: lr, beta1, beta2, eps, weight_decay, maximize (fp64), then the addresses of lr, beta1 and beta2 where they are
     tensors (fp32 or fp64, on the device of what they update), and which they are (2 bits each; fp32 1, fp64 2)."""
