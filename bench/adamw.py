@@ -1,4 +1,5 @@
-"""One AdamW step: ours against torch's, with and without rates per unit. Validated against fp64 before anything is timed."""
+"""One AdamW step on the parameters of a 1B language model: ours against torch's, with and without rates per unit. Validated against fp64
+before anything is timed."""
 
 from __future__ import annotations
 
@@ -6,90 +7,155 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOOR_BYTES = {"fp32": 28, "bf16": 14}  # per parameter: p, m, v read and written, g read, all in that dtype
-Ways = dict[str, Callable[[], object]]  # name -> one step
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+Ways = dict[str, Callable[[], object]]  # name -> one step
+
+
+class Setup(NamedTuple):
+    """Dtypes of parameters and gradients, of moments, and the master; `floor` is the bytes a parameter that a step must move."""
+
+    dtype: torch.dtype
+    state_dtype: torch.dtype | None
+    master_weights: str | None
+    floor: int
+
+
+SETUPS = {
+    "fp32": Setup(torch.float32, None, None, 28),
+    "bf16": Setup(torch.bfloat16, None, None, 14),
+    "bf16 fp32-moments": Setup(torch.bfloat16, torch.float32, None, 22),
+    "bf16 fp32-moments copy": Setup(torch.bfloat16, torch.float32, "copy", 30),
+    "bf16 fp32-moments remainder": Setup(torch.bfloat16, torch.float32, "remainder", 26),
+    "bf16 kahan": Setup(torch.bfloat16, None, "kahan", 18),
+    "bf16 stochastic": Setup(torch.bfloat16, None, "stochastic", 14),
+}
 
 
 def main(argv: list[str]) -> dict:
-    """Arguments -> {"device", "threads", "torch", "copy_gb_s", "fp32": {...}, "bf16": {...}}.
+    """Arguments -> {"device", "threads", "torch", "elements", "tensors", "units", "copy_gb_s", one entry a set-up}.
 
-    Per dtype and way: `ms` (median of interleaved rounds, cache flushed before each), `gb_s` (floor bytes over time), `percent_of_copy`;
-    then the ratios of our time to torch's. Raises AssertionError where a result is further from fp64 than torch's.
+    Per set-up and way: `ms` (median of interleaved rounds, cache flushed before each), `gb_s` (floor bytes over time), `percent_of_copy`;
+    then the ratios of our times. torch has no counterpart for the set-ups that mix dtypes or keep a master: there only ours is timed.
+    Raises AssertionError where a result is further from fp64 than torch's.
     """
-    parser = argparse.ArgumentParser(prog="bench adamw", description=__doc__)
-    parser.add_argument("--elements", type=int, default=None, help="parameters in all (default: 10^7 on a CPU, 10^9 on a GPU)")
-    parser.add_argument("--tensors", type=int, default=465, help="tensors they are spread over; torch's one group per unit makes as many")
+    parser = argparse.ArgumentParser(prog="python -m bench adamw", description=__doc__)
+    parser.add_argument("--scale", type=int, default=None, help="divide the model's widths by this (default: 4 on a CPU, 1 on a GPU)")
+    parser.add_argument("--units", type=int, default=465, help="units with a rate each; torch's one group per unit makes as many groups")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--setups", default=",".join(SETUPS), help="comma-separated, of: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default=None)
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    elements = arguments.elements or (10**9 if device.type == "cuda" else 10**7)
-    columns = 128
-    shape = (max(1, elements // arguments.tensors // columns), columns)
+    given = parser.parse_args(argv)
+    device = torch.device(given.device)
+    shapes = llama_1b(given.scale or (1 if device.type == "cuda" else 4))
     flush = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    copy_rate = _copy_rate(device, arguments.rounds, flush)
+    copy_rate = _copy_rate(device, given.rounds, flush)
+    elements = sum(rows * columns for rows, columns in shapes)
     result: dict = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "elements": shape[0] * columns * arguments.tensors,
-        "tensors": arguments.tensors,
+        "elements": elements,
+        "tensors": len(shapes),
+        "units": given.units,
         "copy_gb_s": copy_rate,
     }
-    for name, dtype in DTYPES.items():
-        _validate(dtype, device, arguments.backend)
-        ways = _ways(shape, arguments.tensors, dtype, device, arguments.backend)
-        times = _interleaved(ways, arguments.rounds, device, flush)
+    for name in given.setups.split(","):
+        setup = SETUPS[name]
+        _validate(setup, device, given.backend)
+        times = _interleaved(_ways(shapes, given.units, setup, device, given.backend), given.rounds, device, flush)
         result[name] = {}
         for way, seconds in times.items():
-            rate = FLOOR_BYTES[name] * result["elements"] / seconds / 1e9
+            rate = setup.floor * elements / seconds / 1e9
             result[name][way] = {"ms": 1e3 * seconds, "gb_s": rate, "percent_of_copy": 100 * rate / copy_rate}
         result[name]["ratios"] = {
-            "ours/torch_fused": times["ours"] / times["torch_fused"],
-            "ours/torch_foreach": times["ours"] / times["torch_foreach"],
-            "ours_unit_lr/ours": times["ours_unit_lr"] / times["ours"],
-            "ours_unit_lr/torch_group_per_unit": times["ours_unit_lr"] / times["torch_group_per_unit"],
+            f"{ours}/{other}": times[ours] / times[other]
+            for ours, other in (
+                ("ours", "torch_fused"),
+                ("ours", "torch_foreach"),
+                ("units", "ours"),
+                ("units", "torch_group_per_unit"),
+                ("rows", "ours"),
+                ("columns", "ours"),
+                ("clipped", "torch_clip_and_fused"),
+            )
+            if other in times
         }
     return result
 
 
-def _parameters(shape: tuple[int, int], count: int, dtype: torch.dtype, device: torch.device) -> list[Parameter]:
+def llama_1b(scale: int) -> list[tuple[int, int]]:
+    """Shapes of Llama 3.2 1B's parameters, widths and vocabulary divided by `scale`; a norm counts as one column."""
+    hidden, inner, keys, vocabulary = 2048 // scale, 8192 // scale, 512 // scale, 128256 // scale
+    projections = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
+    return [(vocabulary, hidden), *(projections + 2 * [(hidden, 1)]) * 16, (hidden, 1)]
+
+
+def blocks(shapes: list[tuple[int, int]], units: int) -> list[list[int]]:
+    """Rows of each unit: norms are one unit each, matrices are cut into nearly equal blocks of rows so that all units are `units`."""
+    matrices = [i for i, (_, columns) in enumerate(shapes) if columns > 1]
+    each, more = divmod(units - (len(shapes) - len(matrices)), len(matrices))
+    parts = dict.fromkeys(range(len(shapes)), 1) | {i: each + (order < more) for order, i in enumerate(matrices)}
+    return [[rows // parts[i] + (j < rows % parts[i]) for j in range(parts[i])] for i, (rows, _) in enumerate(shapes)]
+
+
+def _parameters(shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> list[Parameter]:
     generator = torch.Generator(device).manual_seed(0)
-    params = [Parameter(torch.randn(shape, generator=generator, device=device).to(dtype)) for _ in range(count)]
+    params = [Parameter(torch.randn(shape, generator=generator, device=device).to(dtype)) for shape in shapes]
     for p in params:
-        p.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
+        p.grad = torch.randn(p.shape, generator=generator, device=device).to(dtype)
     return params
 
 
-def _multipliers(rows: int, device: torch.device) -> torch.Tensor:
-    return torch.linspace(0.1, 1.9, rows, device=device)
+def _multipliers(count: int, device: torch.device) -> Tensor:
+    return torch.linspace(0.1, 1.9, count, device=device)
 
 
-def _ways(shape: tuple[int, int], count: int, dtype: torch.dtype, device: torch.device, backend: str | None) -> Ways:
-    params = _parameters(shape, count, dtype, device)
-    ours, rated = (AdamW(params, **HYPER, backend=backend) for _ in range(2))
-    for p in params:
-        rated.set_unit_lr(p, _multipliers(shape[0], device))
-    groups = [{"params": [p], "lr": HYPER["lr"] * (0.1 + 1.8 * i / count)} for i, p in enumerate(params)]
-    return {
-        "ours": ours.step,
-        "ours_unit_lr": rated.step,
+def _ways(shapes: list[tuple[int, int]], units: int, setup: Setup, device: torch.device, backend: str | None) -> Ways:
+    params, cut = _parameters(shapes, setup.dtype, device), blocks(shapes, units)
+
+    def ours(**options: object) -> AdamW:
+        return AdamW(params, **HYPER, state_dtype=setup.state_dtype, master_weights=setup.master_weights, backend=backend, **options)
+
+    by_unit, by_row, by_column = ours(), ours(), ours()
+    multipliers = _multipliers(units, device).split([len(rows) for rows in cut])
+    for p, rows, values in zip(params, cut, multipliers, strict=True):
+        by_unit.set_unit_lr(p, values.repeat_interleave(torch.tensor(rows, device=device)))
+        by_row.set_unit_lr(p, _multipliers(p.shape[0], device))
+        by_column.set_unit_lr(p, _multipliers(p.shape[1], device), dim=1)
+    ways = {"ours": ours().step, "units": by_unit.step, "rows": by_row.step, "columns": by_column.step}
+    ways["clipped"] = ours(max_grad_norm=1e9).step
+    if setup.state_dtype is not None or setup.master_weights is not None:
+        return ways
+    groups = []
+    for p, rows, values in zip(params, cut, multipliers, strict=True):
+        for part, grad, value in zip(p.detach().split(rows), p.grad.split(rows), values.tolist(), strict=True):
+            unit = Parameter(part)
+            unit.grad = grad
+            groups.append({"params": [unit], "lr": HYPER["lr"] * value})
+    clipped = torch.optim.AdamW(params, **HYPER, fused=True)
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1e9)
+        clipped.step()
+
+    return ways | {
         "torch_foreach": torch.optim.AdamW(params, **HYPER, foreach=True).step,
         "torch_fused": torch.optim.AdamW(params, **HYPER, fused=True).step,
         "torch_group_per_unit": torch.optim.AdamW(groups, **HYPER, fused=True).step,
+        "torch_clip_and_fused": clip_and_step,
     }
 
 
-def _interleaved(ways: Ways, rounds: int, device: torch.device, flush: torch.Tensor) -> dict[str, float]:
+def _interleaved(ways: Ways, rounds: int, device: torch.device, flush: Tensor) -> dict[str, float]:
     """Median seconds of each way; the first round, which allocates state, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -103,7 +169,7 @@ def _interleaved(ways: Ways, rounds: int, device: torch.device, flush: torch.Ten
     return {name: median(values[1:]) for name, values in seconds.items()}
 
 
-def _copy_rate(device: torch.device, rounds: int, flush: torch.Tensor) -> float:
+def _copy_rate(device: torch.device, rounds: int, flush: Tensor) -> float:
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = _interleaved({"copy": lambda: target.copy_(source)}, rounds, device, flush)["copy"]
@@ -115,28 +181,37 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _validate(dtype: torch.dtype, device: torch.device, backend: str | None) -> None:
-    """Ours, one rate and one per row, may be no further from fp64 than torch with a group for each row."""
+def _validate(setup: Setup, device: torch.device, backend: str | None) -> None:
+    """Ours, with one rate and with one per row, may be no further from fp64 than torch with a group for each row in the parameter's dtype.
+    Stochastic rounding, whose single errors are larger, must give the bits of the plain formula."""
     rows, steps = 13, 20
-    multipliers = _multipliers(rows, torch.device("cpu"))
-    for rates in (torch.ones(rows), multipliers):
-        start = _parameters((rows, 7), 1, dtype, device)[0]
+    for rates in (torch.ones(rows), _multipliers(rows, torch.device("cpu"))):
+        start = _parameters([(rows, 7)], setup.dtype, device)[0]
 
-        def per_row(as_dtype: torch.dtype, start: Parameter = start, rates: torch.Tensor = rates) -> torch.Tensor:
+        def per_row(as_dtype: torch.dtype, start: Parameter = start, rates: Tensor = rates) -> Tensor:
             parts = [Parameter(row.detach().to(as_dtype).clone()) for row in start]
             groups = [{"params": [p], "lr": HYPER["lr"] * rate.item()} for p, rate in zip(parts, rates, strict=True)]
-            optimizer = torch.optim.AdamW(groups, **HYPER, fused=as_dtype == dtype)
+            optimizer = torch.optim.AdamW(groups, **HYPER, fused=as_dtype == setup.dtype)
             for p, grad in zip(parts, start.grad, strict=True):
                 p.grad = grad.to(as_dtype)
             for _ in range(steps):
                 optimizer.step()
             return torch.stack([p.detach() for p in parts]).double()
 
-        truth, theirs = per_row(torch.float64), per_row(dtype)
-        optimizer = AdamW([start], **HYPER, backend=backend)
-        if not bool((rates == 1).all()):
-            optimizer.set_unit_lr(start, rates)
-        for _ in range(steps):
-            optimizer.step()
-        error, allowed = (start.detach().double() - truth).abs().max().item(), (theirs - truth).abs().max().item()
-        assert error <= 1.05 * allowed + 1e-7, f"ours is {error:.3g} from fp64, torch's {allowed:.3g} ({dtype})"
+        def run(backend: str | None, start: Parameter = start, rates: Tensor = rates) -> Tensor:
+            param = Parameter(start.detach().clone())
+            param.grad = start.grad
+            optimizer = AdamW([param], **HYPER, state_dtype=setup.state_dtype, master_weights=setup.master_weights, backend=backend)
+            if not bool((rates == 1).all()):
+                optimizer.set_unit_lr(param, rates)
+            for _ in range(steps):
+                optimizer.step()
+            return param.detach()
+
+        found = run(backend)
+        if setup.master_weights == "stochastic":
+            assert torch.equal(found, run("torch")), f"ours differs from the plain formula ({setup})"
+            continue
+        truth, theirs = per_row(torch.float64), per_row(setup.dtype)
+        error, allowed = (found.double() - truth).abs().max().item(), (theirs - truth).abs().max().item()
+        assert error <= 1.05 * allowed + 1e-7, f"ours is {error:.3g} from fp64, torch's {allowed:.3g} ({setup})"
