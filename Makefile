@@ -13,7 +13,7 @@ BORROWED := $(VENV)/borrowed
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -rs
+	$(RUN) -m pytest -q -rs -n auto --dist worksteal
 
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo

@@ -263,10 +263,21 @@ void update(const Work& work, std::int64_t first, std::int64_t count) {
     std::int64_t unit = (first / t.inner) % t.length, rest = first % t.inner;
     if (run >= kTile) {
         for (const std::int64_t end = first + count; first < end;) {
-            const std::int64_t left = t.inner == 1 ? t.length - unit : t.inner - rest, n = left < end - first ? left : end - first;
-            t.inner == 1 ? columns(work, first, n, c, units, unit) : range(work, first, n, c, OneRate<T>{units[unit]});
+            const std::int64_t left = t.inner == 1 ? t.length - unit : t.inner - rest;
+            std::int64_t n = left < end - first ? left : end - first;
+            if (t.inner == 1) {
+                columns(work, first, n, c, units, unit);
+                unit = 0;
+            } else {
+                const Rate<T> rate = units[unit];
+                unit = unit + 1 == t.length ? 0 : unit + 1;
+                while (n < end - first && units.decay[unit] == rate.decay && units.step[unit] == rate.step) {  // a unit of several rows
+                    n = n + t.inner < end - first ? n + t.inner : end - first;
+                    unit = unit + 1 == t.length ? 0 : unit + 1;
+                }
+                range(work, first, n, c, OneRate<T>{rate});
+            }
             first += n;
-            unit = t.inner == 1 || unit + 1 == t.length ? 0 : unit + 1;
             rest = 0;
         }
         return;

@@ -43,7 +43,9 @@ def run(backend: str, dtype: str, mode: str | None, state: str | None, units: st
         return torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.2)
 
     if units == "rows":
-        optimizer.set_unit_lr(params[0], rates(shapes[0][0]))
+        several = rates(shapes[0][0])
+        several[3:9] = several[3]  # neighbours that share a rate
+        optimizer.set_unit_lr(params[0], several)
         optimizer.set_unit_lr(params[2], rates(3, 5))
     elif units == "columns":
         optimizer.set_unit_lr(params[0], rates(shapes[0][1]), 1)
