@@ -81,9 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or malformed file is an InputError that names it (and the line)."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers beyond what Python reads, too deeply nested
         raise InputError(f"{path}: not valid JSON ({error}): restore it or delete it to make it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -100,14 +100,16 @@ def read_header(file: Path) -> tuple[tuple[Stored, ...], dict[str, str]]:
         raise corrupt(error.strerror or "unreadable") from None
     try:
         header = json.loads(text.decode(), object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise corrupt(f"its header is not JSON: {error}") from None
     except InputError:
         raise
-    except ValueError as error:  # a number of more digits than Python converts
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers beyond what Python reads, too deeply nested
         raise corrupt(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise corrupt("its header is not a JSON object")
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise corrupt("its header is not valid Unicode") from None
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise corrupt("its metadata is not text")
@@ -137,10 +139,6 @@ def _stored(file: Path, name: str, entry: Any, data: int, corrupt: Callable[[str
     size = offsets[1] - offsets[0]
     if size < 0 or math.prod(shape) * BITS[dtype] != 8 * size:
         raise corrupt(f"{_shown(name)} has {size} bytes, not those of {dtype} {_shown(shape)}")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise corrupt(f"the name {_shown(name)} is not valid Unicode") from None
     return Stored(file, name, dtype, tuple(shape), data + offsets[0], size)
 
 
