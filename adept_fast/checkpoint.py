@@ -120,7 +120,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
 

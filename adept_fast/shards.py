@@ -153,6 +153,8 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index}: holds no weight_map: fetch the checkpoint again")
+    if not isinstance(content.get("metadata"), dict):
+        raise InputError(f"{index}: holds no metadata, without which transformers does not load it: fetch the checkpoint again")
     present = set(os.listdir(folder))
     for name, file in shards.items():
         if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):

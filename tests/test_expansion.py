@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +152,36 @@ def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         expand_checkpoint(source, tmp_path / "expanded", [1])
     assert [path.name for path in (tmp_path / "expanded").iterdir()] == ["mine"]
+
+
+def test_a_killed_expansion_leaves_no_target(tmp_path: Path) -> None:
+    """SIGKILL at moments spread over the time that one expansion takes: the final name appears with a whole checkpoint or not at all."""
+    source = tiny_models.checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=2048)
+    start = time.perf_counter()
+    expand_checkpoint(source, tmp_path / "whole", [0, 2], verify=False, quiet=True)
+    seconds, killed = time.perf_counter() - start, 0
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for part in range(12):
+        target = tmp_path / f"expanded{part}"
+        child = os.fork()
+        if not child:
+            expand_checkpoint(source, target, [0, 2], verify=False, quiet=True)
+            os._exit(0)
+        time.sleep(seconds * part / 12)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert not target.exists() or (target / "model.safetensors").read_bytes() == whole
+    assert killed
+
+
+def test_it_loads_where_adept_fast_is_not_installed(tmp_path: Path) -> None:
+    source = tiny_models.checkpoint(tmp_path / "base")
+    expand_checkpoint(source, tmp_path / "expanded", [1, 3], verify=False, quiet=True)
+    code = (
+        "import sys; sys.modules['adept_fast'] = None; import torch; from transformers import AutoModelForCausalLM as A; "
+        "ids = torch.arange(3, 12)[None]; print(*[A.from_pretrained(f).generate(ids, max_new_tokens=9, do_sample=False).tolist() "
+        "for f in sys.argv[1:]], sep='|')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "expanded")], capture_output=True, text=True, check=True)
+    base, expanded = done.stdout.strip().split("|")
+    assert base == expanded and len(base) > 20

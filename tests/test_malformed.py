@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,16 @@ class Folder:
             if not (self.path / name).exists() or (self.path / name).read_bytes() != content:
                 (self.path / name).write_bytes(content)
         target = self.parent / "expanded"
+        shutil.rmtree(target, ignore_errors=True)
         try:
             expand_checkpoint(self.path, target, [1], verify=False, quiet=True)
         except InputError as error:
-            assert "\n" not in str(error) and str(self.path) in str(error) and len(str(error)) < 1000
+            assert "\n" not in str(error) and str(self.path) in str(error) and len(str(error)) < 1000, str(error)
             assert [file.name for file in self.parent.iterdir()] == ["model"]
             return
         model = checkpoint.load_model(target)
         verify_expansion(checkpoint.load_model(self.path), model)
-        for file in target.iterdir():
-            file.unlink()
-        target.rmdir()
+        shutil.rmtree(target)
 
 
 @pytest.fixture(scope="module")
@@ -149,33 +149,9 @@ def test_files(folder: Folder, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([FIRST, SECOND]))
     content = folder.whole[name]
     cut = data.draw(st.integers(0, len(content) - 1))
-    damaged = data.draw(st.sampled_from([content[:cut], content + content[:cut] + b"\0", content[cut:], content[:cut] + content[cut + 1 :]]))
+    ways = [content[:cut], content + content[:cut] + b"\0", content[cut:], content[:cut] + content[cut + 1 :]]
+    damaged = data.draw(st.sampled_from(ways))
     folder.refuses_or_expands(**{name: damaged})
-
-
-@cases(600)
-@given(data=st.data())
-def test_indexes(folder: Folder, data: st.DataObject) -> None:
-    content = folder.whole[INDEX]
-    if data.draw(st.booleans()):
-        damaged = data.draw(bytes_changed(content))
-    else:
-        damaged = data.draw(table_changed(json.loads(content))).encode()
-    folder.refuses_or_expands(**{INDEX: damaged})
-
-
-@cases(400)
-@given(data=st.data())
-def test_configs(folder: Folder, data: st.DataObject) -> None:
-    """What says which tensors there are; the rest of config.json is transformers' to check."""
-    config = json.loads(folder.whole["config.json"])
-    keys = [*SMALL, "vocab_size", "head_dim", "model_type", "tie_word_embeddings", "attention_bias", "architectures"]
-    if data.draw(st.integers(0, 3)):
-        config[data.draw(st.sampled_from(keys))] = data.draw(st.one_of(st.integers(-2, 64), ODD))
-        damaged = json.dumps(config).encode()
-    else:
-        damaged = folder.whole["config.json"][: data.draw(st.integers(0, len(folder.whole["config.json"]) - 3))]
-    folder.refuses_or_expands(**{"config.json": damaged})
 
 
 @pytest.mark.parametrize("layers", [1, 3])

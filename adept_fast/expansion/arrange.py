@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adept_fast import checkpoint
-from adept_fast.artefacts import staged_folder, write_json
+from adept_fast.artefacts import read_json, staged_folder, write_json
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.families import Family, describe
 from adept_fast.fingerprint import tensors_sha256
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SPARE = 1 << 24  # bytes left free for headers, config and record
 Plan = dict[str, list[Piece]]  # file name -> its tensors
 
@@ -49,8 +50,10 @@ class OnDisk:
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
         """Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent."""
+        shards = open_shards(folder)
+        _check_counts(read_json(folder / "config.json"), folder, len(shards.tensors))
         skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
-        family, shards = describe(skeleton), open_shards(folder)
+        family = describe(skeleton)
         naming = Naming(skeleton, family.layers, shards.tensors)
         naming.check(shards)
         return cls(folder, shards, skeleton, family, naming)
@@ -93,6 +96,15 @@ class Layer:
 
     template: int
     make: Callable[[Stored, str], Piece] | None = None
+
+
+def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse a config of more layers than there are tensors before a model of that many is built."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != KEY:
+            _check_counts(value, folder, tensors)
+        elif key in LAYER_COUNTS and (not isinstance(value, int) or not 0 < value <= tensors):
+            raise InputError(f"{folder}: config.json has {key} {ascii(value)[:80]}, but there are {tensors} tensors: correct one of them")
 
 
 def as_tensor(stored: Stored) -> Tensor:
