@@ -29,9 +29,14 @@ __all__ = [
     "Race",
     "Units",
     "UnsupportedFamilyError",
+    "apply_copies",
+    "dial",
     "expand_checkpoint",
     "expand_model",
+    "extract_copies",
     "freeze_original",
+    "merge_copies",
+    "remove_copies",
     "score_layers",
     "score_units",
     "select_layers",
@@ -40,6 +45,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "apply_copies": "adept_fast.expansion",
+    "dial": "adept_fast.expansion",
+    "extract_copies": "adept_fast.expansion",
+    "merge_copies": "adept_fast.expansion",
+    "remove_copies": "adept_fast.expansion",
     "AdamW": "adept_fast.optim",
     "AdeptCallback": "adept_fast.tuning",
     "AdeptTrainer": "adept_fast.tuning",
