@@ -16,7 +16,7 @@ from adept_fast.errors import InputError
 # operation -> implementations, the preferred one first
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw": ("cuda", "triton", "cpu", "torch"),
-    "saliency": ("triton", "torch"),
+    "saliency": ("triton", "cpu", "torch"),
     "linear_cross_entropy": ("cpu", "torch"),
 }
 OVERRIDE = "ADEPT_FAST_BACKEND"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import device_of, head_logits, last_hidden
 from adept_fast.head import token_losses, token_predictions
+from adept_fast.optim.shards import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,8 +107,14 @@ def corpus_loss(
     return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
 
 
-def sequence_loss(model: PreTrainedModel, item: Item) -> Tensor:
-    """Summed loss of one item, differentiable: the negative log-likelihood of its supervised tokens."""
-    ids, targets = item_tensors(item, device_of(model))
-    supervised = targets != IGNORE
-    return token_losses(model, last_hidden(model, ids[None])[0][supervised], targets[supervised]).sum()
+def batch_loss(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
+    """Summed loss of items in one forward, differentiable: the negative log-likelihood of their supervised tokens."""
+    length = max(len(item.input_ids) for item in items)
+    ids = [[*item.input_ids, *[0] * (length - len(item.input_ids))] for item in items]
+    labels = [(row, at, label) for row, item in enumerate(items) for at, label in enumerate(item.labels[1:]) if label != IGNORE]
+    device = device_of(model)
+    rows, positions, targets = torch.tensor(labels, device=device).unbind(1)  # found on the host: a mask would wait for the device
+    if any(map(is_sharded, model.parameters())):  # only a call of the whole model gathers them
+        logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits[rows, positions]
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return token_losses(model, last_hidden(model, torch.tensor(ids, device=device))[rows, positions], targets).sum()

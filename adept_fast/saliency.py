@@ -2,27 +2,25 @@
 
     abs_taylor   |theta * g|, g the gradient of the token-weighted mean loss over the whole corpus (so it does not depend on batching)
     fisher       E[g^2], g the gradient of one sequence's negative log-likelihood (the sum over its supervised tokens)
+    cumulative   E|theta * g|, g the same: `sequence_sums`
 
 Source: ADEPT (arXiv 2510.10071), section on unit importance; its first-order Taylor score with the absolute value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adept_fast import backend, reference
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import device_of
-from adept_fast.losses import sequence_loss
+from adept_fast.gradient_sums import GradientSums, only_these_require_grad
+from adept_fast.losses import batch_loss
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -38,6 +36,15 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class SequenceSums:
+    """Sums over all dimensions but one of g^2, |theta g| and theta g: fp32 [parameter.shape[dim]] each, nats (squared for g^2)."""
+
+    squares: Tensor
+    absolutes: Tensor
+    products: Tensor
+
+
+@dataclass(frozen=True)
 class UnitImportance:
     """abs_taylor: mean |theta * g| per unit, fp64 [units], nats per token; fisher: mean E[g^2] per unit, fp64 [units]."""
 
@@ -46,63 +53,60 @@ class UnitImportance:
     fisher: Tensor
 
 
-def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """sum g^2, sum |theta g| and sum theta g for each index of `dim`, fp32 [parameter.shape[dim]], by the backend that fits the device."""
-    if backend.resolve("saliency", parameter.device) == "triton":
-        from adept_fast.kernels import saliency
-
-        return saliency.saliency_sums(parameter, gradient, dim)
-    return reference.saliency_sums(parameter, gradient, dim)
+def _bare(model: nn.Module) -> PreTrainedModel:
+    """What DistributedDataParallel wraps, which would reduce freed gradients over processes; others as they are."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-@contextmanager
-def _only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """For the time being, in eval mode and with the RNG forked, so that nothing of a training run is touched."""
-    wanted = {id(parameter) for parameter in parameters}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = mode
-    for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        with torch.random.fork_rng(devices=[device_of(model)] if device_of(model).type == "cuda" else []), torch.enable_grad():
-            yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        for module, mode in modes:
-            module.training = mode
+def _gathered(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    dims: Mapping[str, Sequence[int]],
+    title: str,
+    quiet: bool | None,
+    corpus: bool,
+    at_once: int,
+) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor | None]], int]:
+    """(what GradientSums.read gives after one backward for each `at_once` supervised items, the number of backwards)."""
+    items = [item for item in items if item.supervised]
+    if not items:
+        raise InputError("no supervised token to take gradients from: give items with text, or with instruction and output")
+    model = _bare(model)
+    parameters = {name: model.get_parameter(name) for name in dims}
+    batches = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    with only_these_require_grad(model, parameters.values()), GradientSums(parameters, dims, not corpus, corpus) as sums:
+        for batch in tqdm(batches, desc=title, unit="item" if at_once == 1 else "batch", disable=quiet):
+            sums.backward(batch_loss(model, batch))
+        return sums.read(sum(item.supervised for item in items)), len(batches)
 
 
 def parameter_sums(
     model: PreTrainedModel, items: Sequence[Item], dims: Mapping[str, Sequence[int]], title: str = "importance", quiet: bool | None = None
 ) -> dict[tuple[str, int], Sums]:
-    """Sums of the named parameters along the given dimensions: (name, dim) -> Sums. Leaves .grad, RNG and training mode as they were."""
-    items = [item for item in items if item.supervised]
-    if not items:
-        raise InputError("no supervised token to take gradients from: give items with text, or with instruction and output")
-    names = list(dims)
-    parameters = [model.get_parameter(name) for name in names]
-    total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    fisher: dict[tuple[str, int], Tensor] = {}
-    with _only_these_require_grad(model, parameters):
-        for item in tqdm(items, desc=title, unit="item", disable=quiet):
-            gradients = torch.autograd.grad(sequence_loss(model, item), parameters)
-            for name, parameter, gradient, running in zip(names, parameters, gradients, total, strict=True):
-                running += gradient
-                for dim in dims[name]:
-                    squares = saliency_sums(parameter.detach(), gradient, dim)[0]
-                    fisher[name, dim] = fisher[name, dim] + squares if (name, dim) in fisher else squares
-    tokens = sum(item.supervised for item in items)
-    sums = {}
-    for name, parameter, running in zip(names, parameters, total, strict=True):
-        for dim in dims[name]:
-            abs_taylor = saliency_sums(parameter.detach(), running / tokens, dim)[1]
-            sums[name, dim] = Sums(abs_taylor.cpu(), (fisher[name, dim] / len(items)).cpu())
-    return sums
+    """Sums of the named parameters along the given dimensions: (name, dim) -> Sums. Leaves .grad, RNG and training mode as they were.
+
+    |theta g| needs the corpus gradient, so memory for one fp32 gradient of the named parameters, beside that of the largest of them.
+    Sharded (FSDP2) parameters work where every process is given the same items. Raises InputError for reentrant checkpointing.
+    """
+    found, backwards = _gathered(model, items, dims, title, quiet, True, 1)
+    return {key: Sums(taylor.float(), (sums[0] / backwards).float()) for key, (sums, taylor) in found.items()}
+
+
+def sequence_sums(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    dims: Mapping[str, Sequence[int]],
+    title: str = "importance",
+    quiet: bool | None = None,
+    batch: int = 1,
+) -> dict[tuple[str, int], SequenceSums]:
+    """Means over sequences of each sequence's own sums: (name, dim) -> SequenceSums; memory for the gradient of one parameter.
+
+    batch > 1: means over batches of as many sequences, g the gradient of their summed loss. That is cheaper and another quantity: its
+    squares hold products of different sequences' gradients, and are not Fisher information.
+    """
+    found, backwards = _gathered(model, items, dims, title, quiet, False, batch)
+    return {key: SequenceSums(*(sums / backwards).float().unbind(0)) for key, (sums, _) in found.items()}
 
 
 def unit_importance(units: Units, sums: Mapping[tuple[str, int], Sums]) -> UnitImportance:

@@ -99,6 +99,23 @@ double squares(const py::buffer& table, int threads, const std::string& set) {
     return sum_of_squares(gradients, count, threads, instructions);
 }
 
+void gradient(std::int64_t param, std::int64_t param_format, std::int64_t grad, std::int64_t grad_format, std::int64_t rows,
+              std::int64_t columns, std::int64_t running, std::int64_t row_sums, std::int64_t column_sums, int threads,
+              const std::string& set) {
+    const GradientPass pass{reinterpret_cast<const void*>(param), reinterpret_cast<const void*>(grad), param_format, grad_format, rows,
+                            columns, reinterpret_cast<float*>(running), reinterpret_cast<double*>(row_sums),
+                            reinterpret_cast<double*>(column_sums)};
+    const RowKernels& kernels = row_kernels(chosen(set).name);
+    const char* wrong = nullptr;
+    {
+        py::gil_scoped_release unlocked;
+        wrong = saliency(pass, threads, kernels);
+    }
+    if (wrong != nullptr) {
+        throw py::value_error(wrong);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -113,4 +130,7 @@ PYBIND11_MODULE(_C, module) {
                "One block of logits into the running softmax of its rows: csrc/cpu_rows.h. Addresses of fp32, int64 and fp64 memory.");
     module.def("sum_of_squares", &squares, py::arg("gradients"), py::arg("threads"), py::arg("set") = "",
                "Of all elements of dense gradients, in fp64. gradients: rows of address, numel, format (csrc/descriptor.h).");
+    module.def("saliency", &gradient, py::arg("param"), py::arg("param_format"), py::arg("grad"), py::arg("grad_format"), py::arg("rows"),
+               py::arg("columns"), py::arg("running"), py::arg("row_sums"), py::arg("column_sums"), py::arg("threads"), py::arg("set") = "",
+               "Adds sums of g^2, |theta g| and theta g over rows and columns to fp64 memory: csrc/cpu_rows.h. 0 for what is left out.");
 }

@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
+#include "descriptor.h"
 #include "parallel.h"
 
 namespace adept_fast {
 
 namespace {
-
-constexpr std::int64_t kElements = 16384;  // a thread takes at a time
 
 // Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
 template <class F>
@@ -41,6 +41,7 @@ const RowKernels& row_kernels(const char* set) {
 }
 
 const char* softmax(const LogitBlock& block, int threads, const RowKernels& kernels) {
+    constexpr std::int64_t kElements = 16384;  // that a thread takes at a time
     const std::int64_t group = std::max<std::int64_t>(block.variants, 1);
     if (block.count < 1 || block.count > kLongestBlock || block.stride < block.count || block.stride % 16 != 0) {
         return "a block of logits is too long, or its stride is no multiple of 16";
@@ -50,6 +51,26 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
     }
     const std::int64_t at_once = std::max<std::int64_t>(1, kElements / block.count / group) * group;
     in_ranges(block.rows, at_once, threads, [&](std::int64_t first, std::int64_t rows) { kernels.softmax(block, first, rows); });
+    return nullptr;
+}
+
+const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels) {
+    constexpr std::int64_t kElements = 32768, kBands = 64;
+    if (pass.rows < 0 || pass.columns < 0 || pass.param_format > kFp16 || pass.grad_format > kFp16) {
+        return "a gradient has a negative size, or a format that is not fp32, bf16 or fp16";
+    }
+    if (pass.rows * pass.columns == 0) return nullptr;
+    // By the shape alone, so that sums do not depend on the number of threads.
+    const std::int64_t fewest = (pass.rows + kBands - 1) / kBands, height = std::max({fewest, kElements / pass.columns, std::int64_t{1}});
+    const std::int64_t bands = (pass.rows + height - 1) / height, kinds = pass.param == nullptr ? 1 : 3, width = kinds * pass.columns;
+    std::vector<double> partials(pass.column_sums == nullptr || bands == 1 ? 0 : static_cast<std::size_t>(bands * width));
+    in_ranges(pass.rows, height, threads, [&](std::int64_t first, std::int64_t rows) {
+        double* sums = partials.empty() ? pass.column_sums : partials.data() + first / height * width;
+        kernels.saliency(pass, first, rows, sums);
+    });
+    for (std::int64_t band = 0; !partials.empty() && band < bands; ++band) {
+        for (std::int64_t i = 0; i < width; ++i) pass.column_sums[i] += partials[static_cast<std::size_t>(band * width + i)];
+    }
     return nullptr;
 }
 

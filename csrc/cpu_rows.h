@@ -1,4 +1,4 @@
-// Passes over rows of matrices on the CPU, compiled once per instruction set (cpu_softmax_body.h).
+// Passes over rows of matrices on the CPU, compiled once per instruction set (cpu_softmax_body.h, cpu_saliency_body.h).
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,20 @@ struct LogitBlock {
     std::int64_t state_stride;
 };
 
+// A gradient of [rows, columns], dense, and its parameter. Sums over rows and over columns are added to what stands in [kinds, rows] and
+// [kinds, columns]: of g^2, and where there is a parameter of |theta g| and theta g too. `running`: fp32 that the gradient is added to.
+// What is null is left out.
+struct GradientPass {
+    const void *param, *grad;
+    std::int64_t param_format, grad_format;  // Format, but fp64
+    std::int64_t rows, columns;
+    float* running;
+    double *row_sums, *column_sums;
+};
+
 struct RowKernels {
     void (*softmax)(const LogitBlock& block, std::int64_t first_row, std::int64_t rows);
+    void (*saliency)(const GradientPass& pass, std::int64_t first_row, std::int64_t rows, double* column_sums);
 };
 
 extern const RowKernels kGenericRows;
@@ -39,7 +51,8 @@ constexpr std::int64_t kLongestBlock = 4096;
 // Of an instruction set, by the name that cpu_adamw.h gives it.
 const RowKernels& row_kernels(const char* set);
 
-// Returns what is wrong with the block, or null.
+// Return what is wrong with the arguments, or null.
 const char* softmax(const LogitBlock& block, int threads, const RowKernels& kernels);
+const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels);
 
 }  // namespace adept_fast

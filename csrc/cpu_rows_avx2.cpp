@@ -12,7 +12,7 @@
 #endif
 #define ADEPT_FAST_ROWS kAvx2Rows
 #define ADEPT_FAST_VECTOR 32
-#include "cpu_softmax_body.h"
+#include "cpu_rows_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -12,7 +12,7 @@
 #endif
 #define ADEPT_FAST_ROWS kAvx512Rows
 #define ADEPT_FAST_VECTOR 64
-#include "cpu_softmax_body.h"
+#include "cpu_rows_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,3 +1,3 @@
 #define ADEPT_FAST_ROWS kGenericRows
 #define ADEPT_FAST_VECTOR 16
-#include "cpu_softmax_body.h"
+#include "cpu_rows_body.h"

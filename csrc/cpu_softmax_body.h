@@ -112,7 +112,4 @@ void softmax_rows(const LogitBlock& block, std::int64_t first_row, std::int64_t 
 }
 
 }  // namespace
-
-const RowKernels ADEPT_FAST_ROWS = {&softmax_rows};
-
 }  // namespace adept_fast

@@ -1,0 +1,198 @@
+"""Sums of gradients along dimensions of their parameters, taken by hooks as backward produces each gradient, which is then freed.
+
+    per backward   sum g^2, sum |theta g|, sum theta g     for each index of a dimension, over all others; added up in fp64
+    running        the sum of the gradients themselves, fp32, where asked for
+
+So a backward holds one parameter's gradient at a time, beside the running sums. Nothing waits for the device until `read`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adept_fast import backend, reference
+from adept_fast.errors import InputError
+from adept_fast.optim.shards import local, shard_of
+
+
+@dataclass
+class _Gathered:
+    """Of one parameter: what was added up for each of its dimensions, fp64 [kinds, indices held here]; the running sum."""
+
+    name: str
+    parameter: nn.Parameter
+    sums: dict[int, Tensor]
+    running: Tensor | None
+    seen: bool = False
+    small: Tensor | None = field(default=None, repr=False)  # a vector's gradient, until the backward is over
+
+
+def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """sum g^2, sum |theta g| and sum theta g for each index of `dim`, fp32 [parameter.shape[dim]], by the backend that fits the device."""
+    chosen = backend.resolve("saliency", parameter.device)
+    if chosen == "triton":
+        from adept_fast.kernels import saliency
+
+        return saliency.saliency_sums(parameter, gradient, dim)
+    if chosen == "cpu" and torch.float64 not in (parameter.dtype, gradient.dtype):
+        from adept_fast import cpu
+
+        sums = torch.zeros(3, parameter.shape[dim], dtype=torch.float64)
+        cpu.add_saliency({dim % parameter.ndim: sums}, parameter.detach(), gradient.detach(), None)
+        return tuple(sums.float().unbind(0))
+    return reference.saliency_sums(parameter, gradient, dim)
+
+
+class GradientSums:
+    """Hooks on parameters: name -> dimensions. Use within `only_these_require_grad`, and as a context manager, which removes the hooks.
+
+    products: whether to take |theta g| and theta g too; running: whether to keep the sum of gradients.
+    Sharded (DTensor) parameters give the sums of this process's part; every process must run the same sequences, because engines hand on
+    gradients averaged over processes. `read` puts the parts together.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, Sequence[int]], products: bool, running: bool) -> None:
+        self._gathered: list[_Gathered] = []
+        for name, parameter in parameters.items():
+            part = local(parameter.detach())
+            kinds = 3 if products else 1
+            sums = {dim: torch.zeros(kinds, part.shape[dim], dtype=torch.float64, device=part.device) for dim in dims[name]}
+            kept = torch.zeros_like(part, dtype=reference.accumulator(part), memory_format=torch.contiguous_format) if running else None
+            self._gathered.append(_Gathered(name, parameter, sums, kept))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> GradientSums:
+        for gathered in self._gathered:
+
+            def hook(parameter: Tensor, gathered: _Gathered = gathered) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                self._take(gathered, gradient)
+
+            self._handles.append(gathered.parameter.register_post_accumulate_grad_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _take(self, gathered: _Gathered, gradient: Tensor) -> None:
+        if gathered.seen:
+            raise InputError(
+                f"{gathered.name}: backward handed its gradient on in parts: reentrant activation checkpointing hides how they add up; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        gathered.seen = True
+        gradient = local(gradient, gathered.parameter)
+        if gradient.ndim == 1 and gradient.device.type != "cpu":
+            gathered.small = gradient
+        else:
+            _add(gathered.sums, local(gathered.parameter.detach()), gradient, gathered.running)
+
+    def backward(self, loss: Tensor) -> None:
+        for gathered in self._gathered:
+            gathered.seen = False
+        loss.backward()
+        self._take_small()
+
+    @torch.no_grad()
+    def _take_small(self) -> None:
+        """All vectors' gradients of a backward at once: a launch for each would take longer than its work."""
+        small = [gathered for gathered in self._gathered if gathered.small is not None]
+        if not small:
+            return
+        sizes = [gathered.small.numel() for gathered in small]
+        gradient = torch.cat([gathered.small.double() for gathered in small])
+        theta = torch.cat([local(gathered.parameter.detach()).double() for gathered in small])
+        found = torch.stack([gradient.square(), (theta * gradient).abs(), theta * gradient]).split(sizes, 1)
+        for gathered, values in zip(small, found, strict=True):
+            gathered.sums[0] += values[: len(gathered.sums[0])]
+            if gathered.running is not None:
+                gathered.running += gathered.small
+            gathered.small = None
+
+    @torch.no_grad()
+    def read(self, tokens: int) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+        """(name, dimension) -> (sums over all backwards, fp64 [kinds, indices]; sum |theta g| of the running sum / tokens), on the host."""
+        keys, parts = [], []
+        for gathered in self._gathered:
+            theta = local(gathered.parameter.detach())
+            taylor = {dim: torch.zeros(3, sums.shape[1], dtype=torch.float64, device=sums.device) for dim, sums in gathered.sums.items()}
+            if gathered.running is not None:
+                _add(taylor, theta, gathered.running, None)
+            for dim, sums in gathered.sums.items():
+                keys.append((gathered.name, dim))
+                parts.append(_whole(torch.cat([sums, taylor[dim][1:2] / tokens]), gathered.parameter, dim))
+        running = self._gathered[0].running is not None
+        flat = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()  # the one wait for a device
+        host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
+        return {key: (values[:-1], values[-1] if running else None) for key, values in zip(keys, host, strict=True)}
+
+
+def _add(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
+    """Add a gradient's sums along dimensions to `sums`: fp64 [1 or 3, parameter.shape[dimension]] each; and the gradient to `running`."""
+    if backend.resolve("saliency", parameter.device) == "cpu" and torch.float64 not in (parameter.dtype, gradient.dtype):
+        from adept_fast import cpu
+
+        cpu.add_saliency(sums, parameter, gradient, running)
+        return
+    for dim, total in sums.items():
+        for kind, found in zip(total, saliency_sums(parameter, gradient, dim), strict=False):
+            kind += found
+    if running is not None:
+        running += gradient
+
+
+def _whole(values: Tensor, parameter: Tensor, dim: int) -> Tensor:
+    """Sums of this process's part of a sharded parameter -> of all of it."""
+    shard = shard_of(parameter)
+    if shard is None or shard.mesh is None:
+        return values
+    first, count = shard.held[dim]
+    total = values.new_zeros(len(values), parameter.shape[dim])
+    total[:, first : first + count] = values
+    for mesh_dim in shard.mesh.dims:
+        torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
+    return total
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            raise InputError(
+                f"{name}: reentrant activation checkpointing hands gradients on in parts: importances need "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+@contextmanager
+def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """For the time being, without gradients of their own, in eval mode and with the RNG forked: nothing of a training run is touched."""
+    _refuse_reentrant(model)
+    wanted = {id(parameter) for parameter in parameters}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter, _, _ in before if parameter.device.type == "cuda"}
+    try:
+        model.eval()
+        for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,11 @@
+// Included by one source file per instruction set, with ADEPT_FAST_ROWS its name: everything here is compiled for that set.
+#pragma once
+
+#include "cpu_saliency_body.h"
+#include "cpu_softmax_body.h"
+
+namespace adept_fast {
+
+const RowKernels ADEPT_FAST_ROWS = {&softmax_rows, &saliency_band};
+
+}  // namespace adept_fast
