@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
+from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion import (
     copies,
@@ -185,3 +186,35 @@ def test_it_loads_where_adept_fast_is_not_installed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "expanded")], capture_output=True, text=True, check=True)
     base, expanded = done.stdout.strip().split("|")
     assert base == expanded and len(base) > 20
+
+
+def test_a_second_expansion_keeps_the_first_and_trains_its_own_copies(tmp_path: Path) -> None:
+    first = expand_model(tiny_models.model("qwen3"), [1, 3])
+    with torch.no_grad():
+        for layer in copies(first):
+            for parameter in layer.parameters():
+                parameter.add_(0.1)
+    second = expand_model(first, [0, 1])
+    verify_expansion(first, second)
+    assert [(entry.layer, entry.copied_from, entry.round) for entry in second.adept_config.inserted] == [
+        (1, 0, 1),
+        (3, 1, 0),
+        (4, 1, 1),
+        (7, 3, 0),
+    ]
+    trained = {id(parameter) for index in (1, 4) for parameter in second.model.layers[index].parameters()}
+    freeze_original(second)
+    assert {id(parameter) for parameter in second.parameters() if parameter.requires_grad} == trained
+    second.save_pretrained(tmp_path / "plain")
+    assert checkpoint.load_model(tmp_path / "plain").adept_config.inserted == second.adept_config.inserted
+    with pytest.raises(InputError, match="layer 2 is itself a copy"):
+        expand_model(first, [2])
+
+
+def test_a_second_expansion_on_disk(tmp_path: Path) -> None:
+    source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
+    expand_checkpoint(source, tmp_path / "one", [1, 3], quiet=True)
+    record = expand_checkpoint(tmp_path / "one", tmp_path / "two", [0, 1], quiet=True)
+    assert [(entry.layer, entry.copied_from, entry.round) for entry in record.inserted] == [(1, 0, 1), (3, 1, 0), (4, 1, 1), (7, 3, 0)]
+    base, twice = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "two"))
+    assert torch.equal(base(IDS).logits, twice(IDS).logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny_models
 import torch
@@ -154,3 +156,17 @@ def test_callable_maps_are_checked() -> None:
         unit_rates(given, "ranks")
     with pytest.raises(InputError, match="q_proj is not finite"):
         unit_rates(importance([float("nan")] * 18, units))
+
+
+def test_the_gain_that_keeps_a_post_norm_copy_silent_is_never_slowed() -> None:
+    model = expand_model(tiny_models.model("gemma2", head_dim=8), [1, 3])
+    units = Units.of(model)
+    gates = [index for index, unit in enumerate(units) if unit.gate]
+    assert {units.units[index].kind for index in gates} == {"post_attention_layernorm", "post_feedforward_layernorm"}
+    values = torch.arange(len(units)).flip(0).tolist()
+    free = unit_rates(importance(values, Units(units.granularity, tuple(replace(unit, gate=False) for unit in units), units.slices)))
+    held = unit_rates(importance(values, units))
+    assert float(free[gates].min()) < 1 and float(held[gates].min()) >= 1
+    others = [index for index in range(len(units)) if index not in gates]
+    assert torch.equal(free[others], held[others])
+    assert float(unit_rates(importance(values, units), lambda found, units: found * 0)[gates].min()) == 1

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 LAYERS = 4
+VOCABULARY = 96
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SMALL = {
     # shape
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 96),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "embedding_dim", "emb_dim", "lru_width", "embedding_size", "word_embed_proj_dim"), 32
     ),

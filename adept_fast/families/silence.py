@@ -74,7 +74,7 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
     first: dict[tuple, int] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            stack.enter_context(_traced(layer, first.setdefault(_signature(layer), index), traces))
+            stack.enter_context(_traced(layer, first.setdefault(_signature(layer), index), traces, name))
         try:
             with mode, torch.enable_grad():
                 twin(input_ids=torch.zeros((1, TOKENS), dtype=torch.int64), use_cache=False)
@@ -95,7 +95,7 @@ def _signature(layer: nn.Module) -> tuple:
 
 
 @contextmanager
-def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]]) -> Iterator[None]:
+def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]], family: str) -> Iterator[None]:
     """Let the layer record its computation, or pass its input through where one of its kind has; either way the next one gets it as is."""
     forward = layer.forward
 
@@ -104,6 +104,8 @@ def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]])
         if first not in traces:
             entry = hidden.detach().requires_grad_()
             traces[first] = entry, forward(entry, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": entry})
+            if not isinstance(hidden_of(traces[first][1]), Tensor):
+                raise UnsupportedFamilyError(f"{family}: cannot be expanded: its layers return {type(traces[first][1]).__name__}s")
         return with_hidden(traces[first][1], hidden)
 
     for tensor in (*layer.parameters(), *layer.buffers()):
@@ -119,6 +121,7 @@ class _Walk:
     def __init__(self, own: nn.Module, layer: nn.Module, entry: Tensor) -> None:
         self.own, self.entry = own, entry
         self.parameters = {id(parameter): name for name, parameter in layer.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
         self.names = {**self.parameters, **{id(buffer): name for name, buffer in layer.named_buffers()}}
 
     def silence(self, output: Any, where: str) -> Silence:
@@ -226,7 +229,7 @@ class _Walk:
     def _alike(self, name: str) -> list[str]:
         """The name and those that differ in indices only: the other experts of a list, which the traced tokens need not have reached."""
         pattern = re.compile(r"\d+".join(map(re.escape, _INDEX.split(name))))
-        return [other for other in self.names.values() if pattern.fullmatch(other)]
+        return [other for other in self.shapes if pattern.fullmatch(other) and self.shapes[other] == self.shapes[name]]
 
 
 def _kind(node: Any) -> str:

@@ -4,6 +4,8 @@ rank             2 (1 - (r + 1/2) / n), r the rank of the unit's importance amon
                  parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
 mean_preserving  2 (1 - I_norm), I_norm min-max normalised over all units, scaled so that the parameter-weighted mean is 1
 paper            2 (1 - I_norm), as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
+
+Under every map the gain that keeps a post-norm copy silent gets 1 at least: it is the copy's gate, and all else learns through it.
 """
 
 from __future__ import annotations
@@ -68,4 +70,5 @@ def unit_rates(importance: UnitImportance, map: str | RateMap = "rank") -> Tenso
     rates = torch.as_tensor(map(values, importance.units), dtype=torch.float64)
     if rates.shape != values.shape or not bool((torch.isfinite(rates) & (rates >= 0)).all()):
         raise InputError(f"a rate map must return {len(values)} finite values >= 0, found shape {tuple(rates.shape)}")
-    return rates
+    gates = torch.tensor([unit.gate for unit in importance.units])
+    return torch.where(gates, rates.clamp(min=1), rates)
