@@ -121,7 +121,10 @@ def _run(command: str, settings: Sequence[str]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    from adept_fast import distributed
+
+    if distributed.leads():
+        print(line, flush=True)
 
 
 def _needs_extra() -> None:

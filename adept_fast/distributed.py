@@ -38,6 +38,11 @@ def total(values: Tensor) -> Tensor:
     return summed.to(values.device)
 
 
+def leads() -> bool:
+    """Whether this process is the one that writes, before as after they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def wait() -> None:
     if active():
         distributed.barrier()

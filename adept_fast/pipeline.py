@@ -15,14 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adept_fast import checkpoint
+from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import read_json, write_json
 from adept_fast.data.documents import Documents
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
-from adept_fast.importance import LOSSES, LayerScores, check_choice, score_layers, select_layers, undecided
+from adept_fast.importance import LOSSES, LayerScores, Race, certified, check_choice, score_layers, select_layers, undecided
 from adept_fast.inputs import changed, digest
 from adept_fast.record import AdeptConfig, versions
 from adept_fast.report import layer_profile, save_png, write_report
@@ -38,13 +38,16 @@ class Pipeline(Workspace):
     # stage 1
     def _score_inputs(self) -> dict[str, Any]:
         score = self.recipe.score
+        race = {"expand.k": self.recipe.expand.k} if score.regret is not None else {}
         return {
             **self.base_inputs(),
             "probe": self.corpora.digest(self.corpora.probe.scoring),
             **{f"score.{key}": value for key, value in vars(score).items()},
+            **race,
         }
 
     def score(self) -> LayerScores:
+        distributed.join()
         inputs = self._score_inputs()
         if self.scores_path.exists():
             scores = LayerScores.load(self.scores_path)
@@ -58,21 +61,31 @@ class Pipeline(Workspace):
             loss = self.recipe.score.loss or ("kl" if self.tokenizer.chat_template else "answer")
             self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {loss}")
             journal = self.folder / ".scores.journal"
+            score = self.recipe.score
+            race = Race(self.recipe.expand.k, score.regret, score.confidence) if score.regret is not None else None
             scores = score_layers(
                 model,
                 items,
-                self.recipe.score.method,
-                loss,
-                losses=() if self.recipe.score.loss else LOSSES,
+                score.method,
+                loss if score.method == "masking" or score.loss else "answer",
+                losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
+                race=race,
+                sweep_tokens=score.sweep_tokens,
                 seed=self.recipe.score.seed,
                 journal=journal,
                 inputs=inputs,
                 quiet=self.quiet,
             )
+            distributed.wait()
+            if distributed.rank():
+                return scores
             scores.save(self.scores_path)
-            journal.unlink()
+            for part in self.folder.glob(f"{journal.name}*"):
+                part.unlink()
             for note in scores.notes:
                 self.say(note)
+            if scores.certificate:
+                self.say(certified(scores.certificate))
         chosen = self._chosen(scores)
         save_png(layer_profile(read_json(self.scores_path), chosen), self.folder / "scores.png")
         values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)

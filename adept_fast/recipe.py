@@ -27,13 +27,18 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Score:
-    """max_items: probe items scored, drawn by hash and seed. loss null: all are measured, and answer decides, or kl for a chat model."""
+    """max_items: probe items scored, drawn by hash and seed. loss null: all are measured, and answer decides, or kl for a chat model.
+    regret: race for the expand.k lowest layers instead of measuring all layers on all items, to that many nats per token at `confidence`.
+    sweep_tokens: bound on the tokens of one layer call, that is on memory."""
 
     method: str = "masking"
     loss: str | None = None
     max_items: int | None = None
     seed: int = 0
     probe_format: str = "plain"
+    regret: float | None = None
+    confidence: float = 0.95
+    sweep_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -210,10 +215,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return _build(kind, value, f"{key}.")
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return _number(str(value), key)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        names = {int: "a whole number", str: "text", bool: "true or false"}
+        names = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
         raise InputError(f"{key} must be {names[kind]}, found {value!r}")
-    if kind is int and value < 1 and key.rpartition(".")[2] in ("max_items", "refresh_steps", "k", "block_size"):
+    if kind is int and value < 1 and key.rpartition(".")[2] in ("max_items", "refresh_steps", "k", "block_size", "sweep_tokens"):
         raise InputError(f"{key} must be 1 or more, found {value}")
     return value
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adept_fast import checkpoint
+from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import remove_leftovers, write_text
 from adept_fast.corpora import Corpora
 from adept_fast.data.items import Item, tokenize_item
@@ -34,10 +34,13 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make output_dir, keep other runs out of it, and clear what a killed one left half written."""
+        """Make output_dir, keep other runs out of it, and clear what a killed one left half written. Of several processes one does so."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not distributed.leads():
+            yield
+            return
         with (self.folder / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

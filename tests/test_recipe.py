@@ -24,10 +24,10 @@ def test_yaml_with_overrides(tmp_path: Path) -> None:
     path.write_text(
         "model_name_or_path: M\ndomain:\n- {path: a.jsonl, weight: 2, column: body}\n- b.txt\ntune: {units: head, weight_decay: 0.1}\n"
     )
-    recipe = load(str(path), ["tune.max_steps=7", "tune.learning_rate=2e-5", "expand.layers=[3, 1]", "score.loss=kl"])
+    recipe = load(str(path), ["tune.max_steps=7", "tune.learning_rate=2e-5", "expand.layers=[3, 1]", "score.loss=kl", "score.regret=4e-2"])
     assert recipe.domain == (Source("a.jsonl", column="body", weight=2), Source("b.txt"))
     assert recipe.tune.units == "head" and recipe.tune.training == {**TRAINING, "weight_decay": 0.1, "max_steps": 7, "learning_rate": 2e-5}
-    assert recipe.expand.layers == (3, 1) and recipe.score.loss == "kl"
+    assert recipe.expand.layers == (3, 1) and (recipe.score.loss, recipe.score.regret) == ("kl", 0.04)
 
 
 def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
@@ -56,6 +56,7 @@ def test_text_stays_text_and_numbers_are_read() -> None:
         (["tune.output_dir=x"], "set by the recipe's output_dir"),
         (["expand.k=two"], "expand.k must be a whole number, found 'two'"),
         (["expand.k=0"], "expand.k must be 1 or more"),
+        (["score.regret=low"], "score.regret must be a number"),
         (["score.max_items=true"], "must be a whole number"),
         (["score=3"], "score must be a table"),
         (["domain={paht: x}"], "domain"),

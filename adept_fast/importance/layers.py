@@ -12,6 +12,7 @@ import torch
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.race import Race, certificate, run
@@ -21,7 +22,7 @@ from adept_fast.importance.sweep import plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METHODS = ("masking",)
+METHODS = ("masking", *CHEAP)
 
 
 def score_layers(
@@ -58,6 +59,8 @@ def score_layers(
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer) if item.supervised]
+    if method in CHEAP:
+        return _cheap(model, items, method, loss, losses, seed, inputs, quiet)
     started, training = time.perf_counter(), model.training
     model.eval()
     planned = plan(model, items, sweep_tokens)
@@ -82,6 +85,36 @@ def score_layers(
         notes=notes,
         inputs=dict(inputs or {}),
         certificate=proof,
+        per_item=per_item,
+    )
+
+
+def _cheap(
+    model: PreTrainedModel,
+    items: list[Item],
+    method: str,
+    loss: str,
+    losses: Collection[str],
+    seed: int,
+    inputs: Mapping[str, Any] | None,
+    quiet: bool | None,
+) -> LayerScores:
+    wanted = [name for name in LOSSES if name in (loss, *losses)]
+    if "kl" in wanted and method != "block_influence":
+        raise InputError(f"{method} has no profile by kl: the gradient of KL(base || base) is 0; give loss answer or all")
+    started = time.perf_counter()
+    if method == "block_influence":
+        loss, wanted = "hidden", ["hidden"]
+    per_item = {name: cheap_scores(model, items, method, name, quiet) for name in wanted}
+    return LayerScores(
+        method=method,
+        loss=loss,
+        profiles={name: scores.profile(method, seed) for name, scores in per_item.items()},
+        items=len(items),
+        tokens=sum(item.supervised for item in items),
+        seconds=time.perf_counter() - started,
+        model=model.config.name_or_path,
+        inputs=dict(inputs or {}),
         per_item=per_item,
     )
 

@@ -19,7 +19,7 @@ for others as n grows, which is why the first part has 32 items. The regret is m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,3 +164,13 @@ def certificate(race: Race, outcome: Outcome, tokens: Tensor, seed: int, cost_sh
         "undecided": list(outcome.undecided),
         "measured_items": list(outcome.measured),
     }
+
+
+def certified(certificate: Mapping[str, Any]) -> str:
+    """A certificate in one line."""
+    names = {key: ", ".join(map(str, certificate[key])) for key in ("layers", "undecided")}
+    return (
+        f"layers {names['layers']} lose at most {certificate['regret_bound']:.3f} nats per token more than the best {certificate['k']}, "
+        f"at {certificate['confidence']:.0%} confidence; {certificate['items_used']} of {certificate['items']} items, "
+        f"{certificate['cost_share']:.0%} of the full cost" + (f"; not told apart: {names['undecided']}" if names["undecided"] else "")
+    )

@@ -20,6 +20,13 @@ PROFILES = {
     "all": ("Loss on all tokens", "increase (nats/token)"),
     "kl": ("KL(base || without the layer)", "KL (nats/token)"),
 }
+METHODS = {
+    "gate": ("Gate gradient", "estimated increase (nats/token)"),
+    "cumulative": ("Sum of |weight x gradient|", "share of the largest"),
+    "rank": ("Mean rank over kinds of module", "1 - rank / layers"),
+    "fisher": ("Fisher information", "sum of squared gradients"),
+    "block_influence": ("Block influence", "1 - cosine of input and output"),
+}
 
 
 def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
@@ -39,7 +46,7 @@ def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
         figure.set_label("Importance of each layer over depth")
         panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
         for name, axes in zip(names, panels, strict=True):
-            title, unit = PROFILES.get(name, (name, "nats/token"))
+            title, unit = METHODS.get(scores.get("method"), PROFILES.get(name, (name, "nats/token")))
             base = profiles[name].get("base_loss")
             title += ", primary" if name == scores.get("loss") else ""
             title += f"; base {base:.3f}" if base is not None else ""
