@@ -26,9 +26,9 @@ from adept_fast import distributed
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
+from adept_fast.gradient_sums import only_these_require_grad
 from adept_fast.importance.scores import ItemScores
 from adept_fast.losses import sequence_loss
-from adept_fast.saliency import _only_these_require_grad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
     shape = (len(items), len(layers), len(kinds)) if method == "rank" else (len(items), len(layers))
     sums = torch.zeros(shape, dtype=torch.float64)
     parameters = [parameter for layer in layers for parameter in layer.parameters()] if method in ("cumulative", "rank", "fisher") else []
-    with _only_these_require_grad(model, parameters):
+    with only_these_require_grad(model, parameters):
         for index in tqdm(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item", disable=quiet):
             if method == "gate":
                 sums[index] = _gate(model, items[index])
