@@ -102,9 +102,9 @@ def test_damaged_model_and_unsupported_family(here: Path, capsys: pytest.Capture
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors: corrupt or truncated" in fails(capsys, "score")
     shutil.rmtree(here / "model")
-    tiny_models.checkpoint(here / "model", "gemma2", head_dim=8)
-    said = fails(capsys, "run")
-    assert "gemma2: cannot be expanded" in said and "post-norm" in said
+    tiny_models.checkpoint(here / "model", "diffllama")
+    said = fails(capsys, "run", "expand.layers=[1]")
+    assert "diffllama: cannot be expanded" in said and "lambda_init" in said
     assert not (here / "out" / "expanded").exists()
 
 

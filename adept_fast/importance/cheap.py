@@ -28,7 +28,7 @@ from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
 from adept_fast.gradient_sums import only_these_require_grad
 from adept_fast.importance.scores import ItemScores
-from adept_fast.losses import sequence_loss
+from adept_fast.losses import batch_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ def _recorded(model: PreTrainedModel, leaf: bool) -> Iterator[list[tuple[Tensor,
 
 def _gate(model: PreTrainedModel, item: Item) -> Tensor:
     with _recorded(model, leaf=True) as seen:
-        loss = sequence_loss(model, item)
+        loss = batch_loss(model, [item])
     gradients = torch.autograd.grad(loss, [output for _, output in seen])
     terms = [-((output - hidden).double() * gradient.double()).sum() for (hidden, output), gradient in zip(seen, gradients, strict=True)]
     return torch.stack([term.detach().cpu() for term in terms])
@@ -108,7 +108,7 @@ def _block_influence(model: PreTrainedModel, item: Item) -> Tensor:
 
 def _from_gradients(model: PreTrainedModel, item: Item, parameters: Sequence[Tensor], method: str, kinds: Sequence[str]) -> Tensor:
     """Sums over each layer of |theta g| or g^2, by kind of module where ranks are wanted."""
-    gradients = iter(torch.autograd.grad(sequence_loss(model, item), parameters))
+    gradients = iter(torch.autograd.grad(batch_loss(model, [item]), parameters))
     layers = decoder_layers(model)
     found = torch.zeros(len(layers), len(kinds), dtype=torch.float64)
     for row, layer in zip(found, layers, strict=True):

@@ -55,7 +55,7 @@ def mean_rank(means: Tensor) -> Tensor:
     A kind that a layer lacks is NaN there.
     """
     there = ~means.isnan()
-    order = means.nan_to_num(-torch.inf).argsort(1, descending=True, stable=True)
+    order = means.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
     ranks = 1.0 + order.argsort(1).double()
     return 1 - (ranks * there).sum(2) / there.sum(2) / means.shape[1]
 
