@@ -50,6 +50,8 @@ def apply_copies(
 
     Raises InputError where the base's tensors are not those that the copies were made on, or the delta is not whole.
     """
+    if not (Path(delta) / FILE).is_file():
+        raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
     folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(Path(delta))
     on_disk = OnDisk.open(folder, trust_remote_code)
     found = tensors_sha256(on_disk.shards.tensors)
@@ -58,8 +60,6 @@ def apply_copies(
             f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found[:12]}, "
             f"expected {str(record.source.get('tensors_sha256'))[:12]}"
         )
-    if not (Path(delta) / FILE).is_file():
-        raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
     tensors = {stored.name: stored for stored in read_header(Path(delta) / FILE)[0]}
     places = {entry.layer: entry for entry in record.inserted}
     layers, originals = [], iter(range(on_disk.count))
