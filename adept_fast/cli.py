@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from adept_fast.errors import InputError
@@ -31,6 +32,11 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
         (*MODEL, "domain"),
     ),
+    "copies": (
+        "remove, extract, apply, merge or dial copies on disk",
+        "adept-fast copies remove source=out/tuned target=plain (adept-fast copies ACTION --help has one for each)",
+        (),
+    ),
     "report": ("write output_dir/report.html again", "adept-fast report output_dir=out", ()),
     "info": ("versions, and which backends were found", "adept-fast info", ()),
 }
@@ -38,22 +44,36 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 def parser() -> argparse.ArgumentParser:
     from adept_fast import __version__
+    from adept_fast.copies_command import ACTIONS
 
     top = argparse.ArgumentParser(
         prog="adept-fast",
         description="Adapt a causal language model to a domain without losing what it knows: score -> expand -> tune -> report.",
         epilog="example: adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
     )
+    top.set_defaults(debug=False, action=None)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, (what, example, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what, epilog=f"example: {example}")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name != "info":
+        command = _described(commands, name, what, example)
+        if name == "copies":
+            actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+            for action, about in ACTIONS.items():
+                keys = ", ".join(entry.name for entry in fields(about.keys))
+                _described(actions, action, about.what, f"adept-fast copies {action} {about.example}").add_argument(
+                    "settings", nargs="*", metavar="key=value", help=f"keys: {keys}"
+                )
+        elif name != "info":
             command.add_argument(
                 "settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it"
             )
     return top
+
+
+def _described(parsers: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    described = parsers.add_parser(name, help=what, description=what, epilog=f"example: {example}")
+    described.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    return described
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        _run(given.command, getattr(given, "settings", []))
+        _run(given.command, given.action, getattr(given, "settings", []))
     except KeyboardInterrupt:
         print("adept-fast: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -81,7 +101,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
-def _run(command: str, settings: Sequence[str]) -> None:
+def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     if command == "info":
         from adept_fast.info import describe
 
@@ -90,15 +110,20 @@ def _run(command: str, settings: Sequence[str]) -> None:
     _needs_extra()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: other libraries' bars too
+    _calm_libraries()
+    quiet = None if sys.stderr.isatty() else True
+    if action is not None:
+        from adept_fast import copies_command
+
+        _say(copies_command.run(action, settings, quiet))
+        return
     from adept_fast import recipe
     from adept_fast.pipeline import Pipeline
 
-    _calm_libraries()
     files = [setting for setting in settings if "=" not in setting or Path(setting).is_file()]
     if len(files) > 1:
         raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
     overrides = [setting for setting in settings if setting not in files]
-    quiet = None if sys.stderr.isatty() else True
     if command == "demo":
         from adept_fast import demo
 

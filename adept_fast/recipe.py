@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adept_fast.data.items import STYLES
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
 
+T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps")
-PLAIN_TEXT = ("model_name_or_path", "output_dir", "revision", "dtype", "attn_implementation")
 TRAINING = {
     "learning_rate": 2.0e-4,
     "num_train_epochs": 1,
@@ -113,9 +113,7 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
             raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
-    recipe = _build(Recipe, content, "")
+    recipe = settings(Recipe, overrides, content)
     if recipe.score.probe_format not in STYLES:
         raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {recipe.score.probe_format!r}")
     if not 0 <= recipe.seed < 2**32:
@@ -126,7 +124,16 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     return recipe
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
+    """The dataclass `kind` from "key.sub=value" overrides of `content`. Raises InputError for an unknown, wrong or missing key."""
+    content = dict(content or {})
+    texts = [name for name, hint in get_type_hints(kind).items() if hint in (str, str | None)]
+    for override in overrides:
+        _override(content, override, texts)
+    return _build(kind, content, "")
+
+
+def _override(content: dict[str, Any], override: str, texts: Sequence[str]) -> None:
     import yaml
 
     key, equals, text = override.partition("=")
@@ -136,7 +143,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{override}: the value is not valid YAML ({' '.join(str(error).split())})") from None
-    if key in PLAIN_TEXT and text not in ("", "null"):
+    if key in texts and text not in ("", "null"):
         value = text  # YAML would read 010, 1_0 or a date as something else
     *parents, last = key.split(".")
     table = content
@@ -168,6 +175,9 @@ def _build(cls: type, content: Mapping[str, Any], prefix: str) -> Any:
             values[key] = _coerce(value, types[key], prefix + key)
     if cls is Tune:
         values["training"] = training
+    missing = [entry.name for entry in fields(cls) if entry.name not in values and entry.default is entry.default_factory is MISSING]
+    if missing:
+        raise InputError(f"{prefix}{missing[0]} is missing: give it as {prefix}{missing[0]}=...")
     return cls(**values)
 
 
