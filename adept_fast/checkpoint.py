@@ -55,6 +55,8 @@ def check(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
     config = read_json(folder / "config.json")
+    if _holds_nan(config):
+        raise InputError(f"{folder / 'config.json'}: holds a NaN: correct it, or fetch it again")
     if config.get("quantization_config") or config.get("compression_config"):
         raise InputError(f"{folder}: quantised: its packed weights cannot be made silent or trained: use the unquantised checkpoint")
     if not (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
@@ -62,6 +64,12 @@ def check(folder: Path) -> None:
         hint = f"{pickled.name} is a pickle and is not loaded: convert it to safetensors" if pickled else "fetch the checkpoint again"
         raise InputError(f"{folder / WEIGHTS}: missing: {hint}")
     open_shards(folder)
+
+
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
+    return value != value
 
 
 def positions(folder: Path) -> int:
@@ -99,8 +107,8 @@ def load_model(
             ignore_mismatched_sizes=True,  # they come back in the loading info, and are refused below by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    except (SafetensorError, *_refusals()) as error:
+        raise _cannot_be_loaded(folder, error) from None
     missing = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info["mismatched_keys"])
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing or of another shape, first {missing[0]}: fetch it again")
@@ -120,8 +128,21 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    except _refusals() as error:
+        raise _cannot_be_loaded(folder, error) from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config.json that describes no model: most fields are used before anything checks them."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError
+
+
+def _cannot_be_loaded(folder: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+    return InputError(f"{folder}: cannot be loaded ({reason}): correct its config.json, or fetch it again")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

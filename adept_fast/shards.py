@@ -110,7 +110,8 @@ def read_header(file: Path) -> tuple[tuple[Stored, ...], dict[str, str]]:
         json.dumps(header, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise corrupt("its header is not valid Unicode") from None
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise corrupt("its metadata is not text")
     data = 8 + length

@@ -42,6 +42,8 @@ def test_missing_folder() -> None:
         (lambda folder: _config(folder, quantization_config={"quant_method": "gptq"}), "quantised"),
         (lambda folder: _config(folder, hidden_size=64), "another shape"),
         (lambda folder: _config(folder, num_hidden_layers=5), "missing"),
+        (lambda folder: _config(folder, rms_norm_eps=float("nan")), "config.json: holds a NaN"),
+        (lambda folder: _config(folder, hidden_size=None), "hidden_size.*correct its config.json"),
         (lambda folder: _config(folder, model_type="nonesuch"), "cannot be loaded"),
     ],
 )

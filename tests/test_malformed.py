@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from adept_fast import checkpoint
@@ -33,7 +33,8 @@ ODD = st.one_of(
 
 
 def cases(count: int) -> settings:
-    return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    phases = [Phase.generate, Phase.shrink]
+    return settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=phases, suppress_health_check=[*HealthCheck])
 
 
 class Folder:
@@ -128,7 +129,7 @@ def table_changed(draw: Callable[[st.SearchStrategy], Any], table: dict[str, Any
     return text
 
 
-@cases(900)
+@cases(800)
 @given(data=st.data())
 def test_headers(folder: Folder, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([FIRST, SECOND]))
@@ -143,7 +144,7 @@ def test_headers(folder: Folder, data: st.DataObject) -> None:
     folder.refuses_or_expands(**{name: damaged})
 
 
-@cases(300)
+@cases(400)
 @given(data=st.data())
 def test_files(folder: Folder, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([FIRST, SECOND]))
@@ -154,7 +155,32 @@ def test_files(folder: Folder, data: st.DataObject) -> None:
     folder.refuses_or_expands(**{name: damaged})
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@cases(400)
+@given(data=st.data())
+def test_indexes(folder: Folder, data: st.DataObject) -> None:
+    content = folder.whole[INDEX]
+    if data.draw(st.booleans()):
+        damaged = data.draw(bytes_changed(content))
+    else:
+        damaged = data.draw(table_changed(json.loads(content))).encode()
+    folder.refuses_or_expands(**{INDEX: damaged})
+
+
+@cases(400)
+@given(data=st.data())
+def test_configs(folder: Folder, data: st.DataObject) -> None:
+    """What says which tensors there are; the rest of config.json is transformers' to check."""
+    config = json.loads(folder.whole["config.json"])
+    keys = [*SMALL, "vocab_size", "head_dim", "model_type", "tie_word_embeddings", "attention_bias", "architectures"]
+    if data.draw(st.integers(0, 3)):
+        config[data.draw(st.sampled_from(keys))] = data.draw(st.one_of(st.integers(-2, 64), ODD))
+        damaged = json.dumps(config).encode()
+    else:
+        damaged = folder.whole["config.json"][: data.draw(st.integers(0, len(folder.whole["config.json"]) - 3))]
+    folder.refuses_or_expands(**{"config.json": damaged})
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3, 10**12])
 def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers: int) -> None:
     config = json.loads(folder.whole["config.json"]) | {"num_hidden_layers": layers}
     (folder.path / "config.json").write_text(json.dumps(config))

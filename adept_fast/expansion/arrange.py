@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from adept_fast import checkpoint
 from adept_fast.artefacts import read_json, staged_folder, write_json
-from adept_fast.errors import ExpansionError, InputError
-from adept_fast.families import Family, describe
+from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
+from adept_fast.families import Family, describe, layers_path
 from adept_fast.fingerprint import tensors_sha256
 from adept_fast.naming import Naming
 from adept_fast.pieces import Piece, write_shards
@@ -53,9 +54,10 @@ class OnDisk:
         shards = open_shards(folder)
         _check_counts(read_json(folder / "config.json"), folder, len(shards.tensors))
         skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
-        family = describe(skeleton)
-        naming = Naming(skeleton, family.layers, shards.tensors)
-        naming.check(shards)
+        with refusals_naming(folder):
+            naming = Naming(skeleton, layers_path(skeleton), shards.tensors)
+            naming.check(shards)  # before the model is run: shapes that do not fit are told by name here
+            family = describe(skeleton)
         return cls(folder, shards, skeleton, family, naming)
 
     @property
@@ -98,12 +100,21 @@ class Layer:
     make: Callable[[Stored, str], Piece] | None = None
 
 
+@contextmanager
+def refusals_naming(folder: Path) -> Iterator[None]:
+    """A family that is refused is refused with the folder's name: only models in memory have none."""
+    try:
+        yield
+    except UnsupportedFamilyError as refusal:
+        raise UnsupportedFamilyError(f"{folder}: {refusal}") from None
+
+
 def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
-    """Refuse a config of more layers than there are tensors before a model of that many is built."""
+    """Refuse a config of no layers, or of more than there are tensors, before a model of that many is built."""
     for key, value in config.items():
         if isinstance(value, Mapping) and key != KEY:
             _check_counts(value, folder, tensors)
-        elif key in LAYER_COUNTS and (not isinstance(value, int) or not 0 < value <= tensors):
+        elif key in LAYER_COUNTS and isinstance(value, int) and not 0 < value <= tensors:
             raise InputError(f"{folder}: config.json has {key} {ascii(value)[:80]}, but there are {tensors} tensors: correct one of them")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from adept_fast import checkpoint
 from adept_fast.artefacts import read_json
 from adept_fast.data.items import Item
-from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
+from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, refusals_naming, write_checkpoint
 from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
 from adept_fast.expansion.insert import arrange_copies, expand_model
@@ -46,7 +46,8 @@ def expand_checkpoint(
     earlier = on_disk.skeleton.adept_config = AdeptConfig.find(folder)
     made = arrange_copies(layers, on_disk.count, earlier)
     chosen = [made.sources[index] for index in made.new]
-    expanded = expand_model(on_disk.skeleton, chosen).adept_config
+    with refusals_naming(folder):
+        expanded = expand_model(on_disk.skeleton, chosen).adept_config
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, chosen)
     silenced = [Layer(source, on_disk.silent if index in made.new else None) for index, source in enumerate(made.sources)]
