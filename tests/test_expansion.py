@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adept_fast import checkpoint
@@ -132,6 +134,47 @@ def test_checkpoint_loads_with_plain_transformers(tmp_path: Path) -> None:
     assert (tmp_path / "expanded" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     sums = load_first_importance(tmp_path / "expanded")
     assert sums["model.layers.1.mlp.down_proj.weight", 1].abs_taylor.shape == (48,) and sums["model.layers.1.input_layernorm.weight", 0]
+
+
+def test_a_folder_of_links_to_blobs_is_expanded_into_files(tmp_path: Path) -> None:
+    """As the hub's cache keeps a snapshot: each file a link into ../../blobs, named by its hash."""
+    held, snapshot, blobs = tiny_models.checkpoint(tmp_path / "held"), tmp_path / "snapshots" / "1f0c", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(held.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    expand_checkpoint(snapshot, tmp_path / "expanded", [1, 3], quiet=True)
+    shutil.rmtree(snapshot.parent)
+    shutil.rmtree(blobs)
+    written = list((tmp_path / "expanded").iterdir())
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in written}
+    assert all(file.is_file() and not file.is_symlink() for file in written)
+    assert checkpoint.load_model(tmp_path / "expanded").config.num_hidden_layers == 6
+
+
+def test_experts_that_are_separate_tensors_on_disk_are_silenced_each(tmp_path: Path) -> None:
+    """Mixtral's experts are w1, w2, w3 each on disk, and two 3-D parameters in memory: of a copy, every w2 and o_proj are 0, no more."""
+    source = tmp_path / "base"
+    tiny_models.model("mixtral", num_local_experts=4).save_pretrained(source, max_shard_size="60KB")
+    expand_checkpoint(source, tmp_path / "expanded", [0, 2], quiet=True)
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "expanded")
+    assert len(list(source.glob("*.safetensors"))) > 1 and "model.layers.0.block_sparse_moe.experts.3.w2.weight" in before
+    expected = {name: tensor for name, tensor in before.items() if not name.startswith("model.layers.")}
+    for name, tensor in before.items():
+        if name.startswith("model.layers."):
+            *_, layer, rest = name.split(".", 3)
+            for index in {0: (0, 1), 1: (2,), 2: (3, 4), 3: (5,)}[int(layer)]:
+                silent = index in (1, 4) and rest.endswith(("w2.weight", "o_proj.weight"))
+                expected[f"model.layers.{index}.{rest}"] = torch.zeros_like(tensor) if silent else tensor
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(after[name].view(torch.int32), tensor.view(torch.int32)) for name, tensor in expected.items())
+    base, expanded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "expanded"))
+    assert torch.equal(base(IDS).logits, expanded(IDS).logits)
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
