@@ -85,6 +85,10 @@ def moment_in_place(opt: AdamW) -> None:
     state["exp_avg_sq"].data = 2 * state["exp_avg_sq"]
 
 
+def second_moment_gone(opt: AdamW) -> None:
+    del opt.state[opt.param_groups[0]["params"][0]]["exp_avg_sq"]
+
+
 def plain_backend(opt: AdamW) -> None:
     opt.backend = "torch"
 
@@ -108,7 +112,7 @@ def swapped(opt: AdamW) -> None:
 
 CHANGES = [
     moved, transposed, narrower_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates, column_rates, no_rates,
-    amsgrad, another_rate, another_moment, moment_in_place, plain_backend, reloaded, another_group, swapped,
+    amsgrad, another_rate, another_moment, moment_in_place, second_moment_gone, plain_backend, reloaded, another_group, swapped,
 ]  # fmt: skip
 
 
@@ -166,3 +170,19 @@ def test_plans_hold_from_the_second_step_on_and_keep_no_gradient(monkeypatch: py
     opt.step()
     opt.zero_grad(set_to_none=True)
     assert described == [] and all(reference() is None for reference in gone)
+
+
+def test_plans_keep_no_state_that_was_moved_away() -> None:
+    params = parameters()
+    opt = AdamW(params)
+    for step in range(2):
+        give_gradients(params, step)
+        opt.step()
+    held = [weakref.ref(opt.state[param]["exp_avg"]) for param in params]
+    for param in params:
+        opt.state[param]["exp_avg"] = opt.state[param]["exp_avg"].clone()
+    assert all(reference() is None for reference in held)
+    gone = weakref.ref(params[0])
+    opt.param_groups[0]["params"] = params[1:]
+    del opt.state[params.pop(0)], param
+    assert gone() is None

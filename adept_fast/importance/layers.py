@@ -59,21 +59,23 @@ def score_layers(
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer) if item.supervised]
+    started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:
-        return _cheap(model, items, method, loss, losses, seed, inputs, quiet)
-    started, training = time.perf_counter(), model.training
-    model.eval()
-    planned = plan(model, items, sweep_tokens)
-    notes = () if planned.swept else ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
-    measuring = Measuring(model, items, wanted, planned, journal, inputs, quiet)
-    proof = None
-    if race:
-        proof = _raced(measuring, race, loss, seed)
+        loss, per_item = _cheap(model, items, method, loss, wanted, quiet)
     else:
-        measuring.measure(range(len(items)), range(measuring.layers))
-    measuring.close()
-    model.train(training)
-    per_item = {name: _item_scores(measuring, name) for name in measuring.names}
+        training = model.training
+        model.eval()
+        planned = plan(model, items, sweep_tokens)
+        if not planned.swept:
+            notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
+        measuring = Measuring(model, items, wanted, planned, journal, inputs, quiet)
+        if race:
+            proof = _raced(measuring, race, loss, seed)
+        else:
+            measuring.measure(range(len(items)), range(measuring.layers))
+        measuring.close()
+        model.train(training)
+        per_item = {name: _item_scores(measuring, name) for name in measuring.names}
     return LayerScores(
         method=method,
         loss=loss,
@@ -90,33 +92,14 @@ def score_layers(
 
 
 def _cheap(
-    model: PreTrainedModel,
-    items: list[Item],
-    method: str,
-    loss: str,
-    losses: Collection[str],
-    seed: int,
-    inputs: Mapping[str, Any] | None,
-    quiet: bool | None,
-) -> LayerScores:
-    wanted = [name for name in LOSSES if name in (loss, *losses)]
-    if "kl" in wanted and method != "block_influence":
-        raise InputError(f"{method} has no profile by kl: the gradient of KL(base || base) is 0; give loss answer or all")
-    started = time.perf_counter()
+    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str], quiet: bool | None
+) -> tuple[str, dict[str, ItemScores]]:
+    """(primary profile, scores of items by profile). Block influence takes no loss: its one profile is called "hidden"."""
     if method == "block_influence":
-        loss, wanted = "hidden", ["hidden"]
-    per_item = {name: cheap_scores(model, items, method, name, quiet) for name in wanted}
-    return LayerScores(
-        method=method,
-        loss=loss,
-        profiles={name: scores.profile(method, seed) for name, scores in per_item.items()},
-        items=len(items),
-        tokens=sum(item.supervised for item in items),
-        seconds=time.perf_counter() - started,
-        model=model.config.name_or_path,
-        inputs=dict(inputs or {}),
-        per_item=per_item,
-    )
+        return "hidden", {"hidden": cheap_scores(model, items, method, "hidden", quiet)}
+    if "kl" in wanted:
+        raise InputError(f"{method} has no profile by kl: the gradient of KL(base || base) is 0; give loss answer or all")
+    return loss, {name: cheap_scores(model, items, method, name, quiet) for name in LOSSES if name in wanted}
 
 
 def _weights(measuring: Measuring, name: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from adept_fast import backend as backends
 from adept_fast.errors import InputError
 from adept_fast.optim import shards
-from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments
+from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments, checked_multipliers, refuse_sparse
 from adept_fast.optim.launch import in_memory, launch, sum_of_squares
 from adept_fast.optim.plan import Plan, Row, plan_of
 from adept_fast.optim.state import (
@@ -152,21 +152,7 @@ class AdamW(torch.optim.Optimizer):
             if not group.get(RATES, True):
                 del group[RATES]
             return
-        values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
-        if values.ndim == 0:
-            dim = 0
-        elif not -param.ndim <= dim < param.ndim:
-            raise InputError(f"dim: {dim} is not a dimension of a parameter of shape {tuple(param.shape)}")
-        else:
-            dim %= param.ndim
-        expected = param.shape[dim : dim + values.ndim]
-        if values.shape != expected:
-            raise InputError(
-                f"multipliers: shape {tuple(values.shape)} from dim={dim} does not fit a parameter of shape {tuple(param.shape)}, "
-                f"whose dimensions there are {tuple(expected)}"
-            )
-        if not bool(((values >= 0) & values.isfinite()).all()):
-            raise InputError("multipliers: every one must be finite and >= 0")
+        values, dim = checked_multipliers(param, multipliers, dim)
         held = group.setdefault(RATES, {}).get(position)
         if held is not None and held[0].shape == values.shape and held[0].device == values.device and held[1] == dim:
             held[0].copy_(values)  # at the same address, so that a captured or compiled step sees them
@@ -245,12 +231,14 @@ class AdamW(torch.optim.Optimizer):
                 continue
             plan = plans.get(position)
             rates = group[RATES].get(position) if RATES in group else None
-            if plan is not None and plan.holds(param, grad, self.state[param], rates):
-                if plan.master_key in EDITED:
-                    self._reset_if_edited(param, plan.master_key)
-                yield Update(param, grad, *plan.kept, options), (), None, plan.place
+            update = None if plan is None else plan.update(param, grad, self.state[param], rates, options)
+            if update is not None:
+                self._reset_if_edited(param, plan.master_key)
+                yield update, (), None, plan.place
                 continue
-            dense = dense or _refuse_sparse(group)
+            if not dense:
+                refuse_sparse(group["params"])
+                dense = True
             row = self._row(group, position, param, first)
             update, copies = in_memory(row, options)
             key = self._kept(group, param, row.backend).master_key
@@ -269,7 +257,7 @@ class AdamW(torch.optim.Optimizer):
     def _init_group(self, group: dict[str, Any], first: int, *columns: list[Any]) -> None:
         """Append to the columns, one per field of Row, a row for each parameter with a gradient. torch.compile runs a method of this name
         while it traces, and guards what the lists then hold."""
-        _refuse_sparse(group)
+        refuse_sparse(group["params"])
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
                 for column, value in zip(columns, self._row(group, position, param, first), strict=True):
@@ -379,9 +367,3 @@ class AdamW(torch.optim.Optimizer):
 
 def _scalar(value: float | Tensor) -> float | Tensor:
     return value.squeeze() if isinstance(value, Tensor) else value
-
-
-def _refuse_sparse(group: dict[str, Any]) -> bool:
-    if any(param.grad is not None and param.grad.layout != torch.strided for param in group["params"]):
-        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-    return True

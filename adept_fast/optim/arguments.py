@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,29 @@ def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
     """Raise InputError where `master_weights` cannot serve `param`."""
     if master_weights in ("remainder", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
         raise InputError(f"{where}: master_weights={master_weights!r} needs bfloat16, not {param.dtype}; use 'copy' or 'kahan'")
+
+
+def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int) -> tuple[Tensor, int]:
+    """(fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
+    values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
+    if values.ndim == 0:
+        dim = 0
+    elif not -param.ndim <= dim < param.ndim:
+        raise InputError(f"dim: {dim} is not a dimension of a parameter of shape {tuple(param.shape)}")
+    else:
+        dim %= param.ndim
+    expected = param.shape[dim : dim + values.ndim]
+    if values.shape != expected:
+        raise InputError(
+            f"multipliers: shape {tuple(values.shape)} from dim={dim} does not fit a parameter of shape {tuple(param.shape)}, "
+            f"whose dimensions there are {tuple(expected)}"
+        )
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise InputError("multipliers: every one must be finite and >= 0")
+    return values, dim
+
+
+def refuse_sparse(params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError, in torch's words, where a gradient is sparse."""
+    if any(param.grad is not None and param.grad.layout != torch.strided for param in params):
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")

@@ -1,18 +1,19 @@
 """Updates described once and used again: what has not changed since the last step is not looked up anew.
 
 Finding a parameter's backend, state, shard, memory order and rates costs Python some twenty microseconds; seeing that all of it still
-holds, one or two. Gradients, whose memory a plan must not keep from being freed, and hyperparameters come anew in every step.
+holds, two. Tensors are taken from the parameter, its gradient and its state in every step, hyperparameters from the group.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from adept_fast.optim.shards import Mesh
-from adept_fast.reference import Update
+from adept_fast.reference import AdamWOptions, Update
 
 Rates = tuple[Tensor, int]  # multipliers, dim
 
@@ -36,30 +37,42 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """An update without its gradient and hyperparameters, and what must not have changed for it to stay right."""
+    """What an update is besides its tensors and hyperparameters, and what must not have changed for that to stay right.
 
-    param: Tensor
-    kept: tuple[Any, ...]  # the fields of Update from exp_avg to seed
+    Nothing here keeps a parameter or a state tensor alive: whoever moves the state away wants its memory.
+    """
+
+    of: tuple[ref[Tensor] | None, ...]  # the tensors: param, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step
+    rest: tuple[Any, ...]  # the fields of Update from multipliers to seed
     place: tuple[torch.device, str]  # device, backend
     master_key: str | None
     rates: Rates | None
     form: tuple[Any, ...]  # dtype, shape and strides of the parameter
     grad_form: tuple[Any, ...]  # layout, dtype and strides of the gradient
 
-    def holds(self, param: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates | None) -> bool:
-        exp_avg, exp_avg_sq, max_exp_avg_sq, master, step = self.kept[:5]
-        return (
-            param is self.param
-            and rates is self.rates
-            and state.get("exp_avg") is exp_avg
-            and state.get("exp_avg_sq") is exp_avg_sq
-            and state.get("step") is step
-            and (max_exp_avg_sq is None or state.get("max_exp_avg_sq") is max_exp_avg_sq)
-            and (master is None or state.get(self.master_key) is master)
-            and param.device == self.place[0]
-            and (param.dtype, param.shape, param.stride()) == self.form
-            and (grad.layout, grad.dtype, grad.stride()) == self.grad_form
-        )
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates | None, options: AdamWOptions) -> Update | None:
+        """The update, or None where the plan does not hold any more."""
+        of_param, of_exp_avg, of_exp_avg_sq, of_max, of_master, of_step = self.of
+        exp_avg, exp_avg_sq, step = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
+        max_exp_avg_sq = None if of_max is None else state.get("max_exp_avg_sq")
+        master = None if of_master is None else state.get(self.master_key)
+        if (
+            exp_avg is None  # a reference to what is gone gives None too
+            or exp_avg_sq is None
+            or step is None
+            or param is not of_param()
+            or rates is not self.rates
+            or exp_avg is not of_exp_avg()
+            or exp_avg_sq is not of_exp_avg_sq()
+            or step is not of_step()
+            or (of_max is not None and (max_exp_avg_sq is None or max_exp_avg_sq is not of_max()))
+            or (of_master is not None and (master is None or master is not of_master()))
+            or param.device != self.place[0]
+            or (param.dtype, param.shape, param.stride()) != self.form
+            or (grad.layout, grad.dtype, grad.stride()) != self.grad_form
+        ):
+            return None
+        return Update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, *self.rest, options)
 
 
 def plan_of(param: Tensor, row: Row, update: Update, master_key: str | None, rates: Rates | None) -> Plan | None:
@@ -71,4 +84,5 @@ def plan_of(param: Tensor, row: Row, update: Update, master_key: str | None, rat
         return None
     form = (param.dtype, param.shape, param.stride())
     grad_form = (torch.strided, row.grad.dtype, row.grad.stride())
-    return Plan(param, update[2:12], (param.device, row.backend), master_key, rates, form, grad_form)
+    of = tuple(None if tensor is None else ref(tensor) for tensor in (param, *row[2:7]))
+    return Plan(of, update[7:12], (param.device, row.backend), master_key, rates, form, grad_form)
