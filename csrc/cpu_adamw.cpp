@@ -76,7 +76,9 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
         }
         rates += t.length > 1 ? 2 * t.length : 0;
     }
-    std::vector<double> scratch(static_cast<std::size_t>(rates));  // room for fp64, or for fp32 twice
+    // Room for fp64, or for fp32 twice. Kept, because fresh pages would cost more than the rates.
+    static thread_local std::vector<double> scratch;
+    if (scratch.size() < static_cast<std::size_t>(rates)) scratch.resize(static_cast<std::size_t>(rates));
     double* free = scratch.data();
     std::vector<Work> work;
     work.reserve(static_cast<std::size_t>(count));
