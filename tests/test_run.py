@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import tiny_models
+from attempts import Attempts
 from safetensors.torch import load_file
 
 from adept_fast import checkpoint
 from adept_fast.cli import main
 
-KILLER = """
-import importlib, os, signal, sys
-place, calls = sys.argv[1], int(sys.argv[2])
-if place != "nowhere":
-    module, name = place.split(":")
-    module = importlib.import_module(module)
-    original = getattr(module, name)
-    def counted(*args, **kwargs):
-        global calls
-        calls -= 1
-        if calls < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(module, name, counted)
-from adept_fast.cli import main
-sys.exit(main(sys.argv[3:]))
-"""
 PLACES = (
     ("adept_fast.importance.masking:measure", 3),  # scoring
     ("adept_fast.expansion.write:first_importance", 0),
@@ -41,6 +25,18 @@ PLACES = (
     ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint
     ("adept_fast.checkpoint:differing_tensors", 0),  # the tuned model, all written but the name
     ("adept_fast.pipeline:evaluate", 1),
+)
+KILLS = 20
+MOMENTS = (  # and the number of its calls to draw from
+    ("adept_fast.tuning.callback:score_units", 3),  # a refresh
+    ("adept_fast.tuning.callback:unit_rates", 3),
+    ("adept_fast.tuning.callback:corpus_loss", 8),
+    ("adept_fast.tuning.trainer:save_file", 3),  # a checkpoint
+    ("torch:save", 9),  # its optimizer, schedule and random state
+    ("adept_fast.artefacts:_sync", 40),
+    ("adept_fast.tuning.trainer:rotate_checkpoints", 3),
+    ("adept_fast.tuning.log:TrainerLog.write", 12),
+    ("adept_fast.optim.adamw:AdamW.step", 7),
 )
 
 
@@ -71,15 +67,15 @@ def settings(folder: Path, output: str) -> list[str]:
     ]
 
 
-def command(folder: Path, output: str, place: str, calls: int) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ADEPT_FAST_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", KILLER, place, str(calls), "run", *settings(folder, output)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def attempts(folder: Path) -> Iterator[Attempts]:
+    with Attempts({"ADEPT_FAST_CACHE": str(folder / "cache")}) as made:
+        yield made
 
 
 def artefacts(folder: Path) -> dict[str, object]:
     """Everything a run leaves, without times."""
-    scores = json.loads((folder / "scores.json").read_text())
+    scores = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     evaluation = json.loads((folder / "eval.json").read_text())
     return {
@@ -91,21 +87,47 @@ def artefacts(folder: Path) -> dict[str, object]:
     }
 
 
-def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path) -> None:
-    whole = command(folder, "whole", "nowhere", 0)
-    assert whole.returncode == 0, whole.stderr
+def assert_same_artefacts(found: Path, expected: Path) -> None:
+    ours, theirs = artefacts(found), artefacts(expected)
+    for name in theirs:
+        assert ours[name] == theirs[name], name
+    assert not list(found.rglob(".partial*")) and (found / "report.html").is_file()
+
+
+def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
+    code, whole = attempts.run(["run", *settings(folder, "whole")], folder / "said")
+    assert code == 0 and "resuming" not in whole, whole
     resumptions = 0
     for place, calls in PLACES:
-        killed = command(folder, "killed", place, calls)
-        assert killed.returncode == -9, f"{place} was not reached: {killed.stderr}"
-        resumptions += "resuming from checkpoint-" in killed.stdout
-    resumed = command(folder, "killed", "nowhere", 0)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumptions == 3 and "resuming" not in whole.stdout
-    expected, found = artefacts(folder / "whole"), artefacts(folder / "killed")
-    for name in expected:
-        assert found[name] == expected[name], name
-    assert not list((folder / "killed").rglob(".partial*")) and (folder / "killed" / "report.html").is_file()
+        code, said = attempts.run(["run", *settings(folder, "killed")], folder / "said", place, calls)
+        assert code == -9, f"{place} was not reached: {said}"
+        resumptions += "resuming from checkpoint-" in said
+    code, said = attempts.run(["run", *settings(folder, "killed")], folder / "said")
+    assert code == 0 and resumptions == 3, said
+    assert_same_artefacts(folder / "killed", folder / "whole")
+
+
+def test_killed_at_random_moments_training_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
+    """Half of the moments by the clock, anywhere in a run, half at a random call of a place where state is made or written."""
+    given = ["expand.layers=[1,2]"]
+    started = time.perf_counter()
+    code, said = attempts.run(["run", *settings(folder, "undisturbed"), *given], folder / "said")
+    seconds = time.perf_counter() - started
+    assert code == 0, said
+    random, kills, runs = Random(6), 0, 0
+    while kills < KILLS:
+        output = f"disturbed{runs}"
+        place, calls = MOMENTS[kills // 2 % len(MOMENTS)]
+        moment = {"place": place, "calls": random.randrange(calls)} if kills % 2 else {"seconds": seconds * random.random()}
+        code, said = attempts.run(["run", *settings(folder, output), *given], folder / "said", **moment)
+        assert code in (0, -9), said
+        kills += code == -9
+        if code == 0:
+            assert_same_artefacts(folder / output, folder / "undisturbed")
+            runs += 1
+    code, said = attempts.run(["run", *settings(folder, output), *given], folder / "said")
+    assert code == 0, said
+    assert_same_artefacts(folder / output, folder / "undisturbed")
 
 
 def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
