@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from adept_fast.artefacts import staged_folder
+
+T = TypeVar("T")
 
 
 def join() -> None:
@@ -28,6 +36,11 @@ def processes() -> int:
     return distributed.get_world_size() if active() else 1
 
 
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of the items, of n processes: this one's."""
+    return items[rank() :: processes()]
+
+
 def total(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on its own device."""
     if not active():
@@ -46,3 +59,15 @@ def leads() -> bool:
 def wait() -> None:
     if active():
         distributed.barrier()
+
+
+@contextmanager
+def staged_together(path: Path) -> Iterator[Path]:
+    """artefacts.staged_folder for processes that share a file system: all write into one folder, which gets its name when all have."""
+    with ExitStack() as stack:
+        staging = [str(stack.enter_context(staged_folder(path))) if rank() == 0 else ""]
+        if active():
+            distributed.broadcast_object_list(staging)
+        yield Path(staging[0])
+        wait()
+    wait()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adept_fast import backend, reference
+from adept_fast import backend, distributed, reference
 from adept_fast.errors import InputError
 from adept_fast.optim.shards import local, shard_of
 
@@ -118,8 +118,13 @@ class GradientSums:
             gathered.small = None
 
     @torch.no_grad()
-    def read(self, tokens: int) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
-        """(name, dimension) -> (sums over all backwards, fp64 [kinds, indices]; sum |theta g| of the running sum / tokens), on the host."""
+    def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+        """(name, dimension) -> (sums over all backwards, fp64 [kinds, indices]; sum |theta g| of the running sum / tokens), on the host.
+
+        shared: the backwards were shared out over processes, each of which gets the sums over all.
+        """
+        if shared:
+            self._sum_over_processes()
         keys, parts = [], []
         for gathered in self._gathered:
             theta = local(gathered.parameter.detach())
@@ -133,6 +138,16 @@ class GradientSums:
         flat = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()  # the one wait for a device
         host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
         return {key: (values[:-1], values[-1] if running else None) for key, values in zip(keys, host, strict=True)}
+
+
+    def _sum_over_processes(self) -> None:
+        for gathered in self._gathered:
+            if gathered.running is not None:
+                gathered.running = distributed.total(gathered.running)
+        sums = [sums for gathered in self._gathered for sums in gathered.sums.values()]
+        flat = distributed.total(torch.cat([values.flatten() for values in sums]))
+        for values, found in zip(sums, flat.split([values.numel() for values in sums]), strict=True):
+            values.copy_(found.view_as(values))
 
 
 def _add(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:

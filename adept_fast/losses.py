@@ -75,14 +75,23 @@ def corpus_loss(
     title: str = "loss",
     quiet: bool | None = None,
 ) -> CorpusLoss:
-    """Loss of each item under `model` in eval mode; the model's mode is left as it was. candidates: none, or one per item."""
+    """Loss of each item under `model` in eval mode; the model's mode is left as it was. candidates: none, or one per item.
+
+    Of a sharded (FSDP2) model the losses alone; every process must be given the same items.
+    """
     device, training = device_of(model), model.training
     sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
     best: list[Tensor] = [torch.empty(0)] * len(items)
     picked = [-1] * len(items)
+    sharded = any(map(is_sharded, model.parameters()))
     model.eval()
     with tqdm(total=len(items), desc=title, unit="item", disable=quiet) as bar:
         for batch in _batches(items):
+            if sharded:
+                for index in batch:
+                    sums[index] = batch_loss(model, [items[index]]).double().cpu()
+                bar.update(len(batch))
+                continue
             pairs = [item_tensors(items[index], device) for index in batch]
             ids = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
             hidden = last_hidden(model, ids)

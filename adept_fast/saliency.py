@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.gradient_sums import GradientSums, only_these_require_grad
 from adept_fast.losses import batch_loss
+from adept_fast.optim.shards import is_sharded
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -53,9 +55,11 @@ class UnitImportance:
     fisher: Tensor
 
 
-def _bare(model: nn.Module) -> PreTrainedModel:
-    """What DistributedDataParallel wraps, which would reduce freed gradients over processes; others as they are."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def bare(model: nn.Module) -> PreTrainedModel:
+    """What torch.compile and DistributedDataParallel wrap, which would reduce freed gradients over processes; others as they are."""
+    model = getattr(model, "_orig_mod", model)
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return getattr(model, "_orig_mod", model)
 
 
 def _gathered(
@@ -66,29 +70,39 @@ def _gathered(
     quiet: bool | None,
     corpus: bool,
     at_once: int,
+    share: bool = False,
 ) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor | None]], int]:
     """(what GradientSums.read gives after one backward for each `at_once` supervised items, the number of backwards)."""
     items = [item for item in items if item.supervised]
     if not items:
         raise InputError("no supervised token to take gradients from: give items with text, or with instruction and output")
-    model = _bare(model)
+    model = bare(model)
     parameters = {name: model.get_parameter(name) for name in dims}
     batches = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    share = share and not any(map(is_sharded, model.parameters()))
     with only_these_require_grad(model, parameters.values()), GradientSums(parameters, dims, not corpus, corpus) as sums:
-        for batch in tqdm(batches, desc=title, unit="item" if at_once == 1 else "batch", disable=quiet):
+        mine = distributed.share(batches) if share else batches
+        for batch in tqdm(mine, desc=title, unit="item" if at_once == 1 else "batch", disable=quiet):
             sums.backward(batch_loss(model, batch))
-        return sums.read(sum(item.supervised for item in items)), len(batches)
+        return sums.read(sum(item.supervised for item in items), share), len(batches)
 
 
 def parameter_sums(
-    model: PreTrainedModel, items: Sequence[Item], dims: Mapping[str, Sequence[int]], title: str = "importance", quiet: bool | None = None
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    dims: Mapping[str, Sequence[int]],
+    title: str = "importance",
+    quiet: bool | None = None,
+    share: bool = False,
 ) -> dict[tuple[str, int], Sums]:
     """Sums of the named parameters along the given dimensions: (name, dim) -> Sums. Leaves .grad, RNG and training mode as they were.
 
     |theta g| needs the corpus gradient, so memory for one fp32 gradient of the named parameters, beside that of the largest of them.
-    Sharded (FSDP2) parameters work where every process is given the same items. Raises InputError for reentrant checkpointing.
+    share: processes that hold the same model (DDP) and are given the same items share them out; all get the sums over all items.
+    Sharded (FSDP2) parameters work where every process is given the same items, each of which all of them run, whatever `share` says.
+    Raises InputError for reentrant checkpointing.
     """
-    found, backwards = _gathered(model, items, dims, title, quiet, True, 1)
+    found, backwards = _gathered(model, items, dims, title, quiet, True, 1, share)
     return {key: Sums(taylor.float(), (sums[0] / backwards).float()) for key, (sums, taylor) in found.items()}
 
 
@@ -123,8 +137,10 @@ def score_units(
     units: Units,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool | None = None,
+    share: bool = False,
 ) -> UnitImportance:
     """Importance of each unit of an expanded model for the probe. In a copy that is still silent all |theta g| are 0: see
-    `adept_fast.expansion.first_importance` for the first rates. Raises InputError for a probe with nothing supervised."""
+    `adept_fast.expansion.first_importance` for the first rates. share: as in `parameter_sums`. Raises InputError for a probe with
+    nothing supervised."""
     dims = {name: (cut.dim,) for name, cut in units.slices.items()}
-    return unit_importance(units, parameter_sums(model, load_items(probe, tokenizer), dims, "unit importance", quiet))
+    return unit_importance(units, parameter_sums(model, load_items(probe, tokenizer), dims, "unit importance", quiet, share))

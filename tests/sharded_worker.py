@@ -102,13 +102,19 @@ def start(rank: int, world: int, store: str, work: Callable[..., None], argument
         dist.destroy_process_group()
 
 
+PRELOAD = [
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor"),
+    *("transformers.models.llama.modeling_llama", "adept_fast.tuning", "tiny_models"),
+]
+
+
 def in_processes(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
     """Run work(*arguments) in `world` processes of one gloo group; the first failure is raised here."""
     import torch.multiprocessing as processes
 
     # Forked from a server that has imported torch once: faster than spawn, and safe where this process has used autograd's threads.
     context = processes.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor"])
+    context.set_forkserver_preload(PRELOAD)
     store = folder / f"store{len(list(folder.iterdir()))}"
     entry = partial(start, world=world, store=str(store), work=work, arguments=arguments)
     processes.start_processes(entry, nprocs=world, start_method="forkserver")

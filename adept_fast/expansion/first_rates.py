@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 FILE = "adept_first_importance.safetensors"
 
 
-def first_importance(model: PreTrainedModel, items: Sequence[Item], quiet: bool | None = None) -> dict[tuple[str, int], Sums]:
-    """Sums of the copied layers of a freshly expanded model, under the names of their copies' parameters: (name, dim) -> Sums."""
+def first_importance(
+    model: PreTrainedModel, items: Sequence[Item], quiet: bool | None = None, share: bool = False
+) -> dict[tuple[str, int], Sums]:
+    """Sums of the copied layers of a freshly expanded model, under the names of their copies' parameters: (name, dim) -> Sums.
+
+    share: as in `adept_fast.saliency.parameter_sums`.
+    """
     record, path = record_of(model), layers_path(model)
     dims: dict[str, list[int]] = {}
     copy_name: dict[str, str] = {}
@@ -34,7 +39,7 @@ def first_importance(model: PreTrainedModel, items: Sequence[Item], quiet: bool 
             source = f"{path}.{record.source_index(entry)}.{name}"
             copy_name[source] = f"{path}.{entry.layer}.{name}"
             dims[source] = list(range(parameter.ndim))
-    sums = parameter_sums(model, items, dims, "first importances", quiet)
+    sums = parameter_sums(model, items, dims, "first importances", quiet, share)
     return {(copy_name[name], dim): entry for (name, dim), entry in sums.items()}
 
 

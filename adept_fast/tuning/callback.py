@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.losses import corpus_loss
 from adept_fast.optim import AdamW
-from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
+from adept_fast.optim.shards import is_sharded
+from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.rates import RateMap, unit_rates
 from adept_fast.units import Units
@@ -34,7 +37,7 @@ class AdeptCallback(TrainerCallback):
     tokens_per_step: for tokens/s in the log.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
-    optimizer was saved with.
+    optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2); rank 0 writes and tells.
     """
 
     def __init__(
@@ -60,35 +63,42 @@ class AdeptCallback(TrainerCallback):
         self._items: list[Item] = []
         self._timed: tuple[float, int] = (0.0, 0)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        """Cuts the model into units before an engine wraps it."""
+        if isinstance(self.units, str):
+            self.units = Units.of(bare(model), self.units)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        self.on_init_end(args, state, control, model)
+        model = bare(model)
+        if not state.is_world_process_zero:
+            self.log = self.say = None
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         self._items = load_items(self.probe, tokenizer)
-        if isinstance(self.units, str):
-            self.units = Units.of(model, self.units)
-        adamw = _adamw(optimizer)
+        inner = adamw(optimizer)
         if self.log and state.global_step:
             self.log.cut(state.global_step)
         if not state.global_step:
-            self._set(adamw, model, self._first_importance(model), 0)
+            self._set(inner, model, self._first_importance(model), 0)
             self._monitor(model, 0)
-        elif adamw.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
+        elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
         self._timed = (time.perf_counter(), state.global_step)
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
         from adept_fast.expansion import first_importance
 
-        sums = self.first if self.first is not None else first_importance(model, self._items, self.quiet)
+        sums = self.first if self.first is not None else first_importance(model, self._items, self.quiet, share=True)
         return unit_importance(self.units, sums)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        step, last = state.global_step, state.global_step >= state.max_steps
+        model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
         if step % self.refresh_steps == 0 and not last:
-            self._set(_adamw(optimizer), model, score_units(model, self._items, self.units, quiet=self.quiet), step)
+            self._set(adamw(optimizer), model, score_units(model, self._items, self.units, None, self.quiet, share=True), step)
         if step % self.refresh_steps == 0 or last:
             self._monitor(model, step)
 
@@ -107,29 +117,42 @@ class AdeptCallback(TrainerCallback):
         if self.log:
             self.log.write("end", state.global_step)
 
+    def set_rates(self, optimizer: AdamW, model: PreTrainedModel, rates: Tensor) -> None:
+        """Multipliers, one per unit, to the optimizer."""
+        for name, multipliers in self.units.spread(rates).items():
+            optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=self.units.slices[name].dim if multipliers.ndim else 0)
+
     def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
         rates = unit_rates(importance, self.rate_map)
-        for name, multipliers in units.spread(rates).items():
-            optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)
+        self.set_rates(optimizer, model, rates)
         if self.log:
             self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor))
 
     def _monitor(self, model: PreTrainedModel, step: int) -> None:
         if not self.monitors:
             return
-        losses = {name: corpus_loss(model, items, title=name, quiet=self.quiet).mean for name, items in self.monitors.items()}
+        losses = {name: _mean_loss(model, items, name, self.quiet) for name, items in self.monitors.items()}
         if self.log:
             self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
         if self.say:
             self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
 
 
+def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool | None) -> float:
+    """Mean loss of items, shared out over processes that hold the whole model."""
+    if any(map(is_sharded, model.parameters())):
+        return corpus_loss(model, items, title=title, quiet=quiet).mean
+    found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
+    loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
+    return float(loss / tokens)
+
+
 def _named(units: Units, values: Tensor) -> dict[str, float]:
     return {unit.name: float(value) for unit, value in zip(units, values, strict=True)}
 
 
-def _adamw(optimizer: Optimizer) -> AdamW:
+def adamw(optimizer: Optimizer) -> AdamW:
     """The optimizer itself, out of accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, AdamW):

@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from adept_fast.artefacts import staged_folder
+from adept_fast import distributed
 from adept_fast.errors import InputError
 from adept_fast.expansion import freeze_original
 from adept_fast.optim import AdamW
 from adept_fast.record import record_of
-from adept_fast.tuning.callback import AdeptCallback
+from adept_fast.saliency import bare
+from adept_fast.tuning import sharded
+from adept_fast.tuning.callback import AdeptCallback, adamw
+from adept_fast.tuning.order import WholeSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +35,8 @@ class AdeptTrainer(Trainer):
 
     Freezes all but the copies, steps them with adept_fast.AdamW (an fp32 master copy where they are bf16 or fp16), and switches the
     cache off, as packed documents need it. Its checkpoints hold the copies, their optimizer state, rates and data position, and are
-    staged and renamed; `save_model()` writes the whole model. Raises InputError for a model that was not expanded.
+    staged and renamed, by all processes together where they are several (a shared file system); `save_model()` writes the whole model.
+    Raises InputError for a model that was not expanded.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
@@ -38,8 +44,10 @@ class AdeptTrainer(Trainer):
         freeze_original(model)
         model.config.use_cache = False
         self._staging: Path | None = None
+        self._adept = adept
         super().__init__(model, args, **kwargs)
         self.add_callback(adept)
+        adept.on_init_end(args, self.state, self.control, model)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
@@ -55,23 +63,54 @@ class AdeptTrainer(Trainer):
             **({"master_weights": "copy", "state_dtype": torch.float32} if low_precision else {}),
         }
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        args = self.args
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return WholeSteps(sampler.data_source, per_step, args.seed if args.data_seed is None else args.data_seed)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not _internal_call:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {
-                name: parameter.detach().contiguous() for name, parameter in self.model.named_parameters() if parameter.requires_grad
-            }
-            save_file(trained, folder / COPIES)
-            record_of(self.model).save(folder)
+            if not sharded.shards(self.model):
+                trained = {
+                    name: parameter.detach().contiguous() for name, parameter in self.model.named_parameters() if parameter.requires_grad
+                }
+                save_file(trained, folder / COPIES)
+            record_of(bare(self.model)).save(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not sharded.shards(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded.save(self.model, adamw(self.optimizer), Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / sharded.FOLDER).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = adamw(self.optimizer)
+        self._adept.set_rates(optimizer, bare(self.model), torch.ones(len(self._adept.units)))
+        sharded.load_optimizer(self.model, optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         path = Path(resume_from_checkpoint) / COPIES
+        if (path.parent / sharded.FOLDER).is_dir():
+            sharded.load_copies(self.model, path.parent)
+            return
         if not path.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if sharded.shards(self.model):
+            raise InputError(f"{path.parent}: of a run that sharded nothing: resume it without FSDP, or delete it to start again")
         parameters = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         saved = load_file(path)
         if set(saved) != set(parameters):
@@ -84,22 +123,22 @@ class AdeptTrainer(Trainer):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Staged and renamed where one process writes; with several, each writes files of its own and the Trainer's way stays."""
-        if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
-            return
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if final.exists():
+        leads = distributed.rank() == 0
+        if final.exists() and leads:
             shutil.rmtree(final)
-        with staged_folder(final) as staging:
+        with distributed.staged_together(final) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            written = staging / final.name
-            for file in written.iterdir():
-                file.rename(staging / file.name)
-            written.rmdir()
-        rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            distributed.wait()
+            if leads:
+                written = staging / final.name
+                for file in written.iterdir():
+                    file.rename(staging / file.name)
+                written.rmdir()
+        if leads:
+            rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit, use_mtime=True)

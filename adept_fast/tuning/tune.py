@@ -11,13 +11,14 @@ import numpy as np
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from adept_fast import checkpoint
+from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import remove_leftovers
 from adept_fast.data.documents import Documents
 from adept_fast.data.items import Item
 from adept_fast.errors import ExpansionError
 from adept_fast.expansion import load_first_importance
 from adept_fast.families import layers_path
+from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
@@ -57,13 +58,15 @@ def tune_checkpoint(
         planned, blocks = plan(documents, weights, settings, positions, padding, one_per_row=True)
         say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
     events = TrainerLog(log)
-    if work.is_dir():
+    leads = distributed.rank() == 0
+    if work.is_dir() and leads:
         remove_leftovers(work)
+    distributed.wait()
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    if last is None:
+    if last is None and leads:
         log.unlink(missing_ok=True)
         events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
-    else:
+    if last is not None:
         say(f"resuming from {Path(last).name}")
     adept = AdeptCallback(
         steering,
@@ -81,10 +84,15 @@ def tune_checkpoint(
     trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
     if last is not None and _step(last) >= planned.steps:  # killed after the last step: the Trainer would make one more
         trainer._load_from_checkpoint(last)
-        events.cut(planned.steps)
-        events.write("end", planned.steps)
+        if leads:
+            events.cut(planned.steps)
+            events.write("end", planned.steps)
     else:
         trainer.train(resume_from_checkpoint=last)
+    if sharded.shards(trainer.model):
+        copies_now = sharded.gathered(trainer.model)
+        model = checkpoint.load_model(expanded, **loading)
+        model.load_state_dict(copies_now, strict=False)
     model.adept_config = replace(model.adept_config, inputs=dict(inputs or {}))
     path = layers_path(model)
     copies = tuple(f"{path}.{layer}." for layer in model.adept_config.trained)
@@ -94,7 +102,9 @@ def tune_checkpoint(
         if touched:
             raise ExpansionError(f"training changed {len(touched)} tensors that it must not touch, first {touched[0]}")
 
-    checkpoint.save(model, expanded, target, prove=prove)
+    if leads:
+        checkpoint.save(model, expanded, target, prove=prove)
+    distributed.wait()
 
 
 def _step(folder: str) -> int:

@@ -1,0 +1,30 @@
+"""The order of training examples: one global batch per optimizer step, the same on any number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sized
+from itertools import cycle, islice
+
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Sampler
+
+
+class WholeSteps(Sampler[int]):
+    """A random order of seed and epoch that goes on from its beginning until the last step of the epoch is a whole global batch.
+
+    A shorter last batch would be filled up differently on every number of processes. per_step: examples of an optimizer step, over all
+    processes and accumulated batches.
+    """
+
+    def __init__(self, examples: Sized, per_step: int, seed: int) -> None:
+        self._order, self._per_step = SeedableRandomSampler(examples, data_seed=seed), per_step
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / self._per_step) * self._per_step
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(cycle([*self._order]), len(self))
