@@ -17,7 +17,7 @@ from adept_fast.errors import InputError
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Inserted:
 
 @dataclass(frozen=True)
 class AdeptConfig:
-    """source: name_or_path, sha256, tensors_sha256, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
+    """source: name_or_path, identity, tensors_digest, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
     inputs: what the stage was made from; proof: what was compared when it was written."""
 
     inserted: tuple[Inserted, ...]
@@ -91,10 +91,12 @@ class AdeptConfig:
 
     @classmethod
     def _read(cls, content: Any, path: Path) -> AdeptConfig:
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            found = content.get("schema") if isinstance(content, dict) else content
-            raise InputError(f"{path}: schema {found!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")
+        schema = content.get("schema") if isinstance(content, dict) else content
+        if schema not in (1, SCHEMA):
+            raise InputError(f"{path}: schema {schema!r} is none of the known 1 and {SCHEMA}: use the version of adept_fast that wrote it")
         try:
+            if schema == 1:
+                content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
             entries = [Inserted(*(int(entry.get(key, 0)) for key in ("layer", "copied_from", "round"))) for entry in content["inserted"]]
             record = cls(**{**content, "inserted": tuple(entries)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -102,6 +104,12 @@ class AdeptConfig:
         if not entries or len({*record.copies}) < len(entries) or min(record.copies) < 1 or any(entry.copied_from < 0 for entry in entries):
             raise InputError(f"{path}: its copies {list(record.copies)} cannot be: expand the model again")
         return record
+
+
+def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests were sha256, and did not say so."""
+    renamed = {"sha256": "identity", "tensors_sha256": "tensors_digest"}
+    return {renamed.get(key, key): f"sha256:{value}" if key in renamed and value else value for key, value in source.items()}
 
 
 def record_of(model: object) -> AdeptConfig:

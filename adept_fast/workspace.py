@@ -54,7 +54,7 @@ class Workspace:
         return checkpoint.resolve(self.recipe.model_name_or_path, self.recipe.revision)
 
     @cached_property
-    def sha256(self) -> str:
+    def identity(self) -> str:
         return fingerprint(self.source)
 
     @cached_property
@@ -71,7 +71,7 @@ class Workspace:
 
     def base_inputs(self) -> dict[str, Any]:
         keys = ("dtype", "attn_implementation")
-        return {"model": self.sha256, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
+        return {"model": self.identity, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
 
     def require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         require_same(path, recorded, now, self.recipe.model_name_or_path)
@@ -79,7 +79,7 @@ class Workspace:
     def require_ours(self, path: Path) -> AdeptConfig:
         """The record of an expanded or tuned checkpoint, which must be made from the recipe's model."""
         record = AdeptConfig.load(path)
-        self.require_same(path, {"model": record.inputs.get("model")}, {"model": self.sha256})
+        self.require_same(path, {"model": record.inputs.get("model")}, {"model": self.identity})
         return record
 
     def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:

@@ -16,7 +16,9 @@ from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion import apply_copies, dial, expand_checkpoint, extract_copies, merge_copies, remove_copies
 from adept_fast.expansion.dial import dialled_model
+from adept_fast.fingerprint import tensors_digest
 from adept_fast.record import AdeptConfig
+from adept_fast.shards import open_shards
 
 IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY
 
@@ -157,3 +159,28 @@ def test_a_checkpoint_without_copies_is_refused(made: Path, tmp_path: Path) -> N
     for way in (remove_copies, extract_copies, lambda *paths: dial(*paths, 0.5)):
         with pytest.raises(InputError, match="not an expanded model"):
             way(made / "base", tmp_path / "no")
+
+
+def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> None:
+    """It has sha256 digests, by which copies are removed and applied, and compared with those of a later record."""
+    folder = shutil.copytree(made / "a", tmp_path / "old")
+    record = json.loads((folder / "adept_config.json").read_text())
+    digest = tensors_digest(open_shards(made / "base").tensors, "sha256")
+    for key in ("identity", "tensors_digest"):
+        del record["source"][key]
+    record["source"] |= {"sha256": "ab" * 32, "tensors_sha256": digest.removeprefix("sha256:")}
+    (folder / "adept_config.json").write_text(json.dumps({**record, "schema": 1}))
+    source = AdeptConfig.load(folder).source
+    assert (source["tensors_digest"], source["identity"]) == (digest, f"sha256:{'ab' * 32}") and "sha256" not in source
+    remove_copies(folder, tmp_path / "plain", quiet=True)
+    assert same(tensors(tmp_path / "plain"), tensors(made / "base"))
+    extract_copies(folder, tmp_path / "delta")
+    apply_copies(made / "base", tmp_path / "delta", tmp_path / "again", quiet=True)
+    merge_copies(made / "b", folder, tmp_path / "merged", quiet=True)
+    expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False, quiet=True)
+    with pytest.raises(InputError, match="different bases"):
+        merge_copies(tmp_path / "other", folder, tmp_path / "no")
+    record["source"]["tensors_sha256"] = f"0{digest[8:]}"
+    (folder / "adept_config.json").write_text(json.dumps({**record, "schema": 1}))
+    with pytest.raises(ExpansionError, match="bit for bit"):
+        remove_copies(folder, tmp_path / "no")

@@ -129,7 +129,7 @@ def test_checkpoint_loads_with_plain_transformers(tmp_path: Path) -> None:
     base, expanded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "expanded"))
     assert torch.equal(base(IDS).logits, expanded(IDS).logits)
     assert AdeptConfig.load(tmp_path / "expanded") == record
-    assert record.source["sha256"] == fingerprint(source)
+    assert record.source["identity"] == fingerprint(source)
     assert (tmp_path / "expanded" / "LICENSE").read_text() == "a licence"
     assert (tmp_path / "expanded" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     sums = load_first_importance(tmp_path / "expanded")

@@ -52,7 +52,7 @@ def scores(model: str = "org/tiny") -> dict:
 def record(model: str = "org/tiny") -> dict:
     return {
         "schema": 1,
-        "source": {"name_or_path": model, "sha256": "ab" * 32, "num_hidden_layers": LAYERS},
+        "source": {"name_or_path": model, "identity": "xxh3_128:" + "ab" * 16, "num_hidden_layers": LAYERS},
         "inserted": [{"layer": old + rank + 1, "copied_from": old} for rank, old in enumerate(COPIED)],
         "selection": {"placement": "lowest", "k": 4, "layers": COPIED, "notes": ["the intervals do not part the chosen layers from 7"]},
         "parameters": {"total": 148_675_392, "trainable": 14_160_384},

@@ -12,7 +12,7 @@ from adept_fast.errors import InputError
 from adept_fast.expansion.arrange import Layer, OnDisk, require_space
 from adept_fast.expansion.config import config_file
 from adept_fast.expansion.remade import open_expanded, taken, write_remade
-from adept_fast.fingerprint import identity, tensors_sha256
+from adept_fast.fingerprint import identity, kind_of, tensors_digest
 from adept_fast.pieces import Piece, write_shards
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import read_header
@@ -23,7 +23,7 @@ FILE = "adept_copies.safetensors"
 def extract_copies(source: str | Path, target: str | Path, *, quiet: bool | None = None, trust_remote_code: bool = False) -> AdeptConfig:
     """Write the copies of the expanded or tuned checkpoint `source` and its record, and nothing else, to the folder `target`.
 
-    The tensors keep their names and bits. Returns the record, whose source.tensors_sha256 says what base they belong to.
+    The tensors keep their names and bits. Returns the record, whose source.tensors_digest says what base they belong to.
     """
     on_disk, record = open_expanded(source, trust_remote_code)
     copies = set(record.copies)
@@ -54,11 +54,11 @@ def apply_copies(
         raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
     folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(Path(delta))
     on_disk = OnDisk.open(folder, trust_remote_code)
-    found = tensors_sha256(on_disk.shards.tensors)
-    if found != record.source.get("tensors_sha256"):
+    expected = str(record.source.get("tensors_digest"))
+    found = tensors_digest(on_disk.shards.tensors, kind_of(expected))
+    if found != expected:
         raise InputError(
-            f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found[:12]}, "
-            f"expected {str(record.source.get('tensors_sha256'))[:12]}"
+            f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found}, expected {expected}"
         )
     tensors = {stored.name: stored for stored in read_header(Path(delta) / FILE)[0]}
     places = {entry.layer: entry for entry in record.inserted}
@@ -68,7 +68,7 @@ def apply_copies(
         layers.append(Layer(next(originals)) if entry is None else Layer(entry.copied_from, partial(taken, tensors, Path(delta) / FILE)))
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
-    source = {**record.source, "name_or_path": str(base), "sha256": identity(folder, found), "config": held}
+    source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": held}
     made = write_remade(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)
     assert made is not None
     return made

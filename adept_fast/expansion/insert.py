@@ -94,7 +94,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMod
         _silence(after[index], family.silent[made.sources[index]])
     total = sum(parameter.numel() for parameter in expanded.parameters())
     trainable = sum(parameter.numel() for index in made.new for parameter in after[index].parameters())
-    source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "sha256": "", "num_hidden_layers": count}
+    source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "identity": "", "num_hidden_layers": count}
     expanded.adept_config = AdeptConfig(
         inserted=made.inserted, source=source, parameters={"total": total, "trainable": trainable}, versions=versions()
     )

@@ -14,6 +14,7 @@ from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.arrange import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.expansion.remade import counterpart, open_expanded, source_config, write_remade
 from adept_fast.expansion.verify import observe, random_inputs
+from adept_fast.fingerprint import kind_of
 from adept_fast.pieces import Piece
 from adept_fast.record import AdeptConfig, Inserted
 from adept_fast.shards import FLOATS, Stored, same_bytes
@@ -42,7 +43,9 @@ def merge_copies(
         raise InputError(f"how must be one of {', '.join(WAYS)}, found {how!r}")
     remote = bool(loading.get("trust_remote_code", False))
     (first, ours), (second, theirs) = open_expanded(a, remote), open_expanded(b, remote)
-    if ours.source["tensors_sha256"] != theirs.source["tensors_sha256"]:
+    digest = ours.source["tensors_digest"]
+    known, kind = theirs.source["tensors_digest"], kind_of(digest)
+    if digest != (known if kind_of(known) == kind else second.originals_digest(theirs, kind)):
         names = [record.source.get("name_or_path") for record in (ours, theirs)]
         raise InputError(f"{a} and {b}: made on different bases ({names[0]} and {names[1]}): only copies of one base can be merged")
     if how == "average":

@@ -12,12 +12,12 @@ from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
 from adept_fast.expansion.config import config_file
-from adept_fast.fingerprint import tensors_sha256
+from adept_fast.fingerprint import kind_of, tensors_digest
 from adept_fast.pieces import Piece
 from adept_fast.record import AdeptConfig, Inserted, versions
 from adept_fast.shards import Stored
 
-INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_sha256"}
+INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
 
 def open_expanded(folder: str | Path, trust_remote_code: bool = False) -> tuple[OnDisk, AdeptConfig]:
@@ -30,7 +30,7 @@ def open_expanded(folder: str | Path, trust_remote_code: bool = False) -> tuple[
             f"{path}: {on_disk.count} layers, but its record has {len(record.copies)} copies in a source of {expected}: "
             "it belongs to another checkpoint"
         )
-    if not isinstance(record.source.get("config"), Mapping) or not record.source.get("tensors_sha256"):
+    if not isinstance(record.source.get("config"), Mapping) or not record.source.get("tensors_digest"):
         raise InputError(f"{path}: its record does not say what the source was: expand on disk (expand_checkpoint, adept-fast expand)")
     return on_disk, record
 
@@ -64,8 +64,9 @@ def write_remade(
     def check(written: Path) -> None:
         prove_bytes(plan, written)
         made = OnDisk.open(written)
-        digest = made.originals_sha256(record) if record else tensors_sha256(made.shards.tensors)
-        if digest != source["tensors_sha256"]:
+        kind = kind_of(source["tensors_digest"])
+        digest = made.originals_digest(record, kind) if record else tensors_digest(made.shards.tensors, kind)
+        if digest != source["tensors_digest"]:
             raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
         if prove:
             prove(written)

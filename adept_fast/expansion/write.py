@@ -16,7 +16,7 @@ from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
 from adept_fast.expansion.insert import arrange_copies, expand_model
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
-from adept_fast.fingerprint import identity, tensors_sha256
+from adept_fast.fingerprint import identity, tensors_digest
 from adept_fast.record import AdeptConfig
 
 
@@ -61,11 +61,11 @@ def expand_checkpoint(
             extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
         del base
     with ThreadPoolExecutor(1) as beside:  # hashing and copying both wait for other things than each other
-        digest = beside.submit(tensors_sha256, on_disk.shards.tensors, 1)
+        digest = beside.submit(tensors_digest, on_disk.shards.tensors, threads=1)
 
         def record() -> AdeptConfig:
             tensors = digest.result()
-            hashes = {"sha256": identity(folder, tensors), "tensors_sha256": tensors, "config": held}
+            hashes = {"identity": identity(folder, tensors), "tensors_digest": tensors, "config": held}
             return replace(
                 expanded,
                 source=earlier.source if earlier else {**expanded.source, "name_or_path": name or str(source), **hashes},
