@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Attempts:
     def __enter__(self) -> Attempts:
         arguments = [sys.executable, __file__]
         self.process = subprocess.Popen(arguments, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -86,6 +87,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     for name in IMPORTED:
         importlib.import_module(name)
+    print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -96,8 +98,10 @@ def serve() -> None:
             finally:
                 os._exit(code)
         if request["seconds"]:
-            time.sleep(request["seconds"])
-            os.kill(child, signal.SIGKILL)  # a child that has ended is a zombie until it is waited for: the number is still its own
+            ended = os.pidfd_open(child)
+            if not select.select([ended], [], [], request["seconds"])[0]:
+                os.kill(child, signal.SIGKILL)
+            os.close(ended)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
