@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adept_fast.importance import LayerScores, Race, score_layers, select_layers
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
-    from adept_fast.tuning import AdeptCallback, AdeptTrainer, unit_rates
+    from adept_fast.tuning import AdeptCallback, AdeptTrainer, fast_step, unit_rates
     from adept_fast.units import Units
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "expand_checkpoint",
     "expand_model",
     "extract_copies",
+    "fast_step",
     "freeze_original",
     "merge_copies",
     "remove_copies",
@@ -61,6 +62,7 @@ _MODULES = {
     "UnsupportedFamilyError": "adept_fast.errors",
     "expand_checkpoint": "adept_fast.expansion",
     "expand_model": "adept_fast.expansion",
+    "fast_step": "adept_fast.tuning",
     "freeze_original": "adept_fast.expansion",
     "score_layers": "adept_fast.importance",
     "score_units": "adept_fast.saliency",

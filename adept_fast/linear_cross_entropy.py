@@ -38,12 +38,12 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
     shapes that do not fit, and where the head would need a gradient.
     """
     hidden, head, targets = _checked(hidden, head, targets)
-    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
     if hidden.requires_grad and torch.is_grad_enabled():
         losses, _ = torch.ops.adept_fast.linear_cross_entropy(
-            hidden.flatten(0, -2), head.weight, head.bias, targets.flatten(), head.scale, head.softcap, chosen
+            hidden.flatten(0, -2), head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
         )
     else:
+        chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
         losses = _scattered(chosen, hidden.flatten(0, -2), head, targets.flatten(), False)[0]
     return losses.view(targets.shape)
 
@@ -105,15 +105,16 @@ def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, g
 
 @torch.library.custom_op("adept_fast::linear_cross_entropy", mutates_args=())
 def _operator(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Losses [rows], and their gradient to `hidden` [rows, width], both of the accumulator's type."""
-    return _scattered(backend, hidden, Projection(weight, bias, scale, softcap), targets, True)
+    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    return _scattered(chosen, hidden, Projection(weight, bias, scale, softcap), targets, True)
 
 
 @_operator.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulator(hidden)
     return hidden.new_empty(targets.shape, dtype=dtype), torch.empty_like(hidden, dtype=dtype)

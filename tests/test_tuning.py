@@ -54,7 +54,7 @@ class Stop(TrainerCallback):
 def train(folder: Path, adept: dict | None = None, resume: str | None = None, stop: int = 0, dtype=torch.float32, dropout=0.0, **changes):
     model = expand_model(tiny_models.model("llama", dtype=dtype, attention_dropout=dropout), [0, 2])
     log = TrainerLog(folder / "log.jsonl")
-    callback = AdeptCallback(tiny_models.items(3), refresh_steps=2, log=log, quiet=True, **(adept or {}))
+    callback = AdeptCallback(tiny_models.items(3), **{"refresh_steps": 2, "log": log, "quiet": True, **(adept or {})})
     trainer = AdeptTrainer(model, arguments(folder / "work", **changes), adept=callback, train_dataset=blocks())
     if stop:
         trainer.add_callback(Stop(stop))
@@ -104,21 +104,33 @@ def test_a_zero_rate_freezes_its_unit(tmp_path: Path) -> None:
             assert torch.equal(tensor, before[name]) == ("q_proj" in name), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+def ones(values, units):
+    return torch.ones_like(values)
+
+
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, **CHECKPOINTED}])
 def test_a_refresh_changes_nothing_but_the_rates(tmp_path: Path, changes: dict) -> None:
-    """With a map of ones, refreshing gives the weights that plain training gives, dropout's random numbers included."""
+    """With a map of ones, a refresh at every step gives the weights of none, dropout's random numbers included."""
+    often, _, entries = train(tmp_path / "a", {"rate_map": ones, "refresh_steps": 1}, dropout=0.1, **changes)
+    never, _, _ = train(tmp_path / "b", {"rate_map": ones, "refresh_steps": 100}, dropout=0.1, **changes)
+    assert [entry["step"] for entry in entries if entry["event"] == "refresh"] == [0, 1, 2, 3, 4, 5]
+    assert same(weights(often), weights(never))
 
-    def ones(values, units):
-        return torch.ones_like(values)
 
-    with_refresh, _, _ = train(tmp_path / "a", {"rate_map": ones}, dropout=0.1, **changes)
-    torch.manual_seed(0)
-    plain = expand_model(tiny_models.model(attention_dropout=0.1), [0, 2])
-    freeze_original(plain)
-    plain.config.use_cache = False
-    args = arguments(tmp_path / "b", **changes)
-    Trainer(plain, args, train_dataset=blocks(), optimizer_cls_and_kwargs=(AdamW, {"lr": args.learning_rate})).train()
-    assert same(weights(with_refresh), weights(plain))
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, **CHECKPOINTED}])
+def test_the_callback_changes_nothing_but_the_rates_of_another_trainer(tmp_path: Path, changes: dict) -> None:
+    found = []
+    for callbacks in ([], [AdeptCallback(tiny_models.items(3), refresh_steps=1, rate_map=ones, quiet=True)]):
+        model = expand_model(tiny_models.model(attention_dropout=0.1), [0, 2])
+        freeze_original(model)
+        args = arguments(tmp_path, **changes)
+        made = Trainer(model, args, train_dataset=blocks(), callbacks=callbacks, optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2}))
+        made.train()
+        found.append(weights(model))
+    assert same(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,18 @@ from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, unit_rates
 from adept_fast.tuning.settings import TuningSettings, check_settings
+from adept_fast.tuning.step import fast_step
 from adept_fast.tuning.trainer import AdeptTrainer
 from adept_fast.tuning.tune import tune_checkpoint
 
-__all__ = ["MAPS", "AdeptCallback", "AdeptTrainer", "TuningSettings", "check_settings", "plan", "tune_checkpoint", "unit_rates"]
+__all__ = [
+    "MAPS",
+    "AdeptCallback",
+    "AdeptTrainer",
+    "TuningSettings",
+    "check_settings",
+    "fast_step",
+    "plan",
+    "tune_checkpoint",
+    "unit_rates",
+]

@@ -22,6 +22,7 @@ from adept_fast.saliency import bare
 from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback, adamw
 from adept_fast.tuning.order import WholeSteps
+from adept_fast.tuning.step import fast_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +34,10 @@ PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 class AdeptTrainer(Trainer):
     """Trainer(model, args, ..., adept=AdeptCallback(...)) for an expanded model.
 
-    Freezes all but the copies, steps them with adept_fast.AdamW (an fp32 master copy where they are bf16 or fp16), and switches the
-    cache off, as packed documents need it. Its checkpoints hold the copies, their optimizer state, rates and data position, and are
-    staged and renamed, by all processes together where they are several (a shared file system); `save_model()` writes the whole model.
-    Raises InputError for a model that was not expanded.
+    Freezes all but the copies, takes the loss without logits (see fast_step), steps with adept_fast.AdamW (exact fp32 masters where the
+    copies are bf16 or fp16), and switches the cache off, as packed documents need it. Its checkpoints hold the copies, their optimizer
+    state, rates and data position, and are staged and renamed, by all processes together where they are several (a shared file system);
+    `save_model()` writes the whole model. Raises InputError for a model that was not expanded.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
@@ -55,12 +56,13 @@ class AdeptTrainer(Trainer):
         if optim not in PLAIN_ADAMW:
             raise InputError(f"tune.optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default")
         trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
-        low_precision = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained)
+        dtypes = {parameter.dtype for parameter in trained}
+        masters = "copy" if torch.float16 in dtypes else "remainder" if torch.bfloat16 in dtypes else None
         return AdamW, {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
-            **({"master_weights": "copy", "state_dtype": torch.float32} if low_precision else {}),
+            **({"master_weights": masters, "state_dtype": torch.float32} if masters else {}),
         }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -70,6 +72,10 @@ class AdeptTrainer(Trainer):
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return WholeSteps(sampler.data_source, per_step, args.seed if args.data_seed is None else args.data_seed)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with fast_step(self.model):
+            return super().train(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
