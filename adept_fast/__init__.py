@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adept_fast.importance import LayerScores, Race, score_layers, select_layers
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
-    from adept_fast.tuning import AdeptCallback, AdeptTrainer, fast_step, unit_rates
+    from adept_fast.tuning import AdeptCallback, AdeptTrainer, apply_rates, fast_step, unit_rates
     from adept_fast.units import Units
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "Units",
     "UnsupportedFamilyError",
     "apply_copies",
+    "apply_rates",
     "dial",
     "expand_checkpoint",
     "expand_model",
@@ -52,6 +53,7 @@ _MODULES = {
     "merge_copies": "adept_fast.expansion",
     "remove_copies": "adept_fast.expansion",
     "AdamW": "adept_fast.optim",
+    "apply_rates": "adept_fast.tuning",
     "AdeptCallback": "adept_fast.tuning",
     "AdeptTrainer": "adept_fast.tuning",
     "ExpansionError": "adept_fast.errors",

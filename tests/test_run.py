@@ -80,7 +80,7 @@ def artefacts(folder: Path) -> dict[str, object]:
     evaluation = json.loads((folder / "eval.json").read_text())
     return {
         "scores": {key: value for key, value in scores.items() if key != "seconds"},
-        "log": [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in log],
+        "log": [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "peak_memory")} for entry in log],
         "evaluation": {key: value for key, value in evaluation.items() if key != "seconds"},
         **{name: (folder / name).read_bytes() for name in ("expanded/model.safetensors", "tuned/model.safetensors")},
         "records": [json.loads((folder / name / "adept_config.json").read_text()) for name in ("expanded", "tuned")],

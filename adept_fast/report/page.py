@@ -126,6 +126,9 @@ def _costs(scores: Mapping[str, Any] | None, log: list[dict[str, Any]], evaluati
         yield "Tuning, done", f"{done:,} steps" + ("" if end else " (not finished)")
     if speeds:
         yield "Training speed", f"{statistics.median(speeds):,.0f} tokens/s (median)"
+    peaks = [entry["peak_memory"] for entry in log if is_finite(entry.get("peak_memory"))]
+    if peaks:
+        yield "Peak memory of tuning", f"{max(peaks) / 2**30:.2f} GiB"
     if is_finite(end.get("seconds")):
         yield "Tuning time", duration(end["seconds"])
     elif speeds and plan.get("tokens") and plan.get("steps"):

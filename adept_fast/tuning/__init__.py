@@ -2,7 +2,7 @@
 
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.plan import plan
-from adept_fast.tuning.rates import MAPS, unit_rates
+from adept_fast.tuning.rates import MAPS, apply_rates, unit_rates
 from adept_fast.tuning.settings import TuningSettings, check_settings
 from adept_fast.tuning.step import fast_step
 from adept_fast.tuning.trainer import AdeptTrainer
@@ -13,6 +13,7 @@ __all__ = [
     "AdeptCallback",
     "AdeptTrainer",
     "TuningSettings",
+    "apply_rates",
     "check_settings",
     "fast_step",
     "plan",

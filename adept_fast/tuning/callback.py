@@ -19,7 +19,8 @@ from adept_fast.optim import AdamW
 from adept_fast.optim.shards import is_sharded
 from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
 from adept_fast.tuning.log import TrainerLog
-from adept_fast.tuning.rates import RateMap, unit_rates
+from adept_fast.tuning.memory import peak_memory
+from adept_fast.tuning.rates import RateMap, apply_rates, unit_rates
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class AdeptCallback(TrainerCallback):
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
     log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
-    tokens_per_step: for tokens/s in the log.
+    tokens_per_step: for tokens/s, refreshes left out, and peak memory in bytes in the log.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
     optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2); rank 0 writes and tells.
@@ -96,11 +97,13 @@ class AdeptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        start = time.perf_counter()
         model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
         if step % self.refresh_steps == 0 and not last:
             self._set(adamw(optimizer), model, score_units(model, self._items, self.units, None, self.quiet, share=True), step)
         if step % self.refresh_steps == 0 or last:
             self._monitor(model, step)
+        self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -110,6 +113,7 @@ class AdeptCallback(TrainerCallback):
             now, steps = time.perf_counter(), state.global_step - self._timed[1]
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
+                content["peak_memory"] = peak_memory(args.device)
             self.log.write("step", state.global_step, **content)
         self._timed = (time.perf_counter(), state.global_step)
 
@@ -117,15 +121,10 @@ class AdeptCallback(TrainerCallback):
         if self.log:
             self.log.write("end", state.global_step)
 
-    def set_rates(self, optimizer: AdamW, model: PreTrainedModel, rates: Tensor) -> None:
-        """Multipliers, one per unit, to the optimizer."""
-        for name, multipliers in self.units.spread(rates).items():
-            optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=self.units.slices[name].dim if multipliers.ndim else 0)
-
     def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
         rates = unit_rates(importance, self.rate_map)
-        self.set_rates(optimizer, model, rates)
+        apply_rates(optimizer, model, units, rates)
         if self.log:
             self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor))
 
@@ -158,6 +157,6 @@ def adamw(optimizer: Optimizer) -> AdamW:
     if not isinstance(inner, AdamW):
         raise InputError(
             f"unit-wise rates need adept_fast.AdamW, this Trainer has {type(inner).__name__}: use AdeptTrainer, or pass "
-            "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...})"
+            "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...}) or optimizers=(adept_fast.AdamW(...), None)"
         )
     return inner

@@ -11,13 +11,17 @@ Under every map the gain that keeps a post-norm copy silent gets 1 at least: it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adept_fast.errors import InputError
 from adept_fast.saliency import UnitImportance
 from adept_fast.units import Units
+
+if TYPE_CHECKING:
+    from adept_fast.optim import AdamW
 
 RateMap = Callable[[Tensor, Units], Tensor]
 
@@ -72,3 +76,9 @@ def unit_rates(importance: UnitImportance, map: str | RateMap = "rank") -> Tenso
         raise InputError(f"a rate map must return {len(values)} finite values >= 0, found shape {tuple(rates.shape)}")
     gates = torch.tensor([unit.gate for unit in importance.units])
     return torch.where(gates, rates.clamp(min=1), rates)
+
+
+def apply_rates(optimizer: AdamW, model: nn.Module, units: Units, rates: Tensor) -> None:
+    """Give the optimizer a multiplier of its learning rate for each unit: rates [units]."""
+    for name, multipliers in units.spread(rates).items():
+        optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)

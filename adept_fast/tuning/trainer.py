@@ -22,6 +22,7 @@ from adept_fast.saliency import bare
 from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback, adamw
 from adept_fast.tuning.order import WholeSteps
+from adept_fast.tuning.rates import apply_rates
 from adept_fast.tuning.step import fast_step
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class AdeptTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = adamw(self.optimizer)
-        self._adept.set_rates(optimizer, bare(self.model), torch.ones(len(self._adept.units)))
+        apply_rates(optimizer, bare(self.model), self._adept.units, torch.ones(len(self._adept.units)))
         sharded.load_optimizer(self.model, optimizer, Path(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
