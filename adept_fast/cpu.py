@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -70,41 +70,37 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
     return RowLosses(losses.view(-1, group).T.flatten(), argmax.long().view(-1, group).T.flatten(), kl, grads)
 
 
-def add_saliency(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
-    """Add sums of g^2, |theta g| and theta g along dimensions of a gradient to `sums`, and the gradient to `running` (fp32, contiguous).
+class SaliencyPass:
+    """Adds sums of g^2, |theta g| and theta g along dimensions of a parameter's gradients to `sums`, and the gradients to `running`.
 
-    sums: dimension -> fp64 [1, indices] (g^2 alone) or [3, indices], contiguous. Both tensors fp32, bf16 or fp16. One pass over the memory
-    of a matrix gives both its dimensions; a dimension in the middle takes a pass of its own.
+    sums: dimension -> fp64 [1, indices] (g^2 alone) or [3, indices], contiguous; running: fp32, contiguous. Parameter and gradient fp32,
+    bf16 or fp16. One pass over the memory of a matrix gives both its dimensions; a dimension in the middle takes a pass of its own. What
+    does not depend on the gradient is settled beforehand: a short backward makes hundreds of calls.
     """
-    parameter, gradient = parameter.contiguous(), gradient.contiguous()
-    shape, last = gradient.shape, gradient.ndim - 1
 
-    def matrix(dim: int, column_sums: Tensor | None, kept: Tensor | None) -> None:
-        """One pass over [product of the dimensions up to `dim`, product of those behind it]."""
-        columns = prod(shape[dim + 1 :])
-        rows = prod(shape[: dim + 1])
-        row_sums = None
-        if dim in sums:
-            row_sums = sums[dim] if rows == shape[dim] else sums[dim].new_zeros(len(sums[dim]), rows)
-        _C.saliency(
-            param=parameter.data_ptr() if products else 0,
-            param_format=FORMATS[parameter.dtype],
-            grad=gradient.data_ptr(),
-            grad_format=FORMATS[gradient.dtype],
-            rows=rows,
-            columns=columns,
-            running=0 if kept is None else kept.data_ptr(),
-            row_sums=0 if row_sums is None else row_sums.data_ptr(),
-            column_sums=0 if column_sums is None else column_sums.data_ptr(),
-            threads=THREADS or torch.get_num_threads(),
-            set=INSTRUCTIONS,
-        )
-        if row_sums is not None and row_sums is not sums[dim]:
-            sums[dim].add_(row_sums.view(len(row_sums), -1, shape[dim]).sum(1))
+    def __init__(self, sums: Mapping[int, Tensor], shape: Sequence[int], running: Tensor | None) -> None:
+        self._sums, self._shape, self._running = sums, shape, running  # kept alive: the passes hold addresses
+        self._products = any(len(total) == 3 for total in sums.values())
+        last = len(shape) - 1
+        self._passes: list[tuple[int, Tensor | None, tuple[int, ...]]] = []
+        if last in sums or last - 1 in sums or running is not None:
+            self._passes.append(self._pass(last - 1, sums.get(last), running))
+        self._passes += [self._pass(dim, None, None) for dim in sums if dim < last - 1]
 
-    products = any(len(total) == 3 for total in sums.values())
-    if last in sums or last - 1 in sums or running is not None:
-        matrix(last - 1, sums.get(last), running)
-    for dim in sums:
-        if dim < last - 1:
-            matrix(dim, None, None)
+    def _pass(self, dim: int, column_sums: Tensor | None, running: Tensor | None) -> tuple[int, Tensor | None, tuple[int, ...]]:
+        """Of [product of the dimensions up to `dim`, product of those behind it]: (dim, row sums to fold into dim's, native arguments)."""
+        rows, columns, sums = prod(self._shape[: dim + 1]), prod(self._shape[dim + 1 :]), self._sums.get(dim)
+        unfolded = None if sums is None or rows == self._shape[dim] else sums.new_zeros(len(sums), rows)
+        addresses = (0 if x is None else x.data_ptr() for x in (running, sums if unfolded is None else unfolded, column_sums))
+        return dim, unfolded, (rows, columns, *addresses)
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        parameter, gradient = parameter.contiguous(), gradient.contiguous()
+        threads = THREADS or torch.get_num_threads()
+        theta = parameter.data_ptr() if self._products else 0
+        tensors = (theta, FORMATS[parameter.dtype], gradient.data_ptr(), FORMATS[gradient.dtype])
+        for dim, unfolded, arguments in self._passes:
+            _C.saliency(*tensors, *arguments, threads, INSTRUCTIONS)
+            if unfolded is not None:
+                self._sums[dim].add_(unfolded.view(len(unfolded), -1, self._shape[dim]).sum(1))
+                unfolded.zero_()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from adept_fast import backend, distributed, reference
 from adept_fast.errors import InputError
 from adept_fast.optim.shards import local, shard_of
+
+if TYPE_CHECKING:
+    from adept_fast.cpu import SaliencyPass
 
 
 @dataclass
@@ -28,7 +32,16 @@ class _Gathered:
     parameter: nn.Parameter
     sums: dict[int, Tensor]
     running: Tensor | None
+    native: SaliencyPass | None
     seen: bool = False
+
+    def add(self, gradient: Tensor) -> None:
+        parameter = local(self.parameter.detach())
+        if self.native is None or gradient.dtype == torch.float64:
+            _add(self.sums, parameter, gradient, self.running)
+        else:
+            self.native.add(parameter, gradient)
+
     small: Tensor | None = field(default=None, repr=False)  # a vector's gradient, until the backward is over
 
 
@@ -43,7 +56,7 @@ def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor
         from adept_fast import cpu
 
         sums = torch.zeros(3, parameter.shape[dim], dtype=torch.float64)
-        cpu.add_saliency({dim % parameter.ndim: sums}, parameter.detach(), gradient.detach(), None)
+        cpu.SaliencyPass({dim % parameter.ndim: sums}, parameter.shape, None).add(parameter.detach(), gradient.detach())
         return tuple(sums.float().unbind(0))
     return reference.saliency_sums(parameter, gradient, dim)
 
@@ -64,7 +77,7 @@ class GradientSums:
             kinds = 3 if products else 1
             sums = {dim: torch.zeros(kinds, part.shape[dim], dtype=torch.float64, device=part.device) for dim in dims[name]}
             kept = torch.zeros_like(part, dtype=reference.accumulator(part), memory_format=torch.contiguous_format) if running else None
-            self._gathered.append(_Gathered(name, parameter, sums, kept))
+            self._gathered.append(_Gathered(name, parameter, sums, kept, _native(part, sums, kept)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> GradientSums:
@@ -93,7 +106,7 @@ class GradientSums:
         if gradient.ndim == 1 and gradient.device.type != "cpu":
             gathered.small = gradient
         else:
-            _add(gathered.sums, local(gathered.parameter.detach()), gradient, gathered.running)
+            gathered.add(gradient)
 
     def backward(self, loss: Tensor) -> None:
         for gathered in self._gathered:
@@ -130,7 +143,8 @@ class GradientSums:
             theta = local(gathered.parameter.detach())
             taylor = {dim: torch.zeros(3, sums.shape[1], dtype=torch.float64, device=sums.device) for dim, sums in gathered.sums.items()}
             if gathered.running is not None:
-                _add(taylor, theta, gathered.running, None)
+                native = _native(theta, taylor, None)
+                _add(taylor, theta, gathered.running, None) if native is None else native.add(theta, gathered.running)
             for dim, sums in gathered.sums.items():
                 keys.append((gathered.name, dim))
                 parts.append(_whole(torch.cat([sums, taylor[dim][1:2] / tokens]), gathered.parameter, dim))
@@ -139,24 +153,27 @@ class GradientSums:
         host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
         return {key: (values[:-1], values[-1] if running else None) for key, values in zip(keys, host, strict=True)}
 
-
     def _sum_over_processes(self) -> None:
         for gathered in self._gathered:
             if gathered.running is not None:
-                gathered.running = distributed.total(gathered.running)
+                gathered.running.copy_(distributed.total(gathered.running))
         sums = [sums for gathered in self._gathered for sums in gathered.sums.values()]
         flat = distributed.total(torch.cat([values.flatten() for values in sums]))
         for values, found in zip(sums, flat.split([values.numel() for values in sums]), strict=True):
             values.copy_(found.view_as(values))
 
 
+def _native(parameter: Tensor, sums: Mapping[int, Tensor], running: Tensor | None) -> SaliencyPass | None:
+    """How C++ adds up gradients of a parameter, where it is to."""
+    if backend.resolve("saliency", parameter.device) != "cpu" or parameter.dtype == torch.float64:
+        return None
+    from adept_fast import cpu
+
+    return cpu.SaliencyPass(sums, parameter.shape, running)
+
+
 def _add(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
     """Add a gradient's sums along dimensions to `sums`: fp64 [1 or 3, parameter.shape[dimension]] each; and the gradient to `running`."""
-    if backend.resolve("saliency", parameter.device) == "cpu" and torch.float64 not in (parameter.dtype, gradient.dtype):
-        from adept_fast import cpu
-
-        cpu.add_saliency(sums, parameter, gradient, running)
-        return
     for dim, total in sums.items():
         for kind, found in zip(total, saliency_sums(parameter, gradient, dim), strict=False):
             kind += found

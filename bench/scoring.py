@@ -184,15 +184,18 @@ def _inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
         model = checkpoint.load_model(folder).eval()
         items = load_items(given.probe, checkpoint.load_tokenizer(folder))[:: given.every][: given.items]
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2)).eval()
-    items = []
+    model, items = random_model(), []
     for _ in range(given.items):
         ids = torch.randint(3, SMOLLM2["vocab_size"], (int(torch.randint(40, 200, ())),)).tolist()
         items.append(Item(tuple(ids), tuple([IGNORE] * (len(ids) - 11) + ids[-11:])))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
+
+
+def random_model() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2)).eval()
 
 
 def _now(model: torch.nn.Module) -> float:

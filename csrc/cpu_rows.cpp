@@ -55,7 +55,7 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
 }
 
 const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels) {
-    constexpr std::int64_t kElements = 32768, kBands = 64;
+    constexpr std::int64_t kElements = 65536, kBands = 64;  // of a band at least, as each has sums of columns; bands at most
     if (pass.rows < 0 || pass.columns < 0 || pass.param_format > kFp16 || pass.grad_format > kFp16) {
         return "a gradient has a negative size, or a format that is not fp32, bf16 or fp16";
     }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr std::int64_t kTile = 1024;  // columns whose sums stay in the first-level cache
 constexpr std::int64_t kRun = 128;    // rows whose sums of columns stay in fp32
+constexpr int kAtOnce = 4;            // rows that share a load and a store of their columns' sums
 
 ADEPT_FAST_INLINE Words words(const std::uint16_t* from) {
     Halves halves;
@@ -53,49 +54,83 @@ const float* open(const void* memory, std::int64_t format, std::int64_t first, s
     return tile;
 }
 
-// Adds g^2, and with kProducts |theta g| and theta g, of a row's tile to the sums of its columns, and gives their sums.
-template <bool kProducts, bool kColumns>
-void tile_sums(std::int64_t n, const float* g, const float* theta, float* columns, float* totals) {
-    Lanes squares = all(0.0f), absolutes = squares, products = squares;
-    for (std::int64_t j = 0; j < n; j += kLanes) {
-        const Lanes gradient = load(g + j), square = gradient * gradient;
-        squares = squares + square;
-        if (kColumns) store(columns + j, load(columns + j) + square);
-        if (kProducts) {
-            const Lanes product = load(theta + j) * gradient, magnitude = absolute(product);
-            absolutes = absolutes + magnitude;
-            products = products + product;
-            if (kColumns) store(columns + kTile + j, load(columns + kTile + j) + magnitude);
-            if (kColumns) store(columns + 2 * kTile + j, load(columns + 2 * kTile + j) + product);
+// Sums of each of `n` lanes, as sum_of: together, because each step waits for the one before it.
+ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
+    float x[kAtOnce * 3][kLanes];
+    for (int k = 0; k < n; ++k) store(x[k], lanes[k]);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int k = 0; k < n; ++k) {
+            for (int i = 0; i < width; ++i) x[k][i] += x[k][i + width];
         }
     }
-    totals[0] = sum_of(squares);
-    totals[1] = kProducts ? sum_of(absolutes) : 0.0f;
-    totals[2] = kProducts ? sum_of(products) : 0.0f;
+    for (int k = 0; k < n; ++k) totals[k] = x[k][0];
+}
+
+// Adds g^2, and with kProducts |theta g| and theta g, of kRows rows of a tile to the sums of its columns, in the order of the rows, and
+// gives their sums: totals [kRows, kinds].
+template <bool kProducts, bool kColumns, int kRows>
+void tile_sums(std::int64_t n, const float* const* g, const float* const* theta, float* columns, float* totals) {
+    constexpr int kKinds = kProducts ? 3 : 1;
+    Lanes sums[kRows * kKinds];
+    for (int k = 0; k < kRows * kKinds; ++k) sums[k] = all(0.0f);
+    for (std::int64_t j = 0; j < n; j += kLanes) {
+        Lanes column[kKinds];
+        for (int kind = 0; kColumns && kind < kKinds; ++kind) column[kind] = load(columns + kind * kTile + j);
+        for (int row = 0; row < kRows; ++row) {
+            const Lanes gradient = load(g[row] + j);
+            Lanes terms[kKinds];
+            terms[0] = gradient * gradient;
+            if (kProducts) {
+                terms[kKinds - 1] = load(theta[row] + j) * gradient;
+                terms[kKinds / 2] = absolute(terms[kKinds - 1]);
+            }
+            for (int kind = 0; kind < kKinds; ++kind) {
+                sums[row * kKinds + kind] = sums[row * kKinds + kind] + terms[kind];
+                if (kColumns) column[kind] = column[kind] + terms[kind];
+            }
+        }
+        for (int kind = 0; kColumns && kind < kKinds; ++kind) store(columns + kind * kTile + j, column[kind]);
+    }
+    sums_of(sums, kRows * kKinds, totals);
+}
+
+// kRows rows of a tile, from `row` on, at columns [first, first + n)
+template <bool kProducts, bool kColumns, int kRows>
+void tile_rows(const GradientPass& pass, std::int64_t row, std::int64_t first, std::int64_t n, float* columns) {
+    constexpr int kKinds = kProducts ? 3 : 1;
+    alignas(64) float gradient_tiles[kRows][kTile], param_tiles[kRows][kTile];
+    const float *g[kRows], *theta[kRows];
+    for (int i = 0; i < kRows; ++i) {
+        const std::int64_t at = (row + i) * pass.columns + first;
+        g[i] = open(pass.grad, pass.grad_format, at, n, gradient_tiles[i]);
+        theta[i] = kProducts ? open(pass.param, pass.param_format, at, n, param_tiles[i]) : nullptr;
+    }
+    float totals[kRows * kKinds];
+    tile_sums<kProducts, kColumns, kRows>(n, g, theta, columns, totals);
+    for (int i = 0; i < kRows; ++i) {
+        for (int kind = 0; pass.row_sums != nullptr && kind < kKinds; ++kind) {
+            pass.row_sums[kind * pass.rows + row + i] += totals[i * kKinds + kind];
+        }
+        if (pass.running != nullptr) {
+            float* running = pass.running + (row + i) * pass.columns + first;
+            for (std::int64_t j = 0; j < n; ++j) running[j] += g[i][j];
+        }
+    }
 }
 
 // column_sums: of this band alone, [kinds, columns]
 template <bool kProducts, bool kColumns>
 void band(const GradientPass& pass, std::int64_t first_row, std::int64_t rows, double* column_sums) {
     constexpr int kKinds = kProducts ? 3 : 1;
-    alignas(64) float gradient_tile[kTile], param_tile[kTile], columns[3 * kTile];
+    alignas(64) float columns[3 * kTile];
     for (std::int64_t first = 0; first < pass.columns; first += kTile) {
         const std::int64_t n = pass.columns - first < kTile ? pass.columns - first : kTile;
         for (std::int64_t run = first_row; run < first_row + rows; run += kRun) {
             const std::int64_t end = run + kRun < first_row + rows ? run + kRun : first_row + rows;
             if (kColumns) std::memset(columns, 0, sizeof columns);
-            for (std::int64_t row = run; row < end; ++row) {
-                const std::int64_t at = row * pass.columns + first;
-                const float* g = open(pass.grad, pass.grad_format, at, n, gradient_tile);
-                const float* theta = kProducts ? open(pass.param, pass.param_format, at, n, param_tile) : nullptr;
-                float totals[3];
-                tile_sums<kProducts, kColumns>(n, g, theta, columns, totals);
-                for (int kind = 0; pass.row_sums != nullptr && kind < kKinds; ++kind) pass.row_sums[kind * pass.rows + row] += totals[kind];
-                if (pass.running != nullptr) {
-                    float* running = pass.running + at;
-                    for (std::int64_t j = 0; j < n; ++j) running[j] += g[j];
-                }
-            }
+            std::int64_t row = run;
+            for (; row + kAtOnce <= end; row += kAtOnce) tile_rows<kProducts, kColumns, kAtOnce>(pass, row, first, n, columns);
+            for (; row < end; ++row) tile_rows<kProducts, kColumns, 1>(pass, row, first, n, columns);
             for (int kind = 0; kColumns && kind < kKinds; ++kind) {
                 double* sums = column_sums + kind * pass.columns + first;
                 for (std::int64_t j = 0; j < n; ++j) sums[j] += columns[kind * kTile + j];
