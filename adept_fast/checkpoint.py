@@ -1,22 +1,20 @@
-"""A model on disk: found, checked, loaded, and saved whole or not at all. safetensors only; no pickle is loaded."""
+"""A model on disk: found, checked and loaded. safetensors only; no pickle is loaded."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
-from adept_fast.artefacts import read_json, staged_folder
+from adept_fast.artefacts import read_json
 from adept_fast.errors import InputError
 from adept_fast.record import FILE as RECORD
-from adept_fast.record import KEY as RECORD_KEY
 from adept_fast.record import AdeptConfig
-from adept_fast.shards import INDEX, WEIGHTS, open_shards, same_bytes
+from adept_fast.shards import INDEX, WEIGHTS, open_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,16 +75,6 @@ def positions(folder: Path) -> int:
     config = read_json(folder / "config.json")
     limits = [table.get(key) for table in (config, config.get("text_config") or {}) for key in POSITIONS]
     return next(filter(None, limits), 1 << 20)
-
-
-def differing_tensors(one: Path, other: Path, rename: Callable[[str], str] = str) -> list[str]:
-    """Names of the tensors of `one` whose counterpart in `other`, under its renamed name, has other bits.
-
-    Tensors without a counterpart (one of two tied ones, say) and tensors kept in another dtype are not compared.
-    """
-    ours, theirs = open_shards(one).tensors, open_shards(other).tensors
-    pairs = ((name, ours[name], theirs[rename(name)]) for name in sorted(ours) if rename(name) in theirs)
-    return [name for name, first, second in pairs if first.dtype == second.dtype and not same_bytes(first, second)]
 
 
 def load_model(
@@ -154,35 +142,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise InputError(f"{folder}: no tokenizer can be loaded ({str(error).strip().splitlines()[0]})") from None
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # packing cuts, nothing is fed whole
     return tokenizer
-
-
-def save(
-    model: PreTrainedModel,
-    carried_from: Path,
-    target: Path,
-    extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
-    prove: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a whole checkpoint to `target`, which must not exist: weights, config, record, and the other files of `carried_from`.
-
-    extra: further safetensors files, name -> tensors. prove: called with the written folder before it gets its final name; what it
-    raises leaves no target. Staged and renamed: a killed or failed save leaves nothing by the final name.
-    """
-    from safetensors.torch import save_file
-
-    with staged_folder(target) as staging:
-        use_cache, model.config.use_cache = model.config.use_cache, True
-        setattr(model.config, RECORD_KEY, model.adept_config.as_dict())
-        try:
-            model.save_pretrained(staging)
-        finally:
-            model.config.use_cache = use_cache
-        carry_files(carried_from, staging)
-        model.adept_config.save(staging)
-        for name, tensors in (extra or {}).items():
-            save_file(dict(tensors), staging / name)
-        if prove:
-            prove(staging)
 
 
 def carried(folder: Path) -> list[Path]:

@@ -83,6 +83,21 @@ class Naming:
         split = self._split(name)
         return split[1] if split else None
 
+    def place(self, name: str) -> tuple[int | None, str]:
+        """(layer, name within it), under which a tensor is found whatever the prefix; (None, name) outside the layers."""
+        split = self._split(name)
+        return split[1:] if split else (None, name)
+
+    def plain_parameter(self, name: str) -> str | None:
+        """The parameter that a stored tensor is, element by element; None for one that is converted while it is loaded, or not loaded."""
+        into = self._in_memory[name]
+        return into[0] if into and name not in self._converted else None
+
+    @property
+    def plain(self) -> set[str]:
+        """All parameters that are stored as they are."""
+        return {parameter for name in self._in_memory if (parameter := self.plain_parameter(name)) is not None}
+
     def moved(self, name: str, layer: int) -> str:
         """The name of the same tensor of another layer."""
         prefix, _, rest = self._split(name) or ("", 0, "")

@@ -59,8 +59,6 @@ def test_fingerprint_follows_the_content(folder: Path, tmp_path: Path) -> None:
     assert fingerprint(twin) == fingerprint(folder)
     tiny_models.model(seed=7).save_pretrained(twin)
     assert fingerprint(twin) != fingerprint(folder)
-    assert checkpoint.differing_tensors(folder, folder) == []
-    assert "model.layers.0.mlp.up_proj.weight" in checkpoint.differing_tensors(folder, twin)
 
 
 def _truncate(file: Path, share: float) -> None:

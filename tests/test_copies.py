@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -13,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adept_fast import checkpoint
+from adept_fast.data.documents import Documents
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion import apply_copies, dial, expand_checkpoint, extract_copies, merge_copies, remove_copies
+from adept_fast.expansion import apply_copies, dial, expand_checkpoint, export_tuned, extract_copies, merge_copies, remove_copies
 from adept_fast.expansion.dial import dialled_model
 from adept_fast.fingerprint import tensors_digest
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import open_shards
+from adept_fast.tuning import TuningSettings, tune_checkpoint
 
 IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY
 
@@ -184,3 +187,47 @@ def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> Non
     (folder / "adept_config.json").write_text(json.dumps({**record, "schema": 1}))
     with pytest.raises(ExpansionError, match="bit for bit"):
         remove_copies(folder, tmp_path / "no")
+
+
+def tune(expanded: Path, target: Path, **loading: object) -> None:
+    ids = np.random.default_rng(1).integers(3, tiny_models.VOCABULARY, 600).astype(np.int32)
+    documents = Documents(ids, np.array([0, 20, 90, 100, 250, 600]))
+    training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
+    settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
+    aside = {"work": target.parent / "work", "log": target.parent / "log.jsonl", "say": lambda _: None, "quiet": True}
+    tune_checkpoint(expanded, target, documents, np.ones(5), tiny_models.items(2), {}, settings, **aside, **loading)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "bfloat16"), ("llama", None)])
+def test_a_tuned_model_keeps_its_source_and_its_copies_travel(family: str, dtype: str | None, tmp_path: Path) -> None:
+    """expand -> tune -> remove gives the original's tensors, whatever dtype was trained in; extract -> apply gives the tuned ones. Experts
+    are one parameter in memory and one tensor each on disk; a tied head that is stored twice stays so."""
+    source = tiny_models.checkpoint(tmp_path / "base", family, tie_word_embeddings=family == "llama")
+    if family == "llama":
+        before = tensors(source)
+        save_file(before | {"lm_head.weight": before["model.embed_tokens.weight"].clone()}, source / "model.safetensors", {"format": "pt"})
+    expand_checkpoint(source, tmp_path / "expanded", [0, 2], steering=tiny_models.items(2), quiet=True)
+    tune(tmp_path / "expanded", tmp_path / "tuned", dtype=dtype)
+    before, expanded, tuned = (tensors(tmp_path / name) for name in ("base", "expanded", "tuned"))
+    assert tuned.keys() == expanded.keys() and {t.dtype for t in tuned.values()} == {torch.float32}
+    trained = {name for name in tuned if name.startswith(("model.layers.1.", "model.layers.4."))}
+    moved = {name for name, tensor in tuned.items() if not tensor.equal(expanded[name])}
+    assert moved <= trained and len(moved) > 0.9 * len(trained)
+    assert all(tuned[name].equal(tuned[name].bfloat16().float()) for name in trained) == bool(dtype)
+    model = checkpoint.load_model(tmp_path / "tuned")
+    assert model.adept_config.proof["source_tensors"] and bool(model(IDS).logits.isfinite().all())
+    remove_copies(tmp_path / "tuned", tmp_path / "plain", quiet=True)
+    assert same(tensors(tmp_path / "plain"), before)
+    extract_copies(tmp_path / "tuned", tmp_path / "delta")
+    apply_copies(source, tmp_path / "delta", tmp_path / "again", quiet=True)
+    assert same(tensors(tmp_path / "again"), tuned)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.layers.3.self_attn.q_proj.weight"] += 1
+    with pytest.raises(ExpansionError, match="training changed model.layers.3.self_attn.q_proj.weight"):
+        export_tuned(tmp_path / "expanded", tmp_path / "no", state)
+    copies = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.layers.1.", "model.layers.4."))}
+    export_tuned(tmp_path / "expanded", tmp_path / "copies alone", copies, quiet=True)
+    assert same(tensors(tmp_path / "copies alone"), tuned)
+    with pytest.raises(InputError, match="not among the trained tensors"):
+        export_tuned(tmp_path / "expanded", tmp_path / "no", dict([*copies.items()][:-1]))
+    assert not (tmp_path / "no").exists()

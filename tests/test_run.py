@@ -23,7 +23,7 @@ PLACES = (
     ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.callback:unit_rates", 2),  # a refresh
     ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint
-    ("adept_fast.checkpoint:differing_tensors", 0),  # the tuned model, all written but the name
+    ("adept_fast.expansion.remade:prove_bytes", 0),  # the tuned model, all written but the name
     ("adept_fast.pipeline:evaluate", 1),
 )
 KILLS = 20

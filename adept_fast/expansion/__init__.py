@@ -2,6 +2,7 @@
 
 from adept_fast.expansion.delta import apply_copies, extract_copies
 from adept_fast.expansion.dial import dial, dialled_model
+from adept_fast.expansion.export import export_tuned
 from adept_fast.expansion.first_rates import first_importance, load_first_importance
 from adept_fast.expansion.insert import ParameterCounts, copies, expand_model, freeze_original
 from adept_fast.expansion.merge import merge_copies
@@ -17,6 +18,7 @@ __all__ = [
     "dialled_model",
     "expand_checkpoint",
     "expand_model",
+    "export_tuned",
     "extract_copies",
     "first_importance",
     "freeze_original",

@@ -11,6 +11,8 @@ from typing import Any
 
 from adept_fast.artefacts import read_json, write_text
 from adept_fast.errors import InputError
+from adept_fast.record import FILE as RECORD
+from adept_fast.record import AdeptConfig
 from adept_fast.report.charts import layer_profile, losses
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.rates import unit_rates
@@ -71,6 +73,8 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.name == RECORD:
+        return AdeptConfig.load(path.parent).as_dict()
     content = read_json(path)
     if content.get("schema") != SCHEMA:
         raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")

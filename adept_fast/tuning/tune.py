@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import remove_leftovers
 from adept_fast.data.documents import Documents
 from adept_fast.data.items import Item
-from adept_fast.errors import ExpansionError
-from adept_fast.expansion import load_first_importance
-from adept_fast.families import layers_path
+from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
@@ -89,21 +86,10 @@ def tune_checkpoint(
             events.write("end", planned.steps)
     else:
         trainer.train(resume_from_checkpoint=last)
-    if sharded.shards(trainer.model):
-        copies_now = sharded.gathered(trainer.model)
-        model = checkpoint.load_model(expanded, **loading)
-        model.load_state_dict(copies_now, strict=False)
-    model.adept_config = replace(model.adept_config, inputs=dict(inputs or {}))
-    path = layers_path(model)
-    copies = tuple(f"{path}.{layer}." for layer in model.adept_config.trained)
-
-    def prove(written: Path) -> None:
-        touched = [name for name in checkpoint.differing_tensors(expanded, written) if not name.startswith(copies)]
-        if touched:
-            raise ExpansionError(f"training changed {len(touched)} tensors that it must not touch, first {touched[0]}")
-
+    state = sharded.gathered(trainer.model) if sharded.shards(trainer.model) else model.state_dict()
     if leads:
-        checkpoint.save(model, expanded, target, prove=prove)
+        remote = bool(loading.get("trust_remote_code", False))
+        export_tuned(expanded, target, state, inputs=inputs, quiet=quiet, trust_remote_code=remote)
     distributed.wait()
 
 
