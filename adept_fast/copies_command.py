@@ -82,7 +82,8 @@ ACTIONS = {
 
 def run(action: str, given: Sequence[str], quiet: bool | None) -> str:
     """Do it; returns the line that says what was written, and what is proven. Raises InputError, for an existing target too."""
-    from adept_fast import expansion, recipe
+    from adept_fast import checkpoint, expansion, recipe
+    from adept_fast.record import AdeptConfig
 
     chosen = ACTIONS[action]
     settings = vars(recipe.settings(chosen.keys, given))
@@ -90,9 +91,10 @@ def run(action: str, given: Sequence[str], quiet: bool | None) -> str:
     target = folders["target"]
     if target.exists():
         raise InputError(f"target: {target} exists already: remove it or choose another target")
+    saved_again = action == "remove" and AdeptConfig.load(checkpoint.resolve(settings["source"])).source.get("saved_again")
     record = getattr(expansion, chosen.function)(**{**settings, **folders}, quiet=quiet)
     if record is None:
-        written, proven = "the original without copies", "it is the original bit for bit"
+        written, proven = "the original without copies", f"it is the original{' as it was saved again' if saved_again else ''} bit for bit"
     else:
         written, proven = f"copies at layers {', '.join(map(str, record.copies))}", chosen.proven
     if record is not None and action == "extract":

@@ -93,11 +93,21 @@ class Pipeline(Workspace):
         return scores
 
     def _chosen(self, scores: LayerScores | None) -> list[int]:
-        expand = self.recipe.expand
-        if expand.layers is not None:
-            return sorted(expand.layers)
+        if self.recipe.expand.layers is not None:
+            return sorted(self.recipe.expand.layers)
         if scores is None:
             raise InputError(f"{self.scores_path}: no scores yet: run adept-fast score first, or set expand.layers")
+        if self.earlier is None:
+            return self._selected(scores)
+        return [self.earlier.originals[layer] for layer in self._selected(scores.among(self.earlier.originals))]
+
+    @cached_property
+    def earlier(self) -> AdeptConfig | None:
+        """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
+        return AdeptConfig.find(self.source)
+
+    def _selected(self, scores: LayerScores) -> list[int]:
+        expand = self.recipe.expand
         return select_layers(scores, expand.k, expand.placement)
 
     # expansion
@@ -116,7 +126,8 @@ class Pipeline(Workspace):
         expand = self.recipe.expand
         selection: dict[str, Any] = {"placement": "given", "k": len(layers), "notes": []}
         if expand.layers is None and scores is not None:
-            rivals = undecided(scores, layers, expand.placement)
+            copies = self.earlier.copies if self.earlier else ()
+            rivals = [layer for layer in undecided(scores, layers, expand.placement) if layer not in copies]
             notes = [f"the intervals do not part the chosen layers from {', '.join(map(str, rivals))}"] if rivals else []
             values = [scores.values[layer] for layer in layers]
             selection |= {"placement": expand.placement, "method": scores.method, "loss": scores.loss, "scores": values, "notes": notes}
@@ -278,10 +289,11 @@ class Pipeline(Workspace):
 
     def _check_model(self) -> Any:
         """The model without its weights, whose layers the recipe must fit."""
-        if AdeptConfig.find(self.source) is not None:
-            raise InputError(f"{self.source}: expanded already: start from its base")
         skeleton, expand = checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code), self.recipe.expand
-        check_choice(len(decoder_layers(skeleton)), expand.k, expand.placement, expand.layers)
+        if self.earlier is not None and self.recipe.score.regret is not None:
+            raise InputError("score.regret: a race would count the copies that this model has already: score it without one")
+        copied = len(self.earlier.copies) if self.earlier is not None and expand.layers is None else 0
+        check_choice(len(decoder_layers(skeleton)) - copied, expand.k, expand.placement, expand.layers)
         return skeleton
 
     def _check(self) -> None:

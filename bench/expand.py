@@ -155,7 +155,7 @@ def _validate(source: Path, expanded: Path, layers: list[int]) -> None:
     from adept_fast.record import AdeptConfig
 
     record, on_disk = AdeptConfig.load(expanded), OnDisk.open(expanded)
-    digest = on_disk.originals_digest(record, "xxh3_128")
+    digest = on_disk.originals_digest(record)
     if [entry.copied_from for entry in record.inserted] != layers or digest != record.source["tensors_digest"]:
         raise RuntimeError("the expanded checkpoint does not hold its source's tensors")
     tensors = open_shards(expanded).tensors

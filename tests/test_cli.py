@@ -121,7 +121,6 @@ def test_another_model_is_not_taken_for_the_one_that_was_expanded(here: Path, ca
     tiny_models.checkpoint(here / "other", seed=7)
     for command in ("tune", "eval", "verify"):
         assert "another model" in fails(capsys, command, "model_name_or_path=other"), command
-    assert "expanded already" in fails(capsys, "run", "model_name_or_path=out/expanded", "output_dir=out2")
 
 
 def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> None:

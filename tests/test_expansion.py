@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adept_fast import checkpoint
+from adept_fast.cli import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion import (
     copies,
@@ -25,6 +26,7 @@ from adept_fast.expansion import (
     first_importance,
     freeze_original,
     load_first_importance,
+    remove_copies,
     verify_expansion,
 )
 from adept_fast.families import describe
@@ -261,3 +263,50 @@ def test_a_second_expansion_on_disk(tmp_path: Path) -> None:
     assert [(entry.layer, entry.copied_from, entry.round) for entry in record.inserted] == [(1, 0, 1), (3, 1, 0), (4, 1, 1), (7, 3, 0)]
     base, twice = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "two"))
     assert torch.equal(base(IDS).logits, twice(IDS).logits)
+
+
+def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The pipeline takes an expanded model, saved again by plain transformers, as its source: it copies none of the copies, trains its own
+    alone, and both sets come off again."""
+    monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path / "cache"))
+    base = tiny_models.checkpoint(tmp_path / "base", "qwen3")
+    record = expand_checkpoint(base, tmp_path / "expanded", [0, 2], verify=False, quiet=True)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded")
+    with torch.no_grad():
+        for layer in record.copies:
+            for parameter in first.model.layers[layer].parameters():
+                parameter.add_(0.1)
+    first.save_pretrained(tmp_path / "first")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "first")
+    assert AdeptConfig.load(tmp_path / "first") == record and not (tmp_path / "first" / "adept_config.json").exists()
+    (tmp_path / "notes.txt").write_text("".join(f"{line} Note {at}.\n" for at, line in enumerate(tiny_models.SENTENCES * 3)))
+    given = [f"model_name_or_path={tmp_path / 'first'}", f"domain={tmp_path / 'notes.txt'}", f"output_dir={tmp_path / 'out'}"]
+    given += ["expand.k=4", "score.max_items=4", "tune.max_items=4", "tune.max_steps=2", "tune.block_size=64", "eval.max_items=4"]
+    assert main(["run", *given, "expand.k=5"]) == 2 and "from 1 to 4" in capsys.readouterr().err
+    assert main(["run", *given, "score.regret=0.1"]) == 2 and "score.regret" in capsys.readouterr().err
+    assert main(["run", *given]) == 0, capsys.readouterr().err
+    tuned = AdeptConfig.load(tmp_path / "out" / "tuned")
+    assert [(entry.copied_from, entry.round) for entry in tuned.inserted] == [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 1)]
+    assert tuned.source == record.source and tuned.trained == (2, 4, 7, 9)
+    mine = [entry.layer for entry in tuned.inserted if entry.round == 1]
+    remove_copies(tmp_path / "out" / "tuned", tmp_path / "without", mine, quiet=True)
+    assert _same(stored_tensors(tmp_path / "without"), stored_tensors(tmp_path / "first"))
+    remove_copies(tmp_path / "out" / "tuned", tmp_path / "plain", quiet=True)
+    assert _same(stored_tensors(tmp_path / "plain"), stored_tensors(base))
+
+
+def test_a_model_saved_again_in_another_dtype_says_so(tmp_path: Path) -> None:
+    base = tiny_models.checkpoint(tmp_path / "base")
+    expand_checkpoint(base, tmp_path / "one", [1], verify=False, quiet=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    with pytest.raises(ExpansionError, match="bit for bit"):
+        remove_copies(tmp_path / "again", tmp_path / "no", quiet=True)
+    record = expand_checkpoint(tmp_path / "again", tmp_path / "two", [0], verify=False, quiet=True)
+    assert record.source["saved_again"] and record.source["name_or_path"] == str(base)
+    remove_copies(tmp_path / "two", tmp_path / "plain", quiet=True)
+    expected = {name: tensor.bfloat16() for name, tensor in stored_tensors(base).items()}
+    assert _same(stored_tensors(tmp_path / "plain"), expected)
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name].view(torch.uint8).equal(other[name].view(torch.uint8)) for name in one)

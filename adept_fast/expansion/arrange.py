@@ -23,7 +23,7 @@ from adept_fast import checkpoint
 from adept_fast.artefacts import read_json, staged_folder, write_json
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.families import Family, describe, layers_path
-from adept_fast.fingerprint import tensors_digest
+from adept_fast.fingerprint import THREADS, tensors_digest
 from adept_fast.naming import Naming
 from adept_fast.pieces import Piece, write_shards
 from adept_fast.record import KEY, AdeptConfig
@@ -76,8 +76,10 @@ class OnDisk:
             return Piece(name, stored.dtype, stored.shape, stored)
         return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
 
-    def originals_digest(self, record: AdeptConfig, kind: str) -> str:
+    def originals_digest(self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS) -> str:
         """The digest of all tensors but the copies', under the names they have in the source."""
+        if record is None:
+            return tensors_digest(self.shards.tensors, kind, threads)
         places = {record.original(index): index for index in range(self.count - len(record.copies))}
         tensors = {}
         for name, stored in self.shards.tensors.items():
@@ -88,7 +90,7 @@ class OnDisk:
                 tensors[self.naming.moved(name, layer - len(record.copies))] = stored
             elif layer in places:
                 tensors[self.naming.moved(name, places[layer])] = stored
-        return tensors_digest(tensors, kind)
+        return tensors_digest(tensors, kind, threads)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
 from adept_fast.expansion.config import config_file
-from adept_fast.fingerprint import kind_of, tensors_digest
+from adept_fast.fingerprint import kind_of
 from adept_fast.pieces import Piece
 from adept_fast.record import AdeptConfig, Inserted, versions
 from adept_fast.shards import Stored
@@ -30,14 +30,20 @@ def open_expanded(folder: str | Path, trust_remote_code: bool = False) -> tuple[
             f"{path}: {on_disk.count} layers, but its record has {len(record.copies)} copies in a source of {expected}: "
             "it belongs to another checkpoint"
         )
-    if not isinstance(record.source.get("config"), Mapping) or not record.source.get("tensors_digest"):
-        raise InputError(f"{path}: its record does not say what the source was: expand on disk (expand_checkpoint, adept-fast expand)")
+    if not record.source.get("tensors_digest"):
+        raise _not_described(path)
     return on_disk, record
+
+
+def _not_described(folder: Path) -> InputError:
+    return InputError(f"{folder}: its record does not say what the source was: expand on disk (expand_checkpoint, adept-fast expand)")
 
 
 def source_config(on_disk: OnDisk, record: AdeptConfig, inserted: Sequence[Inserted] = ()) -> dict[str, Any]:
     """config.json of the source with the copies `inserted`."""
-    held = record.source["config"]
+    held = record.source.get("config")
+    if not isinstance(held, Mapping):
+        raise _not_described(on_disk.folder)
     return config_file(held, type(on_disk.skeleton.config).from_dict(dict(held)), [entry.copied_from for entry in inserted])
 
 
@@ -65,8 +71,7 @@ def write_remade(
         prove_bytes(plan, written)
         made = OnDisk.open(written)
         kind = kind_of(source["tensors_digest"])
-        digest = made.originals_digest(record, kind) if record else tensors_digest(made.shards.tensors, kind)
-        if digest != source["tensors_digest"]:
+        if made.originals_digest(record, kind) != source["tensors_digest"]:
             raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
         if prove:
             prove(written)

@@ -16,7 +16,7 @@ from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
 from adept_fast.expansion.insert import arrange_copies, expand_model
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
-from adept_fast.fingerprint import identity, tensors_digest
+from adept_fast.fingerprint import identity, kind_of
 from adept_fast.record import AdeptConfig
 
 
@@ -61,14 +61,18 @@ def expand_checkpoint(
             extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
         del base
     with ThreadPoolExecutor(1) as beside:  # hashing and copying both wait for other things than each other
-        digest = beside.submit(tensors_digest, on_disk.shards.tensors, threads=1)
+        known = earlier.source.get("tensors_digest") if earlier else None
+        digest = beside.submit(on_disk.originals_digest, earlier, kind_of(known) if known else "xxh3_128", threads=1)
 
         def record() -> AdeptConfig:
             tensors = digest.result()
-            hashes = {"identity": identity(folder, tensors), "tensors_digest": tensors, "config": held}
+            if earlier is None:
+                described = {**expanded.source, "name_or_path": name or str(source), "identity": identity(folder, tensors), "config": held}
+            else:
+                described = {**earlier.source, **({"saved_again": True} if known != tensors else {})}
             return replace(
                 expanded,
-                source=earlier.source if earlier else {**expanded.source, "name_or_path": name or str(source), **hashes},
+                source={**described, "tensors_digest": tensors},
                 selection={"layers": chosen, **(selection or {})},
                 inputs=dict(inputs or {}),
                 proof=_proof(loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,14 @@ class LayerScores:
     @property
     def base_loss(self) -> float | None:
         return self.profiles[self.loss].base_loss
+
+    def among(self, layers: Sequence[int]) -> LayerScores:
+        """The same of these layers alone, in this order, without single items."""
+        def of(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(values[layer] for layer in layers)
+
+        kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
+        return replace(self, profiles=kept, per_item={})
 
     def save(self, path: str | Path) -> None:
         """Write scores.json, and per_item beside it as scores.items.safetensors."""
