@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adept_fast.importance import LayerScores, Race, score_layers, select_layers
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
-    from adept_fast.tuning import AdeptCallback, AdeptTrainer, apply_rates, fast_step, unit_rates
+    from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, apply_rates, fast_step, unit_rates
     from adept_fast.units import Units
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "AdamW",
     "AdeptCallback",
     "AdeptTrainer",
+    "Anchor",
     "ExpansionError",
     "InputError",
     "LayerScores",
@@ -56,6 +57,7 @@ _MODULES = {
     "apply_rates": "adept_fast.tuning",
     "AdeptCallback": "adept_fast.tuning",
     "AdeptTrainer": "adept_fast.tuning",
+    "Anchor": "adept_fast.tuning",
     "ExpansionError": "adept_fast.errors",
     "InputError": "adept_fast.errors",
     "LayerScores": "adept_fast.importance",

@@ -205,26 +205,34 @@ def _refuse_reentrant(model: nn.Module) -> None:
 
 
 @contextmanager
-def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """For the time being, without gradients of their own, in eval mode and with the RNG forked: nothing of a training run is touched."""
-    _refuse_reentrant(model)
-    wanted = {id(parameter) for parameter in parameters}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """For the time being; activations stay checkpointed where they are in training."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter, _, _ in before if parameter.device.type == "cuda"}
     try:
         model.eval()
         for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
             if getattr(module, "gradient_checkpointing", False):
                 module.training = mode
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """For the time being, without gradients of their own, in eval mode and with the RNG forked: nothing of a training run is touched."""
+    _refuse_reentrant(model)
+    wanted = {id(parameter) for parameter in parameters}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    devices = {parameter.device for parameter, _, _ in before if parameter.device.type == "cuda"}
+    try:
         for parameter, _, _ in before:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with in_eval_mode(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
             yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode

@@ -176,7 +176,17 @@ class Pipeline(Workspace):
         from adept_fast.tuning import TuningSettings
 
         tune = self.recipe.tune
-        return TuningSettings(tune.units, tune.rate_map, tune.refresh_steps, tune.block_size, self.recipe.seed, tune.training)
+        return TuningSettings(
+            units=tune.units,
+            rate_map=tune.rate_map,
+            refresh_steps=tune.refresh_steps,
+            block_size=tune.block_size,
+            seed=self.recipe.seed,
+            anchor_weight=tune.anchor_weight,
+            anchor_every=tune.anchor_every,
+            anchor_tokens=tune.anchor_tokens,
+            training=tune.training,
+        )
 
     def tune(self) -> None:
         from adept_fast.tuning import tune_checkpoint

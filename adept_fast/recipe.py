@@ -15,6 +15,7 @@ from adept_fast.errors import InputError
 
 T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
+COUNTS = ("max_items", "refresh_steps", "k", "block_size", "sweep_tokens", "anchor_every", "anchor_tokens")  # ours, 1 or more
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps")
 TRAINING = {
     "learning_rate": 2.0e-4,
@@ -53,6 +54,7 @@ class Expand:
 @dataclass(frozen=True)
 class Tune:
     """max_items: probe items and held-out documents measured at each refresh. replay: a general corpus mixed into training.
+    anchor_weight: of KL(base || model) on anchor_tokens steering tokens, added to the loss of every anchor_every-th step.
     training: any TrainingArguments by name, written beside the others (tune.learning_rate=...)."""
 
     units: str = "tensor"
@@ -61,6 +63,9 @@ class Tune:
     block_size: int = 1024
     max_items: int = 64
     replay: Source | None = None
+    anchor_weight: float | None = None
+    anchor_every: int = 4
+    anchor_tokens: int = 256
     training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 
@@ -230,7 +235,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
         names = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
         raise InputError(f"{key} must be {names[kind]}, found {value!r}")
-    if kind is int and value < 1 and key.rpartition(".")[2] in ("max_items", "refresh_steps", "k", "block_size", "sweep_tokens"):
+    if kind is int and value < 1 and key.rpartition(".")[2] in COUNTS:
         raise InputError(f"{key} must be 1 or more, found {value}")
     return value
 

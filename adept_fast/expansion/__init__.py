@@ -1,5 +1,6 @@
 """The expanded model: silent copies of chosen layers, in memory or on disk, proven."""
 
+from adept_fast.expansion.bypass import bypassed
 from adept_fast.expansion.delta import apply_copies, extract_copies
 from adept_fast.expansion.dial import dial, dialled_model
 from adept_fast.expansion.export import export_tuned
@@ -13,6 +14,7 @@ from adept_fast.expansion.write import expand_checkpoint
 __all__ = [
     "ParameterCounts",
     "apply_copies",
+    "bypassed",
     "copies",
     "dial",
     "dialled_model",

@@ -1,5 +1,6 @@
 """Stage 2: the copies are tuned, each unit at a learning rate of its own."""
 
+from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, apply_rates, unit_rates
@@ -12,6 +13,7 @@ __all__ = [
     "MAPS",
     "AdeptCallback",
     "AdeptTrainer",
+    "Anchor",
     "TuningSettings",
     "apply_rates",
     "check_settings",

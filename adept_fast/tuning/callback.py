@@ -18,6 +18,7 @@ from adept_fast.losses import corpus_loss
 from adept_fast.optim import AdamW
 from adept_fast.optim.shards import is_sharded
 from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
+from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
 from adept_fast.tuning.rates import RateMap, apply_rates, unit_rates
@@ -34,6 +35,7 @@ class AdeptCallback(TrainerCallback):
     probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units. rate_map: see unit_rates.
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
+    anchor: adds a loss that holds the model to its base; its KL is logged.
     log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
     tokens_per_step: for tokens/s, refreshes left out, and peak memory in bytes in the log.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
@@ -50,6 +52,7 @@ class AdeptCallback(TrainerCallback):
         *,
         first: Mapping[tuple[str, int], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
+        anchor: Anchor | None = None,
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -60,6 +63,8 @@ class AdeptCallback(TrainerCallback):
             raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
         self.probe, self.units, self.refresh_steps, self.rate_map = probe, units, refresh_steps, rate_map
         self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
+        self.anchor = anchor
+        self._anchored: Tensor | None = None
         self.tokenizer, self.say, self.quiet = tokenizer, say, quiet
         self._items: list[Item] = []
         self._timed: tuple[float, int] = (0.0, 0)
@@ -94,6 +99,15 @@ class AdeptCallback(TrainerCallback):
         sums = self.first if self.first is not None else first_importance(model, self._items, self.quiet, share=True)
         return unit_importance(self.units, sums)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Before the step's first batch: gradients are none yet, and what clips, scales or reduces them takes the anchor's along."""
+        if self.anchor and self.anchor.due(state.global_step):
+            scaler = getattr(optimizer, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=args.device))
+            self._anchored = self.anchor.backward(bare(model), state.global_step, scale)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
@@ -114,7 +128,10 @@ class AdeptCallback(TrainerCallback):
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
                 content["peak_memory"] = peak_memory(args.device)
+            if self._anchored is not None:
+                content["anchor_kl"] = float(self._anchored)
             self.log.write("step", state.global_step, **content)
+        self._anchored = None
         self._timed = (time.perf_counter(), state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

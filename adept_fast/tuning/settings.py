@@ -25,6 +25,9 @@ class TuningSettings:
     refresh_steps: int = 500
     block_size: int = 1024
     seed: int = 0
+    anchor_weight: float | None = None
+    anchor_every: int = 4
+    anchor_tokens: int = 256
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -51,6 +54,8 @@ def check_settings(settings: TuningSettings) -> None:
     for key, value, known in (("units", settings.units, GRANULARITIES), ("rate_map", settings.rate_map, tuple(MAPS))):
         if value not in known:
             raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
+    if settings.anchor_weight is not None and not settings.anchor_weight >= 0:
+        raise InputError(f"tune.anchor_weight must be 0 or more, found {settings.anchor_weight}")
     args = arguments(settings, Path("unused"), quiet=True)
     if args.save_only_model:
         raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")

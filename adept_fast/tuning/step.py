@@ -91,7 +91,7 @@ def _loss(
     return_dict: bool | None = None,
     **inputs: Any,
 ) -> Tensor:
-    with _embeddings_apart(model):
+    with embeddings_apart(model):
         hidden = model.base_model(*args, **{**inputs, "use_cache": False})[0]
     targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.to(hidden.device)
@@ -102,7 +102,7 @@ def _loss(
 
 
 @contextmanager
-def _embeddings_apart(model: PreTrainedModel) -> Iterator[None]:
+def embeddings_apart(model: PreTrainedModel) -> Iterator[None]:
     """No gradient to the embeddings' output, which transformers asks for with gradient checkpointing: all layers would run backward."""
     if not getattr(model, "_require_grads_hooks", None):
         yield

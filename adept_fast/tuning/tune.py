@@ -16,6 +16,7 @@ from adept_fast.data.documents import Documents
 from adept_fast.data.items import Item
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.tuning import sharded
+from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
@@ -65,6 +66,9 @@ def tune_checkpoint(
         events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
     if last is not None:
         say(f"resuming from {Path(last).name}")
+    anchor = None
+    if settings.anchor_weight is not None:
+        anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
     adept = AdeptCallback(
         steering,
         settings.units,
@@ -72,6 +76,7 @@ def tune_checkpoint(
         settings.rate_map,
         first=load_first_importance(expanded),
         monitors=monitors,
+        anchor=anchor,
         log=events,
         tokens_per_step=planned.tokens_per_step,
         say=say,
