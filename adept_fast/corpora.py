@@ -6,14 +6,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adept_fast.data.documents import Documents, tokenize_documents
+from adept_fast.data.documents import WeightedDocuments, tokenize_documents
 from adept_fast.data.items import check_item, content_hash, document_text, is_choice
-from adept_fast.data.sources import Record, read
-from adept_fast.data.splits import ProbeParts, by_hash, hold_out, split_probe
+from adept_fast.data.readers import reader
+from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.splits import HELD_OUT, ProbeParts, by_hash, falls_out, hold_out, split_probe
+from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.recipe import Recipe
 
@@ -32,13 +36,17 @@ class TrainingText:
             sha.update(hashlib.sha256(text.encode()).digest() + str(weight).encode())
         return sha.hexdigest()
 
-    def tokenize(self, tokenizer: Any, quiet: bool | None = None) -> Documents:
-        return tokenize_documents(self.texts, tokenizer, quiet)
+    def tokenize(self, tokenizer: Any, quiet: bool | None = None) -> WeightedDocuments:
+        return WeightedDocuments(tokenize_documents(self.texts, tokenizer, quiet), self.weights)
 
 
 def _with_text(records: Sequence[Record], column: str | None) -> list[Record]:
     """Records whose text stands in `column`, with it under "text"."""
     return [Record({"text": document_text(record, column)}, record.where) for record in records] if column else list(records)
+
+
+STREAM_ABOVE = 1 << 30  # bytes of files: what is tokenised in memory takes several times as much
+HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out, and are not trained on either
 
 
 class Corpora:
@@ -77,8 +85,7 @@ class Corpora:
     @cached_property
     def _documents(self) -> list[tuple[str, float]]:
         """(text, weight) of every domain document."""
-        if not self.recipe.domain:
-            raise InputError("domain is missing: give it as domain=file or in the recipe")
+        _ = self._sources
         return [(document_text(record, source.column), source.weight) for source in self.recipe.domain for record in read(source)]
 
     @cached_property
@@ -87,12 +94,48 @@ class Corpora:
         given = self.recipe.eval.domain
         if given is not None:
             return _with_text(read(given), given.column)
-        texts = [text for text, _ in self._documents]
-        held = hold_out(texts, ", ".join(source.path for source in self.recipe.domain))
+        name = ", ".join(source.path for source in self.recipe.domain)
+        held = self._fallen_out(name) if self.streamed else hold_out([text for text, _ in self._documents], name)
         return [Record({"text": text}, "held-out document") for text in sorted(held)]
+
+    def _fallen_out(self, name: str) -> set[str]:
+        """The first held-out documents of each domain source."""
+        held: set[str] = set()
+        for source in self.recipe.domain:
+            texts = (document_text(record, source.column) for record in reader(source).records())
+            held.update(islice((text for text in texts if falls_out(text)), HELD_OUT_OF_A_STREAM))
+        if not held:
+            raise InputError(f"{name}: no document falls to the held-out {HELD_OUT:.0%}: set eval.domain")
+        return held
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether training reads its documents while it trains."""
+        wanted = self.recipe.tune.streaming
+        mixed = any(source.share is not None for source in self._sources)
+        if mixed and wanted is False:
+            raise InputError("tune.streaming=false: a source's share of the tokens needs a stream: leave streaming out, or give weights")
+        if wanted is not None or mixed:
+            return wanted or mixed
+        files = [Path(source.path).expanduser() for source in self._sources]
+        return sum(file.stat().st_size for file in files if file.is_file()) > STREAM_ABOVE
+
+    @property
+    def _sources(self) -> tuple[Source, ...]:
+        if not self.recipe.domain:
+            raise InputError("domain is missing: give it as domain=file or in the recipe")
+        replay = self.recipe.tune.replay
+        return self.recipe.domain if replay is None else (*self.recipe.domain, replay)
 
     def held_out(self, limit: int | None) -> list[Record]:
         return by_hash(self._held_out)[:limit]
+
+    @cached_property
+    def _purposes(self) -> set[str]:
+        """Texts that serve another purpose than training. Of a stream's held-out documents only those that are measured."""
+        parts = self.probe
+        probe = _texts([*parts.scoring, *parts.steering, *parts.reporting], self.recipe.probe.column)
+        return probe | _texts(self._held_out)
 
     @cached_property
     def _training(self) -> TrainingText:
@@ -100,17 +143,25 @@ class Corpora:
         documents = list(self._documents)
         if replay is not None:
             documents += [(document_text(record, replay.column), replay.weight) for record in read(replay)]
-        parts = self.probe
-        probe = _texts([*parts.scoring, *parts.steering, *parts.reporting], self.recipe.probe.column)
-        purposes = probe | _texts(self._held_out)
-        kept = [(text, weight) for text, weight in documents if text not in purposes]
+        kept = [(text, weight) for text, weight in documents if text not in self._purposes]
         if not kept:
             raise InputError("domain: every document is held out or stands in the probe: none is left to train on")
         return TrainingText([text for text, _ in kept], np.array([float(weight) for _, weight in kept]))
 
-    def training(self) -> TrainingText:
+    @cached_property
+    def _stream(self) -> StreamedText:
+        purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes}
+        share = HELD_OUT if self.recipe.eval.domain is None else 0.0
+
+        def keep(text: str) -> bool:
+            return hashlib.sha256(text.encode()).digest() not in purposes and not falls_out(text, share)
+
+        excluded = hashlib.sha256(b"".join(sorted(purposes)) + str(share).encode()).hexdigest()
+        return StreamedText(self._sources, keep, excluded, self.recipe.tune.shuffle_window)
+
+    def training(self) -> TrainingText | StreamedText:
         """Domain and replay documents that serve no other purpose."""
-        return self._training
+        return self._stream if self.streamed else self._training
 
 
 def _texts(records: Sequence[Record], column: str | None = None) -> set[str]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import read_json, write_json
-from adept_fast.data.documents import Documents
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
-from adept_fast.evaluation import EvaluationCorpus, check_limit, corpus, evaluate, largest_alpha
+from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
 from adept_fast.importance import LOSSES, LayerScores, Race, certified, check_choice, score_layers, select_layers, undecided
@@ -30,6 +31,9 @@ from adept_fast.workspace import Workspace
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
+
+
+ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
 
 
 class Pipeline(Workspace):
@@ -160,17 +164,17 @@ class Pipeline(Workspace):
 
     # stage 2
     @cached_property
-    def documents(self) -> Documents:
-        """The domain as tokens. What tuning is going to do with it is said when it is first asked for."""
+    def training_corpus(self) -> WeightedDocuments | StreamedText:
+        """What to train on, as tokens or to be streamed. What tuning is going to do with it is said when it is first asked for."""
         from adept_fast.tuning import plan
 
         training = self.corpora.training()
-        documents = training.tokenize(self.tokenizer, self.quiet)
-        planned, _ = plan(documents, training.weights, self._tuning_settings(), self.positions)
+        corpus = training if isinstance(training, StreamedText) else training.tokenize(self.tokenizer, self.quiet)
+        planned, _ = plan(corpus, self.tokenizer, self._tuning_settings(), self.positions)
         for line in (str(planned), planned.warning):
             if line:
                 self.say(line)
-        return documents
+        return corpus
 
     def _tuning_settings(self) -> TuningSettings:
         from adept_fast.tuning import TuningSettings
@@ -201,7 +205,7 @@ class Pipeline(Workspace):
             "domain": training.digest,
             "steering items": self.corpora.digest(self.corpora.steering()),
             "seed": self.recipe.seed,
-            **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ("training", "replay")},
+            **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE},
             **{f"tune.{key}": value for key, value in tune.training.items()},
         }
         inputs = json.loads(json.dumps(inputs, default=str))
@@ -209,7 +213,7 @@ class Pipeline(Workspace):
             self.require_same(self.tuned, AdeptConfig.load(self.tuned).inputs, inputs)
             self.say(f"{self.tuned}: up to date")
             return
-        _ = self.documents
+        _ = self.training_corpus
         started = self.work / "inputs.json"
         if started.exists():
             self.require_same(self.work, read_json(started), inputs)
@@ -219,8 +223,7 @@ class Pipeline(Workspace):
         tune_checkpoint(
             self.expanded,
             self.tuned,
-            self.documents,
-            training.weights,
+            self.training_corpus,
             self.items(self.corpora.steering()),
             {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items},
             self._tuning_settings(),
@@ -250,8 +253,7 @@ class Pipeline(Workspace):
     def evaluate(self) -> dict[str, Any]:
         """Base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again."""
         digests, general, domain = self._evaluation_corpora
-        limit = self.recipe.eval.general_limit
-        inputs = {**self.base_inputs(), **digests, "eval.general_limit": limit}
+        inputs = {**self.base_inputs(), **digests}
         for path in (self.expanded, self.tuned):
             if path.exists():
                 self.require_ours(path)
@@ -265,38 +267,26 @@ class Pipeline(Workspace):
                 self.require_same(self.eval_path, result.get("inputs", {}), inputs)
             if not differing:
                 self.say(f"{self.eval_path}: up to date")
-                self._tell(result)
+                self._tell(result["models"])
                 return result
         started = time.perf_counter()
         models: dict[str, Any] = {}
-        found: dict[str, Any] = {}
         models["base"], argmax = evaluate(checkpoint.load_model(self.source, **self.loading), general, domain, (), "base", self.quiet)
         if self.expanded.exists():
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
         if self.tuned.exists():
-            tuned = checkpoint.load_model(self.tuned, **self.loading)
-            models["tuned"], _ = evaluate(tuned, general, domain, argmax, "tuned", self.quiet)
-            if limit is not None:
-                found = {"dial": largest_alpha(tuned, general, domain, limit, self.quiet)}
+            models["tuned"], _ = evaluate(checkpoint.load_model(self.tuned, **self.loading), general, domain, argmax, "tuned", self.quiet)
         seconds = time.perf_counter() - started
-        result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
+        result = {"schema": 1, "models": models, "seconds": seconds, "inputs": inputs, "versions": versions()}
         write_json(self.eval_path, result)
-        self._tell(result)
+        self._tell(models)
         return result
 
-    def _tell(self, result: Mapping[str, Any]) -> None:
-        models = result["models"]
+    def _tell(self, models: Mapping[str, Any]) -> None:
         for name in ("domain", "general"):
             losses = [f"{model} {models[model][name]['loss']:.3f}" for model in ("base", "tuned") if name in models.get(model, {})]
             if losses:
                 self.say(f"{name} loss: {' -> '.join(losses)} nats per token")
-        if dial := result.get("dial"):
-            there = f", domain loss {dial['domain_loss']:.3f}" if "domain_loss" in dial else ""
-            self.say(
-                f"alpha {dial['alpha']:g} is the largest share of the copies with general loss within {dial['limit']:g} nats of the base's "
-                f"(it rises by {dial['rise']:.3f} [{dial['low']:.3f}, {dial['high']:.3f}]){there}: "
-                f"adept-fast copies dial source={self.tuned} target=... alpha={dial['alpha']:g} writes it"
-            )
 
     def report(self) -> Path:
         """report.html, with the recipe that `run` kept."""
@@ -324,12 +314,10 @@ class Pipeline(Workspace):
         from adept_fast.tuning import check_settings
 
         check_settings(self._tuning_settings())
-        if self.recipe.eval.general_limit is not None:
-            check_limit(self.recipe.eval.general_limit)
         describe(self._check_model())
         _ = self.corpora.probe, self._evaluation_corpora
         if not self.tuned.exists():
-            _ = self.documents
+            _ = self.training_corpus
 
     def run(self) -> dict[str, Any]:
         """All stages that are due, in order."""

@@ -15,7 +15,16 @@ from adept_fast.errors import InputError
 
 T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
-COUNTS = ("max_items", "refresh_steps", "k", "block_size", "sweep_tokens", "anchor_every", "anchor_tokens")  # ours, 1 or more
+COUNTS = (  # whole numbers, 1 or more
+    "max_items",
+    "refresh_steps",
+    "k",
+    "block_size",
+    "sweep_tokens",
+    "anchor_every",
+    "anchor_tokens",
+    "shuffle_window",
+)
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps")
 TRAINING = {
     "learning_rate": 2.0e-4,
@@ -55,6 +64,8 @@ class Expand:
 class Tune:
     """max_items: probe items and held-out documents measured at each refresh. replay: a general corpus mixed into training.
     anchor_weight: of KL(base || model) on anchor_tokens steering tokens, added to the loss of every anchor_every-th step.
+    streaming: read documents while training; null: where they exceed a gibibyte on disk, or a source has a share of the tokens.
+    shuffle_window: documents of a source that a stream shuffles at a time.
     training: any TrainingArguments by name, written beside the others (tune.learning_rate=...)."""
 
     units: str = "tensor"
@@ -66,18 +77,18 @@ class Tune:
     anchor_weight: float | None = None
     anchor_every: int = 4
     anchor_tokens: int = 256
+    streaming: bool | None = None
+    shuffle_window: int = 10_000
     training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 
 @dataclass(frozen=True)
 class Eval:
-    """general null: the reporting part of the probe; domain null: the held-out documents. general_limit: nats per token that general loss
-    may rise, to which the largest share of the tuned copies is sought."""
+    """general null: the reporting part of the probe; domain null: the held-out documents."""
 
     general: Source | None = None
     domain: Source | None = None
     max_items: int | None = None
-    general_limit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.artefacts:_sync", 40),
     ("adept_fast.tuning.trainer:rotate_checkpoints", 3),
     ("adept_fast.tuning.log:TrainerLog.write", 12),
+    ("adept_fast.data.stream:Stream._next_block", 14),  # streaming
+    ("adept_fast.data.stream:_Shuffled._fill", 3),
     ("adept_fast.optim.adamw:AdamW.step", 7),
 )
 
@@ -107,9 +109,22 @@ def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attem
     assert_same_artefacts(folder / "killed", folder / "whole")
 
 
-def test_killed_at_random_moments_training_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
-    """Half of the moments by the clock, anywhere in a run, half at a random call of a place where state is made or written."""
-    given = ["expand.layers=[1,2]"]
+def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
+    """Two domain files, one annealed, and replay, shuffled in windows.
+
+    Half of the moments by the clock, anywhere in a run, half at a random call of a place where state is made or written.
+    """
+    remarks = [f"{sentence} It is remark {number}." for number, sentence in enumerate(tiny_models.SENTENCES)]
+    (folder / "first.txt").write_text("\n\n".join(remarks[::2]))
+    (folder / "second.txt").write_text("\n\n".join(remarks[1::2]))
+    (folder / "replay.jsonl").write_text("\n".join(json.dumps({"text": f"Replay {number} of {number * 7}."}) for number in range(60)))
+    given = [
+        "expand.layers=[1,2]",
+        f"domain=[{{path: {folder / 'first.txt'}, share: 0.5, share_end: 0.2}}, {folder / 'second.txt'}]",
+        f"tune.replay={{path: {folder / 'replay.jsonl'}, share: 0.2}}",
+        "tune.shuffle_window=16",
+        f"eval.domain={folder / 'notes.txt'}",
+    ]
     started = time.perf_counter()
     code, said = attempts.run(["run", *settings(folder, "undisturbed"), *given], folder / "said")
     seconds = time.perf_counter() - started

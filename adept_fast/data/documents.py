@@ -40,6 +40,14 @@ class Documents:
         return int(self.starts[-1])
 
 
+@dataclass(frozen=True)
+class WeightedDocuments:
+    """Documents, and the passes that an epoch makes over each."""
+
+    documents: Documents
+    weights: np.ndarray
+
+
 def cache_folder() -> Path:
     """$ADEPT_FAST_CACHE, else adept_fast under $XDG_CACHE_HOME or ~/.cache."""
     given = os.environ.get("ADEPT_FAST_CACHE")
@@ -48,7 +56,7 @@ def cache_folder() -> Path:
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None = None) -> Documents:
     """Tokenise each text and close it with the end-of-sequence token. Cached by texts and tokenizer, so the cache cannot go stale."""
-    key = hashlib.sha256(_description(tokenizer))
+    key = hashlib.sha256(describe_tokenizer(tokenizer))
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
@@ -64,22 +72,26 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     return documents
 
 
-def _description(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """What decides the tokens of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}".encode()
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None) -> Documents:
+def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Tokens of each text (int32), closed with the end-of-sequence token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+    return [np.asarray((ids[:-1] if end and ids[-1:] == end else ids) + end, dtype=np.int32) for ids in encoded]
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None) -> Documents:
     pieces: list[np.ndarray] = []
     with tqdm(total=len(texts), desc="tokenising", unit="doc", disable=quiet) as bar:
         for start in range(0, len(texts), BATCH):
-            batch = list(texts[start : start + BATCH])
-            for ids in tokenizer(batch, verbose=False)["input_ids"]:
-                if end and ids[-1:] == end:
-                    ids = ids[:-1]
-                pieces.append(np.asarray(ids + end, dtype=np.int32))
+            batch = texts[start : start + BATCH]
+            pieces += document_tokens(batch, tokenizer)
             bar.update(len(batch))
     starts = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=starts[1:])

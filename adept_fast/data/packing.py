@@ -7,6 +7,8 @@ it may predict it. A document that does not fit goes on in the next block as a d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -52,18 +54,23 @@ class Blocks(Dataset):
         return sum(stop - start for block in self._pieces for start, stop in block)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = np.full(self.block_size, self.pad_token, dtype=np.int64)
-        labels = np.full(self.block_size, IGNORE, dtype=np.int64)
-        positions = np.empty(self.block_size, dtype=np.int64)
-        at = 0
-        for start, stop in self._pieces[index]:
-            end = at + stop - start
-            ids[at:end] = self._documents.ids[start:stop]
-            labels[at + 1 : end] = ids[at + 1 : end]
-            positions[at:end] = np.arange(end - at)
-            at = end
-        positions[at:] = np.arange(self.block_size - at)
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
+        return packed([self._documents.ids[start:stop] for start, stop in self._pieces[index]], self.block_size, self.pad_token)
+
+
+def packed(pieces: Sequence[np.ndarray], block_size: int, pad_token: int) -> dict[str, torch.Tensor]:
+    """Token ids of documents, or pieces of them, end to end in one block."""
+    ids = np.full(block_size, pad_token, dtype=np.int64)
+    labels = np.full(block_size, IGNORE, dtype=np.int64)
+    positions = np.empty(block_size, dtype=np.int64)
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        ids[at:end] = piece
+        labels[at + 1 : end] = piece[1:]
+        positions[at:end] = np.arange(end - at)
+        at = end
+    positions[at:] = np.arange(block_size - at)
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
 
 
 def document_order(documents: int, weights: np.ndarray, seed: int) -> np.ndarray:

@@ -23,12 +23,15 @@ LINES_PER_PIECE = 20  # a text without blank lines is cut into pieces of so many
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus: file or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`)."""
+    """A corpus: file or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`).
+    share: the part of a streamed run's tokens that come from it, from the start to the end of the run going linearly to `share_end`."""
 
     path: str
     split: str | None = None
     column: str | None = None
     weight: float = 1.0
+    share: float | None = None
+    share_end: float | None = None
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Source) -> Source:
@@ -38,13 +41,19 @@ class Source:
             return cls(value)
         known = {field.name for field in fields(cls)}
         if not isinstance(value, Mapping) or "path" not in value or set(value) - known:
-            raise InputError(f"a source is a path or {{path, split, column, weight}}, found {value!r}")
+            raise InputError(f"a source is a path or {{path, split, column, weight, share, share_end}}, found {value!r}")
         source = cls(**value)
         for key, wanted in (("path", str), ("split", (str, NoneType)), ("column", (str, NoneType))):
             if not isinstance(getattr(source, key), wanted):
                 raise InputError(f"a source's {key} must be text, found {getattr(source, key)!r}")
         if isinstance(source.weight, bool) or not isinstance(source.weight, (int, float)) or not 0 < source.weight < math.inf:
             raise InputError(f"{source.path}: weight must be a number above 0, found {source.weight!r}")
+        for key in ("share", "share_end"):
+            share = getattr(source, key)
+            if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+                raise InputError(f"{source.path}: {key} must be a number from 0 to 1, found {share!r}")
+        if source.share is None and source.share_end is not None:
+            raise InputError(f"{source.path}: share_end needs share, the part that it starts from")
         return source
 
 
@@ -69,15 +78,10 @@ def _records(source: Source) -> Iterator[Record]:
         text = (resources.files("adept_fast") / "data" / "general_probe.jsonl").read_text(encoding="utf-8")
         yield from _json_lines(text.splitlines(), GENERAL)
         return
-    path = Path(source.path).expanduser()
-    kind = next((suffix for suffix in SUFFIXES if path.name.removesuffix(".gz").endswith(suffix)), None)
-    if kind is None and path.is_file():
-        raise InputError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (.gz too), or a datasets name")
-    if kind is None or path.is_dir():
+    path, kind = Path(source.path).expanduser(), kind_of(source)
+    if kind is None:
         yield from _dataset(source)
         return
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     if kind == ".parquet":
         yield from _parquet(path)
         return
@@ -93,21 +97,41 @@ def _records(source: Source) -> Iterator[Record]:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
+def kind_of(source: Source) -> str | None:
+    """The kind of a file, one of SUFFIXES; None for what datasets is to load. Raises InputError for a missing or unknown file."""
+    path = Path(source.path).expanduser()
+    kind = next((suffix for suffix in SUFFIXES if path.name.removesuffix(".gz").endswith(suffix)), None)
+    if kind is None and path.is_file():
+        raise InputError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (.gz too), or a datasets name")
+    if kind is None or path.is_dir():
+        return None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return kind
+
+
 def _open(path: Path) -> TextIO:
     return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
 
 
 def _json_lines(lines: Iterator[str] | list[str] | TextIO, name: str) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{name}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{name}:{number}: expected a JSON object, found {type(content).__name__}")
-        yield Record(content, f"{name}:{number}")
+        record = parse_line(line, f"{name}:{number}")
+        if record is not None:
+            yield record
+
+
+def parse_line(line: str, where: str) -> Record | None:
+    """The record of a line of JSON; None for a blank one."""
+    if not line.strip():
+        return None
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(content).__name__}")
+    return Record(content, where)
 
 
 def _json_array(file: TextIO, name: str) -> Iterator[Record]:
@@ -139,7 +163,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     for number, row in enumerate(table.to_pylist(), 1):
-        yield Record(_without_nulls(row), f"{path} row {number}")
+        yield Record(without_nulls(row), f"{path} row {number}")
 
 
 def _dataset(source: Source) -> Iterator[Record]:
@@ -151,9 +175,9 @@ def _dataset(source: Source) -> Iterator[Record]:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
     for number, row in enumerate(rows, 1):
-        yield Record(_without_nulls(row), f"{source.path} row {number}")
+        yield Record(without_nulls(row), f"{source.path} row {number}")
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """Tables give every row every column: what a row does not have is null there."""
     return {key: value for key, value in row.items() if value is not None}

@@ -39,6 +39,11 @@ def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
     return ProbeParts(ordered[:scoring], ordered[scoring:steering], ordered[steering:])
 
 
+def falls_out(text: str, share: float = HELD_OUT) -> bool:
+    """Whether a text's hash is among the lowest `share` of all hashes: what can be told of one text without the others."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
 def hold_out(texts: Sequence[str], name: str, share: float = HELD_OUT) -> set[str]:
     """The texts to hold out: a share of the different ones, by hash, so that every copy falls on one side. At least one is, one is not."""
     ordered = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -18,7 +18,7 @@ from adept_fast.report.drawing import to_svg
 from adept_fast.report.rates import unit_rates
 from adept_fast.report.results import interval, is_finite, number, resolve, table, verdict
 
-SCHEMA = 1
+SCHEMAS = {"adept_config.json": (1, 2)}  # and 1 alone of every other artefact
 MAKERS = {
     "eval.json": ("the results", "eval"),
     "scores.json": ("the layer profile", "score"),
@@ -76,8 +76,10 @@ def _read(path: Path) -> dict[str, Any]:
     if path.name == RECORD:
         return AdeptConfig.load(path.parent).as_dict()
     content = read_json(path)
-    if content.get("schema") != SCHEMA:
-        raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: use the version of adept_fast that wrote it")
+    known = SCHEMAS.get(path.name, (1,))
+    if content.get("schema") not in known:
+        found = content.get("schema")
+        raise InputError(f"{path}: schema {found!r} is not the known {known[-1]}: use the version of adept_fast that wrote it")
     return content
 
 

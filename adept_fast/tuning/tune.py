@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import remove_leftovers
-from adept_fast.data.documents import Documents
+from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
+from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.tuning import sharded
 from adept_fast.tuning.anchor import Anchor
@@ -21,6 +22,7 @@ from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.plan import plan
+from adept_fast.tuning.position import IN_ORDER, StreamPosition
 from adept_fast.tuning.settings import TuningSettings, arguments
 from adept_fast.tuning.trainer import AdeptTrainer
 
@@ -28,8 +30,7 @@ from adept_fast.tuning.trainer import AdeptTrainer
 def tune_checkpoint(
     expanded: Path,
     target: Path,
-    documents: Documents,
-    weights: np.ndarray,
+    corpus: WeightedDocuments | StreamedText,
     steering: Sequence[Item],
     monitors: Mapping[str, Sequence[Item]],
     settings: TuningSettings,
@@ -43,17 +44,15 @@ def tune_checkpoint(
 ) -> None:
     """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint in `work`.
 
-    weights: passes over each document in one epoch. monitors: held-out items, name -> items, whose loss is logged.
+    corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
     Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
     """
     model = checkpoint.load_model(expanded, **loading)
     tokenizer = checkpoint.load_tokenizer(expanded)
-    args = arguments(settings, work, quiet)
-    padding = tokenizer.pad_token_id or 0
     positions = checkpoint.positions(expanded)
-    planned, blocks = plan(documents, weights, settings, positions, padding)
-    if not keeps_documents_apart(model, blocks):
-        planned, blocks = plan(documents, weights, settings, positions, padding, one_per_row=True)
+    planned, blocks = plan(corpus, tokenizer, settings, positions)
+    if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
+        planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
         say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
     events = TrainerLog(log)
     leads = distributed.rank() == 0
@@ -82,7 +81,11 @@ def tune_checkpoint(
         say=say,
         quiet=quiet,
     )
-    trainer = AdeptTrainer(model, args, adept=adept, train_dataset=blocks)
+    if isinstance(blocks, Stream):
+        settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
+    trainer = AdeptTrainer(model, arguments(settings, work, quiet), adept=adept, train_dataset=blocks)
+    if isinstance(blocks, Stream):
+        trainer.add_callback(StreamPosition(blocks, len(blocks) // planned.steps, last))
     trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
     if last is not None and _step(last) >= planned.steps:  # killed after the last step: the Trainer would make one more
         trainer._load_from_checkpoint(last)

@@ -1,0 +1,251 @@
+"""A stream of packed blocks from sources larger than memory, in one order that its state lets go on from any block.
+
+Documents of a source are shuffled within windows (as many documents as fit in memory), the permutation drawn from (seed, source, pass,
+window). Sources are interleaved by their share of the tokens, without chance: each document comes from the source that is furthest
+behind, credit_i += share_i * n for the n tokens of the document, credit_chosen -= n; so every share is met to within one document.
+Blocks are cut from the documents in that order. The state behind block b is, per source, (position at the window's start, pass, window,
+index in the window), the credits, and the tokens of the last document that are still to be packed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from adept_fast.artefacts import read_json, write_json
+from adept_fast.data.documents import BATCH, Documents, cache_folder, describe_tokenizer, document_tokens
+from adept_fast.data.items import document_text
+from adept_fast.data.packing import Blocks, packed
+from adept_fast.data.readers import reader
+from adept_fast.data.sources import Source
+from adept_fast.errors import InputError
+from adept_fast.inputs import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Keep = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class StreamedText:
+    """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents."""
+
+    sources: tuple[Source, ...]
+    keep: Keep
+    excluded: str
+    window: int
+
+    @property
+    def digest(self) -> str:
+        """What decides the stream's documents and their order, but for the seed."""
+        keys = ("split", "column", "weight", "share", "share_end")
+        sources = [(reader(source).identity(), *(getattr(source, key) for key in keys)) for source in self.sources]
+        return digest([sources, self.excluded, self.window])
+
+    def texts(self, source: Source) -> Iterator[str]:
+        """One pass over the texts of a source that may be trained on."""
+        return (text for text in (document_text(record, source.column) for record in reader(source).records()) if self.keep(text))
+
+    def count(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+        """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
+        return [self._count(source, tokenizer) for source in self.sources]
+
+    def _count(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+        made_from = [reader(source).identity(), source.column, self.excluded, describe_tokenizer(tokenizer).decode(errors="replace")]
+        cached = cache_folder() / "counts" / f"{digest(made_from)}.json"
+        if cached.is_file():
+            found = read_json(cached)
+            return int(found["documents"]), int(found["tokens"])
+        documents = tokens = 0
+        texts = self.texts(source)
+        while batch := [text for text, _ in zip(texts, range(BATCH), strict=False)]:
+            documents += len(batch)
+            tokens += sum(map(len, document_tokens(batch, tokenizer)))
+        write_json(cached, {"documents": documents, "tokens": tokens})
+        return documents, tokens
+
+
+def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tuple[float, float]]:
+    """(start, end) share of each source; those without one divide what is left in proportion to weight x tokens.
+
+    tokens: of each source; needed where two sources or more have no share. Raises InputError for shares that do not make 1.
+    """
+    given = [(source.share, source.share if source.share_end is None else source.share_end) for source in sources]
+    left = [1 - sum(share[end] for share in given if None not in share) for end in (0, 1)]
+    rest = [index for index, share in enumerate(given) if None in share]
+    if min(left) < -1e-9 or (max(left) > 1e-9 and not rest):
+        found = " and ".join(f"{1 - value:.3g}" for value in left)
+        raise InputError(f"domain and tune.replay: their shares make {found} at the start and the end of the run, not 1")
+    parts = [sources[index].weight * (tokens[index] if tokens is not None else 1) for index in rest]
+    for index, part in zip(rest, parts, strict=True):
+        given[index] = (left[0] * part / sum(parts), left[1] * part / sum(parts))
+    return given
+
+
+class _Shuffled:
+    """The documents of one source as tokens, shuffled within windows, pass after pass."""
+
+    def __init__(self, source: Source, number: int, text: StreamedText, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.source, self.number, self.text, self.tokenizer, self.seed = source, number, text, tokenizer, seed
+        self.load({"position": reader(source).position, "pass": 0, "window": 0, "index": 0})
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._start = {key: state[key] for key in ("position", "pass", "window")}
+        self._index = int(state["index"])
+        self._texts: list[str] | None = None
+        self._tokens: tuple[int, list[np.ndarray]] = (0, [])
+        self._open(self._start["position"])
+
+    def state(self) -> dict[str, Any]:
+        return {**self._start, "index": self._index}
+
+    def _open(self, position: Mapping[str, Any] | None) -> None:
+        self._reader = reader(self.source)
+        if position is not None:
+            self._reader.position = dict(position)
+        self._records = self._reader.records()
+
+    def next(self) -> np.ndarray:
+        if self._texts is None:
+            self._fill()
+        if self._index == len(self._texts):
+            self._start = {"position": self._reader.position, "pass": self._start["pass"], "window": self._start["window"] + 1}
+            self._index = 0
+            self._fill()
+        first, batch = self._tokens
+        if not first <= self._index < first + len(batch):
+            assert self._texts is not None
+            first, batch = self._index, document_tokens(self._texts[self._index : self._index + BATCH], self.tokenizer)
+            self._tokens = first, batch
+        self._index += 1
+        return batch[self._index - 1 - first]
+
+    def _fill(self) -> None:
+        """Read the window that begins where the reader stands; at the source's end the next pass begins."""
+        texts = self._read()
+        if not texts:
+            self._open(None)
+            self._start = {"position": self._reader.position, "pass": self._start["pass"] + 1, "window": 0}
+            texts = self._read()
+        if not texts:
+            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or stands in the probe")
+        order = np.random.default_rng([self.seed, self.number, self._start["pass"], self._start["window"]]).permutation(len(texts))
+        self._texts, self._tokens = [texts[index] for index in order], (0, [])
+
+    def _read(self) -> list[str]:
+        texts: list[str] = []
+        for record in self._records:
+            text = document_text(record, self.source.column)
+            if self.text.keep(text):
+                texts.append(text)
+                if len(texts) == self.text.window:
+                    break
+        return texts
+
+
+class Stream(Dataset):
+    """Blocks of a run by number: input_ids, labels and position_ids, each int64 [block_size], as Blocks has them.
+
+    Blocks are made in order; to ask for one that lies before the last makes those in between again. So each process may ask for its own
+    part, and all see one global order. ahead: of how many blocks back the state is kept.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        mixture: Sequence[tuple[float, float]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        blocks: int,
+        block_size: int,
+        seed: int,
+        pad_token: int = 0,
+        one_per_row: bool = False,
+        ahead: int = 1024,
+    ) -> None:
+        self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
+        self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
+        self._sources = [_Shuffled(source, number, text, tokenizer, seed) for number, source in enumerate(text.sources)]
+        self._credit = np.zeros(len(self._sources))
+        self._rest, self._at = np.zeros(0, np.int32), 0
+        self._begin = self._snapshot()
+        self._kept: deque[dict[str, Any]] = deque([self._begin], maxlen=ahead + 1)
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self._blocks:
+            raise IndexError(f"block {index} of {self._blocks}")
+        if index < self._at:
+            while len(self._kept) > 1 and self._kept[-1]["block"] > index:
+                self._kept.pop()
+            self._go_to(self._before(index))
+        while self._at < index:
+            self._next_block()
+        return packed(self._next_block(), self.block_size, self.pad_token)
+
+    def state(self, block: int) -> dict[str, Any]:
+        """A JSON-like state from which the stream goes on with `block` (which may lie a few blocks past it)."""
+        return json.loads(json.dumps({**(kept := self._before(block)), "rest": np.asarray(kept["rest"]).tolist()}))
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Raises InputError for one that was kept from other sources."""
+        if len(state["sources"]) != len(self._sources):
+            found = f"{len(state['sources'])} sources, the recipe {len(self._sources)}"
+            raise InputError(f"the checkpoint's stream has {found}: delete the checkpoint")
+        self._go_to(state)
+        self._kept.clear()
+        self._kept.append(self._snapshot())
+
+    def head(self, documents: int = 64) -> Blocks:
+        """The first documents as blocks of their own, to look at."""
+        here = self._snapshot()
+        self._go_to(self._begin)
+        made = [self._next_document() for _ in range(documents)]
+        self._go_to(here)
+        starts = np.concatenate([[0], np.cumsum([len(document) for document in made])])
+        return Blocks(Documents(np.concatenate(made), starts), np.arange(documents), self.block_size, self.pad_token, self.one_per_row)
+
+    def _go_to(self, state: Mapping[str, Any]) -> None:
+        for source, kept in zip(self._sources, state["sources"], strict=True):
+            source.load(kept)
+        self._credit, self._rest, self._at = np.array(state["credit"]), np.array(state["rest"], dtype=np.int32), int(state["block"])
+
+    def _before(self, block: int) -> dict[str, Any]:
+        return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)
+
+    def _snapshot(self) -> dict[str, Any]:
+        sources = [source.state() for source in self._sources]
+        return {"block": self._at, "sources": sources, "credit": self._credit.tolist(), "rest": self._rest}
+
+    def _next_document(self) -> np.ndarray:
+        progress = self._at / max(1, self._blocks - 1)
+        share = self._mixture[:, 0] + (self._mixture[:, 1] - self._mixture[:, 0]) * progress
+        chosen = int(np.where(share > 0, self._credit + share, -np.inf).argmax())
+        document = self._sources[chosen].next()
+        self._credit += share * len(document)
+        self._credit[chosen] -= len(document)
+        return document
+
+    def _next_block(self) -> list[np.ndarray]:
+        pieces: list[np.ndarray] = []
+        while not any(len(piece) > 1 for piece in pieces):  # a block of single tokens has nothing to predict
+            pieces, room = [], self.block_size
+            while room and not (pieces and self.one_per_row):
+                if not len(self._rest):
+                    self._rest = self._next_document()
+                pieces.append(self._rest[:room])
+                self._rest = self._rest[room:]
+                room -= len(pieces[-1])
+        self._at += 1
+        self._kept.append(self._snapshot())
+        return pieces
