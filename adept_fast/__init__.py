@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
     from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original, verify_expansion
-    from adept_fast.importance import LayerScores, Race, score_layers, select_layers
+    from adept_fast.importance import LayerScores, Race, compare_scores, corpus_conflicts, score_layers, select_layers, selection_stability
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
     from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, apply_rates, fast_step, unit_rates
@@ -32,6 +32,8 @@ __all__ = [
     "UnsupportedFamilyError",
     "apply_copies",
     "apply_rates",
+    "compare_scores",
+    "corpus_conflicts",
     "dial",
     "expand_checkpoint",
     "expand_model",
@@ -43,6 +45,7 @@ __all__ = [
     "score_layers",
     "score_units",
     "select_layers",
+    "selection_stability",
     "unit_rates",
     "verify_expansion",
 ]
@@ -64,6 +67,8 @@ _MODULES = {
     "Race": "adept_fast.importance",
     "Units": "adept_fast.units",
     "UnsupportedFamilyError": "adept_fast.errors",
+    "compare_scores": "adept_fast.importance",
+    "corpus_conflicts": "adept_fast.importance",
     "expand_checkpoint": "adept_fast.expansion",
     "expand_model": "adept_fast.expansion",
     "fast_step": "adept_fast.tuning",
@@ -71,6 +76,7 @@ _MODULES = {
     "score_layers": "adept_fast.importance",
     "score_units": "adept_fast.saliency",
     "select_layers": "adept_fast.importance",
+    "selection_stability": "adept_fast.importance",
     "unit_rates": "adept_fast.tuning",
     "verify_expansion": "adept_fast.expansion",
 }

@@ -17,7 +17,7 @@ from adept_fast.errors import InputError
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw": ("cuda", "triton", "cpu", "torch"),
     "saliency": ("triton", "cpu", "torch"),
-    "linear_cross_entropy": ("cpu", "torch"),
+    "linear_cross_entropy": ("triton", "cpu", "torch"),
 }
 OVERRIDE = "ADEPT_FAST_BACKEND"
 OLDEST = (8, 0)  # compute capability

@@ -69,6 +69,15 @@ class Corpora:
     def scoring(self) -> list[Record]:
         return by_hash(self.probe.scoring, self.recipe.score.seed)[: self.recipe.score.max_items]
 
+    def domain_scoring(self) -> list[Record]:
+        """Documents of the domain to score beside the probe: of those that are trained on (the first of a stream), drawn by hash."""
+        if self.streamed:
+            texts = [text for source in self.recipe.domain for text in islice(self._stream.texts(source), HELD_OUT_OF_A_STREAM)]
+        else:
+            texts = [text for text, _ in self._documents if text not in self._purposes]
+        records = [Record({"text": text}, "domain document") for text in texts]
+        return by_hash(records, self.recipe.score.seed)[: self.recipe.score.domain_items]
+
     def steering(self) -> list[Record]:
         return self.probe.steering[: self.recipe.tune.max_items]
 

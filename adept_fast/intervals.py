@@ -11,10 +11,10 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def resampled(sums: Tensor, weights: Tensor, seed: int = 0) -> Tensor:
-    """Weighted means sum(sums) / sum(weights) of 2,000 resamples of whole items, fp64 [resamples, ...]; see `bootstrap`."""
-    draws = torch.randint(len(weights), (RESAMPLES, len(weights)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, len(weights), dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
+def resampled(sums: Tensor, weights: Tensor, seed: int = 0, items: int | None = None, resamples: int = RESAMPLES) -> Tensor:
+    """Weighted means sum(sums) / sum(weights) of resamples of `items` whole items (none: as many as there are), fp64 [resamples, ...]."""
+    draws = torch.randint(len(weights), (resamples, items or len(weights)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(resamples, len(weights), dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
     return _means(counts, sums, weights)
 
 

@@ -21,7 +21,7 @@ from adept_fast.errors import InputError
 from adept_fast.reference import Projection
 
 IGNORE = -100
-_MODULES = {"cpu": "adept_fast.cpu"}
+_MODULES = {"triton": "adept_fast.kernels.linear_cross_entropy", "cpu": "adept_fast.cpu"}
 
 
 class Divergence(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +19,37 @@ from typing import TYPE_CHECKING, Any
 from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import read_json, write_json
 from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
-from adept_fast.importance import LOSSES, LayerScores, Race, certified, check_choice, score_layers, select_layers, undecided
+from adept_fast.importance import (
+    CHEAP,
+    LOSSES,
+    LayerScores,
+    Race,
+    certified,
+    check_budget,
+    check_choice,
+    compare_scores,
+    corpus_conflicts,
+    next_layer,
+    score_layers,
+    select_layers,
+    selection_stability,
+    undecided,
+)
 from adept_fast.inputs import changed, digest
 from adept_fast.record import AdeptConfig, versions
-from adept_fast.report import layer_profile, save_png, write_report
+from adept_fast.report import PICTURES, save_png, write_report
 from adept_fast.workspace import Workspace
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
-
+DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
 
 
@@ -46,7 +63,8 @@ class Pipeline(Workspace):
         return {
             **self.base_inputs(),
             "probe": self.corpora.digest(self.corpora.probe.scoring),
-            **{f"score.{key}": value for key, value in vars(score).items()},
+            **{f"score.{key}": value for key, value in vars(score).items() if key != "compare"},
+            **({"score.domain": self.corpora.digest(self.corpora.domain_scoring())} if score.domain_items else {}),
             **race,
         }
 
@@ -57,6 +75,7 @@ class Pipeline(Workspace):
             scores = LayerScores.load(self.scores_path)
             self.require_same(self.scores_path, scores.inputs, inputs)
             self.say(f"{self.scores_path}: up to date")
+            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
         else:
             records = self.corpora.scoring()
             self._check_model()
@@ -73,6 +92,7 @@ class Pipeline(Workspace):
                 score.method,
                 loss if score.method == "masking" or score.loss else "answer",
                 losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
+                domain=self._domain_items(),
                 race=race,
                 sweep_tokens=score.sweep_tokens,
                 seed=self.recipe.score.seed,
@@ -80,6 +100,7 @@ class Pipeline(Workspace):
                 inputs=inputs,
                 quiet=self.quiet,
             )
+            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
             distributed.wait()
             if distributed.rank():
                 return scores
@@ -91,10 +112,59 @@ class Pipeline(Workspace):
             if scores.certificate:
                 self.say(certified(scores.certificate))
         chosen = self._chosen(scores)
-        save_png(layer_profile(read_json(self.scores_path), chosen), self.folder / "scores.png")
+        scores = self._analysed(scores, chosen, others)
+        content = read_json(self.scores_path)
+        for name, draw in PICTURES.items():
+            figure = draw(content, chosen)
+            if figure is not None:
+                save_png(figure, self.folder / name)
         values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
         self.say(f"chosen layers ({scores.loss}, nats per token lost without each): {values}")
         return scores
+
+    def _domain_items(self) -> list[Item]:
+        """The first DOMAIN_TOKENS of each document of the domain to be scored."""
+        if not self.recipe.score.domain_items:
+            return []
+        items = [tokenize_item(record, self.tokenizer) for record in self.corpora.domain_scoring()]
+        limit = min(DOMAIN_TOKENS, self.positions)
+        return [Item(item.input_ids[:limit], item.input_ids[:limit]) for item in items if len(item.input_ids) > 1]
+
+    def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
+        """With what single items tell of this choice; saved where that is new."""
+        if scores.certificate or not scores.per_item:
+            return scores
+        expand, found = self.recipe.expand, {}
+        if expand.layers is None and self.earlier is None:
+            found["stability"] = selection_stability(scores, chosen, expand.placement)
+            whole = found["stability"]["sizes"][-1]
+            self.say(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")
+        if "domain" in scores.profiles:
+            found["conflicts"] = corpus_conflicts(scores, scores.loss, "domain")
+            apart = ", ".join(map(str, found["conflicts"]["layers"])) or "none"
+            self.say(f"layers that probe and domain rank apart beyond their intervals: {apart}")
+        if others:
+            found["comparison"] = compare_scores([scores, *others])
+        if found != scores.analysis:
+            scores = replace(scores, analysis=found)
+            scores.save(self.scores_path)
+        return scores
+
+    def _cheap(self, method: str, scores: LayerScores) -> LayerScores:
+        """Scores of the same items by another method, kept as scores.METHOD.json."""
+        path = self.scores_path.with_name(f"scores.{method}.json")
+        inputs = {**self._score_inputs(), "score.method": method}
+        if path.exists():
+            found = LayerScores.load(path)
+            self.require_same(path, found.inputs, inputs)
+            return found
+        items = self.items(self.corpora.scoring(), self.recipe.score.probe_format)
+        loss = scores.loss if scores.loss in ("answer", "all") else "answer"
+        model = checkpoint.load_model(self.source, **self.loading)
+        found = score_layers(model, items, method, loss, seed=self.recipe.score.seed, inputs=inputs, quiet=self.quiet)
+        if distributed.leads():
+            found.save(path)
+        return found
 
     def _chosen(self, scores: LayerScores | None) -> list[int]:
         if self.recipe.expand.layers is not None:
@@ -112,6 +182,8 @@ class Pipeline(Workspace):
 
     def _selected(self, scores: LayerScores) -> list[int]:
         expand = self.recipe.expand
+        if expand.budget is not None:
+            return select_layers(scores, placement=expand.placement, budget=expand.budget.shares)
         return select_layers(scores, expand.k, expand.placement)
 
     # expansion
@@ -135,6 +207,10 @@ class Pipeline(Workspace):
             notes = [f"the intervals do not part the chosen layers from {', '.join(map(str, rivals))}"] if rivals else []
             values = [scores.values[layer] for layer in layers]
             selection |= {"placement": expand.placement, "method": scores.method, "loss": scores.loss, "scores": values, "notes": notes}
+            if scores.costs is not None and self.earlier is None:
+                selection["next"] = next_layer(scores, layers, expand.placement)
+                selection["shares"] = scores.costs.shares(layers)
+                self.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**selection["shares"]))
         for note in selection["notes"]:
             self.say(note)
         items = self.items(steering)
@@ -307,6 +383,15 @@ class Pipeline(Workspace):
             raise InputError("score.regret: a race would count the copies that this model has already: score it without one")
         copied = len(self.earlier.copies) if self.earlier is not None and expand.layers is None else 0
         check_choice(len(decoder_layers(skeleton)) - copied, expand.k, expand.placement, expand.layers)
+        if expand.budget is not None:
+            check_budget(expand.budget.shares)
+            if self.earlier is not None:
+                raise InputError("expand.budget counts shares of a model without copies, and this one has some: give expand.k")
+            if self.recipe.score.regret is not None:
+                raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
+        for method in self.recipe.score.compare:
+            if method not in CHEAP:
+                raise InputError(f"score.compare takes {', '.join(CHEAP)}, found {method!r}")
         return skeleton
 
     def _check(self) -> None:

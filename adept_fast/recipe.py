@@ -17,6 +17,7 @@ T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
 COUNTS = (  # whole numbers, 1 or more
     "max_items",
+    "domain_items",
     "refresh_steps",
     "k",
     "block_size",
@@ -39,7 +40,8 @@ TRAINING = {
 class Score:
     """max_items: probe items scored, drawn by hash and seed. loss null: all are measured, and answer decides, or kl for a chat model.
     regret: race for the expand.k lowest layers instead of measuring all layers on all items, to that many nats per token at `confidence`.
-    sweep_tokens: bound on the tokens of one layer call, that is on memory."""
+    sweep_tokens: bound on the tokens of one layer call, that is on memory. domain_items: training documents of the domain that are scored
+    beside the probe. compare: cheap methods to score by too."""
 
     method: str = "masking"
     loss: str | None = None
@@ -49,15 +51,30 @@ class Score:
     regret: float | None = None
     confidence: float = 0.95
     sweep_tokens: int | None = None
+    domain_items: int | None = None
+    compare: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Shares of full training that copies may take, of its parameters and of its time."""
+
+    parameters: float | None = None
+    time: float | None = None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: share for name, share in vars(self).items() if share is not None}
 
 
 @dataclass(frozen=True)
 class Expand:
-    """k layers by placement, or exactly `layers`."""
+    """k layers by placement, or as many as `budget` allows, or exactly `layers`."""
 
     k: int = 4
     placement: str = "lowest"
     layers: tuple[int, ...] | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)

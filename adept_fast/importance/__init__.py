@@ -1,21 +1,32 @@
 """Stage 1: which layers general competence rests on."""
 
+from adept_fast.importance.budget import LayerCosts, check_budget
+from adept_fast.importance.cheap import CHEAP
+from adept_fast.importance.comparison import compare_scores
 from adept_fast.importance.layers import METHODS, score_layers
 from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.race import Race, certified
 from adept_fast.importance.scores import LayerScores, Profile
-from adept_fast.importance.selection import PLACEMENTS, check_choice, select_layers, undecided
+from adept_fast.importance.selection import PLACEMENTS, check_choice, next_layer, select_layers, undecided
+from adept_fast.importance.stability import corpus_conflicts, selection_stability
 
 __all__ = [
+    "CHEAP",
     "LOSSES",
     "METHODS",
     "PLACEMENTS",
+    "LayerCosts",
     "LayerScores",
     "Profile",
     "Race",
     "certified",
+    "check_budget",
     "check_choice",
+    "compare_scores",
+    "corpus_conflicts",
+    "next_layer",
     "score_layers",
     "select_layers",
+    "selection_stability",
     "undecided",
 ]

@@ -12,6 +12,7 @@ import torch
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.importance.budget import LayerCosts
 from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.measuring import Measuring
@@ -33,6 +34,7 @@ def score_layers(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     losses: Collection[str] = (),
+    domain: Iterable[Item] = (),
     race: Race | None = None,
     sweep_tokens: int | None = None,
     seed: int = 0,
@@ -46,6 +48,7 @@ def score_layers(
     profiles to measure beside it, in the same pass; "all" costs the head on every token.
     probe: records, a path or a dataset name (with tokenizer), or tokenised items. sweep_tokens: bound on variants times tokens of one layer
     call, that is on memory (none: 640 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
+    domain: items of another corpus, measured beside the probe: their loss on all tokens is the profile "domain".
     race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
     certificate, and the values of layers that were dropped rest on fewer items.
     Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
@@ -59,9 +62,12 @@ def score_layers(
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer) if item.supervised]
+    domain = [Item(item.input_ids, item.input_ids) for item in domain]
     started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:
         loss, per_item = _cheap(model, items, method, loss, wanted, quiet)
+        if domain:
+            per_item["domain"] = cheap_scores(model, domain, method, "all", quiet)
     else:
         training = model.training
         model.eval()
@@ -74,8 +80,14 @@ def score_layers(
         else:
             measuring.measure(range(len(items)), range(measuring.layers))
         measuring.close()
-        model.train(training)
         per_item = {name: _item_scores(measuring, name) for name in measuring.names}
+        if domain:
+            path = journal and journal.with_name(f"{journal.name}.domain")
+            measuring = Measuring(model, domain, ["all"], planned, path, inputs, quiet)
+            measuring.measure(range(len(domain)), range(measuring.layers), "scoring the domain")
+            measuring.close()
+            per_item["domain"] = _item_scores(measuring, "all")
+        model.train(training)
     return LayerScores(
         method=method,
         loss=loss,
@@ -87,6 +99,7 @@ def score_layers(
         notes=notes,
         inputs=dict(inputs or {}),
         certificate=proof,
+        costs=LayerCosts.of(model),
         per_item=per_item,
     )
 

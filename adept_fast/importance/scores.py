@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adept_fast.artefacts import read_json, staged_file, write_json
 from adept_fast.errors import InputError
+from adept_fast.importance.budget import LayerCosts
 from adept_fast.intervals import CONFIDENCE, bootstrap
 
 SCHEMA = 1
@@ -67,7 +68,8 @@ STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weigh
 class LayerScores:
     """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by.
 
-    certificate: what a race has proven (see race.py). per_item: what the profiles are averaged from, kept beside scores.json.
+    certificate: what a race has proven (see race.py). costs: what copies of layers take. analysis: what was computed from the scores of
+    single items, "stability" of the choice and "conflicts" of two corpora. per_item: those scores, kept beside scores.json.
     """
 
     method: str
@@ -81,6 +83,8 @@ class LayerScores:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     confidence: float = CONFIDENCE
     certificate: Mapping[str, Any] | None = None
+    costs: LayerCosts | None = None
+    analysis: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
 
@@ -101,12 +105,12 @@ class LayerScores:
         return self.profiles[self.loss].base_loss
 
     def among(self, layers: Sequence[int]) -> LayerScores:
-        """The same of these layers alone, in this order, without single items."""
+        """The same of these layers alone, in this order, without single items and costs."""
         def of(values: Sequence[float]) -> tuple[float, ...]:
             return tuple(values[layer] for layer in layers)
 
         kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
-        return replace(self, profiles=kept, per_item={})
+        return replace(self, profiles=kept, per_item={}, costs=None, analysis={})
 
     def save(self, path: str | Path) -> None:
         """Write scores.json, and per_item beside it as scores.items.safetensors."""
@@ -118,6 +122,7 @@ class LayerScores:
             with staged_file(items_path(path)) as staging:
                 save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
         content = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "per_item"}
+        content["costs"] = self.costs and asdict(self.costs)
         write_json(path, {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
 
     @classmethod
@@ -131,7 +136,9 @@ class LayerScores:
                 name: Profile(tuple(entry["values"]), tuple(entry["low"]), tuple(entry["high"]), entry["base_loss"])
                 for name, entry in content.pop("profiles").items()
             }
-            return cls(profiles=profiles, notes=tuple(content.pop("notes")), per_item=_per_item(items_path(path)), **content)
+            costs = content.pop("costs", None)
+            costs = costs and LayerCosts(tuple(costs["parameters"]), tuple(costs["weights"]), costs["total"], costs["head"])
+            return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=_per_item(items_path(path)), **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from adept_fast.errors import InputError
+from adept_fast.importance.budget import within
 from adept_fast.importance.scores import LayerScores
 
 PLACEMENTS = ("lowest", "uniform", "lowest_per_band")
@@ -19,27 +26,49 @@ def check_choice(layers: int, k: int, placement: str, given: tuple[int, ...] | N
         raise InputError(f"expand.k must be a whole number from 1 to {layers}, the number of layers, found {k!r}")
 
 
-def select_layers(scores: LayerScores, k: int = 4, placement: str = "lowest") -> list[int]:
-    """k layers, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth bands (LLaMA Pro);
+def select_layers(
+    scores: LayerScores, k: int | None = None, placement: str = "lowest", budget: Mapping[str, float] | None = None
+) -> list[int]:
+    """k layers (4 by default), ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth bands (LLaMA Pro);
     "lowest_per_band": the lowest of each of k equal depth bands. Scores of a race give the layers that it is the proof of.
-    Raises InputError for a k below 1 or above the number of layers, or for another choice than was raced for."""
-    layers = len(scores.values)
-    check_choice(layers, k, placement)
+
+    budget: instead of k, {"parameters": 0.15} or {"time": 0.5} or both, shares of full training: as many layers as it allows (budget.py).
+    Raises InputError for a k below 1 or above the number of layers, for another choice than was raced for, for a budget that allows none.
+    """
+    if budget is not None:
+        if k is not None or scores.certificate or scores.costs is None:
+            raise InputError("a budget chooses k itself, from scores with costs and without a race: give no k, and score without one")
+        check_choice(len(scores.values), 1, placement)
+        return within(budget, scores.costs, lambda count: select_layers(scores, count, placement))
+    k = 4 if k is None else k
+    check_choice(len(scores.values), k, placement)
     if scores.certificate and placement != "uniform":
         if (k, placement) != (scores.certificate["k"], "lowest"):
             raced = scores.certificate["k"]
             raise InputError(f"the scores are those of a race for the {raced} lowest layers: score without a race for another choice")
         return list(scores.certificate["layers"])
+    return by_placement(torch.tensor([scores.values], dtype=torch.float64), k, placement)[0].tolist()
+
+
+def by_placement(values: Tensor, k: int, placement: str) -> Tensor:
+    """The chosen layers for each row of values [n, layers], ascending: int64 [n, k]."""
+    count = values.shape[1]
     if placement == "lowest":
-        return sorted(_lowest(scores, range(layers), k))
-    bands = [range(band * layers // k, (band + 1) * layers // k) for band in range(k)]
+        return values.argsort(dim=1, stable=True)[:, :k].sort(1).values
+    bands = [range(band * count // k, (band + 1) * count // k) for band in range(k)]
     if placement == "uniform":
-        return [band[-1] for band in bands]
-    return [_lowest(scores, band, 1)[0] for band in bands]
+        return torch.tensor([[band[-1] for band in bands]]).expand(len(values), -1)
+    return torch.stack([band[0] + values[:, band[0] : band[-1] + 1].argmin(1) for band in bands], 1)
 
 
-def _lowest(scores: LayerScores, among: range, k: int) -> list[int]:
-    return sorted(among, key=lambda layer: scores.values[layer])[:k]
+def next_layer(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> dict[str, Any] | None:
+    """What one more copy would cost and bring: {"layers": the choice of k + 1, "joins": its new layers, "scores": theirs, "shares": of full
+    training}; nothing where all layers are chosen, or where the costs are not known."""
+    if scores.costs is None or scores.certificate or len(chosen) >= len(scores.values):
+        return None
+    layers = select_layers(scores, len(chosen) + 1, placement)
+    joins = [layer for layer in layers if layer not in chosen]
+    return {"layers": layers, "joins": joins, "scores": [scores.values[layer] for layer in joins], "shares": scores.costs.shares(layers)}
 
 
 def undecided(scores: LayerScores, chosen: list[int], placement: str = "lowest") -> list[int]:

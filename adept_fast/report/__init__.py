@@ -1,7 +1,16 @@
 """The report: what was gained, what was lost, and what it was made from, as one HTML file and its charts."""
 
+from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile
 from adept_fast.report.drawing import save_png
 from adept_fast.report.page import write_report
 
-__all__ = ["layer_profile", "save_png", "write_report"]
+PICTURES = {
+    "scores.png": layer_profile,
+    "scores.stability.png": lambda scores, _: stability(scores),
+    "scores.conflicts.png": lambda scores, _: conflicts(scores),
+    "scores.comparison.png": lambda scores, _: method_comparison(scores),
+}
+"""What is drawn from scores.json and the chosen layers, by file name: a figure, or nothing where scores.json does not hold it."""
+
+__all__ = ["PICTURES", "conflicts", "layer_profile", "method_comparison", "save_png", "stability", "write_report"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PROFILES = {
     "answer": ("Answer loss", "increase (nats/token)"),
     "all": ("Loss on all tokens", "increase (nats/token)"),
+    "domain": ("Loss on the domain", "increase (nats/token)"),
     "kl": ("KL(base || without the layer)", "KL (nats/token)"),
 }
 METHODS = {
@@ -47,6 +48,8 @@ def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
         panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
         for name, axes in zip(names, panels, strict=True):
             title, unit = METHODS.get(scores.get("method"), PROFILES.get(name, (name, "nats/token")))
+            if name == "domain" and scores.get("method") in METHODS:
+                title += ", on the domain"
             base = profiles[name].get("base_loss")
             title += ", primary" if name == scores.get("loss") else ""
             title += f"; base {base:.3f}" if base is not None else ""

@@ -13,10 +13,11 @@ from adept_fast.artefacts import read_json, write_text
 from adept_fast.errors import InputError
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
+from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.rates import unit_rates
-from adept_fast.report.results import interval, is_finite, number, resolve, table, verdict
+from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
 
 SCHEMAS = {"adept_config.json": (1, 2)}  # and 1 alone of every other artefact
 MAKERS = {
@@ -25,6 +26,11 @@ MAKERS = {
     "expanded/adept_config.json": ("what was inserted", "expand"),
     "trainer_log.jsonl": ("rates and losses over training", "tune"),
 }
+CERTAINTY = (
+    (stability, "How often each layer would be chosen, had the probe been other items of its kind. Orange: the chosen layers."),
+    (conflicts, "Ranks by the general probe and by the domain, with 95 % bootstrap intervals. Shaded: layers that the two rank apart."),
+    (method_comparison, "Whether other methods rank the layers alike."),
+)
 
 
 def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
@@ -56,6 +62,8 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "corpora": _corpora(models),
         "scores": scores,
         "profile": to_svg(layer_profile(scores, chosen)) if scores else None,
+        "certainty": [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None],
+        "next": next_copy((record or {}).get("selection") or {}),
         "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
         "refreshes": len(refreshes),
         "losses": to_svg(losses(measured)) if measured else None,

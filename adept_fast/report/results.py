@@ -92,6 +92,20 @@ def table(models: Mapping[str, Any]) -> list[Row]:
     return [row for row in rows if any(cell.value != NONE for cell in row.cells)]
 
 
+def next_copy(selection: Mapping[str, Any]) -> str:
+    """What the copies take of full training, and what one more would take and cost the general competence; empty where not recorded."""
+    shares, following = selection.get("shares"), selection.get("next")
+    if not shares:
+        return ""
+    taken = f"{percent(shares['parameters'], 1)} of the parameters and {percent(shares['time'], 0)} of the time"
+    sentence = f"The copies take {taken} of full training (modelled)."
+    if following and following["joins"]:
+        scores = ", ".join(f"{layer} (score {number(score)})" for layer, score in zip(following["joins"], following["scores"], strict=True))
+        more = following["shares"]
+        sentence += f" One more copy would add {scores} and take {percent(more['parameters'], 1)} and {percent(more['time'], 0)}."
+    return sentence
+
+
 def _loss(result: Mapping[str, Any]) -> Cell:
     return Cell(number(result.get("loss")), interval(result.get("low"), result.get("high")))
 

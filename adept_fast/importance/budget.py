@@ -1,0 +1,77 @@
+"""What copies cost as shares of full continual pretraining (CPT), and the largest choice that a budget allows.
+
+    parameters = sum over copies of p_l / P                 p_l parameters of layer l, P of the whole model
+    time       = (F + B) / (3 (sum w_l + h))                the work of full CPT: forward, and backward to activations and to weights
+             F = sum over layers and copies of w_l + h      forward
+             B = h + sum over layers above the lowest copied of w_l + 2 sum over copies of w_l
+
+w_l: weights of the matrices of layer l, h: of the head. The time is a model, not a measurement: it counts no attention products, no
+element-wise work and no optimizer step, of which copies save most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adept_fast.errors import InputError
+from adept_fast.families import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BUDGETS = ("parameters", "time")
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head."""
+
+    parameters: tuple[int, ...]
+    weights: tuple[int, ...]
+    total: int
+    head: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LayerCosts:
+        """Of a model (meta tensors are enough)."""
+        layers = decoder_layers(model)
+        head = model.get_output_embeddings()
+        return cls(
+            tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
+            tuple(sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1) for layer in layers),
+            sum(parameter.numel() for parameter in model.parameters()),
+            0 if head is None else head.weight.numel(),
+        )
+
+    def shares(self, layers: Sequence[int]) -> dict[str, float]:
+        """Shares of full CPT that copies of `layers` take: {"parameters": ..., "time": ...}."""
+        copies = sum(self.weights[layer] for layer in layers)
+        forward = sum(self.weights) + copies + self.head
+        backward = self.head + sum(self.weights[min(layers) + 1 :]) + 2 * copies if layers else 0
+        parameters = sum(self.parameters[layer] for layer in layers) / self.total
+        return {"parameters": parameters, "time": (forward + backward) / (3 * (sum(self.weights) + self.head))}
+
+
+def check_budget(budget: Mapping[str, float]) -> None:
+    if not budget or not all(name in BUDGETS for name in budget):
+        raise InputError(f"expand.budget takes {' and '.join(BUDGETS)}, shares of full training, found {dict(budget)}")
+    for name, share in budget.items():
+        if not 0 < share <= 1:
+            raise InputError(f"expand.budget.{name} must be a share of full training above 0 and at most 1, found {share!r}")
+
+
+def within(budget: Mapping[str, float], costs: LayerCosts, select: Callable[[int], list[int]]) -> list[int]:
+    """The choice select(k) of the largest k whose shares are all within the budget. Raises InputError where none is."""
+    check_budget(budget)
+
+    def fits(layers: Sequence[int]) -> bool:
+        return all(costs.shares(layers)[name] <= share for name, share in budget.items())
+
+    choices = [select(k) for k in range(1, len(costs.weights) + 1)]
+    fitting = [layers for layers in choices if fits(layers)]
+    if not fitting:
+        cheapest = {name: round(min(costs.shares(layers)[name] for layers in choices), 4) for name in budget}
+        raise InputError(f"expand.budget {dict(budget)} allows no copy: the cheapest choice takes {cheapest} of full training")
+    return fitting[-1]

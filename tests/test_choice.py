@@ -1,0 +1,179 @@
+"""Choosing by budget, and how sure a choice is: against the definitions, on scores made for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import tiny_models
+import torch
+
+from adept_fast import compare_scores, corpus_conflicts, expand_model, freeze_original, score_layers, select_layers, selection_stability
+from adept_fast.errors import InputError
+from adept_fast.importance import LayerScores, next_layer
+from adept_fast.importance.scores import ItemScores
+from adept_fast.pipeline import Pipeline
+from adept_fast.recipe import load
+
+CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[torch.nn.Module, LayerScores]:
+    model = tiny_models.model(**CHANGES)
+    domain = tiny_models.items(7, seed=5)
+    return model, score_layers(model, tiny_models.items(20), loss="kl", domain=domain, quiet=True)
+
+
+def made(sums: torch.Tensor, method: str = "masking", loss: str = "answer", other: torch.Tensor | None = None) -> LayerScores:
+    """Scores whose items are given, [items, layers], each of one token."""
+    per_item = {loss: ItemScores(sums, torch.ones(len(sums), dtype=torch.float64))}
+    if other is not None:
+        per_item["domain"] = ItemScores(other, torch.ones(len(other), dtype=torch.float64))
+    profiles = {name: scores.profile(method) for name, scores in per_item.items()}
+    return LayerScores(method, loss, profiles, len(sums), len(sums), 1.0, per_item=per_item)
+
+
+def test_parameter_share_is_what_trains(scored: tuple) -> None:
+    model, scores = scored
+    expanded = expand_model(model, [1, 4])
+    trained = freeze_original(expanded).trainable
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert scores.costs.shares([1, 4])["parameters"] == trained / whole
+
+
+def test_time_share_counts_the_products_of_a_step(scored: tuple) -> None:
+    """Against FLOPs that torch counts in one step each, on sequences so short that attention's own products hardly count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _, scores = scored
+    ids = torch.randint(3, tiny_models.VOCABULARY, (16, 2))
+
+    def flops(trained: torch.nn.Module) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            trained(input_ids=ids, labels=ids).loss.backward()
+        trained.zero_grad()
+        return counter.get_total_flops()
+
+    whole = flops(tiny_models.model(**CHANGES))
+    for layers in ([1, 4], [3, 4, 5], [5]):
+        expanded = expand_model(tiny_models.model(**CHANGES), layers)
+        freeze_original(expanded)
+        assert scores.costs.shares(layers)["time"] == pytest.approx(flops(expanded) / whole, rel=0.03)
+
+
+def test_budget_takes_as_many_layers_as_it_allows(scored: tuple) -> None:
+    _, scores = scored
+    for placement in ("lowest", "lowest_per_band", "uniform"):
+        for name, share in (("parameters", 0.4), ("time", 0.75)):
+            layers = select_layers(scores, placement=placement, budget={name: share})
+            assert scores.costs.shares(layers)[name] <= share
+            more = [select_layers(scores, k, placement) for k in range(len(layers) + 1, 7)]
+            assert all(scores.costs.shares(choice)[name] > share for choice in more)
+    both = select_layers(scores, budget={"parameters": 0.4, "time": 0.6})
+    assert len(both) <= min(len(select_layers(scores, budget={name: share})) for name, share in (("parameters", 0.4), ("time", 0.6)))
+    following = next_layer(scores, both)
+    assert following["layers"] == select_layers(scores, len(both) + 1) and following["joins"] == sorted({*following["layers"]} - {*both})
+    assert following["shares"]["parameters"] > scores.costs.shares(both)["parameters"]
+    assert next_layer(scores, list(range(6))) is None
+    with pytest.raises(InputError, match="allows no copy: the cheapest choice takes"):
+        select_layers(scores, budget={"parameters": 0.01})
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        select_layers(scores, budget={"time": 1.5})
+    with pytest.raises(InputError, match="takes parameters and time"):
+        select_layers(scores, budget={"memory": 0.5})
+    with pytest.raises(InputError, match="chooses k itself"):
+        select_layers(scores, 2, budget={"time": 0.5})
+
+
+def test_domain_is_a_profile_of_its_own_items(scored: tuple, tmp_path) -> None:
+    model, scores = scored
+    alone = score_layers(model, tiny_models.items(7, seed=5), loss="all", quiet=True)
+    torch.testing.assert_close(torch.tensor(scores.profiles["domain"].values), torch.tensor(alone.values), atol=1e-6, rtol=0)
+    assert scores.profiles["domain"].base_loss == pytest.approx(alone.base_loss)
+    scores.save(tmp_path / "scores.json")
+    assert LayerScores.load(tmp_path / "scores.json") == scores
+    cheap = score_layers(model, tiny_models.items(3), "block_influence", domain=tiny_models.items(2, seed=5), quiet=True)
+    assert set(cheap.profiles) == {"hidden", "domain"}
+
+
+def test_stability_is_the_share_of_random_probes_that_choose_alike() -> None:
+    """Two layers tie but for a coin per item: of n items the first is lower with the probability of more heads than tails."""
+    generator = torch.Generator().manual_seed(0)
+    coins = torch.cat([torch.ones(40), -torch.ones(40)])[torch.randperm(80, generator=generator)].double()
+    sums = torch.stack([coins, torch.zeros(80), torch.full((80,), 5.0), -torch.full((80,), 5.0)], 1).double()
+    sums[0, 0] -= 0.5  # without ties
+    found = selection_stability(made(sums), [0, 3])
+    assert [entry["items"] for entry in found["sizes"]] == [16, 64, 80]
+    for entry in found["sizes"]:
+        frequency = entry["frequency"]
+        assert frequency[3] == 1 and frequency[2] == 0 and frequency[0] + frequency[1] == 1 and entry["same"] == frequency[0]
+        # more heads than tails, of n draws: half of what is no tie, and ties where the first item, half a coin lower, is among them
+        assert frequency[0] == pytest.approx(0.5, abs=0.12)
+    sure = selection_stability(made(torch.arange(5.0).double().expand(20, 5)), [0, 2], "lowest_per_band")
+    assert all(entry["same"] == 1 for entry in sure["sizes"]) and [entry["items"] for entry in sure["sizes"]] == [16, 20]
+    with pytest.raises(InputError, match="without a race"):
+        selection_stability(dataclasses.replace(made(sums), certificate={"k": 2}), [0, 3])
+
+
+def test_conflicts_are_ranks_whose_intervals_do_not_meet() -> None:
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    noise = torch.randn(50, 5, generator=generator, dtype=torch.float64) * 0.05
+    swapped = levels[[4, 1, 2, 3, 0]]
+    found = corpus_conflicts(made(levels + noise, other=swapped + noise[:30]), "answer", "domain")
+    assert sorted(found["layers"]) == [0, 4] and found["ranks"]["domain"][0] == [4, 4, 4]
+    assert found["spearman"] == pytest.approx(1 - 6 * (16 + 16) / (5 * 24))
+    loud = torch.randn(50, 5, generator=generator, dtype=torch.float64) * 100
+    assert corpus_conflicts(made(levels + loud, other=swapped + loud), "answer", "domain")["layers"] == []
+
+
+def test_comparison_gives_spearman_and_covers_it() -> None:
+    generator = torch.Generator().manual_seed(2)
+    levels = torch.arange(8.0, dtype=torch.float64)
+    one = levels + torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    two = levels[[1, 0, 2, 3, 4, 5, 7, 6]] + torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    found = compare_scores([made(one), made(two, "gate"), made(-one, "fisher")])
+    assert found["names"] == ["masking, answer", "gate, answer", "fisher, answer"]
+    assert found["spearman"][0][1] == pytest.approx(1 - 6 * 4 / (8 * 63)) and found["spearman"][0][2] == pytest.approx(-1)
+    assert found["low"][0][1] <= found["spearman"][0][1] <= found["high"][0][1] < 1
+    assert found["low"][0][2] == pytest.approx(-1) and found["high"][0][2] == pytest.approx(-1), "the same items were not drawn for both"
+    json.dumps(found)
+    for wrong in ([made(one)], [made(one), made(one[:30])], [made(one), made(one[:, :5])]):
+        with pytest.raises(InputError, match="comparison needs two|of one model and one probe"):
+            compare_scores(wrong)
+
+
+def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.checkpoint(tmp_path / "model", **CHANGES)
+    rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(40)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "domain.txt").write_text("\n\n".join(tiny_models.SENTENCES))
+    given = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt", "score.domain_items=6"]
+    given += ["score.compare=[gate, block_influence]", "expand.budget.parameters=0.3"]
+    said: list[str] = []
+    pipeline = Pipeline(load(None, given), said.append, quiet=True)
+    with pipeline.held():
+        scores = pipeline.score()
+        record = pipeline.expand()
+        pipeline.report()
+    layers = select_layers(LayerScores.load(tmp_path / "out" / "scores.json"), budget={"parameters": 0.3})
+    assert [entry.copied_from for entry in record.inserted] == layers and len(layers) == 2
+    assert record.selection["shares"]["parameters"] <= 0.3 and record.selection["next"]["joins"]
+    assert set(scores.profiles) == {"answer", "kl", "all", "domain"}
+    analysis = json.loads((tmp_path / "out" / "scores.json").read_text())["analysis"]
+    assert analysis["stability"]["layers"] == layers and len(analysis["stability"]["sizes"][-1]["frequency"]) == 6
+    assert analysis["comparison"]["names"] == ["masking, answer", "gate, answer", "block_influence"]
+    for name in ("scores", "scores.stability", "scores.conflicts", "scores.comparison"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How often each layer would be chosen" in page and "One more copy would add" in page and page.count("<svg") == 4
+    before = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
+    with pipeline.held():
+        pipeline.score()
+    assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before, "written again although nothing is new"
+    with pytest.raises(InputError, match="no score.regret"):
+        Pipeline(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append, quiet=True).score()
