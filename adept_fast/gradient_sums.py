@@ -23,6 +23,9 @@ from adept_fast.optim.shards import local, shard_of
 if TYPE_CHECKING:
     from adept_fast.cpu import SaliencyPass
 
+Dims = int | tuple[int, int]
+"""A dimension, or two adjacent ones taken as one: the experts and rows of [experts, rows, columns]."""
+
 
 @dataclass
 class _Gathered:
@@ -30,7 +33,7 @@ class _Gathered:
 
     name: str
     parameter: nn.Parameter
-    sums: dict[int, Tensor]
+    sums: dict[Dims, Tensor]
     running: Tensor | None
     native: SaliencyPass | None
     seen: bool = False
@@ -70,12 +73,12 @@ class GradientSums:
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, Sequence[int]], products: bool, running: bool) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, Sequence[Dims]], products: bool, running: bool) -> None:
         self._gathered: list[_Gathered] = []
         for name, parameter in parameters.items():
             part = local(parameter.detach())
             kinds = 3 if products else 1
-            sums = {dim: torch.zeros(kinds, part.shape[dim], dtype=torch.float64, device=part.device) for dim in dims[name]}
+            sums = {dim: torch.zeros(kinds, _length(part.shape, dim), dtype=torch.float64, device=part.device) for dim in dims[name]}
             kept = torch.zeros_like(part, dtype=reference.accumulator(part), memory_format=torch.contiguous_format) if running else None
             self._gathered.append(_Gathered(name, parameter, sums, kept, _native(part, sums, kept)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -131,7 +134,7 @@ class GradientSums:
             gathered.small = None
 
     @torch.no_grad()
-    def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+    def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, Dims], tuple[Tensor, Tensor | None]]:
         """(name, dimension) -> (sums over all backwards, fp64 [kinds, indices]; sum |theta g| of the running sum / tokens), on the host.
 
         shared: the backwards were shared out over processes, each of which gets the sums over all.
@@ -163,17 +166,30 @@ class GradientSums:
             values.copy_(found.view_as(values))
 
 
-def _native(parameter: Tensor, sums: Mapping[int, Tensor], running: Tensor | None) -> SaliencyPass | None:
+def _length(shape: Sequence[int], dim: Dims) -> int:
+    return shape[dim] if isinstance(dim, int) else shape[dim[0]] * shape[dim[1]]
+
+
+def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | None) -> SaliencyPass | None:
     """How C++ adds up gradients of a parameter, where it is to."""
-    if backend.resolve("saliency", parameter.device) != "cpu" or parameter.dtype == torch.float64:
+    if backend.resolve("saliency", parameter.device) != "cpu" or parameter.dtype == torch.float64 or any(map(_is_pair, sums)):
         return None
     from adept_fast import cpu
 
     return cpu.SaliencyPass(sums, parameter.shape, running)
 
 
-def _add(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
+def _is_pair(dim: Dims) -> bool:
+    return not isinstance(dim, int)
+
+
+def _add(sums: Mapping[Dims, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
     """Add a gradient's sums along dimensions to `sums`: fp64 [1 or 3, parameter.shape[dimension]] each; and the gradient to `running`."""
+    pairs = [*filter(_is_pair, sums)]
+    for pair in pairs:
+        _add({pair[0]: sums[pair]}, parameter.flatten(*pair), gradient.flatten(*pair), None)
+    if pairs:
+        sums = {dim: total for dim, total in sums.items() if isinstance(dim, int)}
     for dim, total in sums.items():
         for kind, found in zip(total, saliency_sums(parameter, gradient, dim), strict=False):
             kind += found
@@ -181,17 +197,18 @@ def _add(sums: Mapping[int, Tensor], parameter: Tensor, gradient: Tensor, runnin
         running += gradient
 
 
-def _whole(values: Tensor, parameter: Tensor, dim: int) -> Tensor:
+def _whole(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     """Sums of this process's part of a sharded parameter -> of all of it."""
     shard = shard_of(parameter)
     if shard is None or shard.mesh is None:
         return values
-    first, count = shard.held[dim]
-    total = values.new_zeros(len(values), parameter.shape[dim])
-    total[:, first : first + count] = values
+    axes = (dim,) if isinstance(dim, int) else dim
+    total = values.new_zeros(len(values), *(parameter.shape[axis] for axis in axes))
+    held = tuple(slice(first, first + count) for first, count in (shard.held[axis] for axis in axes))
+    total[:, *held] = values.view(len(values), *(shard.held[axis][1] for axis in axes))
     for mesh_dim in shard.mesh.dims:
         torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
-    return total
+    return total.flatten(1)
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

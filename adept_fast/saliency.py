@@ -20,7 +20,7 @@ from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.gradient_sums import GradientSums, only_these_require_grad
+from adept_fast.gradient_sums import Dims, GradientSums, only_these_require_grad
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import is_sharded
 from adept_fast.units import Units
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over all dimensions but one: fp32 [parameter.shape[dim]] each."""
+    """Sums over all dimensions but one, or but two adjacent ones (flat): fp32 [parameter.shape[dim]] each."""
 
     abs_taylor: Tensor
     fisher: Tensor
@@ -65,13 +65,13 @@ def bare(model: nn.Module) -> PreTrainedModel:
 def _gathered(
     model: PreTrainedModel,
     items: Sequence[Item],
-    dims: Mapping[str, Sequence[int]],
+    dims: Mapping[str, Sequence[Dims]],
     title: str,
     quiet: bool | None,
     corpus: bool,
     at_once: int,
     share: bool = False,
-) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor | None]], int]:
+) -> tuple[dict[tuple[str, Dims], tuple[Tensor, Tensor | None]], int]:
     """(what GradientSums.read gives after one backward for each `at_once` supervised items, the number of backwards)."""
     items = [item for item in items if item.supervised]
     if not items:
@@ -90,11 +90,11 @@ def _gathered(
 def parameter_sums(
     model: PreTrainedModel,
     items: Sequence[Item],
-    dims: Mapping[str, Sequence[int]],
+    dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
     quiet: bool | None = None,
     share: bool = False,
-) -> dict[tuple[str, int], Sums]:
+) -> dict[tuple[str, Dims], Sums]:
     """Sums of the named parameters along the given dimensions: (name, dim) -> Sums. Leaves .grad, RNG and training mode as they were.
 
     |theta g| needs the corpus gradient, so memory for one fp32 gradient of the named parameters, beside that of the largest of them.
@@ -109,11 +109,11 @@ def parameter_sums(
 def sequence_sums(
     model: PreTrainedModel,
     items: Sequence[Item],
-    dims: Mapping[str, Sequence[int]],
+    dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
     quiet: bool | None = None,
     batch: int = 1,
-) -> dict[tuple[str, int], SequenceSums]:
+) -> dict[tuple[str, Dims], SequenceSums]:
     """Means over sequences of each sequence's own sums: (name, dim) -> SequenceSums; memory for the gradient of one parameter.
 
     batch > 1: means over batches of as many sequences, g the gradient of their summed loss. That is cheaper and another quantity: its
@@ -123,9 +123,9 @@ def sequence_sums(
     return {key: SequenceSums(*(sums / backwards).float().unbind(0)) for key, (sums, _) in found.items()}
 
 
-def unit_importance(units: Units, sums: Mapping[tuple[str, int], Sums]) -> UnitImportance:
+def unit_importance(units: Units, sums: Mapping[tuple[str, Dims], Sums]) -> UnitImportance:
     """Means over units of per-index sums of their parameters."""
-    picked = {name: sums[name, cut.dim] for name, cut in units.slices.items()}
+    picked = {name: sums[name, cut.dims] for name, cut in units.slices.items()}
     abs_taylor = units.gather({name: entry.abs_taylor for name, entry in picked.items()}) / units.sizes
     fisher = units.gather({name: entry.fisher for name, entry in picked.items()}) / units.sizes
     return UnitImportance(units, abs_taylor, fisher)
@@ -142,5 +142,5 @@ def score_units(
     """Importance of each unit of an expanded model for the probe. In a copy that is still silent all |theta g| are 0: see
     `adept_fast.expansion.first_importance` for the first rates. share: as in `parameter_sums`. Raises InputError for a probe with
     nothing supervised."""
-    dims = {name: (cut.dim,) for name, cut in units.slices.items()}
+    dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     return unit_importance(units, parameter_sums(model, load_items(probe, tokenizer), dims, "unit importance", quiet, share))

@@ -103,7 +103,9 @@ def _units_cover_each_copy_once(model: torch.nn.Module) -> None:
     for granularity in GRANULARITIES:
         units = Units.of(model, granularity)
         assert set(units.slices) == set(trainable)
-        assert all(len(cut.unit) in (1, *trainable[name].shape[cut.dim : cut.dim + 1]) for name, cut in units.slices.items())
+        assert all(
+            cut.unit.shape == trainable[name].shape[cut.dim :][: cut.unit.ndim] or len(cut.unit) == 1 for name, cut in units.slices.items()
+        )
         assert int(units.sizes.sum()) == sum(parameter.numel() for parameter in trainable.values())
         assert len({unit.name for unit in units}) == len(units) and int(units.sizes.min()) > 0
 

@@ -255,6 +255,33 @@ def _sharded() -> None:
         for kind in ("fisher", "abs_taylor"):
             values = getattr(sums, kind)
             assert float((getattr(found[key], kind) - values).abs().max()) <= 1e-5 * float(values.mean())
+    _shared_out(model, items)
+    _sharded_experts()
+
+
+def _shared_out(sharded: nn.Module, items: list) -> None:
+    """Three items over two processes; sharded models run them all."""
+    model, dims, _, expected = _expected()
+    for probed in (model, sharded):
+        found = parameter_sums(probed, items, dims, quiet=True, share=True)
+        for key, sums in expected.items():
+            for kind in ("fisher", "abs_taylor"):
+                values = getattr(sums, kind)
+                assert float((getattr(found[key], kind) - values).abs().max()) <= 1e-5 * float(values.mean())
+
+
+def _sharded_experts() -> None:
+    """Five experts on two processes: sums by expert and row."""
+    model, items, name = tiny_models.model("mixtral", num_local_experts=5), tiny_models.items(2), "model.layers.1.mlp.experts.gate_up_proj"
+    dims = {name: (0, (0, 1))}
+    expected = parameter_sums(model, items, dims, quiet=True)
+    both = expected[name, (0, 1)].abs_taylor.view(5, -1)
+    torch.testing.assert_close(both.sum(1), expected[name, 0].abs_taylor, rtol=1e-5, atol=0)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    found = parameter_sums(model, items, dims, quiet=True)[name, (0, 1)].abs_taylor.view(5, -1)
+    assert float((found - both).abs().max()) <= 1e-5 * float(both.mean())
 
 
 def test_ddp_is_unwrapped_and_fsdp2_s_shards_are_put_together(tmp_path: Path) -> None:

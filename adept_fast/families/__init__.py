@@ -5,7 +5,7 @@ Nothing outside this package knows one family from another, and nothing in it kn
 
 from adept_fast.families.config import expanded_config
 from adept_fast.families.family import Family, describe
-from adept_fast.families.fused import fused_rows, head_size
+from adept_fast.families.fused import FUSED_ATTENTION, Part, fused_rows
 from adept_fast.families.layers import (
     decoder_layers,
     device_of,
@@ -20,14 +20,15 @@ from adept_fast.families.layers import (
 from adept_fast.families.same import same_layers
 
 __all__ = [
+    "FUSED_ATTENTION",
     "Family",
+    "Part",
     "decoder_layers",
     "describe",
     "device_of",
     "expanded_config",
     "fused_rows",
     "head_logits",
-    "head_size",
     "hidden_of",
     "last_hidden",
     "layers_path",
