@@ -156,6 +156,24 @@ class GradientSums:
         host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
         return {key: (values[:-1], values[-1] if running else None) for key, values in zip(keys, host, strict=True)}
 
+    @torch.no_grad()
+    def against(self, others: Mapping[str, Tensor]) -> dict[tuple[str, Dims], Tensor]:
+        """(name, dimension) -> sums of m g, m^2 and g^2, fp64 [3, indices], g the running sum and m the tensor of that name in `others`.
+
+        To be read after `read`, which sums over processes.
+        """
+        found = {}
+        for gathered in self._gathered:
+            if gathered.name in others and gathered.running is not None:
+                other = local(others[gathered.name])
+                for dim, sums in gathered.sums.items():
+                    both, own = (torch.zeros(3, sums.shape[1], dtype=torch.float64, device=sums.device) for _ in range(2))
+                    _add({dim: both}, other, gathered.running, None)
+                    _add({dim: own}, other, other, None)
+                    parts = torch.stack([both[2], own[0], both[0]])
+                    found[gathered.name, dim] = _whole(parts, gathered.parameter, dim)
+        return {key: parts.cpu() for key, parts in found.items()}
+
     def _sum_over_processes(self) -> None:
         for gathered in self._gathered:
             if gathered.running is not None:

@@ -259,6 +259,9 @@ class Pipeline(Workspace):
         return TuningSettings(
             units=tune.units,
             rate_map=tune.rate_map,
+            rate_floor=tune.rate_floor,
+            rate_average=tune.rate_average,
+            rate_conflict=tune.rate_conflict,
             refresh_steps=tune.refresh_steps,
             block_size=tune.block_size,
             seed=self.recipe.seed,

@@ -87,6 +87,9 @@ class Tune:
 
     units: str = "tensor"
     rate_map: str = "rank"
+    rate_floor: float = 0.0
+    rate_average: float = 0.0
+    rate_conflict: bool = False
     refresh_steps: int = 500
     block_size: int = 1024
     max_items: int = 64

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over all dimensions but one, or but two adjacent ones (flat): fp32 [parameter.shape[dim]] each."""
+    """Sums over all dimensions but one, or but two adjacent ones (flat): fp32 [parameter.shape[dim]] each.
+
+    against: sums of m g, m^2 and g^2, m what the corpus gradient g was compared with, fp64 [3, parameter.shape[dim]], where asked for.
+    """
 
     abs_taylor: Tensor
     fisher: Tensor
+    against: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,13 @@ class SequenceSums:
 
 @dataclass(frozen=True)
 class UnitImportance:
-    """abs_taylor: mean |theta * g| per unit, fp64 [units], nats per token; fisher: mean E[g^2] per unit, fp64 [units]."""
+    """abs_taylor: mean |theta * g| per unit, fp64 [units], nats per token; fisher: mean E[g^2] per unit, fp64 [units];
+    conflict: max(0, -cos) of momentum and g over the unit, fp64 [units], where momenta were given."""
 
     units: Units
     abs_taylor: Tensor
     fisher: Tensor
+    conflict: Tensor | None = None
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -71,8 +78,9 @@ def _gathered(
     corpus: bool,
     at_once: int,
     share: bool = False,
-) -> tuple[dict[tuple[str, Dims], tuple[Tensor, Tensor | None]], int]:
-    """(what GradientSums.read gives after one backward for each `at_once` supervised items, the number of backwards)."""
+    against: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[tuple[str, Dims], tuple[Tensor, Tensor | None]], dict[tuple[str, Dims], Tensor], int]:
+    """(what GradientSums.read and .against give after one backward for each `at_once` supervised items, the number of backwards)."""
     items = [item for item in items if item.supervised]
     if not items:
         raise InputError("no supervised token to take gradients from: give items with text, or with instruction and output")
@@ -84,7 +92,8 @@ def _gathered(
         mine = distributed.share(batches) if share else batches
         for batch in tqdm(mine, desc=title, unit="item" if at_once == 1 else "batch", disable=quiet):
             sums.backward(batch_loss(model, batch))
-        return sums.read(sum(item.supervised for item in items), share), len(batches)
+        found = sums.read(sum(item.supervised for item in items), share)
+        return found, sums.against(against or {}), len(batches)
 
 
 def parameter_sums(
@@ -94,16 +103,18 @@ def parameter_sums(
     title: str = "importance",
     quiet: bool | None = None,
     share: bool = False,
+    against: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[str, Dims], Sums]:
     """Sums of the named parameters along the given dimensions: (name, dim) -> Sums. Leaves .grad, RNG and training mode as they were.
 
     |theta g| needs the corpus gradient, so memory for one fp32 gradient of the named parameters, beside that of the largest of them.
     share: processes that hold the same model (DDP) and are given the same items share them out; all get the sums over all items.
+    against: name -> tensor m like the parameter, whose product with the corpus gradient is summed too: Sums.against.
     Sharded (FSDP2) parameters work where every process is given the same items, each of which all of them run, whatever `share` says.
     Raises InputError for reentrant checkpointing.
     """
-    found, backwards = _gathered(model, items, dims, title, quiet, True, 1, share)
-    return {key: Sums(taylor.float(), (sums[0] / backwards).float()) for key, (sums, taylor) in found.items()}
+    found, compared, backwards = _gathered(model, items, dims, title, quiet, True, 1, share, against)
+    return {key: Sums(taylor.float(), (sums[0] / backwards).float(), compared.get(key)) for key, (sums, taylor) in found.items()}
 
 
 def sequence_sums(
@@ -119,7 +130,7 @@ def sequence_sums(
     batch > 1: means over batches of as many sequences, g the gradient of their summed loss. That is cheaper and another quantity: its
     squares hold products of different sequences' gradients, and are not Fisher information.
     """
-    found, backwards = _gathered(model, items, dims, title, quiet, False, batch)
+    found, _, backwards = _gathered(model, items, dims, title, quiet, False, batch)
     return {key: SequenceSums(*(sums / backwards).float().unbind(0)) for key, (sums, _) in found.items()}
 
 
@@ -128,7 +139,11 @@ def unit_importance(units: Units, sums: Mapping[tuple[str, Dims], Sums]) -> Unit
     picked = {name: sums[name, cut.dims] for name, cut in units.slices.items()}
     abs_taylor = units.gather({name: entry.abs_taylor for name, entry in picked.items()}) / units.sizes
     fisher = units.gather({name: entry.fisher for name, entry in picked.items()}) / units.sizes
-    return UnitImportance(units, abs_taylor, fisher)
+    conflict = None
+    if all(entry.against is not None for entry in picked.values()):
+        both, own, other = (units.gather({name: entry.against[kind] for name, entry in picked.items()}) for kind in range(3))
+        conflict = (-both / (own * other).sqrt().clamp_min(torch.finfo(both.dtype).tiny)).clamp(0, 1)
+    return UnitImportance(units, abs_taylor, fisher, conflict)
 
 
 def score_units(
@@ -138,9 +153,12 @@ def score_units(
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool | None = None,
     share: bool = False,
+    momenta: Mapping[str, Tensor] | None = None,
 ) -> UnitImportance:
     """Importance of each unit of an expanded model for the probe. In a copy that is still silent all |theta g| are 0: see
-    `adept_fast.expansion.first_importance` for the first rates. share: as in `parameter_sums`. Raises InputError for a probe with
-    nothing supervised."""
+    `adept_fast.expansion.first_importance` for the first rates. share: as in `parameter_sums`. momenta: parameter name -> Adam's
+    exp_avg of all parameters of `units`, to see where they conflict with the probe. Raises InputError for a probe with nothing
+    supervised."""
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
-    return unit_importance(units, parameter_sums(model, load_items(probe, tokenizer), dims, "unit importance", quiet, share))
+    items = load_items(probe, tokenizer)
+    return unit_importance(units, parameter_sums(model, items, dims, "unit importance", quiet, share, momenta))

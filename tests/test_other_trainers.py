@@ -91,7 +91,7 @@ def test_the_plain_loop_of_the_examples(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", [str(script), str(folder), str(tmp_path / "text.txt"), "11"])
 
     def train(rate_map: RateMap) -> tuple[nn.Module, dict[str, Tensor]]:
-        monkeypatch.setitem(MAPS, "rank", rate_map)
+        monkeypatch.setitem(MAPS, "rank", (rate_map, lambda rates, units: rates))
         made = runpy.run_path(str(script), run_name="__main__")
         return made["model"], dict(expand_model(made["base"], made["layers"]).named_parameters())
 

@@ -3,7 +3,7 @@
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.plan import plan
-from adept_fast.tuning.rates import MAPS, apply_rates, unit_rates
+from adept_fast.tuning.rates import MAPS, RateRule, apply_rates, unit_rates
 from adept_fast.tuning.settings import TuningSettings, check_settings
 from adept_fast.tuning.step import fast_step
 from adept_fast.tuning.trainer import AdeptTrainer
@@ -13,6 +13,7 @@ __all__ = [
     "MAPS",
     "AdeptCallback",
     "AdeptTrainer",
+    "RateRule",
     "Anchor",
     "TuningSettings",
     "apply_rates",

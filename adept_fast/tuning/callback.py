@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
@@ -21,7 +22,7 @@ from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_im
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
-from adept_fast.tuning.rates import RateMap, apply_rates, unit_rates
+from adept_fast.tuning.rates import RateMap, RateRule, apply_rates
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 
-class AdeptCallback(TrainerCallback):
+class AdeptCallback(TrainerCallback, ExportableState):
     """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
 
-    probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units. rate_map: see unit_rates.
+    probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units.
+    rate_map: a map's name, a callable, or a RateRule with floor, moving average and conflict.
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
     anchor: adds a loss that holds the model to its base; its KL is logged.
@@ -48,7 +50,7 @@ class AdeptCallback(TrainerCallback):
         probe: str | Source | Iterable[Mapping[str, Any] | Item],
         units: str | Units = "tensor",
         refresh_steps: int = 500,
-        rate_map: str | RateMap = "rank",
+        rate_map: str | RateMap | RateRule = "rank",
         *,
         first: Mapping[tuple[str, int], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
@@ -61,7 +63,9 @@ class AdeptCallback(TrainerCallback):
     ) -> None:
         if refresh_steps < 1:
             raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
-        self.probe, self.units, self.refresh_steps, self.rate_map = probe, units, refresh_steps, rate_map
+        self.probe, self.units, self.refresh_steps = probe, units, refresh_steps
+        self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
+        self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
         self.anchor = anchor
         self._anchored: Tensor | None = None
@@ -86,6 +90,8 @@ class AdeptCallback(TrainerCallback):
         inner = adamw(optimizer)
         if self.log and state.global_step:
             self.log.cut(state.global_step)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
+        self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
         if not state.global_step:
             self._set(inner, model, self._first_importance(model), 0)
             self._monitor(model, 0)
@@ -114,7 +120,9 @@ class AdeptCallback(TrainerCallback):
         start = time.perf_counter()
         model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
         if step % self.refresh_steps == 0 and not last:
-            self._set(adamw(optimizer), model, score_units(model, self._items, self.units, None, self.quiet, share=True), step)
+            inner = adamw(optimizer)
+            momenta = self._momenta(inner, model) if self.rule.conflict else None
+            self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
         if step % self.refresh_steps == 0 or last:
             self._monitor(model, step)
         self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
@@ -140,10 +148,21 @@ class AdeptCallback(TrainerCallback):
 
     def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
-        rates = unit_rates(importance, self.rate_map)
+        self._spread_out = self.rule.spread_out(importance, self._spread_out)
+        rates = self.rule.rates(self._spread_out, importance)
         apply_rates(optimizer, model, units, rates)
         if self.log:
-            self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor))
+            conflict = {} if importance.conflict is None else {"conflict": _named(units, importance.conflict)}
+            self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor), **conflict)
+
+    def _momenta(self, optimizer: AdamW, model: PreTrainedModel) -> dict[str, Tensor]:
+        parameters = {name: model.get_parameter(name) for name in self.units.slices}
+        return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items() if optimizer.state.get(parameter)}
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps in trainer_state.json: the moving average, which a resumed run goes on from."""
+        kept = None if self._spread_out is None or not self.rule.average else self._spread_out.tolist()
+        return {"args": {}, "attributes": {"spread_out": kept}}
 
     def _monitor(self, model: PreTrainedModel, step: int) -> None:
         if not self.monitors:

@@ -1,9 +1,17 @@
 """From unit importances to learning-rate multipliers.
 
-rank             2 (1 - (r + 1/2) / n), r the rank of the unit's importance among the n units of its kind, scaled so that the
-                 parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
-mean_preserving  2 (1 - I_norm), I_norm min-max normalised over all units, scaled so that the parameter-weighted mean is 1
-paper            2 (1 - I_norm), as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
+    normalised   I_norm in [0, 1] per unit                                    averaged over refreshes, where asked for
+    spread out   2 (1 - I_norm)                                               then scaled as the map has it
+
+    rank             I_norm = (r + 1/2) / n, r the rank of the unit's importance among the n units of its kind; scaled so that the
+                     parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
+    mean_preserving  I_norm min-max normalised over all units; scaled so that the parameter-weighted mean is 1
+    paper            the same, not scaled, as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
+    a callable       gives 2 (1 - I_norm) itself
+
+    conflict         times 1 - max(0, -cos), cos between Adam's momentum and the probe's gradient over the unit: an update along the
+                     momentum raises the probe's loss, to first order, where they oppose
+    floor            at least so much, after all else
 
 Under every map the gain that keeps a post-norm copy silent gets 1 at least: it is the copy's gate, and all else learns through it.
 """
@@ -11,6 +19,7 @@ Under every map the gain that keeps a post-norm copy silent gets 1 at least: it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,49 +42,104 @@ def _ranks(values: Tensor) -> Tensor:
     return (ends - (counts.double() + 1) / 2)[inverse]
 
 
-def _rank(importance: Tensor, units: Units) -> Tensor:
-    rates = torch.empty(len(units), dtype=torch.float64)
+def _by_kind(units: Units) -> list[Tensor]:
+    """Indices of the units of each kind."""
     kinds = [unit.kind for unit in units]
-    for kind in dict.fromkeys(kinds):
-        among = torch.tensor([index for index, other in enumerate(kinds) if other == kind])
-        raw = 2 * (1 - (_ranks(importance[among]) + 0.5) / len(among))
-        sizes = units.sizes[among].double()
-        rates[among] = raw * sizes.sum() / (raw * sizes).sum()
+    return [torch.tensor([index for index, other in enumerate(kinds) if other == kind]) for kind in dict.fromkeys(kinds)]
+
+
+def _rank(importance: Tensor, units: Units) -> Tensor:
+    rates = torch.empty_like(importance)
+    for among in _by_kind(units):
+        rates[among] = 2 * (1 - (_ranks(importance[among]) + 0.5) / len(among))
     return rates
 
 
-def _paper(importance: Tensor, units: Units) -> Tensor:
+def _min_max(importance: Tensor, units: Units) -> Tensor:
     low, high = importance.min(), importance.max()
     return 2 * (1 - (importance - low) / (high - low)) if high > low else torch.ones_like(importance)
 
 
-def _mean_preserving(importance: Tensor, units: Units) -> Tensor:
-    raw, sizes = _paper(importance, units), units.sizes.double()
-    return raw * sizes.sum() / (raw * sizes).sum()
+def _mean_one(rates: Tensor, sizes: Tensor) -> Tensor:
+    return rates * sizes.sum() / (rates * sizes).sum()
 
 
-MAPS: dict[str, RateMap] = {"rank": _rank, "mean_preserving": _mean_preserving, "paper": _paper}
+def _mean_one_by_kind(rates: Tensor, units: Units) -> Tensor:
+    scaled, sizes = torch.empty_like(rates), units.sizes.double()
+    for among in _by_kind(units):
+        scaled[among] = _mean_one(rates[among], sizes[among])
+    return scaled
 
 
-def unit_rates(importance: UnitImportance, map: str | RateMap = "rank") -> Tensor:
+def _mean_one_over_all(rates: Tensor, units: Units) -> Tensor:
+    return _mean_one(rates, units.sizes.double())
+
+
+def _as_they_are(rates: Tensor, units: Units) -> Tensor:
+    return rates
+
+
+MAPS: dict[str, tuple[RateMap, RateMap]] = {  # 2 (1 - I_norm) of importances, its scaling
+    "rank": (_rank, _mean_one_by_kind),
+    "mean_preserving": (_min_max, _mean_one_over_all),
+    "paper": (_min_max, _as_they_are),
+}
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """How importances become rates. floor: the lowest multiplier. average: the share of the earlier value in the moving average of
+    normalised importances, 0 for none. conflict: whether units whose momentum opposes the probe's gradient are slowed.
+
+    Raises InputError for an unknown map and for numbers out of range.
+    """
+
+    map: str | RateMap = "rank"
+    floor: float = 0.0
+    average: float = 0.0
+    conflict: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.map, str) and self.map not in MAPS:
+            raise InputError(f"tune.rate_map must be one of {', '.join(MAPS)}, found {self.map!r}")
+        if not 0 <= self.floor <= 1:
+            raise InputError(f"tune.rate_floor must be from 0 to 1, found {self.floor}")
+        if not 0 <= self.average < 1:
+            raise InputError(f"tune.rate_average must be from 0 to below 1, found {self.average}")
+
+    def spread_out(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
+        """2 (1 - I_norm), averaged with `before`, the result of the last refresh: fp64 [units].
+
+        Raises InputError for importances that are not finite, or a callable's result of another shape or with values that are negative
+        or not finite.
+        """
+        values = importance.abs_taylor
+        if not bool(torch.isfinite(values).all()):
+            worst = next(unit.name for unit, value in zip(importance.units, values, strict=True) if not torch.isfinite(value))
+            raise InputError(f"the importance of {worst} is not finite: the model's loss on the probe is not")
+        spread = MAPS[self.map][0] if isinstance(self.map, str) else self.map
+        rates = torch.as_tensor(spread(values, importance.units), dtype=torch.float64)
+        if rates.shape != values.shape or not bool((torch.isfinite(rates) & (rates >= 0)).all()):
+            raise InputError(f"a rate map must return {len(values)} finite values >= 0, found shape {tuple(rates.shape)}")
+        return rates if before is None else self.average * before + (1 - self.average) * rates
+
+    def rates(self, spread_out: Tensor, importance: UnitImportance) -> Tensor:
+        """Multipliers of the base learning rate, one per unit, fp64 [units], finite and >= 0."""
+        scale = MAPS[self.map][1] if isinstance(self.map, str) else _as_they_are
+        rates = scale(spread_out, importance.units)
+        if self.conflict and importance.conflict is not None:
+            rates = rates * (1 - importance.conflict)
+        gates = torch.tensor([unit.gate for unit in importance.units])
+        return torch.where(gates, rates.clamp(min=1), rates.clamp(min=self.floor))
+
+
+def unit_rates(importance: UnitImportance, map: str | RateMap = "rank", floor: float = 0.0) -> Tensor:
     """Multipliers of the base learning rate, one per unit, fp64 [units], finite and >= 0.
 
-    map: a name, or a callable (abs_taylor fp64 [units], units) -> [units]. Raises InputError for an unknown name, importances that are
-    not finite, or a callable's result of another shape or with values that are negative or not finite.
+    map: a name, or a callable (abs_taylor fp64 [units], units) -> [units]. Raises InputError as RateRule does.
     """
-    if isinstance(map, str):
-        if map not in MAPS:
-            raise InputError(f"tune.rate_map must be one of {', '.join(MAPS)}, found {map!r}")
-        map = MAPS[map]
-    values = importance.abs_taylor
-    if not bool(torch.isfinite(values).all()):
-        worst = next(unit.name for unit, value in zip(importance.units, values, strict=True) if not torch.isfinite(value))
-        raise InputError(f"the importance of {worst} is not finite: the model's loss on the probe is not")
-    rates = torch.as_tensor(map(values, importance.units), dtype=torch.float64)
-    if rates.shape != values.shape or not bool((torch.isfinite(rates) & (rates >= 0)).all()):
-        raise InputError(f"a rate map must return {len(values)} finite values >= 0, found shape {tuple(rates.shape)}")
-    gates = torch.tensor([unit.gate for unit in importance.units])
-    return torch.where(gates, rates.clamp(min=1), rates)
+    rule = RateRule(map, floor)
+    return rule.rates(rule.spread_out(importance), importance)
 
 
 def apply_rates(optimizer: AdamW, model: nn.Module, units: Units, rates: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from adept_fast.errors import InputError
-from adept_fast.tuning.rates import MAPS
+from adept_fast.tuning.rates import RateRule
 from adept_fast.tuning.trainer import AdeptTrainer
 from adept_fast.units import GRANULARITIES
 
@@ -22,6 +22,9 @@ class TuningSettings:
 
     units: str = "tensor"
     rate_map: str = "rank"
+    rate_floor: float = 0.0
+    rate_average: float = 0.0
+    rate_conflict: bool = False
     refresh_steps: int = 500
     block_size: int = 1024
     seed: int = 0
@@ -29,6 +32,10 @@ class TuningSettings:
     anchor_every: int = 4
     anchor_tokens: int = 256
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> RateRule:
+        return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
 def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingArguments:
@@ -51,9 +58,9 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingAr
 
 def check_settings(settings: TuningSettings) -> None:
     """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
-    for key, value, known in (("units", settings.units, GRANULARITIES), ("rate_map", settings.rate_map, tuple(MAPS))):
-        if value not in known:
-            raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
+    if settings.units not in GRANULARITIES:
+        raise InputError(f"tune.units must be one of {', '.join(GRANULARITIES)}, found {settings.units!r}")
+    _ = settings.rates
     if settings.anchor_weight is not None and not settings.anchor_weight >= 0:
         raise InputError(f"tune.anchor_weight must be 0 or more, found {settings.anchor_weight}")
     args = arguments(settings, Path("unused"), quiet=True)

@@ -72,7 +72,7 @@ def tune_checkpoint(
         steering,
         settings.units,
         settings.refresh_steps,
-        settings.rate_map,
+        settings.rates,
         first=load_first_importance(expanded),
         monitors=monitors,
         anchor=anchor,
