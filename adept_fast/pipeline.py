@@ -22,7 +22,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
-from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate
+from adept_fast.evaluation import EvaluationCorpus, check_limit, corpus, evaluate, largest_alpha
 from adept_fast.expansion import expand_checkpoint, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
 from adept_fast.importance import (
@@ -332,7 +332,8 @@ class Pipeline(Workspace):
     def evaluate(self) -> dict[str, Any]:
         """Base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again."""
         digests, general, domain = self._evaluation_corpora
-        inputs = {**self.base_inputs(), **digests}
+        limit = self.recipe.eval.general_limit
+        inputs = {**self.base_inputs(), **digests, "eval.general_limit": limit}
         for path in (self.expanded, self.tuned):
             if path.exists():
                 self.require_ours(path)
@@ -346,26 +347,38 @@ class Pipeline(Workspace):
                 self.require_same(self.eval_path, result.get("inputs", {}), inputs)
             if not differing:
                 self.say(f"{self.eval_path}: up to date")
-                self._tell(result["models"])
+                self._tell(result)
                 return result
         started = time.perf_counter()
         models: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         models["base"], argmax = evaluate(checkpoint.load_model(self.source, **self.loading), general, domain, (), "base", self.quiet)
         if self.expanded.exists():
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
         if self.tuned.exists():
-            models["tuned"], _ = evaluate(checkpoint.load_model(self.tuned, **self.loading), general, domain, argmax, "tuned", self.quiet)
+            tuned = checkpoint.load_model(self.tuned, **self.loading)
+            models["tuned"], _ = evaluate(tuned, general, domain, argmax, "tuned", self.quiet)
+            if limit is not None:
+                found = {"dial": largest_alpha(tuned, general, domain, limit, self.quiet)}
         seconds = time.perf_counter() - started
-        result = {"schema": 1, "models": models, "seconds": seconds, "inputs": inputs, "versions": versions()}
+        result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
         write_json(self.eval_path, result)
-        self._tell(models)
+        self._tell(result)
         return result
 
-    def _tell(self, models: Mapping[str, Any]) -> None:
+    def _tell(self, result: Mapping[str, Any]) -> None:
+        models = result["models"]
         for name in ("domain", "general"):
             losses = [f"{model} {models[model][name]['loss']:.3f}" for model in ("base", "tuned") if name in models.get(model, {})]
             if losses:
                 self.say(f"{name} loss: {' -> '.join(losses)} nats per token")
+        if dial := result.get("dial"):
+            there = f", domain loss {dial['domain_loss']:.3f}" if "domain_loss" in dial else ""
+            self.say(
+                f"alpha {dial['alpha']:g} is the largest share of the copies with general loss within {dial['limit']:g} nats of the base's "
+                f"(it rises by {dial['rise']:.3f} [{dial['low']:.3f}, {dial['high']:.3f}]){there}: "
+                f"adept-fast copies dial source={self.tuned} target=... alpha={dial['alpha']:g} writes it"
+            )
 
     def report(self) -> Path:
         """report.html, with the recipe that `run` kept."""
@@ -402,6 +415,8 @@ class Pipeline(Workspace):
         from adept_fast.tuning import check_settings
 
         check_settings(self._tuning_settings())
+        if self.recipe.eval.general_limit is not None:
+            check_limit(self.recipe.eval.general_limit)
         describe(self._check_model())
         _ = self.corpora.probe, self._evaluation_corpora
         if not self.tuned.exists():

@@ -104,11 +104,13 @@ class Tune:
 
 @dataclass(frozen=True)
 class Eval:
-    """general null: the reporting part of the probe; domain null: the held-out documents."""
+    """general null: the reporting part of the probe; domain null: the held-out documents. general_limit: nats per token that general loss
+    may rise, to which the largest share of the tuned copies is sought."""
 
     general: Source | None = None
     domain: Source | None = None
     max_items: int | None = None
+    general_limit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -281,10 +282,13 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     assert AdeptConfig.load(tmp_path / "first") == record and not (tmp_path / "first" / "adept_config.json").exists()
     (tmp_path / "notes.txt").write_text("".join(f"{line} Note {at}.\n" for at, line in enumerate(tiny_models.SENTENCES * 3)))
     given = [f"model_name_or_path={tmp_path / 'first'}", f"domain={tmp_path / 'notes.txt'}", f"output_dir={tmp_path / 'out'}"]
-    given += ["expand.k=4", "score.max_items=4", "tune.max_items=4", "tune.max_steps=2", "tune.block_size=64", "eval.max_items=4"]
+    given += ["expand.k=4", "score.max_items=4", "tune.max_items=4", "tune.max_steps=2", "tune.block_size=64"]
+    given += ["eval.max_items=4", "eval.general_limit=9"]
     assert main(["run", *given, "expand.k=5"]) == 2 and "from 1 to 4" in capsys.readouterr().err
     assert main(["run", *given, "score.regret=0.1"]) == 2 and "score.regret" in capsys.readouterr().err
     assert main(["run", *given]) == 0, capsys.readouterr().err
+    assert "alpha 1 is the largest share" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["dial"]["limit"] == 9
     tuned = AdeptConfig.load(tmp_path / "out" / "tuned")
     assert [(entry.copied_from, entry.round) for entry in tuned.inserted] == [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 1)]
     assert tuned.source == record.source and tuned.trained == (2, 4, 7, 9)
