@@ -146,7 +146,7 @@ def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts
         raise RuntimeError(f"the sweep's scores differ from the naive ones by {largest:.2g}, above 1e-4: nothing is timed that is wrong")
     rate = statistics.median(rate for part in parts for rate in part["rates"])
     reference = statistics.median(time for part in parts for time in part["references"]) * len(items) * (1 + len(decoder_layers(model)))
-    modelled = sum(flops(model, alone, range(len(decoder_layers(model)))) for alone in pack(items, range(len(items)), 0)) / rate
+    modelled = sum(flops(model, alone, range(len(decoder_layers(model))), planned) for alone in pack(items, range(len(items)), 0)) / rate
     return {
         **{f"{way}_seconds": round(seconds[way], 2) for way in WAYS},
         "padded_to_2048_seconds_extrapolated": round(reference),

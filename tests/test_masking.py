@@ -24,6 +24,16 @@ OTHERS = {
 }
 
 
+_CUT = ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
+CUT = {  # what of the last layer needs the supervised rows alone: not what gives keys and values
+    "phi3": _CUT[1:],
+    "gemma2": (*_CUT, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "gpt_neox": ("post_attention_layernorm", "attention.dense", "mlp"),
+    "cohere": _CUT[:3],
+    "opt": ("self_attn.q_proj", "self_attn.out_proj"),
+}
+
+
 def by_hooks(model: torch.nn.Module, items: list) -> dict[str, list[float]]:
     """The plain definition: a forward hook returns the layer's input in place of its output, one layer at a time, all logits kept."""
 
@@ -63,6 +73,9 @@ def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
         assert max(map(abs, values)) > 0.01, "a bypass that changes nothing tests nothing"
         torch.testing.assert_close(torch.tensor(scores.profiles[name].values), torch.tensor(values), atol=1e-4, rtol=0)
     assert min(scores.profiles["kl"].values) > 0
+    answers = score_layers(model, items, quiet=True)  # of the last layer some modules run on the supervised rows alone
+    torch.testing.assert_close(torch.tensor(answers.values), torch.tensor(expected["answer"]), atol=1e-4, rtol=0)
+    assert sweep.plan(model, items).cut == CUT.get(family, _CUT)
 
 
 def test_memory_bound_changes_nothing() -> None:

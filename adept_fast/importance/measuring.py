@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adept_fast import distributed
+from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item
 from adept_fast.families import decoder_layers
 from adept_fast.importance import masking
@@ -55,10 +56,11 @@ class Measuring:
     def measure(self, indices: Sequence[int], layers: Sequence[int], title: str = "scoring") -> None:
         """Fill in the losses of the items at `indices` for the baseline and for the model without each of `layers`."""
         packs = pack(self.items, indices, self.plan.pack, "all" in self.losses)
-        costs = [flops(self.model, each, layers, self.plan.swept) for each in packs]
+        costs = [flops(self.model, each, layers, self.plan) for each in packs]
         mine = _shares(costs, distributed.processes())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(layers), dtype=torch.float64)
-        with tqdm(total=sum(costs[at] for at in mine), desc=title, unit="FLOP", unit_scale=True, disable=self.quiet) as bar:
+        total = sum(costs[at] for at in mine)
+        with freed_memory_kept(), tqdm(total=total, desc=title, unit="FLOP", unit_scale=True, disable=self.quiet) as bar:
             for at in mine:
                 values = self._recorded(packs[at], layers)
                 for name, rows in zip(self.names, found, strict=True):
@@ -74,7 +76,7 @@ class Measuring:
     def whole_cost(self) -> float:
         """FLOPs of measuring all layers on all items, whatever the packs."""
         alone = pack(self.items, range(len(self.items)), 0, "all" in self.losses)
-        return sum(flops(self.model, each, range(self.layers), self.plan.swept) for each in alone)
+        return sum(flops(self.model, each, range(self.layers), self.plan) for each in alone)
 
     def _recorded(self, pack: Pack, layers: Sequence[int]) -> dict[str, list[list[float]]]:
         def run() -> dict[str, list[list[float]]]:

@@ -3,7 +3,8 @@
 At layer l the baseline and the variants that bypass an earlier layer run as one batch, and the baseline's input joins them as the
 variant that bypasses l. The sweep rides on the model's own forward: masks, positions, scaling and soft-capping are the family's.
 
-Cost in layers a token, for candidates C of L layers: L + sum over l in C of (L - 1 - l); all of them: L + L (L - 1) / 2.
+Cost in layers a token, for candidates C of L layers: L + sum over l in C of (L - 1 - l); all of them: L + L (L - 1) / 2. Of the last
+layer only what gives keys and values runs on all tokens, the rest on the rows that the head reads (rows.py).
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from torch import Tensor, nn
 
 from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, text_config, with_hidden
 from adept_fast.importance.packs import Pack, packed
+from adept_fast.importance.rows import cut_modules, cut_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adept_fast.data.items import Item
 
-CPU_TOKENS, GPU_TOKENS = 640, 16384  # of one layer call; on a CPU its activations then stay in cache and in memory that is already mapped
-PACK_SHARE = 8  # a pack fills this part of a layer call, which some layers on holds as many variants of it
+CPU_TOKENS, GPU_TOKENS = 1280, 16384  # of one layer call
+PACK_SHARE = 16  # a pack fills this part of a layer call, which some layers on holds as many variants of it
 
 
 @dataclass(frozen=True)
 class SweepPlan:
     """How a model is swept. tokens: bound on variants times tokens of one layer call (a single longer item goes alone); pack: bound on the
-    tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward."""
+    tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward; cut:
+    modules within the last layer that run on the rows of the head alone."""
 
     tokens: int
     pack: int
     swept: bool = True
+    cut: tuple[str, ...] = ()
 
 
 def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
@@ -94,11 +98,21 @@ def _forward(model: PreTrainedModel, pack: Pack) -> Tensor:
     return last_hidden(model, pack.ids[None], **positions)
 
 
-def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int) -> Tensor:
-    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden]."""
+def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int, cut: Sequence[str] = ()) -> Tensor:
+    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden].
+
+    tokens, cut: see SweepPlan.
+    """
     modules = decoder_layers(model)
     front = _Wavefront(layers, len(modules) - 1, pack.rows, tokens)
+
+    def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with cut_to(modules[-1], cut, pack.rows.to(hidden.device)):  # for no longer: layers may share modules
+            return forward(hidden, *args, **kwargs)
+
     with ExitStack() as stack:
+        if cut and len(pack.rows) < pack.tokens:
+            stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
             stack.enter_context(_wrapped(module, front.wrapper(layer)))
         return _forward(model, pack)
@@ -123,13 +137,21 @@ def layer_tokens(layers: int, tokens: int, without: Sequence[int], swept: bool =
     return tokens * (layers + (sum(layers - 1 - layer for layer in without) if swept else layers * len(without)))
 
 
-def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], swept: bool = True) -> float:
+def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: SweepPlan) -> float:
     """FLOPs of measuring a pack: 2 a weight of a layer and token that passes it, causal attention within items, the head on its rows."""
     config, layers = text_config(model), decoder_layers(model)
-    weights = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1) / len(layers)
+    weights = _matrices(layers) / len(layers)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    body = sum(layer_tokens(len(layers), length, without, swept) * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
+    body = sum(layer_tokens(len(layers), length, without, plan.swept) * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
+    if plan.swept:
+        through = 1 + sum(layer < len(layers) - 1 for layer in without)
+        saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut)
+        body -= 2.0 * saved * through * (pack.tokens - len(pack.rows))
     return body + 2.0 * (1 + len(without)) * len(pack.rows) * config.hidden_size * config.vocab_size
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
 @torch.no_grad()
@@ -143,22 +165,43 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
     alone = [packed(short, [index], True).to(device) for index in range(len(short))]
     expected = [one_by_one(model, pack, layers) for pack in alone]
 
-    def agrees(pack: Pack, wanted: Tensor) -> bool:
+    def agrees(indices: Sequence[int], cut: Sequence[str] = ()) -> bool:
+        """The sweep of these items in one pack, on all tokens, or on the supervised ones where the last layer is cut to them."""
+        pack = packed(short, indices, not cut).to(device)
+        wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
-            found = sweep(model, pack, layers, 2 * pack.tokens)  # in several parts
+            found = sweep(model, pack, layers, 2 * pack.tokens, cut)  # in several parts
         except RuntimeError:  # shapes that do not broadcast over variants
             return False
         tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
         return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
-    if not all(map(agrees, alone, expected)):
+    every = range(len(short))
+    if not all(agrees([index]) for index in every):
         return SweepPlan(tokens, 0, swept=False)
-    together = len(short) > 1 and agrees(packed(short, range(len(short)), True).to(device), torch.cat(expected, 1))
-    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0)
+    together = len(short) > 1 and agrees(every)
+    cut = _cut(model, packed(short, [0], False).to(device))
+    if not all(agrees(indices, cut) for indices in ([every] if together else [[index] for index in every])):
+        cut = ()
+    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0, cut=cut)
+
+
+def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
+    """Modules of the last layer that need its rows alone: see rows.py."""
+    last, found = decoder_layers(model)[-1], []
+
+    def trying(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        found.extend(cut_modules(last, lambda: forward(hidden, *args, **kwargs), pack.rows.to(hidden.device)))
+        return forward(hidden, *args, **kwargs)
+
+    with _wrapped(last, trying):
+        _forward(model, pack)
+    return tuple(found)
 
 
 def _first_tokens(item: Item, count: int) -> Item:
-    from adept_fast.data.items import Item
+    """Supervised on the second half."""
+    from adept_fast.data.items import IGNORE, Item
 
     ids = (item.input_ids * 2)[:count]  # an item of one supervised token has two
-    return Item(ids, ids)
+    return Item(ids, (*[IGNORE] * (len(ids) // 2), *ids[len(ids) // 2 :]))
