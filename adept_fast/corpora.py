@@ -21,6 +21,8 @@ from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.recipe import Recipe
 
+METERED = 4  # of so many steering records one meters forgetting
+
 
 @dataclass(frozen=True)
 class TrainingText:
@@ -79,7 +81,13 @@ class Corpora:
         return by_hash(records, self.recipe.score.seed)[: self.recipe.score.domain_items]
 
     def steering(self) -> list[Record]:
-        return self.probe.steering[: self.recipe.tune.max_items]
+        """Records that unit rates are measured on: three of four of the steering part."""
+        kept = [record for index, record in enumerate(self.probe.steering) if index % METERED != METERED - 1]
+        return kept[: self.recipe.tune.max_items]
+
+    def metering(self) -> list[Record]:
+        """The fourth of each four, held back from that: what forgetting is metered on while training."""
+        return self.probe.steering[METERED - 1 :: METERED][: self.recipe.tune.max_items]
 
     def reporting(self, limit: int | None) -> list[Record]:
         return self.probe.reporting[:limit]

@@ -150,7 +150,7 @@ class GradientSums:
                 _add(taylor, theta, gathered.running, None) if native is None else native.add(theta, gathered.running)
             for dim, sums in gathered.sums.items():
                 keys.append((gathered.name, dim))
-                parts.append(_whole(torch.cat([sums, taylor[dim][1:2] / tokens]), gathered.parameter, dim))
+                parts.append(whole_sums(torch.cat([sums, taylor[dim][1:2] / tokens]), gathered.parameter, dim))
         running = self._gathered[0].running is not None
         flat = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()  # the one wait for a device
         host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
@@ -171,7 +171,7 @@ class GradientSums:
                     _add({dim: both}, other, gathered.running, None)
                     _add({dim: own}, other, other, None)
                     parts = torch.stack([both[2], own[0], both[0]])
-                    found[gathered.name, dim] = _whole(parts, gathered.parameter, dim)
+                    found[gathered.name, dim] = whole_sums(parts, gathered.parameter, dim)
         return {key: parts.cpu() for key, parts in found.items()}
 
     def _sum_over_processes(self) -> None:
@@ -215,7 +215,7 @@ def _add(sums: Mapping[Dims, Tensor], parameter: Tensor, gradient: Tensor, runni
         running += gradient
 
 
-def _whole(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
+def whole_sums(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     """Sums of this process's part of a sharded parameter -> of all of it."""
     shard = shard_of(parameter)
     if shard is None or shard.mesh is None:

@@ -268,6 +268,8 @@ class Pipeline(Workspace):
             anchor_weight=tune.anchor_weight,
             anchor_every=tune.anchor_every,
             anchor_tokens=tune.anchor_tokens,
+            general_limit=tune.general_limit,
+            general_action=tune.general_action,
             training=tune.training,
         )
 
@@ -308,6 +310,7 @@ class Pipeline(Workspace):
             self._tuning_settings(),
             work=self.work,
             log=self.log,
+            metering=self.items(metering) if (metering := self.corpora.metering()) else (),
             inputs=inputs,
             say=self.say,
             quiet=bool(self.quiet),

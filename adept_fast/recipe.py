@@ -83,6 +83,7 @@ class Tune:
     anchor_weight: of KL(base || model) on anchor_tokens steering tokens, added to the loss of every anchor_every-th step.
     streaming: read documents while training; null: where they exceed a gibibyte on disk, or a source has a share of the tokens.
     shuffle_window: documents of a source that a stream shuffles at a time.
+    general_limit: rise of general loss, nats per token of held-back probe items, at which training stops or rates are cut.
     training: any TrainingArguments by name, written beside the others (tune.learning_rate=...)."""
 
     units: str = "tensor"
@@ -99,6 +100,8 @@ class Tune:
     anchor_tokens: int = 256
     streaming: bool | None = None
     shuffle_window: int = 10_000
+    general_limit: float | None = None
+    general_action: str = "stop"
     training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 

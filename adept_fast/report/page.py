@@ -16,6 +16,7 @@ from adept_fast.record import AdeptConfig
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses
 from adept_fast.report.drawing import to_svg
+from adept_fast.report.forgetting import forgetting
 from adept_fast.report.rates import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
 
@@ -49,6 +50,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     models = (found.get("eval.json") or {}).get("models") or {}
     refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
     measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
+    readings = [entry for entry in log if entry.get("event") == "forgetting"]
     chosen = [entry["copied_from"] for entry in (record or {}).get("inserted") or []]
     names = recipe.get("model_name_or_path"), ((record or {}).get("source") or {}).get("name_or_path"), (scores or {}).get("model")
     model = str(next(filter(None, names), "model"))
@@ -66,6 +68,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "next": next_copy((record or {}).get("selection") or {}),
         "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
         "refreshes": len(refreshes),
+        "forgetting": to_svg(forgetting(readings)) if readings else None,
         "losses": to_svg(losses(measured)) if measured else None,
         "record": record,
         "inserted": _inserted(record, scores),

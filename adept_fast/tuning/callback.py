@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
@@ -22,6 +24,7 @@ from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_im
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
+from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.rates import RateMap, RateRule, apply_rates
 from adept_fast.units import Units
 
@@ -38,6 +41,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
     anchor: adds a loss that holds the model to its base; its KL is logged.
+    meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
     log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
     tokens_per_step: for tokens/s, refreshes left out, and peak memory in bytes in the log.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
@@ -55,6 +59,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
         first: Mapping[tuple[str, int], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
         anchor: Anchor | None = None,
+        meter: Meter | None = None,
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -67,9 +72,10 @@ class AdeptCallback(TrainerCallback, ExportableState):
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
-        self.anchor = anchor
+        self.anchor, self.meter = anchor, meter
         self._anchored: Tensor | None = None
         self.tokenizer, self.say, self.quiet = tokenizer, say, quiet
+        self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
         self._items: list[Item] = []
         self._timed: tuple[float, int] = (0.0, 0)
 
@@ -92,7 +98,10 @@ class AdeptCallback(TrainerCallback, ExportableState):
             self.log.cut(state.global_step)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
         self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
+        if self.meter and state.global_step:
+            self.meter.load(Path(self.resumed_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), model)
         if not state.global_step:
+            self._read(model, 0, control)
             self._set(inner, model, self._first_importance(model), 0)
             self._monitor(model, 0)
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
@@ -119,7 +128,9 @@ class AdeptCallback(TrainerCallback, ExportableState):
     ) -> None:
         start = time.perf_counter()
         model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
-        if step % self.refresh_steps == 0 and not last:
+        if step % self.refresh_steps == 0 or last:
+            self._read(model, step, control)
+        if step % self.refresh_steps == 0 and not (last or control.should_training_stop):
             inner = adamw(optimizer)
             momenta = self._momenta(inner, model) if self.rule.conflict else None
             self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
@@ -149,7 +160,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
     def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
         self._spread_out = self.rule.spread_out(importance, self._spread_out)
-        rates = self.rule.rates(self._spread_out, importance)
+        rates = self.rule.rates(self._spread_out, importance) * (self.meter.scale if self.meter else 1.0)
         apply_rates(optimizer, model, units, rates)
         if self.log:
             conflict = {} if importance.conflict is None else {"conflict": _named(units, importance.conflict)}
@@ -163,6 +174,27 @@ class AdeptCallback(TrainerCallback, ExportableState):
         """What the Trainer keeps in trainer_state.json: the moving average, which a resumed run goes on from."""
         kept = None if self._spread_out is None or not self.rule.average else self._spread_out.tolist()
         return {"args": {}, "attributes": {"spread_out": kept}}
+
+    def _read(self, model: PreTrainedModel, step: int, control: TrainerControl) -> None:
+        if not self.meter:
+            return
+        scale, reading = self.meter.scale, self.meter.read(model, self.units, self.quiet)
+        if self.log:
+            content = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
+            for name in ("predicted", "bound"):
+                if (values := getattr(reading, name)) is not None:
+                    content[name] = _named(self.units, values)
+            self.log.write("forgetting", step, **{f"meter_{key}": value for key, value in content.items()})
+        if self.meter.stopped:
+            control.should_training_stop = control.should_save = True
+        if self.say and (self.meter.stopped or self.meter.scale < scale):
+            action = "training stops" if self.meter.stopped else f"all rates are cut to {self.meter.scale:g} of what they would be"
+            self.say(f"step {step}: general loss rose by {reading.rise:.3f} nats per token, above {self.meter.limit:g}: {action}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self.meter and folder.is_dir():
+            self.meter.save(folder, bare(model))
 
     def _monitor(self, model: PreTrainedModel, step: int) -> None:
         if not self.monitors:

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from adept_fast.errors import InputError
+from adept_fast.tuning.meter import ACTIONS
 from adept_fast.tuning.rates import RateRule
 from adept_fast.tuning.trainer import AdeptTrainer
 from adept_fast.units import GRANULARITIES
@@ -31,6 +32,8 @@ class TuningSettings:
     anchor_weight: float | None = None
     anchor_every: int = 4
     anchor_tokens: int = 256
+    general_limit: float | None = None
+    general_action: str = "stop"
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,8 +61,9 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingAr
 
 def check_settings(settings: TuningSettings) -> None:
     """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
-    if settings.units not in GRANULARITIES:
-        raise InputError(f"tune.units must be one of {', '.join(GRANULARITIES)}, found {settings.units!r}")
+    for key, value, known in (("units", settings.units, GRANULARITIES), ("general_action", settings.general_action, ACTIONS)):
+        if value not in known:
+            raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
     _ = settings.rates
     if settings.anchor_weight is not None and not settings.anchor_weight >= 0:
         raise InputError(f"tune.anchor_weight must be 0 or more, found {settings.anchor_weight}")

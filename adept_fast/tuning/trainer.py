@@ -92,6 +92,8 @@ class AdeptTrainer(Trainer):
             record_of(bare(self.model)).save(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._adept.meter:
+            self._adept.meter.save(Path(output_dir), bare(self.model))
         if not sharded.shards(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -110,6 +112,7 @@ class AdeptTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         path = Path(resume_from_checkpoint) / COPIES
+        self._adept.resumed_from = resume_from_checkpoint
         if (path.parent / sharded.FOLDER).is_dir():
             sharded.load_copies(self.model, path.parent)
             return

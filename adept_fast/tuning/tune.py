@@ -15,12 +15,14 @@ from adept_fast.artefacts import remove_leftovers
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.errors import InputError
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.tuning import sharded
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.meter import Meter, stopped_in
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.position import IN_ORDER, StreamPosition
 from adept_fast.tuning.settings import TuningSettings, arguments
@@ -35,6 +37,7 @@ def tune_checkpoint(
     monitors: Mapping[str, Sequence[Item]],
     settings: TuningSettings,
     *,
+    metering: Sequence[Item] = (),
     work: Path,
     log: Path,
     inputs: Mapping[str, Any] | None = None,
@@ -45,6 +48,7 @@ def tune_checkpoint(
     """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint in `work`.
 
     corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
+    metering: held-back general items, on which forgetting is measured and foretold.
     Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
     """
     model = checkpoint.load_model(expanded, **loading)
@@ -65,6 +69,8 @@ def tune_checkpoint(
         events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
     if last is not None:
         say(f"resuming from {Path(last).name}")
+    if settings.general_limit is not None and not metering:
+        raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
     anchor = None
     if settings.anchor_weight is not None:
         anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
@@ -76,6 +82,7 @@ def tune_checkpoint(
         first=load_first_importance(expanded),
         monitors=monitors,
         anchor=anchor,
+        meter=Meter(metering, settings.general_limit, settings.general_action) if metering else None,
         log=events,
         tokens_per_step=planned.tokens_per_step,
         say=say,
@@ -87,11 +94,11 @@ def tune_checkpoint(
     if isinstance(blocks, Stream):
         trainer.add_callback(StreamPosition(blocks, len(blocks) // planned.steps, last))
     trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
-    if last is not None and _step(last) >= planned.steps:  # killed after the last step: the Trainer would make one more
+    if last is not None and (_step(last) >= planned.steps or stopped_in(Path(last))):  # killed after the last step: it would make one more
         trainer._load_from_checkpoint(last)
         if leads:
-            events.cut(planned.steps)
-            events.write("end", planned.steps)
+            events.cut(_step(last))
+            events.write("end", _step(last))
     else:
         trainer.train(resume_from_checkpoint=last)
     state = sharded.gathered(trainer.model) if sharded.shards(trainer.model) else model.state_dict()

@@ -1,0 +1,169 @@
+"""The forgetting meter: how much general loss rose since the last reading, against what its gradient foretold, unit by unit.
+
+    predicted(U) = g_U . (theta_U - theta'_U)        bound(U) = |g_U| |theta_U - theta'_U|        measured = loss(theta) - loss(theta')
+
+theta' are the copies at the last reading and g the gradient there of the token-weighted mean loss of the meter's items, nats per token.
+Source: the first-order analysis of forgetting in ADEPT (arXiv 2510.10071); the bound is Cauchy and Schwarz's, unit by unit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from adept_fast import distributed
+from adept_fast.data.items import Item
+from adept_fast.errors import InputError
+from adept_fast.gradient_sums import only_these_require_grad, whole_sums
+from adept_fast.losses import batch_loss
+from adept_fast.optim.shards import is_sharded, local
+from adept_fast.units import Units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ACTIONS = ("stop", "cut")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """loss: nats per token; rise: since the first reading; predicted, bound: of the rise since the last one, fp64 [units], or None."""
+
+    loss: float
+    rise: float
+    predicted: Tensor | None
+    bound: Tensor | None
+
+
+@dataclass
+class _State:
+    first: float | None = None
+    scale: float = 1.0
+    stopped: bool = False
+
+
+class Meter:
+    """items: general text that neither trains nor steers. limit: the rise of its loss, nats per token, that calls for action: "stop" ends
+    training there, "cut" halves all unit rates at each reading above it. Between readings the gradient and the copies as they were (fp32
+    and their own dtype) lie in host memory, and in checkpoints."""
+
+    def __init__(self, items: Sequence[Item], limit: float | None = None, action: str = "stop") -> None:
+        self.items = [item for item in items if item.supervised]
+        if not self.items:
+            raise InputError("a forgetting meter needs items with a supervised token")
+        if action not in ACTIONS:
+            raise InputError(f"tune.general_action must be one of {', '.join(ACTIONS)}, found {action!r}")
+        self.limit, self.action = limit, action
+        self._state = _State()
+        self._before: dict[str, Tensor] = {}  # "theta.NAME" and "gradient.NAME"
+
+    @property
+    def scale(self) -> float:
+        """What unit rates are to be multiplied by."""
+        return self._state.scale
+
+    @property
+    def stopped(self) -> bool:
+        return self._state.stopped
+
+    def read(self, model: PreTrainedModel, units: Units, quiet: bool | None = None) -> Reading:
+        """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. On several processes
+        all run the same items."""
+        loss, gradients = self._gradients(model, units, quiet)
+        state = self._state
+        state.first = loss if state.first is None else state.first
+        predicted = bound = None
+        if self._before:
+            predicted, bound = self._predict(model, units)
+        for name, gradient in gradients.items():
+            self._before[f"gradient.{name}"] = gradient.cpu()
+            self._before[f"theta.{name}"] = local(model.get_parameter(name).detach()).to("cpu", copy=True)
+        rise = loss - state.first
+        if self.limit is not None and rise > self.limit:
+            if self.action == "stop":
+                state.stopped = True
+            else:
+                state.scale /= 2
+        return Reading(loss, rise, predicted, bound)
+
+    def _gradients(self, model: PreTrainedModel, units: Units, quiet: bool | None) -> tuple[float, dict[str, Tensor]]:
+        """Mean loss and its gradient, fp32, of this process's part of each parameter."""
+        parameters = {name: model.get_parameter(name) for name in units.slices}
+        tokens, total = sum(item.supervised for item in self.items), 0.0
+        sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
+        with only_these_require_grad(model, parameters.values()):
+            for item in tqdm(self.items, desc="forgetting meter", unit="item", disable=quiet):
+                loss = batch_loss(model, [item])
+                loss.backward()
+                total += float(loss.detach())
+                for name, parameter in parameters.items():
+                    if parameter.grad is not None:
+                        sums[name] += local(parameter.grad, parameter)
+                        parameter.grad = None
+        return total / tokens, {name: gradient / tokens for name, gradient in sums.items()}
+
+    @torch.no_grad()
+    def _predict(self, model: PreTrainedModel, units: Units) -> tuple[Tensor, Tensor]:
+        found: list[dict[str, Tensor]] = [{}, {}, {}]
+        for name, cut in units.slices.items():
+            parameter = model.get_parameter(name)
+            theta = local(parameter.detach()).double()
+            gradient = self._before[f"gradient.{name}"].to(theta.device).double()
+            change = theta - self._before[f"theta.{name}"].to(theta.device).double()
+            kept = (cut.dims,) if isinstance(cut.dims, int) else cut.dims
+            others = [dim + 1 for dim in range(theta.ndim) if dim not in kept]
+            products = torch.stack([gradient * change, gradient.square(), change.square()])
+            sums = (products.sum(others) if others else products).flatten(1)
+            for kind, values in zip(found, whole_sums(sums, parameter, cut.dims), strict=True):
+                kind[name] = values
+        predicted, squares, changes = (units.gather(kind) for kind in found)
+        return predicted, (squares * changes).sqrt()
+
+    def save(self, folder: Path, model: PreTrainedModel) -> None:
+        """Into a checkpoint's folder, where it is not yet, so that a resumed run goes on with the same readings; sharded parameters by
+        each process."""
+        path = folder / _file(model)
+        if self._before and not path.exists() and (distributed.rank() == 0 or _sharded(model)):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._before, path, metadata={"state": json.dumps(asdict(self._state))})
+
+    def load(self, folder: Path, model: PreTrainedModel) -> None:
+        """What `save` wrote. Where parameters are now sharded otherwise, the next reading has no prediction."""
+        path = folder / _file(model)
+        if not path.is_file():
+            return
+        with safe_open(path, "pt") as file:
+            self._state = _State(**json.loads(file.metadata()["state"]))
+            self._before = {name: file.get_tensor(name) for name in file.keys()}
+        if any(self._before[f"theta.{name}"].shape != shape for name, shape in _shapes(self._before, model).items()):
+            self._before = {}
+
+
+def _sharded(model: PreTrainedModel) -> bool:
+    return any(map(is_sharded, model.parameters()))
+
+
+def _file(model: PreTrainedModel) -> str:
+    return f"adept_meter.{distributed.rank()}.safetensors" if _sharded(model) else "adept_meter.safetensors"
+
+
+def _shapes(before: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, torch.Size]:
+    names = [name.removeprefix("theta.") for name in before if name.startswith("theta.")]
+    return {name: local(model.get_parameter(name).detach()).shape for name in names}
+
+
+def stopped_in(folder: Path) -> bool:
+    """Whether the run that wrote this checkpoint ended there because general loss had passed its limit."""
+    for path in sorted(folder.glob("adept_meter*.safetensors")):
+        with safe_open(path, "pt") as file:
+            return bool(json.loads(file.metadata()["state"])["stopped"])
+    return False
