@@ -156,3 +156,13 @@ def carry_files(source: Path, target: Path) -> None:
         copied = target / file.relative_to(source)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copied)
+
+
+def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise InputError for a tokenizer with tokens that the model has no embedding of."""
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(
+            f"{folder}: its tokenizer has {tokens} tokens, its embeddings {rows}: copies cannot learn new tokens, because embeddings are "
+            "frozen: take the model's own tokenizer, or resize and train the embeddings before expanding"
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from adept_fast.errors import InputError
 
 MODEL = ("model_name_or_path",)
+SHARED = ("score", "tune")  # what several processes, as accelerate or torchrun start them, do together
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
     "score": ("which layers general competence rests on", "adept-fast score model_name_or_path=MODEL score.max_items=64", MODEL),
@@ -141,6 +142,8 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         "run": pipeline.run,
         "report": pipeline.report,
     }
+    if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")
     with pipeline.held():
         stages[command]()
 

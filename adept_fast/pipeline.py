@@ -276,6 +276,7 @@ class Pipeline(Workspace):
     def tune(self) -> None:
         from adept_fast.tuning import tune_checkpoint
 
+        distributed.join()
         self.need(self.expanded, "expand")
         tune = self.recipe.tune
         record = self.require_ours(self.expanded)
@@ -298,7 +299,8 @@ class Pipeline(Workspace):
         started = self.work / "inputs.json"
         if started.exists():
             self.require_same(self.work, read_json(started), inputs)
-        write_json(started, inputs)
+        if distributed.leads():
+            write_json(started, inputs)
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
         tune_checkpoint(
@@ -420,7 +422,9 @@ class Pipeline(Workspace):
         check_settings(self._tuning_settings())
         if self.recipe.eval.general_limit is not None:
             check_limit(self.recipe.eval.general_limit)
-        describe(self._check_model())
+        skeleton = self._check_model()
+        describe(skeleton)
+        checkpoint.require_vocabulary(self.source, self.tokenizer, skeleton)
         _ = self.corpora.probe, self._evaluation_corpora
         if not self.tuned.exists():
             _ = self.training_corpus

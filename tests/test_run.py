@@ -21,7 +21,7 @@ PLACES = (
     ("adept_fast.expansion.write:first_importance", 0),
     ("adept_fast.expansion.write:compare", 0),  # expanding, all written but the name
     ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint
-    ("adept_fast.tuning.callback:unit_rates", 2),  # a refresh
+    ("adept_fast.tuning.callback:apply_rates", 2),  # a refresh
     ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint
     ("adept_fast.expansion.remade:prove_bytes", 0),  # the tuned model, all written but the name
     ("adept_fast.pipeline:evaluate", 1),
@@ -29,7 +29,7 @@ PLACES = (
 KILLS = 20
 MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.tuning.callback:score_units", 3),  # a refresh
-    ("adept_fast.tuning.callback:unit_rates", 3),
+    ("adept_fast.tuning.callback:apply_rates", 3),
     ("adept_fast.tuning.callback:corpus_loss", 8),
     ("adept_fast.tuning.trainer:save_file", 3),  # a checkpoint
     ("torch:save", 9),  # its optimizer, schedule and random state

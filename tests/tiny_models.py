@@ -57,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def checkpoint(folder: Path, family: str = "llama", **changes: object) -> Path:

@@ -53,6 +53,7 @@ def tune_checkpoint(
     """
     model = checkpoint.load_model(expanded, **loading)
     tokenizer = checkpoint.load_tokenizer(expanded)
+    checkpoint.require_vocabulary(expanded, tokenizer, model)
     positions = checkpoint.positions(expanded)
     planned, blocks = plan(corpus, tokenizer, settings, positions)
     if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
