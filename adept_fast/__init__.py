@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
     from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original, verify_expansion
-    from adept_fast.importance import LayerScores, Race, compare_scores, corpus_conflicts, score_layers, select_layers, selection_stability
+    from adept_fast.importance import (
+        LayerScores,
+        Race,
+        UnitScores,
+        compare_scores,
+        corpus_conflicts,
+        mask_units,
+        score_layers,
+        select_layers,
+        selection_stability,
+    )
     from adept_fast.optim import AdamW
     from adept_fast.saliency import score_units
     from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, apply_rates, fast_step, unit_rates
@@ -28,6 +38,7 @@ __all__ = [
     "InputError",
     "LayerScores",
     "Race",
+    "UnitScores",
     "Units",
     "UnsupportedFamilyError",
     "apply_copies",
@@ -40,6 +51,7 @@ __all__ = [
     "extract_copies",
     "fast_step",
     "freeze_original",
+    "mask_units",
     "merge_copies",
     "remove_copies",
     "score_layers",
@@ -65,6 +77,7 @@ _MODULES = {
     "InputError": "adept_fast.errors",
     "LayerScores": "adept_fast.importance",
     "Race": "adept_fast.importance",
+    "UnitScores": "adept_fast.importance",
     "Units": "adept_fast.units",
     "UnsupportedFamilyError": "adept_fast.errors",
     "compare_scores": "adept_fast.importance",
@@ -73,6 +86,7 @@ _MODULES = {
     "expand_model": "adept_fast.expansion",
     "fast_step": "adept_fast.tuning",
     "freeze_original": "adept_fast.expansion",
+    "mask_units": "adept_fast.importance",
     "score_layers": "adept_fast.importance",
     "score_units": "adept_fast.saliency",
     "select_layers": "adept_fast.importance",

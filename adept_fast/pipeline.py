@@ -30,11 +30,15 @@ from adept_fast.importance import (
     LOSSES,
     LayerScores,
     Race,
+    UnitScores,
     certified,
     check_budget,
     check_choice,
     compare_scores,
     corpus_conflicts,
+    forwards,
+    mask_units,
+    masked_units,
     next_layer,
     score_layers,
     select_layers,
@@ -43,12 +47,13 @@ from adept_fast.importance import (
 )
 from adept_fast.inputs import changed, digest
 from adept_fast.record import AdeptConfig, versions
-from adept_fast.report import PICTURES, save_png, write_report
+from adept_fast.report import PICTURES, save_png, unit_profile, write_report
 from adept_fast.workspace import Workspace
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
+APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of their own
 DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
 
@@ -63,13 +68,19 @@ class Pipeline(Workspace):
         return {
             **self.base_inputs(),
             "probe": self.corpora.digest(self.corpora.probe.scoring),
-            **{f"score.{key}": value for key, value in vars(score).items() if key != "compare"},
+            **{f"score.{key}": value for key, value in vars(score).items() if key not in APART},
             **({"score.domain": self.corpora.digest(self.corpora.domain_scoring())} if score.domain_items else {}),
             **race,
         }
 
     def score(self) -> LayerScores:
+        """scores.json, and unit_scores.json where the recipe asks for it."""
         distributed.join()
+        scores = self._score_layers()
+        self._score_units()
+        return scores
+
+    def _score_layers(self) -> LayerScores:
         inputs = self._score_inputs()
         if self.scores_path.exists():
             scores = LayerScores.load(self.scores_path)
@@ -121,6 +132,31 @@ class Pipeline(Workspace):
         values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
         self.say(f"chosen layers ({scores.loss}, nats per token lost without each): {values}")
         return scores
+
+    def _score_units(self) -> None:
+        score, path = self.recipe.score, self.folder / "unit_scores.json"
+        if score.units is None:
+            return
+        inputs = {**self._score_inputs(), "score.units": score.units, "score.unit_layers": score.unit_layers and list(score.unit_layers)}
+        if path.exists():
+            found = UnitScores.load(path)
+            self.require_same(path, found.inputs, inputs)
+        else:
+            model = checkpoint.load_model(self.source, **self.loading)
+            items, units = self.items(self.corpora.scoring(), score.probe_format), masked_units(model, score.units, score.unit_layers)
+            cost = forwards(units, len(decoder_layers(model)))
+            self.say(f"masking {len(units)} units on {len(items)} probe items: the work of about {cost:.0f} forwards of the probe")
+            loss = score.loss or ("kl" if self.tokenizer.chat_template else "answer")
+            journal = self.folder / ".unit_scores.journal"
+            kept = {"journal": journal, "inputs": inputs, "quiet": self.quiet, "seed": score.seed, "sweep_tokens": score.sweep_tokens}
+            found = mask_units(model, items, score.units, loss, layers=score.unit_layers, **kept)
+            distributed.wait()
+            if distributed.rank():
+                return
+            found.save(path)
+            for part in self.folder.glob(f"{journal.name}*"):
+                part.unlink()
+        save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
 
     def _domain_items(self) -> list[Item]:
         """The first DOMAIN_TOKENS of each document of the domain to be scored."""

@@ -41,7 +41,8 @@ class Score:
     """max_items: probe items scored, drawn by hash and seed. loss null: all are measured, and answer decides, or kl for a chat model.
     regret: race for the expand.k lowest layers instead of measuring all layers on all items, to that many nats per token at `confidence`.
     sweep_tokens: bound on the tokens of one layer call, that is on memory. domain_items: training documents of the domain that are scored
-    beside the probe. compare: cheap methods to score by too."""
+    beside the probe. compare: cheap methods to score by too. units: mask the parts of layers too, by "tensor" or "head", of unit_layers
+    (null: all)."""
 
     method: str = "masking"
     loss: str | None = None
@@ -53,6 +54,8 @@ class Score:
     sweep_tokens: int | None = None
     domain_items: int | None = None
     compare: tuple[str, ...] = ()
+    units: str | None = None
+    unit_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

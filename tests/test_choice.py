@@ -11,7 +11,7 @@ import torch
 
 from adept_fast import compare_scores, corpus_conflicts, expand_model, freeze_original, score_layers, select_layers, selection_stability
 from adept_fast.errors import InputError
-from adept_fast.importance import LayerScores, next_layer
+from adept_fast.importance import LayerScores, UnitScores, next_layer
 from adept_fast.importance.scores import ItemScores
 from adept_fast.pipeline import Pipeline
 from adept_fast.recipe import load
@@ -153,7 +153,8 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "domain.txt").write_text("\n\n".join(tiny_models.SENTENCES))
     given = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt", "score.domain_items=6"]
-    given += ["score.compare=[gate, block_influence]", "expand.budget.parameters=0.3"]
+    given += ["score.compare=[gate, block_influence]", "expand.budget.parameters=0.3", "score.units=tensor"]
+    given += ["score.unit_layers=[2, 5]"]
     said: list[str] = []
     pipeline = Pipeline(load(None, given), said.append, quiet=True)
     with pipeline.held():
@@ -167,7 +168,9 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     analysis = json.loads((tmp_path / "out" / "scores.json").read_text())["analysis"]
     assert analysis["stability"]["layers"] == layers and len(analysis["stability"]["sizes"][-1]["frequency"]) == 6
     assert analysis["comparison"]["names"] == ["masking, answer", "gate, answer", "block_influence"]
-    for name in ("scores", "scores.stability", "scores.conflicts", "scores.comparison"):
+    units = UnitScores.load(tmp_path / "out" / "unit_scores.json")
+    assert units.layers == (2,) * 7 + (5,) * 7 and any("masking 14 units on" in line and "about 7 forwards" in line for line in said)
+    for name in ("scores", "unit_scores", "scores.stability", "scores.conflicts", "scores.comparison"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "report.html").read_text()
     assert "How often each layer would be chosen" in page and "One more copy would add" in page and page.count("<svg") == 4

@@ -83,4 +83,6 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where its inputs go: the device of its first weights that are there (others may be offloaded, which accelerate marks as meta)."""
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])

@@ -9,9 +9,12 @@ from adept_fast.importance.race import Race, certified
 from adept_fast.importance.scores import LayerScores, Profile
 from adept_fast.importance.selection import PLACEMENTS, check_choice, next_layer, select_layers, undecided
 from adept_fast.importance.stability import corpus_conflicts, selection_stability
+from adept_fast.importance.unit_masking import GRANULARITIES, forwards, mask_units, masked_units
+from adept_fast.importance.unit_scores import UnitScores
 
 __all__ = [
     "CHEAP",
+    "GRANULARITIES",
     "LOSSES",
     "METHODS",
     "PLACEMENTS",
@@ -19,11 +22,15 @@ __all__ = [
     "LayerScores",
     "Profile",
     "Race",
+    "UnitScores",
     "certified",
     "check_budget",
     "check_choice",
     "compare_scores",
     "corpus_conflicts",
+    "forwards",
+    "mask_units",
+    "masked_units",
     "next_layer",
     "score_layers",
     "select_layers",

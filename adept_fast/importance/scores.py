@@ -28,6 +28,11 @@ class Profile:
     high: tuple[float, ...]
     base_loss: float | None
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Profile:
+        """From JSON."""
+        return cls(tuple(entry["values"]), tuple(entry["low"]), tuple(entry["high"]), entry["base_loss"])
+
 
 @dataclass(frozen=True)
 class ItemScores:
@@ -114,16 +119,10 @@ class LayerScores:
 
     def save(self, path: str | Path) -> None:
         """Write scores.json, and per_item beside it as scores.items.safetensors."""
-        path = Path(path)
-        if self.per_item:
-            from safetensors.torch import save_file
-
-            tensors = {f"{name}.{key}": value for name, scores in self.per_item.items() for key, value in vars(scores).items()}
-            with staged_file(items_path(path)) as staging:
-                save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
+        save_items(items_path(path), self.per_item)
         content = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "per_item"}
         content["costs"] = self.costs and asdict(self.costs)
-        write_json(path, {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
+        write_json(Path(path), {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:
@@ -132,13 +131,10 @@ class LayerScores:
         if content.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
         try:
-            profiles = {
-                name: Profile(tuple(entry["values"]), tuple(entry["low"]), tuple(entry["high"]), entry["base_loss"])
-                for name, entry in content.pop("profiles").items()
-            }
+            profiles = {name: Profile.of(entry) for name, entry in content.pop("profiles").items()}
             costs = content.pop("costs", None)
             costs = costs and LayerCosts(tuple(costs["parameters"]), tuple(costs["weights"]), costs["total"], costs["head"])
-            return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=_per_item(items_path(path)), **content)
+            return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=load_items(items_path(path)), **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None
 
@@ -148,7 +144,19 @@ def items_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".items.safetensors")
 
 
-def _per_item(path: Path) -> dict[str, ItemScores]:
+def save_items(path: Path, per_item: Mapping[str, ItemScores]) -> None:
+    """Write the scores of single items, where there are any."""
+    if not per_item:
+        return
+    from safetensors.torch import save_file
+
+    tensors = {f"{name}.{key}": value for name, scores in per_item.items() for key, value in vars(scores).items()}
+    with staged_file(path) as staging:
+        save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
+
+
+def load_items(path: Path) -> dict[str, ItemScores]:
+    """What `save_items` wrote; nothing where there is no file."""
     if not path.is_file():
         return {}
     from safetensors.torch import load_file

@@ -1,0 +1,49 @@
+"""The chart of unit importance: parts of a layer down, layers across."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adept_fast.report.drawing import WIDTH, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def unit_profile(scores: Mapping[str, Any]) -> Figure:
+    """Primary importance of each unit as colour, red where the loss rises without it; a dot where the interval holds 0.
+
+    scores: the content of unit_scores.json.
+    """
+    from matplotlib.colors import SymLogNorm
+    from matplotlib.figure import Figure
+
+    profile = scores["profiles"][scores["loss"]]
+    kinds, layers = list(dict.fromkeys(scores["kinds"])), sorted(set(scores["layers"]))
+    grid, doubtful = np.full((len(kinds), len(layers)), np.nan), []
+    values = (profile[key] for key in ("values", "low", "high"))
+    for layer, kind, value, low, high in zip(scores["layers"], scores["kinds"], *values, strict=True):
+        row, column = kinds.index(kind), layers.index(layer)
+        grid[row, column] = value
+        if low <= 0 <= high:
+            doubtful.append((column, row))
+    largest = float(np.nanmax(np.abs(grid))) or 1.0
+    with style():
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(kinds)), layout="constrained")
+        figure.set_label("Importance of the parts of each layer")
+        axes = figure.subplots()
+        norm = SymLogNorm(max(float(np.nanmedian(np.abs(grid))), 1e-6 * largest), vmin=-largest, vmax=largest)
+        image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
+        if doubtful:
+            axes.plot(*zip(*doubtful, strict=True), ".", color="black", markersize=3)
+        axes.set_yticks(range(len(kinds)), kinds)
+        shown = range(0, len(layers), max(1, len(layers) // 16))
+        axes.set_xticks(list(shown), [str(layers[at]) for at in shown])
+        axes.grid(visible=False)
+        axes.set_xlabel("layer (0 is next to the input)")
+        axes.set_title(f"Loss without each part ({scores['loss']}); a dot: the interval holds 0")
+        figure.colorbar(image, label="increase (nats/token)")
+        return figure

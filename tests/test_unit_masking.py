@@ -1,0 +1,104 @@
+"""Masking the parts of layers against masking each by itself, by hand, in plain forwards."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from torch.nn import functional
+
+from adept_fast import mask_units
+from adept_fast.errors import InputError
+from adept_fast.families import decoder_layers
+from adept_fast.importance import UnitScores, forwards, masked_units
+from adept_fast.report import unit_profile
+
+
+def losses(model: torch.nn.Module, items: list) -> list[float]:
+    found = []
+    with torch.no_grad():
+        for item in items:
+            logits = model(torch.tensor([item.input_ids]), use_cache=False).logits[0, :-1]
+            found.append(float(functional.cross_entropy(logits.double(), torch.tensor(item.labels[1:]), reduction="sum")))
+    return found
+
+
+def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[int]) -> dict[tuple[int, str], float]:
+    """Loss increase with an output hooked to 0, or with columns of an output projection's weight set to 0: nats per supervised token."""
+    tokens, base, found = sum(item.supervised for item in items), sum(losses(model, items)), {}
+    for layer in layers:
+        for path, module in decoder_layers(model)[layer].named_modules():
+            name, branch = path.rpartition(".")[2], path.rpartition(".")[0]
+            if getattr(module, "weight", None) is None or module.weight.ndim != 2:
+                continue
+            if granularity == "tensor":
+                handle = module.register_forward_hook(lambda *given: torch.zeros_like(given[2]))
+                found[layer, path] = (sum(losses(model, items)) - base) / tokens
+                handle.remove()
+            elif name in ("o_proj", "down_proj", "dense", "dense_4h_to_h"):
+                dense = name in ("down_proj", "dense_4h_to_h")
+                groups = 8 if dense else model.config.num_key_value_heads if hasattr(model.config, "num_key_value_heads") else 4
+                width = module.weight.shape[1] // groups
+                for group in range(groups):
+                    kept = module.weight.detach().clone()
+                    with torch.no_grad():
+                        module.weight[:, group * width : (group + 1) * width] = 0
+                    found[layer, f"{branch}[{group}]"] = (sum(losses(model, items)) - base) / tokens
+                    with torch.no_grad():
+                        module.weight.copy_(kept)
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_units_are_masked_as_by_hand(family: str, granularity: str) -> None:
+    model, items = tiny_models.model(family), tiny_models.items(5)
+    layers = [0, 2, 3]
+    wanted = by_hand(model, items, granularity, layers)
+    found = mask_units(model, items, granularity, layers=layers, losses=("kl",), sweep_tokens=150, quiet=True)
+    assert list(zip(found.layers, found.kinds, strict=True)) == list(wanted)
+    torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
+    assert all(low <= value <= high for value, low, high in zip(found.values, found.low, found.high, strict=True))
+    assert min(found.profiles["kl"].values) > 0 and found.profiles["answer"].base_loss > 0
+    assert max(map(abs, found.values)) > 0.05, "nothing was masked"
+
+
+def test_family_that_takes_no_batch_of_variants_goes_one_by_one() -> None:
+    model, items = tiny_models.model("bloom", n_layer=4, n_head=4), tiny_models.items(2)
+    found = mask_units(model, items, layers=[3], quiet=True)
+    wanted = by_hand(model, items, "tensor", [3])
+    torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
+
+
+def test_model_is_left_as_it_was_and_a_killed_call_resumes(tmp_path) -> None:
+    model, items = tiny_models.model().train(), tiny_models.items(6)
+    path = tmp_path / "journal"
+    whole = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path, quiet=True)
+    lines = path.read_text().splitlines(keepends=True)
+    assert model.training and len(lines) > 2
+    assert all("forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    path.write_text("".join(lines[:2]) + lines[2][:9])
+    resumed = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path, quiet=True)
+    assert resumed.profiles == whole.profiles
+    whole.save(tmp_path / "unit_scores.json")
+    loaded = UnitScores.load(tmp_path / "unit_scores.json")
+    assert loaded == whole and torch.equal(loaded.per_item["answer"].sums, whole.per_item["answer"].sums)
+
+
+def test_cost_is_known_and_what_is_wrong_refused() -> None:
+    model = tiny_models.model()
+    assert forwards(masked_units(model, "tensor", [1, 3]), 4) == 1 + (7 * 3 + 7 * 1) / 4
+    assert len(masked_units(model, "head")) == 4 * (2 + 8)
+    refused = (({"granularity": "neuron"}, "one of tensor, head"), ({"layers": [4]}, "from 0 to 3"), ({"loss": "x"}, "loss must be"))
+    for wrong, message in refused:
+        with pytest.raises(InputError, match=message):
+            mask_units(model, tiny_models.items(2), quiet=True, **wrong)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+def test_picture_has_a_place_for_each_unit(granularity: str) -> None:
+    found = mask_units(tiny_models.model(), tiny_models.items(3), granularity, quiet=True)
+    axes = unit_profile(vars(found) | {"profiles": {name: vars(profile) for name, profile in found.profiles.items()}}).axes[0]
+    kinds = list(dict.fromkeys(found.kinds))
+    assert [label.get_text() for label in axes.get_yticklabels()] == kinds
+    assert axes.images[0].get_array().shape == (len(kinds), 4)
