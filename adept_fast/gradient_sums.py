@@ -123,6 +123,13 @@ class GradientSums:
         small = [gathered for gathered in self._gathered if gathered.small is not None]
         if not small:
             return
+        if backend.resolve("saliency", small[0].small.device) == "triton" and all(map(_is_plain, small)):
+            from adept_fast.kernels.saliency_vectors import Vector, add_vectors
+
+            add_vectors([Vector(local(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small])
+            for gathered in small:
+                gathered.small = None
+            return
         sizes = [gathered.small.numel() for gathered in small]
         gradient = torch.cat([gathered.small.double() for gathered in small])
         theta = torch.cat([local(gathered.parameter.detach()).double() for gathered in small])
@@ -186,6 +193,12 @@ class GradientSums:
 
 def _length(shape: Sequence[int], dim: Dims) -> int:
     return shape[dim] if isinstance(dim, int) else shape[dim[0]] * shape[dim[1]]
+
+
+def _is_plain(gathered: _Gathered) -> bool:
+    """Whether a kernel reads this vector and its gradient as they lie in memory."""
+    tensors = (local(gathered.parameter.detach()), gathered.small)
+    return all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
 
 
 def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | None) -> SaliencyPass | None:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -81,7 +82,31 @@ def test_interpreted_kernel_gives_the_sums(interpreted: list[dict[str, float | b
     assert interpreted[index]["repeats"]
 
 
+def test_interpreted_kernel_adds_vectors_of_all_kinds_at_once(interpreted: list[dict[str, float | bool]]) -> None:
+    assert interpreted[-1] == {"vectors": True}
+
+
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+
+
+@pytest.mark.parametrize(("param_dtype", "grad_dtype"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dtype: str, grad_dtype: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from adept_fast.kernels import saliency_vectors
+    from adept_fast.kernels.adamw import TRITON_DTYPES
+
+    types = (TRITON_DTYPES[DTYPES[name]] for name in (param_dtype, grad_dtype))
+    constants = dict(zip(("PARAM", "GRAD"), types, strict=True)) | {"BLOCK": saliency_vectors.BLOCK}
+    kernel = saliency_vectors.add_terms_kernel
+    signature = {name: "constexpr" if name in constants else "*i64" for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={(0,): [["tt.divisibility", 16]]})
+    machine_code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["sass"]
+    assert not re.search(r"\b(LDL|STL)\b", machine_code)
+    assert len(re.findall(r"\bLDG\b", machine_code)) >= 6 and not re.search(r"\b(ATOM|ATOMG|RED)\b", machine_code)
 
 
 @pytest.mark.parametrize("grad_dtype", POINTERS)
@@ -137,6 +162,38 @@ def test_gpu_indexes_beyond_32_bits() -> None:
     assert (squares, absolutes, products) == (9.0 * columns, 0.75 * columns, -0.75 * columns)
 
 
+def vectors_agree(device: str) -> bool:
+    """Two backwards over vectors of all kinds in one call each, against the formula: sums bit for bit in fp64, and the running gradient."""
+    from adept_fast.kernels import saliency_vectors
+    from adept_fast.kernels.saliency_vectors import Vector
+
+    generator = torch.Generator().manual_seed(5)
+    pairs = [(p, g) for p in ("fp32", "bf16", "fp16") for g in ("fp32", "bf16", "fp16")]
+    cases = [(n, p, g, kinds, kept) for n in (1, 67, 600) for p, g in pairs for kinds, kept in ((1, False), (3, True))]
+    vectors, wanted = [], []
+    for n, p, g, kinds, kept in cases:
+        theta, first, second = (torch.randn(n, generator=generator) for _ in range(3))
+        theta, first, second = theta.to(DTYPES[p]), first.to(DTYPES[g]), second.to(DTYPES[g])
+        sums = torch.zeros(kinds, n, dtype=torch.float64)
+        running = torch.zeros(n) if kept else None
+        vectors.append([Vector(*(x if x is None else x.to(device) for x in (theta, grad, sums, running))) for grad in (first, second)])
+        terms = [torch.stack([x * x, (theta.double() * x).abs(), theta.double() * x]) for x in (first.double(), second.double())]
+        wanted.append(((terms[0] + terms[1])[:kinds], first.float() + second.float()))
+    vectors = [(one, two._replace(sums=one.sums, running=one.running)) for one, two in vectors]
+    with patch.object(saliency_vectors, "BLOCK", 256):
+        for backward in (0, 1):
+            saliency_vectors.add_vectors([pair[backward] for pair in vectors])
+    return all(
+        torch.equal(pair[0].sums.cpu(), sums) and (pair[0].running is None or torch.equal(pair[0].running.cpu(), running))
+        for pair, (sums, running) in zip(vectors, wanted, strict=True)
+    )
+
+
+@pytest.mark.gpu
+def test_gpu_adds_vectors() -> None:
+    assert vectors_agree("cuda")
+
+
 def interpret_all() -> list[dict[str, float | bool]]:
     from adept_fast.kernels import saliency
 
@@ -146,6 +203,7 @@ def interpret_all() -> list[dict[str, float | bool]]:
         param, grad = inputs(shape, layout, param_dtype, grad_dtype, "cpu")
         first, second = (saliency.saliency_sums(param, grad, dim) for _ in range(2))
         results.append({"excess": excess(first, param, grad, dim), "repeats": all(map(torch.equal, first, second))})
+    results.append({"vectors": vectors_agree("cpu")})
     return results
 
 
