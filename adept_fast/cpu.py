@@ -12,6 +12,7 @@ from adept_fast import _C
 from adept_fast.reference import Projection, RowLosses
 
 BLOCK = 1024  # entries of the vocabulary at once
+CONVERTED = 2**18  # elements of a 16-bit head at once, in fp32: 1 MiB
 AREA = 2**18  # logits at once: 1 MiB
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/descriptor.h
 INSTRUCTIONS = ""  # the best that the CPU has
@@ -21,21 +22,25 @@ THREADS = 0  # torch's
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
     """See adept_fast.reference: products by torch, their softmax by C++ while they are in cache.
 
-    Beside its results it holds the rows in fp32, AREA logits, and BLOCK rows of a 16-bit head in fp32.
+    Beside its results it holds the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32.
     """
     rows, width = hidden.shape
     weight, bias = head.weight, None if head.bias is None else head.bias.float()
     group = max(variants, 1)
     grouped = hidden.view(group, -1, width).transpose(0, 1).reshape(rows, width).float().contiguous()
     wanted = targets.view(group, -1).T.contiguous()
-    at_once = max(1, AREA // BLOCK // group) * group
-    block = torch.empty(min(at_once, rows), BLOCK)
+    length = BLOCK if weight.dtype == torch.float32 else min(BLOCK, max(64, CONVERTED // width // 16 * 16))
+    converted = torch.empty(0 if weight.dtype == torch.float32 else length, width)
+    at_once = max(1, AREA // length // group) * group
+    block = torch.empty(min(at_once, rows), length)
     state = torch.zeros(7, rows, dtype=torch.float64)
     maximum, total, weighted, target, slope, shrink, argmax = state
     maximum.fill_(float("-inf"))
     grads = torch.zeros(rows if gradient else 0, width)
-    for first in range(0, len(weight), BLOCK):
-        part = weight[first : first + BLOCK].float()
+    for first in range(0, len(weight), length):
+        part = weight[first : first + length]
+        if part.dtype != torch.float32:
+            part = converted[: len(part)].copy_(part)
         for row in range(0, rows, at_once):
             some = slice(row, row + at_once)
             z = block[: min(at_once, rows - row), : len(part)]
@@ -44,7 +49,7 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
                 logits=z.data_ptr(),
                 rows=len(z),
                 count=len(part),
-                stride=BLOCK,
+                stride=length,
                 first=first,
                 targets=wanted.data_ptr() + 8 * row,
                 bias=0 if bias is None else bias.data_ptr() + 4 * first,

@@ -6,7 +6,10 @@
                                     rate of F.linear on the model's own layer matrices with as many rows as one layer call has
 
 Without --model a random model of SmolLM2-135M's shape and random items stand in: the same work, other scores.
---part I/N runs one of N parts and keeps its sums in --into FILE; the result comes with the last one.
+--part I/N runs one of N parts and keeps what it found in --into FILE; the result comes with the last one.
+--naive-layers N runs, for each naive batch, the forward with all layers and those without N layers drawn at random instead of without each:
+a masked forward runs every layer (the hook throws one's output away), so all take the same time. Seconds are then those measured, times the
+forwards there are over those run, and scores are compared on the layers drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import IGNORE, Item, load_items
 from adept_fast.families import decoder_layers, device_of
 from adept_fast.importance import masking
@@ -48,15 +52,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--probe", default="general", help="a probe file, with --model")
     parser.add_argument("--every", type=int, default=1, help="take every n-th item")
     parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--naive-layers", type=int, help="default: all")
     parser.add_argument("--part", default="1/1", metavar="I/N")
     parser.add_argument("--into", type=Path, help="JSON file of the parts, with --part")
     given = parser.parse_args(argv)
     part, parts = map(int, given.part.split("/"))
-    model, items = _inputs(given)
+    model, items = inputs(given)
     planned = plan(model, items)
     if not planned.swept:
         raise RuntimeError("this model's layers cannot be run on a batch of variants: there is no sweep to time")
-    found = _run(model, items, planned, part, parts)
+    found = _run(model, items, planned, part, parts, given.naive_layers or len(decoder_layers(model)))
     kept = json.loads(given.into.read_text()) if given.into and given.into.exists() else {}
     kept[given.part] = found
     if given.into:
@@ -66,8 +71,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     return {**_facts(model, items, planned, given), **_result(model, items, planned, list(kept.values()))}
 
 
-def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: int, parts: int) -> dict[str, Any]:
-    """Seconds of each way, and the sums of its loss differences [layers], over this part's packs and batches."""
+def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: int, parts: int, naive_layers: int) -> dict[str, Any]:
+    """Of this part's packs and batches: seconds and forwards of each way; the sweep's loss differences by item; the naive ones by batch."""
     indices = list(range(len(items)))
     ordered = sorted(indices, key=lambda index: len(items[index].input_ids))
     work: dict[str, list[Any]] = {
@@ -75,27 +80,35 @@ def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: in
         "naive_file_order": [indices[start : start + BATCH] for start in range(0, len(items), BATCH)],
         "naive_sorted": [ordered[start : start + BATCH] for start in range(0, len(items), BATCH)],
     }
-    layers = len(decoder_layers(model))
-    seconds, sums, rates, references = dict.fromkeys(WAYS, 0.0), {way: torch.zeros(layers, dtype=torch.float64) for way in WAYS}, [], []
+    count = len(decoder_layers(model))
+    generator = torch.Generator().manual_seed(part)
+    found: dict[str, Any] = {"seconds": dict.fromkeys(WAYS, 0.0), "swept": {}, "naive": [], "rates": [], "references": []}
     _naive(model, items[:1], ())  # warm-up
-    for step in zip_longest(*(work[way][part - 1 :: parts] for way in WAYS)):
-        for way, task in zip(WAYS, step, strict=True):
-            if task is None:
-                continue
+    with freed_memory_kept():  # for all ways
+        for step in zip_longest(*(work[way][part - 1 :: parts] for way in WAYS)):
+            for way, task in zip(WAYS, step, strict=True):
+                if task is None:
+                    continue
+                start = _now(model)
+                if way == "sweep":
+                    found["swept"] |= _swept(model, task, planned)
+                    share = 1.0
+                else:
+                    layers = sorted(torch.randperm(count, generator=generator)[:naive_layers].tolist())
+                    found["naive"].append([task, layers, _naive(model, [items[index] for index in task], layers).tolist()])
+                    share = (1 + len(layers)) / (1 + count)
+                found["seconds"][way] += (_now(model) - start) / share
+            found["rates"].append(_matmul_rate(model, planned.tokens))
+        for item in items[:3]:
             start = _now(model)
-            sums[way] += _swept(model, task, planned) if way == "sweep" else _naive(model, [items[index] for index in task], range(layers))
-            seconds[way] += _now(model) - start
-        rates.append(_matmul_rate(model, planned.tokens))
-    for item in items[:3]:
-        start = _now(model)
-        _naive(model, [item], (), REFERENCE_LENGTH)
-        references.append(_now(model) - start)
-    return {"seconds": seconds, "sums": {way: sums[way].tolist() for way in WAYS}, "rates": rates, "references": references}
+            _naive(model, [item], (), REFERENCE_LENGTH)
+            found["references"].append(_now(model) - start)
+    return found
 
 
-def _swept(model: torch.nn.Module, task: Pack, planned: SweepPlan) -> torch.Tensor:
-    losses = masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"].sum(0)
-    return losses[1:] - losses[0]
+def _swept(model: torch.nn.Module, task: Pack, planned: SweepPlan) -> dict[str, list[float]]:
+    losses = masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"]
+    return {str(index): values for index, values in zip(task.items, (losses[:, 1:] - losses[:, :1]).tolist(), strict=True)}
 
 
 @torch.no_grad()
@@ -139,9 +152,12 @@ def _matmul_rate(model: torch.nn.Module, rows: int) -> float:
 
 def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {way: sum(part["seconds"][way] for part in parts) for way in WAYS}
-    sums = {way: torch.tensor([part["sums"][way] for part in parts], dtype=torch.float64).sum(0) for way in WAYS}
-    tokens = sum(item.supervised for item in items)
-    largest = max(float((sums["sweep"] - sums[way]).abs().max()) / tokens for way in WAYS[1:])
+    swept = {int(index): values for part in parts for index, values in part["swept"].items()}
+    largest = 0.0
+    for batch, layers, values in (entry for part in parts for entry in part["naive"]):
+        ours = torch.tensor([swept[index] for index in batch], dtype=torch.float64).sum(0)[layers]
+        tokens = sum(items[index].supervised for index in batch)
+        largest = max([largest, *((ours - torch.tensor(values, dtype=torch.float64)).abs() / tokens).tolist()])
     if largest > 1e-4:
         raise RuntimeError(f"the sweep's scores differ from the naive ones by {largest:.2g}, above 1e-4: nothing is timed that is wrong")
     rate = statistics.median(rate for part in parts for rate in part["rates"])
@@ -156,7 +172,7 @@ def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts
         "sweep_over_naive_sorted": round(seconds["sweep"] / seconds["naive_sorted"], 4),
         "sweep_over_padded_to_2048": round(seconds["sweep"] / reference, 5),
         "sweep_over_flop_model": round(seconds["sweep"] / modelled, 3),
-        "largest_difference_of_a_score": largest,
+        "largest_difference_of_a_batch_s_score": largest,
     }
 
 
@@ -170,13 +186,14 @@ def _facts(model: torch.nn.Module, items: list[Item], planned: SweepPlan, given:
         "items": len(items),
         "tokens": sum(len(item.input_ids) for item in items),
         "supervised_tokens": sum(item.supervised for item in items),
+        "naive_layers": given.naive_layers or "all",
         "parts": int(given.part.split("/")[1]),
         "layer_call_tokens": planned.tokens,
         "pack_tokens": planned.pack,
     }
 
 
-def _inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
+def inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
     if given.model:
         from adept_fast import checkpoint
 

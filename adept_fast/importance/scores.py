@@ -111,6 +111,7 @@ class LayerScores:
 
     def among(self, layers: Sequence[int]) -> LayerScores:
         """The same of these layers alone, in this order, without single items and costs."""
+
         def of(values: Sequence[float]) -> tuple[float, ...]:
             return tuple(values[layer] for layer in layers)
 

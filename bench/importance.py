@@ -1,0 +1,172 @@
+"""Evidence on layer scores: how cheap ones rank against exact masking, how the choice moves with the probe, whether importances add up.
+
+    python -m bench importance --model SMOLLM2 --probe PROBE --exact scores.json --into FILE
+
+scores.json, with scores.items.safetensors beside it, is what `adept-fast score` made of the same probe by masking. Spearman correlations
+over the layers, with 95 % bootstrap intervals over items, on every n-th item (--every); the share of random draws of some items that choose
+the same layers as all; and for all pairs of the lowest layers, on --pair-items of these items, the importance of leaving out both against
+the sum of the two. What is measured on the model is kept in FILE, so that a run that --seconds or a kill ended goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_fast import checkpoint
+from adept_fast.data.items import Item, load_items
+from adept_fast.families import decoder_layers
+from adept_fast.head import token_losses
+from adept_fast.importance import LayerScores
+from adept_fast.importance.cheap import CHEAP, cheap_scores
+from adept_fast.importance.packs import pack, swept_length
+from adept_fast.importance.scores import STATISTICS
+from adept_fast.importance.sweep import _bypass, _forward, _wrapped, plan
+
+RESAMPLES = 1000
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m bench importance", description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--probe", required=True)
+    parser.add_argument("--exact", type=Path, required=True)
+    parser.add_argument("--longest", type=int, default=320, help="take the items that fit so many tokens, as the exact scores did")
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=8, help="of so many of the lowest layers")
+    parser.add_argument("--pair-items", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--into", type=Path, required=True)
+    given = parser.parse_args(argv)
+    folder = checkpoint.resolve(given.model)
+    model = checkpoint.load_model(folder).eval()
+    items = [item for item in load_items(given.probe, checkpoint.load_tokenizer(folder)) if item.supervised]
+    items = [item for item in items if len(item.input_ids) <= given.longest]
+    exact = LayerScores.load(given.exact)
+    weights = exact.per_item["answer"].weights
+    if [float(item.supervised) for item in items] != weights.tolist():
+        raise RuntimeError(f"{given.exact} is not of these {len(items)} items")
+    kept = _Kept(given.into, time.monotonic() + given.seconds)
+    some = list(range(0, len(items), given.every))
+    lowest = sorted(range(len(exact.values)), key=lambda layer: exact.values[layer])[: given.pairs]
+    return {
+        "device": "cpu",
+        "items": len(items),
+        "cheap_items": len(some),
+        "spearman": {name: profile for method in CHEAP for name, profile in _correlations(model, items, some, method, exact, kept).items()},
+        "same_choice": {name: _choices(exact, name) for name in exact.per_item},
+        "pairs": _pairs(model, [items[index] for index in some][: given.pair_items], lowest, exact, kept),
+    }
+
+
+class _Kept:
+    """Results by key, in a JSON file."""
+
+    def __init__(self, path: Path, end: float) -> None:
+        self.path, self.end = path, end
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make: Any) -> Any:
+        if key not in self.found:
+            if time.monotonic() > self.end:
+                raise SystemExit(f"{key} is still to be measured: run the same command again")
+            self.found[key] = make()
+            self.path.write_text(json.dumps(self.found))
+        return self.found[key]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(-1).argsort(-1).double()
+
+
+def _spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Of each row, without ties."""
+    x, y = (ranks - ranks.mean(-1, keepdim=True) for ranks in (_ranks(a), _ranks(b)))
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+
+
+def _correlations(model: Any, items: list[Item], some: list[int], method: str, exact: LayerScores, kept: _Kept) -> dict[str, Any]:
+    """Of a cheap method's scores (by answer loss, or none) with exact masking by each loss: value, low, high."""
+
+    def measured(index: int) -> list:
+        return cheap_scores(model, [items[index]], method, "answer", quiet=True).sums[0].tolist()
+
+    rows = [kept.get(f"{method} of item {index}", lambda index=index: measured(index)) for index in some]
+    sums = torch.tensor(rows, dtype=torch.float64)
+    weights = torch.tensor([[1.0, items[index].supervised, len(items[index].input_ids)] for index in some], dtype=torch.float64)
+    own = weights[:, {"gate": 1, "block_influence": 2}.get(method, 0)]
+    counts = torch.randint(len(some), (RESAMPLES, len(some)), generator=torch.Generator().manual_seed(0))
+    draws = torch.zeros(RESAMPLES + 1, len(some), dtype=torch.float64)
+    draws[1:].scatter_add_(1, counts, torch.ones_like(counts, dtype=torch.float64))
+    draws[0] = 1
+
+    def means(sums: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("ni,i...->n...", draws, sums) / (draws @ weights).view(-1, *[1] * (sums.ndim - 1))
+
+    cheap = STATISTICS.get(method, lambda values: values)(means(sums, own))
+    found = {}
+    for name, scores in exact.per_item.items():
+        rho = _spearman(cheap, means(scores.sums[some], scores.weights[some]))
+        low, high = rho[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        found[f"{method}, {name}"] = [round(float(rho[0]), 3), round(low, 3), round(high, 3)]
+    return {**found, f"{method}, lowest four": sorted(cheap[0].argsort()[:4].tolist())}
+
+
+def _choices(exact: LayerScores, name: str) -> dict[str, Any]:
+    """Of 400 random draws of some items: the share that chooses all items' lowest four, and the mean regret in nats."""
+    scores = exact.per_item[name]
+    values = scores.sums.sum(0) / scores.weights.sum()
+    best = values.argsort()[:4]
+    generator, found = torch.Generator().manual_seed(0), {"lowest": sorted(best.tolist())}
+    for size in (16, 64, 256):
+        draws = [torch.randperm(len(scores.sums), generator=generator)[:size] for _ in range(400)]
+        chosen = [(scores.sums[draw].sum(0) / scores.weights[draw].sum()).argsort()[:4] for draw in draws]
+        regrets = torch.stack([values[four].sum() - values[best].sum() for four in chosen])
+        same = sum(set(four.tolist()) == set(best.tolist()) for four in chosen) / len(chosen)
+        found[str(size)] = {"same": same, "mean_regret": round(float(regrets.mean()), 4)}
+    return found
+
+
+@torch.no_grad()
+def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, kept: _Kept) -> dict[str, Any]:
+    """Nats per supervised token lost without each of `layers`, and without each two of them, on the same items."""
+    packs = pack(items, range(len(items)), plan(model, items).pack)
+    modules = decoder_layers(model)
+
+    def loss(without: tuple[int, ...]) -> float:
+        total = 0.0
+        for each in packs:
+            with _without(modules, without):
+                hidden = _forward(model, each)[:, each.rows]
+            total += float(token_losses(model, hidden, each.targets[None]).double().sum())
+        return total / sum(item.supervised for item in items)
+
+    tried = [(), *((layer,) for layer in layers), *itertools.combinations(layers, 2)]
+    losses = {without: kept.get(f"{len(items)} items without {list(without)}", lambda without=without: loss(without)) for without in tried}
+    single = {layer: losses[(layer,)] - losses[()] for layer in layers}
+    pairs = [[*pair, losses[pair] - losses[()], single[pair[0]] + single[pair[1]]] for pair in tried[1 + len(layers) :]]
+    joint, sums = (torch.tensor([pair[at] for pair in pairs], dtype=torch.float64) for at in (2, 3))
+    return {
+        "items": len(items),
+        "tokens": sum(swept_length(item, False) for item in items),
+        "single": {str(layer): round(value, 4) for layer, value in single.items()},
+        "pairs": [[i, j, round(both, 4), round(added, 4)] for i, j, both, added in pairs],
+        "mean_excess": round(float((joint - sums).mean()), 4),
+        "largest_excess": round(float((joint - sums).max()), 4),
+        "spearman_of_pairs": round(float(_spearman(joint, sums)), 3),
+    }
+
+
+def _without(modules: Any, layers: tuple[int, ...]) -> ExitStack:
+    stack = ExitStack()
+    for layer in layers:
+        stack.enter_context(_wrapped(modules[layer], _bypass))
+    return stack
