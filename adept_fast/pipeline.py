@@ -36,6 +36,7 @@ from adept_fast.importance import (
     check_choice,
     compare_scores,
     corpus_conflicts,
+    evenly,
     forwards,
     mask_units,
     masked_units,
@@ -46,6 +47,7 @@ from adept_fast.importance import (
     undecided,
 )
 from adept_fast.inputs import changed, digest
+from adept_fast.methods import METHODS, Method
 from adept_fast.record import AdeptConfig, versions
 from adept_fast.report import PICTURES, save_png, unit_profile, write_report
 from adept_fast.workspace import Workspace
@@ -56,6 +58,12 @@ if TYPE_CHECKING:
 APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of their own
 DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
+
+
+def tuned_inputs(folder: Path) -> Mapping[str, Any]:
+    """What a tuned (or expanded) checkpoint was made from, whatever method made it."""
+    plain = folder / "baseline.json"
+    return read_json(plain).get("inputs", {}) if plain.is_file() else AdeptConfig.load(folder).inputs
 
 
 class Pipeline(Workspace):
@@ -205,11 +213,22 @@ class Pipeline(Workspace):
     def _chosen(self, scores: LayerScores | None) -> list[int]:
         if self.recipe.expand.layers is not None:
             return sorted(self.recipe.expand.layers)
+        if self.method.uniform:
+            originals = range(self._layers) if self.earlier is None else self.earlier.originals
+            return [originals[layer] for layer in evenly(len(originals), self.recipe.expand.k)]
         if scores is None:
             raise InputError(f"{self.scores_path}: no scores yet: run adept-fast score first, or set expand.layers")
         if self.earlier is None:
             return self._selected(scores)
         return [self.earlier.originals[layer] for layer in self._selected(scores.among(self.earlier.originals))]
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.recipe.method]
+
+    @cached_property
+    def _layers(self) -> int:
+        return len(decoder_layers(checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code)))
 
     @cached_property
     def earlier(self) -> AdeptConfig | None:
@@ -224,6 +243,8 @@ class Pipeline(Workspace):
 
     # expansion
     def expand(self) -> AdeptConfig:
+        if not self.method.copies:
+            raise InputError(f"method={self.recipe.method} trains no copies: there is nothing to expand")
         scores = LayerScores.load(self.scores_path) if self.scores_path.exists() else None
         if scores is not None and "model" in changed(scores.inputs, self._score_inputs()):
             self.require_same(self.scores_path, scores.inputs, self._score_inputs())
@@ -236,8 +257,8 @@ class Pipeline(Workspace):
             self.say(f"{self.expanded}: up to date")
             return record
         expand = self.recipe.expand
-        selection: dict[str, Any] = {"placement": "given", "k": len(layers), "notes": []}
-        if expand.layers is None and scores is not None:
+        selection: dict[str, Any] = {"placement": "uniform" if self.method.uniform else "given", "k": len(layers), "notes": []}
+        if expand.layers is None and scores is not None and not self.method.uniform:
             copies = self.earlier.copies if self.earlier else ()
             rivals = [layer for layer in undecided(scores, layers, expand.placement) if layer not in copies]
             notes = [f"the intervals do not part the chosen layers from {', '.join(map(str, rivals))}"] if rivals else []
@@ -298,6 +319,7 @@ class Pipeline(Workspace):
             rate_floor=tune.rate_floor,
             rate_average=tune.rate_average,
             rate_conflict=tune.rate_conflict,
+            equal_rates=not self.method.rates,
             refresh_steps=tune.refresh_steps,
             block_size=tune.block_size,
             seed=self.recipe.seed,
@@ -309,26 +331,31 @@ class Pipeline(Workspace):
             training=tune.training,
         )
 
-    def tune(self) -> None:
-        from adept_fast.tuning import tune_checkpoint
-
-        distributed.join()
-        self.need(self.expanded, "expand")
+    def _tune_inputs(self) -> dict[str, Any]:
         tune = self.recipe.tune
-        record = self.require_ours(self.expanded)
-        training = self.corpora.training()
+        layers: dict[str, Any] = {}
+        if self.method.copies:
+            self.need(self.expanded, "expand")
+            layers = {"expand.layers": [entry.copied_from for entry in self.require_ours(self.expanded).inserted]}
         inputs = {
             **self.base_inputs(),
-            "expand.layers": [entry.copied_from for entry in record.inserted],
-            "domain": training.digest,
+            "method": self.recipe.method,
+            **layers,
+            "domain": self.corpora.training().digest,
             "steering items": self.corpora.digest(self.corpora.steering()),
             "seed": self.recipe.seed,
             **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE},
             **{f"tune.{key}": value for key, value in tune.training.items()},
         }
-        inputs = json.loads(json.dumps(inputs, default=str))
+        return json.loads(json.dumps(inputs, default=str))
+
+    def tune(self) -> None:
+        from adept_fast.tuning import tune_baseline, tune_checkpoint
+
+        distributed.join()
+        tune, inputs = self.recipe.tune, self._tune_inputs()
         if self.tuned.exists():
-            self.require_same(self.tuned, AdeptConfig.load(self.tuned).inputs, inputs)
+            self.require_same(self.tuned, tuned_inputs(self.tuned), inputs)
             self.say(f"{self.tuned}: up to date")
             return
         _ = self.training_corpus
@@ -339,22 +366,19 @@ class Pipeline(Workspace):
             write_json(started, inputs)
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
-        tune_checkpoint(
-            self.expanded,
-            self.tuned,
-            self.training_corpus,
-            self.items(self.corpora.steering()),
-            {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items},
-            self._tuning_settings(),
-            work=self.work,
-            log=self.log,
-            metering=self.items(metering) if (metering := self.corpora.metering()) else (),
-            inputs=inputs,
-            say=self.say,
-            quiet=bool(self.quiet),
-            **self.loading,
-        )
-        self.say(f"{self.tuned}: tuned; every original tensor is bit-equal to {self.expanded.name}/")
+        monitors = {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items}
+        aside = {"work": self.work, "log": self.log, "inputs": inputs, "say": self.say, "quiet": bool(self.quiet), **self.loading}
+        settings = self._tuning_settings()
+        if self.method.copies:
+            metering = self.items(records) if (records := self.corpora.metering()) else ()
+            steering = self.items(self.corpora.steering())
+            tune_checkpoint(self.expanded, self.tuned, self.training_corpus, steering, monitors, settings, metering=metering, **aside)
+            self.say(f"{self.tuned}: tuned; every original tensor is bit-equal to {self.expanded.name}/")
+        else:
+            tune_baseline(
+                self.source, self.tuned, self.recipe.method, self.training_corpus, monitors, settings, rank=tune.lora_rank, **aside
+            )
+            self.say(f"{self.tuned}: tuned by {self.recipe.method}, without copies")
 
     # evaluation
     @cached_property
@@ -377,9 +401,9 @@ class Pipeline(Workspace):
         inputs = {**self.base_inputs(), **digests, "eval.general_limit": limit}
         for path in (self.expanded, self.tuned):
             if path.exists():
-                self.require_ours(path)
+                self.require_same(path, {"model": tuned_inputs(path).get("model")}, {"model": self.identity})
         if self.tuned.exists():
-            inputs["tuned"] = digest(AdeptConfig.load(self.tuned).inputs)
+            inputs["tuned"] = digest(tuned_inputs(self.tuned))
         inputs["expanded"] = self.expanded.exists()
         if self.eval_path.exists():
             result = read_json(self.eval_path)
@@ -468,9 +492,10 @@ class Pipeline(Workspace):
     def run(self) -> dict[str, Any]:
         """All stages that are due, in order."""
         self._check()
-        if self.recipe.expand.layers is None:
-            self.score()
-        self.expand()
+        if self.method.copies:
+            if self.recipe.expand.layers is None and not self.method.uniform:
+                self.score()
+            self.expand()
         self.tune()
         self.keep_recipe()
         result = self.evaluate()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from adept_fast.data.items import STYLES
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
+from adept_fast.methods import METHODS
 
 T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
@@ -25,8 +26,9 @@ COUNTS = (  # whole numbers, 1 or more
     "anchor_every",
     "anchor_tokens",
     "shuffle_window",
+    "lora_rank",
 )
-WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps")
+WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps")
 TRAINING = {
     "learning_rate": 2.0e-4,
     "num_train_epochs": 1,
@@ -83,6 +85,7 @@ class Expand:
 @dataclass(frozen=True)
 class Tune:
     """max_items: probe items and held-out documents measured at each refresh. replay: a general corpus mixed into training.
+    lora_rank: of method=lora.
     anchor_weight: of KL(base || model) on anchor_tokens steering tokens, added to the loss of every anchor_every-th step.
     streaming: read documents while training; null: where they exceed a gibibyte on disk, or a source has a share of the tokens.
     shuffle_window: documents of a source that a stream shuffles at a time.
@@ -105,6 +108,7 @@ class Tune:
     shuffle_window: int = 10_000
     general_limit: float | None = None
     general_action: str = "stop"
+    lora_rank: int = 16
     training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 
@@ -121,11 +125,12 @@ class Eval:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made from. Only model_name_or_path and domain have no default."""
+    """What a run is made from. Only model_name_or_path and domain have no default. method: see methods.py."""
 
     model_name_or_path: str = ""
     domain: tuple[Source, ...] = ()
     output_dir: str = "adept_out"
+    method: str = "adept"
     probe: Source = field(default_factory=lambda: Source(GENERAL))
     revision: str | None = None
     dtype: str | None = None
@@ -162,12 +167,27 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     recipe = settings(Recipe, overrides, content)
     if recipe.score.probe_format not in STYLES:
         raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {recipe.score.probe_format!r}")
+    check_method(recipe)
     if not 0 <= recipe.seed < 2**32:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, found {recipe.seed}")
     for key in required:
         if not getattr(recipe, key):
             raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
     return recipe
+
+
+def check_method(recipe: Recipe) -> None:
+    """Raise InputError for an unknown method, or settings that it has no use for."""
+    if recipe.method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, found {recipe.method!r}")
+    method = METHODS[recipe.method]
+    if method.uniform and recipe.expand.layers is not None:
+        raise InputError(f"method={recipe.method} spaces the copies evenly: leave expand.layers out")
+    if recipe.method == "replay" and recipe.tune.replay is None:
+        raise InputError("method=replay needs a corpus to replay: set tune.replay, with a share or weight")
+    for key in ("anchor_weight", "general_limit"):
+        if not method.copies and getattr(recipe.tune, key) is not None:
+            raise InputError(f"method={recipe.method} keeps no base inside the model to measure against: leave tune.{key} out")
 
 
 def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adept_fast import checkpoint
-from adept_fast.data.documents import Documents
+from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion import apply_copies, dial, expand_checkpoint, export_tuned, extract_copies, merge_copies, remove_copies
 from adept_fast.expansion.dial import dialled_model
@@ -191,11 +191,11 @@ def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> Non
 
 def tune(expanded: Path, target: Path, **loading: object) -> None:
     ids = np.random.default_rng(1).integers(3, tiny_models.VOCABULARY, 600).astype(np.int32)
-    documents = Documents(ids, np.array([0, 20, 90, 100, 250, 600]))
+    documents = WeightedDocuments(Documents(ids, np.array([0, 20, 90, 100, 250, 600])), np.ones(5))
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
     aside = {"work": target.parent / "work", "log": target.parent / "log.jsonl", "say": lambda _: None, "quiet": True}
-    tune_checkpoint(expanded, target, documents, np.ones(5), tiny_models.items(2), {}, settings, **aside, **loading)
+    tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, **aside, **loading)
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("mixtral", "bfloat16"), ("llama", None)])

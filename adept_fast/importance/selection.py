@@ -57,8 +57,13 @@ def by_placement(values: Tensor, k: int, placement: str) -> Tensor:
         return values.argsort(dim=1, stable=True)[:, :k].sort(1).values
     bands = [range(band * count // k, (band + 1) * count // k) for band in range(k)]
     if placement == "uniform":
-        return torch.tensor([[band[-1] for band in bands]]).expand(len(values), -1)
+        return torch.tensor([evenly(count, k)]).expand(len(values), -1)
     return torch.stack([band[0] + values[:, band[0] : band[-1] + 1].argmin(1) for band in bands], 1)
+
+
+def evenly(layers: int, k: int) -> list[int]:
+    """The last of each of k equal depth bands of `layers` layers."""
+    return [(band + 1) * layers // k - 1 for band in range(k)]
 
 
 def next_layer(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> dict[str, Any] | None:

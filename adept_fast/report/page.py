@@ -11,6 +11,7 @@ from typing import Any
 
 from adept_fast.artefacts import read_json, write_text
 from adept_fast.errors import InputError
+from adept_fast.methods import METHODS
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.report.certainty import conflicts, method_comparison, stability
@@ -54,10 +55,12 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     chosen = [entry["copied_from"] for entry in (record or {}).get("inserted") or []]
     names = recipe.get("model_name_or_path"), ((record or {}).get("source") or {}).get("name_or_path"), (scores or {}).get("model")
     model = str(next(filter(None, names), "model"))
+    method = METHODS.get(recipe.get("method", "adept"), METHODS["adept"])
+    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else ["expanded/adept_config.json"])}
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
         "verdict": verdict(models),
-        "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if not files[name].is_file()],
+        "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if name not in unused and not files[name].is_file()],
         "models": list(resolve(models)),
         "results": table(models),
         "same": {name: result for name, result in models.items() if result and "same_as" in result},

@@ -1,6 +1,7 @@
 """Stage 2: the copies are tuned, each unit at a learning rate of its own."""
 
 from adept_fast.tuning.anchor import Anchor
+from adept_fast.tuning.baselines import tune_baseline
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, RateRule, apply_rates, unit_rates
@@ -20,6 +21,7 @@ __all__ = [
     "check_settings",
     "fast_step",
     "plan",
+    "tune_baseline",
     "tune_checkpoint",
     "unit_rates",
 ]

@@ -39,7 +39,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
     probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units.
     rate_map: a map's name, a callable, or a RateRule with floor, moving average and conflict.
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
-    monitors: name -> items whose mean loss is logged at the start, each refresh and the end (they steer nothing).
+    monitors: name -> items whose mean loss is logged at the start, every `monitor_steps` (each refresh) and at the end; they steer nothing.
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
     log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
@@ -58,6 +58,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
         *,
         first: Mapping[tuple[str, int], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
+        monitor_steps: int | None = None,
         anchor: Anchor | None = None,
         meter: Meter | None = None,
         log: TrainerLog | None = None,
@@ -71,6 +72,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
         self.probe, self.units, self.refresh_steps = probe, units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
+        self.monitor_steps = monitor_steps or refresh_steps
         self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
         self.anchor, self.meter = anchor, meter
         self._anchored: Tensor | None = None
@@ -106,7 +108,10 @@ class AdeptCallback(TrainerCallback, ExportableState):
             self._monitor(model, 0)
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
-        self._timed = (time.perf_counter(), state.global_step)
+        self._start_timer(state.global_step)
+
+    def _start_timer(self, step: int) -> None:
+        self._timed = (time.perf_counter(), step)
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
         from adept_fast.expansion import first_importance
@@ -134,7 +139,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
             inner = adamw(optimizer)
             momenta = self._momenta(inner, model) if self.rule.conflict else None
             self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
-        if step % self.refresh_steps == 0 or last:
+        if step % self.monitor_steps == 0 or last or control.should_training_stop:
             self._monitor(model, step)
         self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from adept_fast.errors import InputError
 from adept_fast.tuning.meter import ACTIONS
@@ -19,13 +20,14 @@ from adept_fast.units import GRANULARITIES
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """What steers a run beside TrainingArguments (`training`: their names and values)."""
+    """What steers a run beside TrainingArguments (`training`: their names and values). equal_rates: every unit at the same rate."""
 
     units: str = "tensor"
     rate_map: str = "rank"
     rate_floor: float = 0.0
     rate_average: float = 0.0
     rate_conflict: bool = False
+    equal_rates: bool = False
     refresh_steps: int = 500
     block_size: int = 1024
     seed: int = 0
@@ -38,11 +40,25 @@ class TuningSettings:
 
     @property
     def rates(self) -> RateRule:
+        if self.equal_rates:
+            return RateRule(lambda importance, units: torch.ones_like(importance))
         return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
-def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingArguments:
-    """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept."""
+WSD = "warmup_stable_decay"
+DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
+
+
+def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 0) -> TrainingArguments:
+    """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept.
+
+    steps: of the run, where they are planned; WSD ("wsd" for short) decays over the last fifth of them unless lr_scheduler_kwargs
+    says otherwise.
+    """
+    training = dict(settings.training)
+    if training.get("lr_scheduler_type") in ("wsd", WSD):
+        decay = {"num_decay_steps": math.ceil(DECAY_SHARE * steps), "decay_type": "1-sqrt"}
+        training |= {"lr_scheduler_type": WSD, "lr_scheduler_kwargs": {**decay, **(training.get("lr_scheduler_kwargs") or {})}}
     given = {
         "logging_steps": 1,
         "save_steps": settings.refresh_steps,
@@ -51,7 +67,7 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool) -> TrainingAr
         "disable_tqdm": quiet,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": settings.seed,
-        **settings.training,
+        **training,
     }
     try:
         return TrainingArguments(output_dir=str(folder), **given)
@@ -71,9 +87,10 @@ def check_settings(settings: TuningSettings) -> None:
     if args.save_only_model:
         raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        raise InputError("tune.eval_strategy: held-out losses are logged every tune.refresh_steps: leave it at no")
+        raise InputError("tune.eval_strategy: held-out losses are logged every tune.eval_steps: leave it at no")
     optimizer, options = AdeptTrainer.get_optimizer_cls_and_kwargs(args)
     try:
-        optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
-    except ValueError as error:
+        stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
+        get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
         raise InputError(f"tune: {error}") from None

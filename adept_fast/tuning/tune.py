@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
-
 from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import remove_leftovers
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
-from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.tuning import sharded
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
-from adept_fast.tuning.isolation import keeps_documents_apart
-from adept_fast.tuning.log import TrainerLog
-from adept_fast.tuning.meter import Meter, stopped_in
-from adept_fast.tuning.plan import plan
-from adept_fast.tuning.position import IN_ORDER, StreamPosition
-from adept_fast.tuning.settings import TuningSettings, arguments
+from adept_fast.tuning.meter import Meter
+from adept_fast.tuning.run import Run
+from adept_fast.tuning.settings import TuningSettings
 from adept_fast.tuning.trainer import AdeptTrainer
 
 
@@ -52,26 +44,9 @@ def tune_checkpoint(
     Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
     """
     model = checkpoint.load_model(expanded, **loading)
-    tokenizer = checkpoint.load_tokenizer(expanded)
-    checkpoint.require_vocabulary(expanded, tokenizer, model)
-    positions = checkpoint.positions(expanded)
-    planned, blocks = plan(corpus, tokenizer, settings, positions)
-    if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
-        planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
-        say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
-    events = TrainerLog(log)
-    leads = distributed.rank() == 0
-    if work.is_dir() and leads:
-        remove_leftovers(work)
-    distributed.wait()
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    if last is None and leads:
-        log.unlink(missing_ok=True)
-        events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
-    if last is not None:
-        say(f"resuming from {Path(last).name}")
     if settings.general_limit is not None and not metering:
         raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
+    run = Run.begin(model, expanded, corpus, settings, work, log, say, quiet)
     anchor = None
     if settings.anchor_weight is not None:
         anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
@@ -82,32 +57,18 @@ def tune_checkpoint(
         settings.rates,
         first=load_first_importance(expanded),
         monitors=monitors,
+        monitor_steps=run.monitor_steps,
         anchor=anchor,
         meter=Meter(metering, settings.general_limit, settings.general_action) if metering else None,
-        log=events,
-        tokens_per_step=planned.tokens_per_step,
+        log=run.log,
+        tokens_per_step=run.planned.tokens_per_step,
         say=say,
         quiet=quiet,
     )
-    if isinstance(blocks, Stream):
-        settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-    trainer = AdeptTrainer(model, arguments(settings, work, quiet), adept=adept, train_dataset=blocks)
-    if isinstance(blocks, Stream):
-        trainer.add_callback(StreamPosition(blocks, len(blocks) // planned.steps, last))
-    trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
-    if last is not None and (_step(last) >= planned.steps or stopped_in(Path(last))):  # killed after the last step: it would make one more
-        trainer._load_from_checkpoint(last)
-        if leads:
-            events.cut(_step(last))
-            events.write("end", _step(last))
-    else:
-        trainer.train(resume_from_checkpoint=last)
+    trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks)
+    run.finish(trainer)
     state = sharded.gathered(trainer.model) if sharded.shards(trainer.model) else model.state_dict()
-    if leads:
+    if distributed.rank() == 0:
         remote = bool(loading.get("trust_remote_code", False))
         export_tuned(expanded, target, state, inputs=inputs, quiet=quiet, trust_remote_code=remote)
     distributed.wait()
-
-
-def _step(folder: str) -> int:
-    return int(folder.rpartition("-")[2])

@@ -1,0 +1,158 @@
+"""Baselines without copies: the base model trained whole, or through LoRA, in the harness that trains copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from adept_fast import checkpoint, distributed
+from adept_fast.artefacts import read_json, staged_folder, write_json
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.items import Item
+from adept_fast.data.stream import StreamedText
+from adept_fast.errors import ExpansionError, InputError
+from adept_fast.record import versions
+from adept_fast.tuning.callback import AdeptCallback
+from adept_fast.tuning.run import Run
+from adept_fast.tuning.settings import TuningSettings
+from adept_fast.tuning.trainer import COPIES, AdeptTrainer, save_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "baseline.json"
+
+
+class PlainCallback(AdeptCallback):
+    """AdeptCallback's log and monitors, without units and rates."""
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            self.log = self.say = None
+        if self.log and state.global_step:
+            self.log.cut(state.global_step)
+        if not state.global_step:
+            self._monitor(model, 0)
+        self._start_timer(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        if state.global_step % self.monitor_steps == 0 or state.global_step >= state.max_steps:
+            self._monitor(model, state.global_step)
+        self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
+
+
+class BaselineTrainer(AdeptTrainer):
+    """AdeptTrainer's optimizer and staged checkpoints for whatever parameters of a model require grad."""
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, adept: PlainCallback, **kwargs: Any) -> None:
+        model.config.use_cache = False
+        self._staging, self._adept = None, adept
+        Trainer.__init__(self, model, args, **kwargs)
+        self.add_callback(adept)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.train(self, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {name: tensor.detach().contiguous() for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+            save_file(trained, folder / COPIES)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """model: what the Trainer trains; merged: makes the plain model of it; may_change: whether a tensor of that may have moved."""
+
+    model: nn.Module
+    merged: Callable[[], PreTrainedModel]
+    may_change: Callable[[str], bool]
+    settings: Mapping[str, Any]
+
+
+def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepared:
+    """Set what of `model` is trained. rank: of the LoRA matrices; their scale is alpha / rank = 2."""
+    if method != "lora":
+        model.requires_grad_(True)
+        return Prepared(model, lambda: model, lambda name: True, {})
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise InputError("method=lora needs PEFT: pip install peft") from None
+    torch.manual_seed(seed)  # LoRA's first matrices are random
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    settings = {"rank": rank, "alpha": 2 * rank, "modules": sorted(adapted)}
+    return Prepared(wrapped.get_base_model(), wrapped.merge_and_unload, lambda name: name.removesuffix(".weight") in adapted, settings)
+
+
+def tune_baseline(
+    source: Path,
+    target: Path,
+    method: str,
+    corpus: WeightedDocuments | StreamedText,
+    monitors: Mapping[str, Sequence[Item]],
+    settings: TuningSettings,
+    *,
+    rank: int,
+    work: Path,
+    log: Path,
+    inputs: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+    **loading: Any,
+) -> None:
+    """Train the checkpoint `source` by `method` and write `target`, a plain checkpoint with baseline.json; see tune_checkpoint.
+
+    Raises ExpansionError when a tensor changed that the method must not touch, or none did.
+    """
+    if int(distributed.processes()) > 1 and method == "lora":
+        raise InputError("method=lora: on one process only")
+    model = checkpoint.load_model(source, **loading)
+    run = Run.begin(model, source, corpus, settings, work, log, say, quiet)
+    prepared = prepare(model, method, rank, settings.seed)
+    trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    adept = PlainCallback(
+        [],
+        refresh_steps=settings.refresh_steps,
+        monitors=monitors,
+        monitor_steps=run.monitor_steps,
+        log=run.log,
+        tokens_per_step=run.planned.tokens_per_step,
+        say=say,
+        quiet=quiet,
+    )
+    run.finish(BaselineTrainer(prepared.model, run.args, adept=adept, train_dataset=run.blocks))
+    merged = prepared.merged()
+    base = checkpoint.load_model(source, **loading).state_dict()
+    changed = [name for name, tensor in merged.state_dict().items() if not tensor.equal(base[name])]
+    touched = [name for name in changed if not prepared.may_change(name)]
+    if touched or not changed:
+        raise ExpansionError(f"training by {method} changed " + (f"{touched[0]}, which it must not touch" if touched else "nothing"))
+    if distributed.rank() == 0:
+        merged.config.use_cache = True
+        with staged_folder(target) as staging:
+            merged.to(_dtype(source, merged)).save_pretrained(staging)
+            checkpoint.carry_files(source, staging)
+            made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
+            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs or {}, "versions": versions(), **made})
+    distributed.wait()
+
+
+def _dtype(source: Path, model: PreTrainedModel) -> torch.dtype:
+    config = read_json(source / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if name else model.dtype

@@ -1,0 +1,89 @@
+"""What every training run does whatever it trains: plan, begin or go on, train to the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from adept_fast import checkpoint, distributed
+from adept_fast.artefacts import remove_leftovers
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.packing import Blocks
+from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.tuning.isolation import keeps_documents_apart
+from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.meter import stopped_in
+from adept_fast.tuning.plan import Plan, plan
+from adept_fast.tuning.position import IN_ORDER, StreamPosition
+from adept_fast.tuning.settings import TuningSettings, arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is planned: its blocks, its arguments, its log, and the checkpoint that it goes on from."""
+
+    planned: Plan
+    blocks: Blocks | Stream
+    args: TrainingArguments
+    log: TrainerLog
+    last: str | None
+
+    @classmethod
+    def begin(
+        cls,
+        model: PreTrainedModel,
+        folder: Path,
+        corpus: WeightedDocuments | StreamedText,
+        settings: TuningSettings,
+        work: Path,
+        log: Path,
+        say: Callable[[str], None],
+        quiet: bool,
+    ) -> Run:
+        """Plan the training of `model`, loaded from `folder`; a new run begins its log."""
+        tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
+        checkpoint.require_vocabulary(folder, tokenizer, model)
+        planned, blocks = plan(corpus, tokenizer, settings, positions)
+        if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
+            planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
+            say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+        events = TrainerLog(log)
+        leads = distributed.rank() == 0
+        if work.is_dir() and leads:
+            remove_leftovers(work)
+        distributed.wait()
+        last = get_last_checkpoint(str(work)) if work.is_dir() else None
+        if last is None and leads:
+            log.unlink(missing_ok=True)
+            events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
+        if last is not None:
+            say(f"resuming from {Path(last).name}")
+        if isinstance(blocks, Stream):
+            settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
+        return cls(planned, blocks, arguments(settings, work, quiet, planned.steps), events, last)
+
+    @property
+    def monitor_steps(self) -> int | None:
+        return None if self.args.eval_steps is None else int(self.args.eval_steps)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Train to the last step, from the last checkpoint where there is one."""
+        if isinstance(self.blocks, Stream):
+            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last))
+        trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
+        done = None if self.last is None else int(self.last.rpartition("-")[2])
+        if done is None or (done < self.planned.steps and not stopped_in(Path(self.last))):
+            trainer.train(resume_from_checkpoint=self.last)
+            return
+        trainer._load_from_checkpoint(self.last)  # killed after the last step: the Trainer would make one more
+        if distributed.rank() == 0:
+            self.log.cut(done)
+            self.log.write("end", done)
