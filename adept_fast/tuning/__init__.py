@@ -3,6 +3,7 @@
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.baselines import tune_baseline
 from adept_fast.tuning.callback import AdeptCallback
+from adept_fast.tuning.groups import rate_groups
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, RateRule, apply_rates, unit_rates
 from adept_fast.tuning.settings import TuningSettings, check_settings
@@ -21,6 +22,7 @@ __all__ = [
     "check_settings",
     "fast_step",
     "plan",
+    "rate_groups",
     "tune_baseline",
     "tune_checkpoint",
     "unit_rates",

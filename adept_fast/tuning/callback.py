@@ -22,6 +22,7 @@ from adept_fast.optim import AdamW
 from adept_fast.optim.shards import is_sharded
 from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
+from adept_fast.tuning.groups import refuse_flattened
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
 from adept_fast.tuning.meter import Meter
@@ -89,6 +90,7 @@ class AdeptCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        refuse_flattened(model, optimizer)
         self.on_init_end(args, state, control, model)
         model = bare(model)
         if not state.is_world_process_zero:

@@ -21,6 +21,7 @@ from adept_fast.record import record_of
 from adept_fast.saliency import bare
 from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback, adamw
+from adept_fast.tuning.groups import flattened
 from adept_fast.tuning.order import WholeSteps
 from adept_fast.tuning.rates import apply_rates
 from adept_fast.tuning.step import fast_step
@@ -48,6 +49,8 @@ class AdeptTrainer(Trainer):
         self._staging: Path | None = None
         self._adept = adept
         super().__init__(model, args, **kwargs)
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
+            raise flattened("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
         self.add_callback(adept)
         adept.on_init_end(args, self.state, self.control, model)
 
