@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from adept_fast.artefacts import read_json
-from adept_fast.errors import InputError
+from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.families import check_kind
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import INDEX, WEIGHTS, open_shards
@@ -114,8 +115,11 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_kind(config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except UnsupportedFamilyError:
+        raise
     except _refusals() as error:
         raise _cannot_be_loaded(folder, error) from None
 
@@ -124,7 +128,8 @@ def _refusals() -> tuple[type[Exception], ...]:
     """What transformers raises for a config.json that describes no model: most fields are used before anything checks them."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return StrictDataclassError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError
+    values = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError
+    return StrictDataclassError, OSError, RuntimeError, ImportError, *values
 
 
 def _cannot_be_loaded(folder: Path, error: Exception) -> InputError:

@@ -23,7 +23,7 @@ from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, check_limit, corpus, evaluate, largest_alpha
-from adept_fast.expansion import expand_checkpoint, verify_expansion
+from adept_fast.expansion import PRESERVING, check_initialisation, expand_checkpoint, largest_difference, verify_expansion
 from adept_fast.families import decoder_layers, describe, text_config
 from adept_fast.importance import (
     CHEAP,
@@ -250,7 +250,7 @@ class Pipeline(Workspace):
             self.require_same(self.scores_path, scores.inputs, self._score_inputs())
         layers = self._chosen(scores)
         steering = self.corpora.steering()
-        inputs = {**self.base_inputs(), "expand.layers": layers, "steering items": self.corpora.digest(steering)}
+        inputs = {**self.base_inputs(), **self._initialisation, "expand.layers": layers, "steering items": self.corpora.digest(steering)}
         if self.expanded.exists():
             record = AdeptConfig.load(self.expanded)
             self.require_same(self.expanded, record.inputs, inputs)
@@ -277,6 +277,7 @@ class Pipeline(Workspace):
             layers,
             name=self.recipe.model_name_or_path,
             steering=items,
+            initialisation=expand.initialisation,
             selection=selection,
             inputs=inputs,
             quiet=self.quiet,
@@ -284,14 +285,25 @@ class Pipeline(Workspace):
         )
         trainable, total = record.parameters["trainable"], record.parameters["total"]
         share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
-        self.say(f"{self.expanded}: copies of layers {layers}; logits bit-equal; {share} will train")
+        self.say(f"{self.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")
         return record
 
+    @property
+    def _initialisation(self) -> dict[str, str]:
+        """Among the inputs, where it is not what it is by default."""
+        how = self.recipe.expand.initialisation
+        return {} if how == "zero_output" else {"expand.initialisation": how}
+
     def verify(self) -> None:
-        """Fresh loads of base and expanded: bit-equal logits."""
+        """Fresh loads of base and expanded: bit-equal logits, or how far they differ where the initialisation is to change them."""
         self.need(self.expanded, "expand")
-        self.require_ours(self.expanded)
-        verify_expansion(checkpoint.load_model(self.source, **self.loading), checkpoint.load_model(self.expanded, **self.loading))
+        record = self.require_ours(self.expanded)
+        base, expanded = (checkpoint.load_model(folder, **self.loading) for folder in (self.source, self.expanded))
+        if not PRESERVING[record.initialisation]:
+            far = f"by up to {largest_difference(base, expanded):.3g} from those of {self.recipe.model_name_or_path}"
+            self.say(f"{self.expanded}: {_equality(record)}: logits differ {far}")
+            return
+        verify_expansion(base, expanded)
         dtype = self.recipe.dtype or "its own dtype"
         self.say(f"{self.expanded}: logits bit-equal to {self.recipe.model_name_or_path} in {dtype}, cached decoding too")
 
@@ -336,7 +348,8 @@ class Pipeline(Workspace):
         layers: dict[str, Any] = {}
         if self.method.copies:
             self.need(self.expanded, "expand")
-            layers = {"expand.layers": [entry.copied_from for entry in self.require_ours(self.expanded).inserted]}
+            copied = [entry.copied_from for entry in self.require_ours(self.expanded).inserted]
+            layers = {"expand.layers": copied, **self._initialisation}
         inputs = {
             **self.base_inputs(),
             "method": self.recipe.method,
@@ -418,8 +431,12 @@ class Pipeline(Workspace):
         models: dict[str, Any] = {}
         found: dict[str, Any] = {}
         models["base"], argmax = evaluate(checkpoint.load_model(self.source, **self.loading), general, domain, (), "base", self.quiet)
-        if self.expanded.exists():
+        if self.expanded.exists() and PRESERVING[AdeptConfig.load(self.expanded).initialisation]:
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
+        elif self.expanded.exists():
+            expanded = checkpoint.load_model(self.expanded, **self.loading)
+            models["expanded"], _ = evaluate(expanded, general, domain, argmax, "expanded", self.quiet)
+            del expanded
         if self.tuned.exists():
             tuned = checkpoint.load_model(self.tuned, **self.loading)
             models["tuned"], _ = evaluate(tuned, general, domain, argmax, "tuned", self.quiet)
@@ -480,6 +497,7 @@ class Pipeline(Workspace):
         from adept_fast.tuning import check_settings
 
         check_settings(self._tuning_settings())
+        check_initialisation(self.recipe.expand.initialisation)
         if self.recipe.eval.general_limit is not None:
             check_limit(self.recipe.eval.general_limit)
         skeleton = self._check_model()
@@ -501,3 +519,9 @@ class Pipeline(Workspace):
         result = self.evaluate()
         self.report()
         return result
+
+
+def _equality(record: AdeptConfig) -> str:
+    if PRESERVING[record.initialisation]:
+        return "logits bit-equal"
+    return f"{record.initialisation} changes what the model computes"

@@ -80,6 +80,7 @@ class Expand:
     placement: str = "lowest"
     layers: tuple[int, ...] | None = None
     budget: Budget | None = None
+    initialisation: str = "zero_output"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Inserted:
 @dataclass(frozen=True)
 class AdeptConfig:
     """source: name_or_path, identity, tensors_digest, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
-    inputs: what the stage was made from; proof: what was compared when it was written."""
+    inputs: what the stage was made from; proof: what was compared when it was written; initialisation: of the last expansion's copies."""
 
     inserted: tuple[Inserted, ...]
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -42,6 +42,7 @@ class AdeptConfig:
     versions: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     proof: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: str = "zero_output"
     schema: int = SCHEMA
 
     @property

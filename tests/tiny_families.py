@@ -18,11 +18,13 @@ SMALL = {
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "swa_num_attention_heads", "attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads", "kv_n_heads"), 2),
     **dict.fromkeys(("head_dim", "kv_channels", "swa_head_dim", "attention_head_dim", "global_head_dim", "dim_head", "v_head_dim"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads", "index_n_heads", "o_groups"), 4),
-    **dict.fromkeys(("intermediate_size", "n_inner", "dff", "dim_ff", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("intermediate_size", "n_inner", "dff", "dim_ff", "ffn_dim", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 48),
     **dict.fromkeys(("intermediate_size_mlp", "expert_ffn_hidden_size", "dense_intermediate_size", "prefix_dense_intermediate_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 24),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 24),
@@ -69,8 +71,26 @@ def _small(config: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
+DOTS3 = {
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+    **{"swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 4, "swa_v_head_dim": 8},
+}
+QWEN4 = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 2},
+    **{"ngram_vocab_size_base": 100, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8},
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bamba": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note_text": DOTS3,
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"hidden_size": 32, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"hidden_size": 32, "adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
@@ -78,6 +98,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        **{"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
+        **{"attn_layers": ["local"] * 4, "local_attn_chunk_length": 8, "feed_forward_size": 48},
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
+    "xmod": {"is_decoder": True, "default_language": "en_XX", "languages": ["en_XX"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a type needs beside: sizes that depend on one another, or a default without which nothing runs."""

@@ -5,16 +5,19 @@ from adept_fast.expansion.delta import apply_copies, extract_copies
 from adept_fast.expansion.dial import dial, dialled_model
 from adept_fast.expansion.export import export_tuned
 from adept_fast.expansion.first_rates import first_importance, load_first_importance
+from adept_fast.expansion.initialise import PRESERVING, check_initialisation
 from adept_fast.expansion.insert import ParameterCounts, copies, expand_model, freeze_original
 from adept_fast.expansion.merge import merge_copies
 from adept_fast.expansion.remove import remove_copies
-from adept_fast.expansion.verify import verify_expansion
+from adept_fast.expansion.verify import largest_difference, verify_expansion
 from adept_fast.expansion.write import expand_checkpoint
 
 __all__ = [
+    "PRESERVING",
     "ParameterCounts",
     "apply_copies",
     "bypassed",
+    "check_initialisation",
     "copies",
     "dial",
     "dialled_model",
@@ -24,6 +27,7 @@ __all__ = [
     "extract_copies",
     "first_importance",
     "freeze_original",
+    "largest_difference",
     "load_first_importance",
     "merge_copies",
     "remove_copies",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from adept_fast import checkpoint
 from adept_fast.artefacts import read_json, staged_folder, write_json
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
+from adept_fast.expansion.initialise import PRESERVING, fills, initial
 from adept_fast.families import Family, describe, layers_path
 from adept_fast.fingerprint import THREADS, tensors_digest
 from adept_fast.naming import Naming
@@ -69,11 +70,16 @@ class OnDisk:
         layer = self.naming.layer(stored.name)
         return None if layer is None or layer >= self.count else self.naming.fill(stored.name, self.family.silent[layer])
 
-    def silent(self, stored: Stored, name: str) -> Piece:
-        """The tensor of a silent copy that corresponds to `stored`."""
-        value = self.fill(stored)
+    def copied(self, stored: Stored, name: str, how: str) -> Piece:
+        """The tensor of a new copy that corresponds to `stored`; how: its initialisation."""
+        layer = self.naming.layer(stored.name)
+        assert layer is not None
+        names = dict(self.skeleton.get_submodule(f"{self.family.layers}.{layer}").named_parameters())
+        value = self.naming.fill(stored.name, fills(self.family, layer, names, how))
         if value is None:
             return Piece(name, stored.dtype, stored.shape, stored)
+        if not PRESERVING[how]:
+            return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(initial(as_tensor(stored), value, how, name)))
         return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
 
     def originals_digest(self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS) -> str:

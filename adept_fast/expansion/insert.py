@@ -7,7 +7,7 @@ base computes, bit for bit in the same dtype and kernel. Source: ADEPT (arXiv 25
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers, describe, expanded_config, layers_path, same_layers
+from adept_fast.expansion.initialise import check_initialisation, fills, initial
+from adept_fast.families import Family, decoder_layers, describe, expanded_config, layers_path, same_layers
 from adept_fast.record import KEY, AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
@@ -76,13 +77,15 @@ def arrange_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | Non
     return Arrangement(tuple(sources), tuple(inserted), tuple(new))
 
 
-def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: str = "zero_output") -> PreTrainedModel:
     """A new model with a silent copy of each chosen layer right after it; `model` stays as it is.
 
     The model is built from the expanded config, so that indices, caches and per-layer settings are those of a freshly loaded one.
     Tensors of the original layers are shared with `model`, not copied. `adept_config` of the result names the copies, those of earlier
-    expansions too; call freeze_original before training. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
+    expansions too; call freeze_original before training. initialisation: see initialise.py; all but zero_output and zero_gate_up give
+    copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
     """
+    check_initialisation(initialisation)
     family, earlier = describe(model), getattr(model, "adept_config", None)
     count = len(family.silent)
     made = arrange_copies(layers, count, earlier)
@@ -91,12 +94,16 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMod
     _fill(expanded, model, family.layers, made)
     after = decoder_layers(expanded)
     for index in made.new:
-        _silence(after[index], family.silent[made.sources[index]])
+        _initialise(after[index], family, made.sources[index], initialisation, index)
     total = sum(parameter.numel() for parameter in expanded.parameters())
     trainable = sum(parameter.numel() for index in made.new for parameter in after[index].parameters())
     source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "identity": "", "num_hidden_layers": count}
     expanded.adept_config = AdeptConfig(
-        inserted=made.inserted, source=source, parameters={"total": total, "trainable": trainable}, versions=versions()
+        inserted=made.inserted,
+        source=source,
+        parameters={"total": total, "trainable": trainable},
+        versions=versions(),
+        initialisation=initialisation,
     )
     setattr(expanded.config, KEY, expanded.adept_config.as_dict())
     return expanded.eval()
@@ -133,11 +140,12 @@ def _take(module: nn.Module, source: nn.Module, copied: bool) -> None:
         module._buffers[name] = tensor.clone() if copied and tensor is not None else tensor
 
 
-def _silence(layer: nn.Module, silent: Mapping[str, float]) -> None:
+def _initialise(layer: nn.Module, family: Family, source: int, how: str, index: int) -> None:
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     with torch.no_grad():
-        for name, value in silent.items():
-            tensors[name].fill_(value)
+        for name, value in fills(family, source, tensors, how).items():
+            if not tensors[name].is_meta:
+                tensors[name].copy_(initial(tensors[name], value, how, f"{index}.{name}"))
 
 
 def copies(model: PreTrainedModel) -> list[nn.Module]:

@@ -32,6 +32,14 @@ def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: T
     compare(observe(base, inputs), observe(expanded, inputs))
 
 
+def largest_difference(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> float:
+    """The largest logit difference of one forward, for copies that are not silent by design."""
+    inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=inputs, use_cache=False).logits.float() for model in (base, expanded))
+    return float((ours - theirs.to(ours.device)).abs().max())
+
+
 @torch.no_grad()
 def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
     """What a model computes, in eval mode: (how, logits) in one forward, then for each greedily decoded token."""

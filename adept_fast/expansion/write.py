@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from adept_fast.data.items import Item
 from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, refusals_naming, write_checkpoint
 from adept_fast.expansion.config import config_file
 from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
+from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.insert import arrange_copies, expand_model
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
 from adept_fast.fingerprint import identity, kind_of
@@ -29,16 +31,18 @@ def expand_checkpoint(
     steering: Sequence[Item] = (),
     selection: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    initialisation: str = "zero_output",
     verify: bool = True,
     quiet: bool | None = None,
     **loading: Any,
 ) -> AdeptConfig:
-    """Write `source` (a folder or hub name) with silent copies of `layers` to the new folder `target`; returns its record.
+    """Write `source` (a folder or hub name) with copies of `layers` to the new folder `target`; returns its record.
 
     The tensors go from shards to shards as bytes, in their own dtypes, without passing through memory. name: what the record calls the
     source (default: `source`). steering: probe items for the first unit importances, which are stored beside the weights; they need the
     model in memory. verify: compare every carried tensor, then load source and result one after the other and compare their logits, in
     `loading`'s dtype; False, for a model that memory does not hold, leaves a note in the record. On failure `target` does not appear.
+    initialisation: see expand_model; logits are compared only where it leaves them as they are.
     Raises InputError for bad input, ExpansionError when bits differ.
     """
     folder, target = checkpoint.resolve(str(source)), Path(target)
@@ -47,15 +51,16 @@ def expand_checkpoint(
     made = arrange_copies(layers, on_disk.count, earlier)
     chosen = [made.sources[index] for index in made.new]
     with refusals_naming(folder):
-        expanded = expand_model(on_disk.skeleton, chosen).adept_config
+        expanded = expand_model(on_disk.skeleton, chosen, initialisation).adept_config
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, chosen)
-    silenced = [Layer(source, on_disk.silent if index in made.new else None) for index, source in enumerate(made.sources)]
+    make = partial(on_disk.copied, how=initialisation)
+    silenced = [Layer(source, make if index in made.new else None) for index, source in enumerate(made.sources)]
     plan = arrange(on_disk, silenced)
     extra, seen = {}, None
-    if steering or verify:
+    if steering or (verify and PRESERVING[initialisation]):
         base = checkpoint.load_model(folder, **loading)
-        if verify:
+        if verify and PRESERVING[initialisation]:
             seen = observe(base, random_inputs(base))
         if steering:
             extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
@@ -75,19 +80,22 @@ def expand_checkpoint(
                 source={**described, "tensors_digest": tensors},
                 selection={"layers": chosen, **(selection or {})},
                 inputs=dict(inputs or {}),
-                proof=_proof(loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
+                proof=_proof(initialisation, loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
             )
 
         def prove(written: Path) -> None:
             prove_bytes(plan, written)
-            model = checkpoint.load_model(written, **loading)
-            compare(seen or [], observe(model, random_inputs(model)))
+            if seen is not None:
+                model = checkpoint.load_model(written, **loading)
+                compare(seen, observe(model, random_inputs(model)))
 
         written = write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
     assert written is not None
     return written
 
 
-def _proof(dtype: str | None) -> dict[str, Any]:
+def _proof(initialisation: str, dtype: str | None) -> dict[str, Any]:
+    if not PRESERVING[initialisation]:
+        return {"carried_tensors": "bit-equal", "note": f"{initialisation} changes what the model computes"}
     equal = dict.fromkeys(("carried_tensors", "logits", "decoding"), "bit-equal")
     return {**equal, "tokens": list(TOKENS), "dtype": dtype or "its own"}

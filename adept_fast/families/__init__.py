@@ -7,6 +7,7 @@ from adept_fast.families.config import expanded_config
 from adept_fast.families.family import Family, describe
 from adept_fast.families.fused import FUSED_ATTENTION, Part, fused_rows
 from adept_fast.families.layers import (
+    check_kind,
     decoder_layers,
     device_of,
     head_logits,
@@ -23,6 +24,7 @@ __all__ = [
     "FUSED_ATTENTION",
     "Family",
     "Part",
+    "check_kind",
     "decoder_layers",
     "describe",
     "device_of",

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adept_fast.errors import UnsupportedFamilyError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ONE_A_LAYER = (
-    *("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "attention_layers", "no_rope_layers"),
+    *("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"),
     *("layer_rope_theta", "num_attention_heads_per_layer"),
 )
 INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
@@ -82,6 +84,18 @@ def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> Pretrain
     return expanded
 
 
+def _indexers(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
+    """A "full" layer picks the tokens that the "shared" ones after it attend to; a copy of it in between would pick others for them."""
+    types = text.indexer_types
+    for layer in at.layers:
+        if types[layer : layer + 2] == ["full", "shared"]:
+            raise UnsupportedFamilyError(
+                f"{text.model_type}: cannot be expanded: layer {layer} picks the tokens that layer {layer + 1} attends to: "
+                "copy another layer"
+            )
+    return {"indexer_types": at.one_a_layer(types)}
+
+
 def _sparse_step(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
     """Every n-th layer is sparse -> the others are named."""
     step = text.decoder_sparse_step
@@ -108,6 +122,7 @@ def _scale_depth(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
 
 
 REWRITTEN: Mapping[str, Callable[[Any, _Positions], dict[str, Any]]] = {
+    "indexer_types": _indexers,
     "decoder_sparse_step": _sparse_step,
     "block_types": _cyclic_types,
     "attention_types": _attention_types,

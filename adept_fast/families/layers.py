@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,20 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def check_kind(config: PretrainedConfig) -> None:
+    """Raise UnsupportedFamilyError for a model that is no decoder alone."""
+    if config.is_encoder_decoder or hasattr(config.get_text_config(decoder=True), "decoder_layers"):
+        raise UnsupportedFamilyError(
+            f"{config.model_type}: an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models"
+        )
+
+
 def layers_path(model: PreTrainedModel) -> str:
     """Path of the decoder layers: of the text decoder's, the outermost module list with config.num_hidden_layers entries."""
+    check_kind(model.config)
+    if "shared_kv_states" in inspect.signature(model.forward).parameters:
+        raise UnsupportedFamilyError(f"{model.config.model_type}: drafts for another model, whose keys and values it needs")
     count = getattr(text_config(model), "num_hidden_layers", None)
-    if model.config.is_encoder_decoder or hasattr(text_config(model), "decoder_layers"):
-        raise UnsupportedFamilyError(
-            f"{model.config.model_type}: an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models"
-        )
     found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
         raise UnsupportedFamilyError(f"{model.config.model_type}: no list of {count} decoder layers found")

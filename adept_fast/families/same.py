@@ -49,12 +49,15 @@ def _difference(own: nn.Module, built: nn.Module, indices: tuple[int, int], conf
         if type(module) is not type(twin):
             return f"the kind of {path or 'layer'}"
         for kind in ("_parameters", "_buffers"):
-            for name, tensor in {**getattr(twin, kind), **getattr(module, kind)}.items():
-                if not _agree(tensor, getattr(twin, kind).get(name), kind == "_buffers" and name in module._non_persistent_buffers_set):
+            mine, other = getattr(module, kind), getattr(twin, kind)
+            for name in {**other, **mine}:
+                if not _agree(mine.get(name), other.get(name), kind == "_buffers" and name in module._non_persistent_buffers_set):
                     return f"{path}.{name}".lstrip(".")
         for name, value in vars(module).items():
             other = vars(twin).get(name)
-            if name.startswith("_") or name == "training" or not isinstance(value, PLAIN) or value == other or (value, other) == indices:
+            if name.startswith("_") or name == "training" or not isinstance(value, PLAIN) or value == other:
+                continue
+            if (value, other) == indices and not isinstance(value, bool):
                 continue
             if (value, other) != tuple(getattr(config, name, None) for config in configs):
                 return f"{path}.{name}".lstrip(".")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.families.layers import hidden_of, layers_path, replaced_forward, with_hidden
@@ -65,7 +66,7 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
     from transformers.initialization import no_init_weights
 
     own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
     with mode, no_init_weights():
         twin = type(model)(copy.deepcopy(model.config)).eval()
     twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
@@ -78,7 +79,7 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
         try:
             with mode, torch.enable_grad():
                 twin(input_ids=torch.zeros((1, TOKENS), dtype=torch.int64), use_cache=False)
-        except DataDependentOutputException:
+        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode):
             raise UnsupportedFamilyError(f"{name}: cannot be expanded: what it computes depends on values, not on shapes alone") from None
     found = {}
     for index in first.values():
@@ -104,8 +105,9 @@ def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]],
         if first not in traces:
             entry = hidden.detach().requires_grad_()
             traces[first] = entry, forward(entry, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": entry})
-            if not isinstance(hidden_of(traces[first][1]), Tensor):
-                raise UnsupportedFamilyError(f"{family}: cannot be expanded: its layers return {type(traces[first][1]).__name__}s")
+            kind = type(traces[first][1])
+            if (issubclass(kind, tuple) and kind is not tuple) or not isinstance(hidden_of(traces[first][1]), Tensor):
+                raise UnsupportedFamilyError(f"{family}: cannot be expanded: its layers return {kind.__name__}s")
         return with_hidden(traces[first][1], hidden)
 
     for tensor in (*layer.parameters(), *layer.buffers()):

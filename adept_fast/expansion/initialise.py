@@ -1,0 +1,54 @@
+"""What a new copy starts from. Two ways leave the model's function as it is, to the bit; two, for research, change it and are recorded so.
+
+zero_output: the last parameters of each branch are 0 (post-norm: the gain of the norm behind it).
+zero_gate_up: the same, but in gated MLPs the up projection instead of the output's; the gate stays, as with both at 0 neither ever learns.
+small_random: those of zero_output are normal noise about it, 2 % of the source's root mean square.
+scaled_source: they are a tenth of the source's, as the dial would leave them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.families import Family
+
+PRESERVING = {"zero_output": True, "zero_gate_up": True, "small_random": False, "scaled_source": False}
+NOISE, SHARE = 0.02, 0.1
+UP = ".up_proj.weight"
+
+
+def check_initialisation(how: str) -> None:
+    if how not in PRESERVING:
+        raise InputError(f"expand.initialisation must be one of {', '.join(PRESERVING)}, found {how!r}")
+
+
+def fills(family: Family, layer: int, names: Mapping[str, object], how: str) -> Mapping[str, float]:
+    """What makes a copy of `layer` silent: name within it -> value. names: of the layer's parameters.
+
+    Raises UnsupportedFamilyError where zero_gate_up cannot be: no MLP with an up_proj of its own, or a norm behind it.
+    """
+    silent = family.silent[layer]
+    if how != "zero_gate_up":
+        return silent
+    ups = [name for name in names if name.endswith(UP)]
+    inside = tuple(name.removesuffix("up_proj.weight") for name in ups)
+    within = {name for name in silent if name.startswith(inside) and not name.endswith("bias")} if inside else set()
+    if not within or family.gains[layer]:
+        reason = "a norm comes behind its branches" if family.gains[layer] else f"layer {layer} has no MLP with an up_proj of its own"
+        raise UnsupportedFamilyError(f"{family.name}: cannot be expanded by zero_gate_up: {reason}: use zero_output")
+    return {**{name: value for name, value in silent.items() if name not in within}, **dict.fromkeys(ups, 0.0)}
+
+
+def initial(source: Tensor, silent: float, how: str, name: str) -> Tensor:
+    """A tensor of a new copy that zero_output would fill with `silent`, in the dtype of `source`. name: seeds the noise."""
+    if PRESERVING[how]:
+        return torch.full_like(source, silent)
+    if how == "scaled_source":
+        return (SHARE * source.double() + (1 - SHARE) * silent).to(source.dtype)
+    noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
+    return (silent + NOISE * source.double().cpu().square().mean().sqrt() * noise).to(source)
