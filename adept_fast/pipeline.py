@@ -440,7 +440,7 @@ class Pipeline(Workspace):
         if self.tuned.exists():
             tuned = checkpoint.load_model(self.tuned, **self.loading)
             models["tuned"], _ = evaluate(tuned, general, domain, argmax, "tuned", self.quiet)
-            if limit is not None:
+            if limit is not None and self.method.copies:
                 found = {"dial": largest_alpha(tuned, general, domain, limit, self.quiet)}
         seconds = time.perf_counter() - started
         result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
