@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (),
     ),
     "report": ("write output_dir/report.html again", "adept-fast report output_dir=out", ()),
+    "compare": ("several runs side by side, with the spread over seeds", "adept-fast compare out/a out/b output_dir=out/compare", ()),
     "info": ("versions, and which backends were found", "adept-fast info", ()),
 }
 
@@ -64,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
                 _described(actions, action, about.what, f"adept-fast copies {action} {about.example}").add_argument(
                     "settings", nargs="*", metavar="key=value", help=f"keys: {keys}"
                 )
+        elif name == "compare":
+            command.add_argument("settings", nargs="+", metavar="FOLDER | output_dir=FOLDER", help="runs, and where to write")
         elif name != "info":
             command.add_argument(
                 "settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it"
@@ -117,6 +120,13 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         from adept_fast import copies_command
 
         _say(copies_command.run(action, settings, quiet))
+        return
+    if command == "compare":
+        from adept_fast.report import compare
+
+        keys = [setting for setting in settings if setting.startswith("output_dir=")]
+        target = keys[-1].partition("=")[2] if keys else "comparison"
+        _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target)}")
         return
     from adept_fast import recipe
     from adept_fast.pipeline import Pipeline

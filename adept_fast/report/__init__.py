@@ -2,6 +2,7 @@
 
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile
+from adept_fast.report.comparison import compare
 from adept_fast.report.drawing import save_png
 from adept_fast.report.page import write_report
 from adept_fast.report.units import unit_profile
@@ -14,4 +15,14 @@ PICTURES = {
 }
 """What is drawn from scores.json and the chosen layers, by file name: a figure, or nothing where scores.json does not hold it."""
 
-__all__ = ["PICTURES", "conflicts", "layer_profile", "method_comparison", "save_png", "stability", "unit_profile", "write_report"]
+__all__ = [
+    "PICTURES",
+    "compare",
+    "conflicts",
+    "layer_profile",
+    "method_comparison",
+    "save_png",
+    "stability",
+    "unit_profile",
+    "write_report",
+]

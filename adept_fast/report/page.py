@@ -76,7 +76,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "record": record,
         "inserted": _inserted(record, scores),
         "costs": list(_costs(scores, log, found.get("eval.json"))),
-        "recipe": list(_flat(recipe)) if recipe.get("model_name_or_path") else [],
+        "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -166,13 +166,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Settings as (dotted key, value), without those that are not set."""
     if isinstance(content, Mapping):
         for key, value in content.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(content, (list, tuple)) and any(isinstance(entry, Mapping) for entry in content):
         for index, entry in enumerate(content):
-            yield from _flat(entry, f"{prefix}[{index}]")
+            yield from flat(entry, f"{prefix}[{index}]")
     elif content is not None:
         yield prefix, ", ".join(map(str, content)) if isinstance(content, (list, tuple)) else str(content)
