@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from torch import Tensor
 
 from adept_fast import checkpoint
 from adept_fast.data.items import Item, load_items
-from adept_fast.families import decoder_layers
 from adept_fast.head import token_losses
 from adept_fast.importance import LayerScores
 from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.packs import pack, swept_length
 from adept_fast.importance.scores import STATISTICS
-from adept_fast.importance.sweep import _bypass, _forward, _wrapped, plan
+from adept_fast.importance.sweep import bypassed, pack_hidden, plan
 
 RESAMPLES = 1000
 
@@ -139,13 +137,12 @@ def _choices(exact: LayerScores, name: str) -> dict[str, Any]:
 def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, kept: _Kept) -> dict[str, Any]:
     """Nats per supervised token lost without each of `layers`, and without each two of them, on the same items."""
     packs = pack(items, range(len(items)), plan(model, items).pack)
-    modules = decoder_layers(model)
 
     def loss(without: tuple[int, ...]) -> float:
         total = 0.0
         for each in packs:
-            with _without(modules, without):
-                hidden = _forward(model, each)[:, each.rows]
+            with bypassed(model, without):
+                hidden = pack_hidden(model, each)[:, each.rows]
             total += float(token_losses(model, hidden, each.targets[None]).double().sum())
         return total / sum(item.supervised for item in items)
 
@@ -163,10 +160,3 @@ def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores,
         "largest_excess": round(float((joint - sums).max()), 4),
         "spearman_of_pairs": round(float(_spearman(joint, sums)), 3),
     }
-
-
-def _without(modules: Any, layers: tuple[int, ...]) -> ExitStack:
-    stack = ExitStack()
-    for layer in layers:
-        stack.enter_context(_wrapped(modules[layer], _bypass))
-    return stack

@@ -10,7 +10,7 @@ layer only what gives keys and values runs on all tokens, the rest on the rows t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +92,11 @@ def _even_parts(count: int, most: int) -> Iterator[slice]:
         yield slice(part * count // parts, (part + 1) * count // parts)
 
 
-def _forward(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """Positions are given only where they start again: without them the model may take the faster causal path."""
+def pack_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """Last hidden states of a pack, [1, tokens, hidden].
+
+    Positions are given only where they start again: without them the model may take the faster causal path.
+    """
     positions = {"position_ids": pack.positions[None]} if len(pack.items) > 1 else {}
     return last_hidden(model, pack.ids[None], **positions)
 
@@ -115,7 +118,16 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int
             stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
             stack.enter_context(_wrapped(module, front.wrapper(layer)))
-        return _forward(model, pack)
+        return pack_hidden(model, pack)
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """For the time being, the residual stream passes through these layers unchanged."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_wrapped(decoder_layers(model)[layer], _bypass))
+        yield
 
 
 def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -124,11 +136,10 @@ def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Tensor:
     """The same from one forward a layer, each with that layer bypassed: for models whose layers cannot be run on a batch of variants."""
-    modules = decoder_layers(model)
-    rows = [_forward(model, pack)[:, pack.rows]]
+    rows = [pack_hidden(model, pack)[:, pack.rows]]
     for layer in layers:
-        with _wrapped(modules[layer], _bypass):
-            rows.append(_forward(model, pack)[:, pack.rows])
+        with bypassed(model, [layer]):
+            rows.append(pack_hidden(model, pack)[:, pack.rows])
     return torch.cat(rows)
 
 
@@ -195,7 +206,7 @@ def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
         return forward(hidden, *args, **kwargs)
 
     with _wrapped(last, trying):
-        _forward(model, pack)
+        pack_hidden(model, pack)
     return tuple(found)
 
 
