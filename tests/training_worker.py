@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
@@ -45,11 +46,19 @@ def blocks() -> Blocks:
 
 
 def trained(
-    folder: Path, engine: type[AdeptTrainer], units: str, resume: str | None = None, adept: dict | None = None, dropout=0.0, **changes: Any
-):
+    folder: Path,
+    engine: type[AdeptTrainer],
+    units: str,
+    resume: str | None = None,
+    adept: dict[str, Any] | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    callbacks: Sequence[TrainerCallback] = (),
+    **changes: Any,
+) -> tuple[AdeptTrainer, list[dict]]:
     """The trainer after its run, and the log's lines (on rank 0)."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    model = expand_model(tiny_models.model("llama", num_hidden_layers=3, attention_dropout=dropout), [0, 1])
+    model = expand_model(tiny_models.model("llama", num_hidden_layers=3, dtype=dtype, attention_dropout=dropout), [0, 1])
     log = TrainerLog(folder / "log.jsonl")
     options = {"refresh_steps": 4, "monitors": {"general": tiny_models.items(3, seed=9)}, **(adept or {})}
     callback = AdeptCallback(tiny_models.items(5), units, log=log, quiet=True, **options)
@@ -69,6 +78,8 @@ def trained(
         **changes,
     }
     trainer = engine(model, TrainingArguments(output_dir=str(folder / "work"), **given), adept=callback, train_dataset=blocks())
+    for other in callbacks:
+        trainer.add_callback(other)
     trainer.train(resume_from_checkpoint=resume)
     if dist.is_initialized():
         dist.barrier()
