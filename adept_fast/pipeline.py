@@ -268,8 +268,6 @@ class Pipeline(Workspace):
                 selection["next"] = next_layer(scores, layers, expand.placement)
                 selection["shares"] = scores.costs.shares(layers)
                 self.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**selection["shares"]))
-        for note in selection["notes"]:
-            self.say(note)
         items = self.items(steering)
         record = expand_checkpoint(
             self.source,
@@ -283,6 +281,8 @@ class Pipeline(Workspace):
             quiet=self.quiet,
             **self.loading,
         )
+        for note in record.selection["notes"]:
+            self.say(note)
         trainable, total = record.parameters["trainable"], record.parameters["total"]
         share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
         self.say(f"{self.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")

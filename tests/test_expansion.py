@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_families
 import tiny_models
 import torch
 from safetensors.torch import load_file
@@ -314,3 +315,14 @@ def test_a_model_saved_again_in_another_dtype_says_so(tmp_path: Path) -> None:
 
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(one[name].view(torch.uint8).equal(other[name].view(torch.uint8)) for name in one)
+
+
+def test_a_broken_period_is_warned_of(tmp_path: Path) -> None:
+    """Gemma 3's windows come every so many layers: config.json lists them after a copy, but an engine that counts layers is wrong."""
+    tiny_families.model("gemma3_text").save_pretrained(tmp_path / "gemma")
+    record = expand_checkpoint(tmp_path / "gemma", tmp_path / "expanded", [1], verify=False, quiet=True)
+    assert [note.partition(":")[0] for note in record.selection["notes"]] == ["layer_types repeated every 2 layers and no longer does"]
+    types = json.loads((tmp_path / "expanded" / "config.json").read_text())["layer_types"]
+    assert types == [("sliding_attention", "full_attention")[index] for index in (0, 1, 1, 0, 1)]
+    tiny_models.checkpoint(tmp_path / "qwen", "qwen3")
+    assert expand_checkpoint(tmp_path / "qwen", tmp_path / "plain", [1], verify=False, quiet=True).selection["notes"] == []

@@ -18,6 +18,7 @@ from adept_fast.expansion.first_rates import FILE, as_tensors, first_importance
 from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.insert import arrange_copies, expand_model
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
+from adept_fast.families import broken_periods, expanded_config
 from adept_fast.fingerprint import identity, kind_of
 from adept_fast.record import AdeptConfig
 
@@ -42,6 +43,7 @@ def expand_checkpoint(
     source (default: `source`). steering: probe items for the first unit importances, which are stored beside the weights; they need the
     model in memory. verify: compare every carried tensor, then load source and result one after the other and compare their logits, in
     `loading`'s dtype; False, for a model that memory does not hold, leaves a note in the record. On failure `target` does not appear.
+    The record's selection.notes warn of engines that would read another model from it.
     initialisation: see expand_model; logits are compared only where it leaves them as they are.
     Raises InputError for bad input, ExpansionError when bits differ.
     """
@@ -52,6 +54,7 @@ def expand_checkpoint(
     chosen = [made.sources[index] for index in made.new]
     with refusals_naming(folder):
         expanded = expand_model(on_disk.skeleton, chosen, initialisation).adept_config
+        warned = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, chosen)
     make = partial(on_disk.copied, how=initialisation)
@@ -78,7 +81,7 @@ def expand_checkpoint(
             return replace(
                 expanded,
                 source={**described, "tensors_digest": tensors},
-                selection={"layers": chosen, **(selection or {})},
+                selection={"layers": chosen, **(selection or {}), "notes": [*(selection or {}).get("notes", ()), *warned]},
                 inputs=dict(inputs or {}),
                 proof=_proof(initialisation, loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
             )

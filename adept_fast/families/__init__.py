@@ -3,7 +3,7 @@
 Nothing outside this package knows one family from another, and nothing in it knows one by name where its structure tells.
 """
 
-from adept_fast.families.config import expanded_config
+from adept_fast.families.config import broken_periods, expanded_config
 from adept_fast.families.family import Family, describe
 from adept_fast.families.fused import FUSED_ATTENTION, Part, fused_rows
 from adept_fast.families.layers import (
@@ -24,6 +24,7 @@ __all__ = [
     "FUSED_ATTENTION",
     "Family",
     "Part",
+    "broken_periods",
     "check_kind",
     "decoder_layers",
     "describe",

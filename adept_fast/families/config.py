@@ -84,6 +84,24 @@ def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> Pretrain
     return expanded
 
 
+def broken_periods(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
+    """A sentence for each per-layer field that repeated with a period in `before` and no longer does in `after`."""
+    old, new = (vars(config.get_text_config(decoder=True)) for config in (before, after))
+    found = {key: period for key in ONE_A_LAYER if isinstance(old.get(key), list) and (period := _period(old[key])) > 1}
+    return [
+        f"{key} repeated every {period} layers and no longer does: config.json lists it layer by layer, but an engine that counts layers "
+        "modulo a period instead (llama.cpp for Gemma-like models, say) computes something else: compare its tokens before use"
+        for key, period in found.items()
+        if any(value != new[key][index % period] for index, value in enumerate(new[key]))
+    ]
+
+
+def _period(values: Sequence[Any]) -> int:
+    """After how many entries they repeat, at least once; 0 where they do not, 1 where they are all the same."""
+    periods = range(1, len(values) // 2 + 1)
+    return next((period for period in periods if all(value == values[at % period] for at, value in enumerate(values))), 0)
+
+
 def _indexers(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
     """A "full" layer picks the tokens that the "shared" ones after it attend to; a copy of it in between would pick others for them."""
     types = text.indexer_types
