@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,44 +18,20 @@ from typing import TYPE_CHECKING, Any
 from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import read_json, write_json
 from adept_fast.data.documents import WeightedDocuments
-from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, check_limit, corpus, evaluate, largest_alpha
 from adept_fast.expansion import PRESERVING, check_initialisation, expand_checkpoint, largest_difference, verify_expansion
-from adept_fast.families import decoder_layers, describe, text_config
-from adept_fast.importance import (
-    CHEAP,
-    LOSSES,
-    LayerScores,
-    Race,
-    UnitScores,
-    certified,
-    check_budget,
-    check_choice,
-    compare_scores,
-    corpus_conflicts,
-    evenly,
-    forwards,
-    mask_units,
-    masked_units,
-    next_layer,
-    score_layers,
-    select_layers,
-    selection_stability,
-    undecided,
-)
+from adept_fast.families import describe
+from adept_fast.importance import LayerScores, next_layer, undecided
 from adept_fast.inputs import changed, digest
-from adept_fast.methods import METHODS, Method
 from adept_fast.record import AdeptConfig, versions
-from adept_fast.report import PICTURES, save_png, unit_profile, write_report
-from adept_fast.workspace import Workspace
+from adept_fast.report import write_report
+from adept_fast.scoring import Scoring
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
-APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of their own
-DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
 
 
@@ -66,180 +41,8 @@ def tuned_inputs(folder: Path) -> Mapping[str, Any]:
     return read_json(plain).get("inputs", {}) if plain.is_file() else AdeptConfig.load(folder).inputs
 
 
-class Pipeline(Workspace):
+class Pipeline(Scoring):
     """The stages of one recipe, each of which takes and leaves an artefact."""
-
-    # stage 1
-    def _score_inputs(self) -> dict[str, Any]:
-        score = self.recipe.score
-        race = {"expand.k": self.recipe.expand.k} if score.regret is not None else {}
-        return {
-            **self.base_inputs(),
-            "probe": self.corpora.digest(self.corpora.probe.scoring),
-            **{f"score.{key}": value for key, value in vars(score).items() if key not in APART},
-            **({"score.domain": self.corpora.digest(self.corpora.domain_scoring())} if score.domain_items else {}),
-            **race,
-        }
-
-    def score(self) -> LayerScores:
-        """scores.json, and unit_scores.json where the recipe asks for it."""
-        distributed.join()
-        scores = self._score_layers()
-        self._score_units()
-        return scores
-
-    def _score_layers(self) -> LayerScores:
-        inputs = self._score_inputs()
-        if self.scores_path.exists():
-            scores = LayerScores.load(self.scores_path)
-            self.require_same(self.scores_path, scores.inputs, inputs)
-            self.say(f"{self.scores_path}: up to date")
-            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
-        else:
-            records = self.corpora.scoring()
-            self._check_model()
-            model = checkpoint.load_model(self.source, **self.loading)
-            items = self.items(records, self.recipe.score.probe_format)
-            loss = self.recipe.score.loss or ("kl" if self.tokenizer.chat_template else "answer")
-            self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {loss}")
-            journal = self.folder / ".scores.journal"
-            score = self.recipe.score
-            race = Race(self.recipe.expand.k, score.regret, score.confidence) if score.regret is not None else None
-            scores = score_layers(
-                model,
-                items,
-                score.method,
-                loss if score.method == "masking" or score.loss else "answer",
-                losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
-                domain=self._domain_items(),
-                race=race,
-                sweep_tokens=score.sweep_tokens,
-                seed=self.recipe.score.seed,
-                journal=journal,
-                inputs=inputs,
-                quiet=self.quiet,
-            )
-            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
-            distributed.wait()
-            if distributed.rank():
-                return scores
-            scores.save(self.scores_path)
-            for part in self.folder.glob(f"{journal.name}*"):
-                part.unlink()
-            for note in scores.notes:
-                self.say(note)
-            if scores.certificate:
-                self.say(certified(scores.certificate))
-        chosen = self._chosen(scores)
-        scores = self._analysed(scores, chosen, others)
-        content = read_json(self.scores_path)
-        for name, draw in PICTURES.items():
-            figure = draw(content, chosen)
-            if figure is not None:
-                save_png(figure, self.folder / name)
-        values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
-        self.say(f"chosen layers ({scores.loss}, nats per token lost without each): {values}")
-        return scores
-
-    def _score_units(self) -> None:
-        score, path = self.recipe.score, self.folder / "unit_scores.json"
-        if score.units is None:
-            return
-        inputs = {**self._score_inputs(), "score.units": score.units, "score.unit_layers": score.unit_layers and list(score.unit_layers)}
-        if path.exists():
-            found = UnitScores.load(path)
-            self.require_same(path, found.inputs, inputs)
-        else:
-            model = checkpoint.load_model(self.source, **self.loading)
-            items, units = self.items(self.corpora.scoring(), score.probe_format), masked_units(model, score.units, score.unit_layers)
-            cost = forwards(units, len(decoder_layers(model)))
-            self.say(f"masking {len(units)} units on {len(items)} probe items: the work of about {cost:.0f} forwards of the probe")
-            loss = score.loss or ("kl" if self.tokenizer.chat_template else "answer")
-            journal = self.folder / ".unit_scores.journal"
-            kept = {"journal": journal, "inputs": inputs, "quiet": self.quiet, "seed": score.seed, "sweep_tokens": score.sweep_tokens}
-            found = mask_units(model, items, score.units, loss, layers=score.unit_layers, **kept)
-            distributed.wait()
-            if distributed.rank():
-                return
-            found.save(path)
-            for part in self.folder.glob(f"{journal.name}*"):
-                part.unlink()
-        save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
-
-    def _domain_items(self) -> list[Item]:
-        """The first DOMAIN_TOKENS of each document of the domain to be scored."""
-        if not self.recipe.score.domain_items:
-            return []
-        items = [tokenize_item(record, self.tokenizer) for record in self.corpora.domain_scoring()]
-        limit = min(DOMAIN_TOKENS, self.positions)
-        return [Item(item.input_ids[:limit], item.input_ids[:limit]) for item in items if len(item.input_ids) > 1]
-
-    def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
-        """With what single items tell of this choice; saved where that is new."""
-        if scores.certificate or not scores.per_item:
-            return scores
-        expand, found = self.recipe.expand, {}
-        if expand.layers is None and self.earlier is None:
-            found["stability"] = selection_stability(scores, chosen, expand.placement)
-            whole = found["stability"]["sizes"][-1]
-            self.say(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")
-        if "domain" in scores.profiles:
-            found["conflicts"] = corpus_conflicts(scores, scores.loss, "domain")
-            apart = ", ".join(map(str, found["conflicts"]["layers"])) or "none"
-            self.say(f"layers that probe and domain rank apart beyond their intervals: {apart}")
-        if others:
-            found["comparison"] = compare_scores([scores, *others])
-        if found != scores.analysis:
-            scores = replace(scores, analysis=found)
-            scores.save(self.scores_path)
-        return scores
-
-    def _cheap(self, method: str, scores: LayerScores) -> LayerScores:
-        """Scores of the same items by another method, kept as scores.METHOD.json."""
-        path = self.scores_path.with_name(f"scores.{method}.json")
-        inputs = {**self._score_inputs(), "score.method": method}
-        if path.exists():
-            found = LayerScores.load(path)
-            self.require_same(path, found.inputs, inputs)
-            return found
-        items = self.items(self.corpora.scoring(), self.recipe.score.probe_format)
-        loss = scores.loss if scores.loss in ("answer", "all") else "answer"
-        model = checkpoint.load_model(self.source, **self.loading)
-        found = score_layers(model, items, method, loss, seed=self.recipe.score.seed, inputs=inputs, quiet=self.quiet)
-        if distributed.leads():
-            found.save(path)
-        return found
-
-    def _chosen(self, scores: LayerScores | None) -> list[int]:
-        if self.recipe.expand.layers is not None:
-            return sorted(self.recipe.expand.layers)
-        if self.method.uniform:
-            originals = range(self._layers) if self.earlier is None else self.earlier.originals
-            return [originals[layer] for layer in evenly(len(originals), self.recipe.expand.k)]
-        if scores is None:
-            raise InputError(f"{self.scores_path}: no scores yet: run adept-fast score first, or set expand.layers")
-        if self.earlier is None:
-            return self._selected(scores)
-        return [self.earlier.originals[layer] for layer in self._selected(scores.among(self.earlier.originals))]
-
-    @property
-    def method(self) -> Method:
-        return METHODS[self.recipe.method]
-
-    @cached_property
-    def _layers(self) -> int:
-        return len(decoder_layers(checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code)))
-
-    @cached_property
-    def earlier(self) -> AdeptConfig | None:
-        """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
-        return AdeptConfig.find(self.source)
-
-    def _selected(self, scores: LayerScores) -> list[int]:
-        expand = self.recipe.expand
-        if expand.budget is not None:
-            return select_layers(scores, placement=expand.placement, budget=expand.budget.shares)
-        return select_layers(scores, expand.k, expand.placement)
 
     # expansion
     def expand(self) -> AdeptConfig:
@@ -473,24 +276,6 @@ class Pipeline(Workspace):
         path = write_report(self.folder, recipe, versions())
         self.say(f"report: {path}")
         return path
-
-    def _check_model(self) -> Any:
-        """The model without its weights, whose layers the recipe must fit."""
-        skeleton, expand = checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code), self.recipe.expand
-        if self.earlier is not None and self.recipe.score.regret is not None:
-            raise InputError("score.regret: a race would count the copies that this model has already: score it without one")
-        copied = len(self.earlier.copies) if self.earlier is not None and expand.layers is None else 0
-        check_choice(len(decoder_layers(skeleton)) - copied, expand.k, expand.placement, expand.layers)
-        if expand.budget is not None:
-            check_budget(expand.budget.shares)
-            if self.earlier is not None:
-                raise InputError("expand.budget counts shares of a model without copies, and this one has some: give expand.k")
-            if self.recipe.score.regret is not None:
-                raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
-        for method in self.recipe.score.compare:
-            if method not in CHEAP:
-                raise InputError(f"score.compare takes {', '.join(CHEAP)}, found {method!r}")
-        return skeleton
 
     def _check(self) -> None:
         """Find what is wrong with model, corpora and settings before an hour of scoring."""

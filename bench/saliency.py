@@ -9,6 +9,7 @@
 All parameters of the decoder layers require a gradient in every way, and the forward is not timed. Overheads are medians over rounds of the
 ratio to `kept` (a plain backward) and to `freed` in the same round. peak_mib: what tensors take at most during a backward, beyond what they
 took before, by its own record; resident_mib: the same by the process's high-water mark, which adds what allocator and libraries hold.
+sums: one matrix's sums by row and by column alone, against a copy of as many bytes in the same rounds, the cache flushed before each.
 Without --model a random model of SmolLM2-135M's shape stands in: the same work.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from adept_fast.data.items import Item
 from adept_fast.families import decoder_layers
-from adept_fast.gradient_sums import GradientSums, only_these_require_grad
+from adept_fast.gradient_sums import GradientSums, only_these_require_grad, saliency_sums
 from adept_fast.losses import batch_loss
 from bench.linear_cross_entropy import peak_memory
 from bench.scoring import random_model
@@ -57,8 +58,32 @@ def main(argv: list[str]) -> dict[str, Any]:
         "model": Path(given.model).name if given.model else "random, SmolLM2-135M's shape",
         "parameters": sum(p.numel() for p in parameters.values()),
         "largest_parameter_mib": max(p.numel() * p.element_size() for p in parameters.values()) / 2**20,
+        "sums": {name: _sums(dtype, given.rounds, device) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
         **{f"{tokens}_tokens": _measured(model, parameters, tokens, given.rounds, device) for tokens in given.tokens},
     }
+
+
+def _sums(dtype: torch.dtype, rounds: int, device: torch.device) -> dict[str, float]:
+    """GB/s of reading weight and gradient once, and per cent of what a copy reads and writes: medians of interleaved rounds."""
+    side = 8192 if device.type == "cuda" else 2048
+    weight, gradient = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    flush = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(weight)
+    ways = {
+        "copy": lambda: target.copy_(weight),
+        "rows": lambda: saliency_sums(weight, gradient, 0),
+        "columns": lambda: saliency_sums(weight, gradient, 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            flush.add_(1)
+            start = _now(device)
+            way()
+            seconds[name].append(_now(device) - start)
+    rates = {name: 2 * weight.nbytes / median(values[1:]) / 1e9 for name, values in seconds.items()}
+    shares = {f"{name}_percent_of_copy": 100 * rates[name] / rates["copy"] for name in ("rows", "columns")}
+    return {**{f"{name}_gb_s": rate for name, rate in rates.items()}, **shares}
 
 
 def _measured(model: nn.Module, parameters: dict[str, nn.Parameter], tokens: int, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from adept_fast.report.drawing import to_svg
 from adept_fast.report.forgetting import forgetting
 from adept_fast.report.rates import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
+from adept_fast.report.units import unit_profile
 
 SCHEMAS = {"adept_config.json": (1, 2)}  # and 1 alone of every other artefact
 MAKERS = {
@@ -46,6 +47,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
     found = {name: _read(path) for name, path in files.items() if path.suffix == ".json" and path.is_file()}
+    units = output_dir / "unit_scores.json"
     log = read_log(files["trainer_log.jsonl"])
     scores, record = found.get("scores.json"), found.get("expanded/adept_config.json")
     models = (found.get("eval.json") or {}).get("models") or {}
@@ -68,6 +70,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "scores": scores,
         "profile": to_svg(layer_profile(scores, chosen)) if scores else None,
         "certainty": [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None],
+        "units": to_svg(unit_profile(_read(units))) if units.is_file() else None,
         "next": next_copy((record or {}).get("selection") or {}),
         "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
         "refreshes": len(refreshes),
