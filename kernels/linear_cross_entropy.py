@@ -165,7 +165,7 @@ def share_kernel(
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
     """See adept_fast.reference. hidden, head: one of fp32, bf16 and fp16; a divergence multiplies twice, a gradient three times as much.
 
-    Holds beside its results 24 bytes a row and share of the vocabulary: at most 24 PROGRAMS (1 + rows of a block) in all.
+    Holds beside its results 24 bytes a row and share of the vocabulary: at most 24 PROGRAMS tile.rows, 3 MiB, and 24 a row.
     """
     rows, width = hidden.shape
     vocabulary = len(head.weight)

@@ -99,6 +99,13 @@ def test_domain_is_a_profile_of_its_own_items(scored: tuple, tmp_path) -> None:
     assert set(cheap.profiles) == {"hidden", "domain"}
 
 
+def test_methods_that_are_no_plain_means_are_resampled_by_their_own_statistic() -> None:
+    several = [score_layers(tiny_models.model(**CHANGES), tiny_models.items(6), method, quiet=True) for method in ("rank", "cumulative")]
+    found = compare_scores(several)
+    assert 0 < found["low"][0][1] <= found["spearman"][0][1] <= found["high"][0][1] <= 1
+    assert selection_stability(several[0], select_layers(several[0], 2))["sizes"][-1]["same"] > 0
+
+
 def test_stability_is_the_share_of_random_probes_that_choose_alike() -> None:
     """Two layers tie but for a coin per item: of n items the first is lower with the probability of more heads than tails."""
     generator = torch.Generator().manual_seed(0)
