@@ -15,6 +15,7 @@ from adept_fast.artefacts import remove_leftovers
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.errors import InputError
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import stopped_in
@@ -68,7 +69,11 @@ class Run:
             say(f"resuming from {Path(last).name}")
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-        return cls(planned, blocks, arguments(settings, work, quiet, planned.steps), events, last)
+        args = arguments(settings, work, quiet, planned.steps)
+        if args.world_size != distributed.processes():
+            found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
+            raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
+        return cls(planned, blocks, args, events, last)
 
     @property
     def monitor_steps(self) -> int | None:
