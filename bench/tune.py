@@ -3,6 +3,7 @@
     full    all parameters, the model's own loss, torch.optim.AdamW(fused=True)
     plain   copies of four layers, all else frozen, the model's own loss, torch.optim.AdamW(fused=True)
     ours    the same copies, fast_step, adept_fast.AdamW with a rate a unit
+    anchor  what an anchor to the base (Anchor) on --anchor-tokens tokens adds to a step that has one
 
 Steps are interleaved in one process. Memory is each way's in a process of its own: the peak resident memory of two steps (so that the
 optimizer's states are there while activations are) over what is resident before them, weights included. Without --model random weights
@@ -25,9 +26,10 @@ from typing import Any
 
 import torch
 
+from adept_fast.data.items import Item
 from adept_fast.expansion import expand_model, freeze_original
 from adept_fast.optim import AdamW
-from adept_fast.tuning import fast_step
+from adept_fast.tuning import Anchor, fast_step
 from bench.scoring import SMOLLM2
 
 WAYS = ("full", "plain", "ours")
@@ -39,6 +41,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--model", help="a checkpoint folder or hub name")
     parser.add_argument("--layers", type=int, nargs="+", default=[17, 20, 23, 26])
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--anchor-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--way", choices=WAYS, help="print one way's peak memory above the weights in MiB, and end")
@@ -46,6 +49,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     if given.way:
         return {"way": given.way, "peak_mib": _peak(given)}
     base = _model(given)
+    anchored = _anchor(base, given)
+    anchors = []
     steps = {way: _step(way, base, given) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     losses = {way: float(step()) for way, step in steps.items()}  # the first step makes the optimizer's states
@@ -57,7 +62,10 @@ def main(argv: list[str]) -> dict[str, Any]:
             start = time.perf_counter()
             step()
             seconds[way].append(time.perf_counter() - start)
-    del steps, base
+        start = time.perf_counter()
+        anchored()
+        anchors.append(time.perf_counter() - start)
+    del steps, anchored, base
     peaks = {way: _elsewhere(way, argv) for way in WAYS}
     times = {way: median(each) for way, each in seconds.items()}
     return {
@@ -70,6 +78,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "rounds": given.rounds,
         "loss": losses,
         "seconds": times,
+        "anchor": {"tokens": given.anchor_tokens, "seconds": median(anchors), "share_of_our_step": median(anchors) / times["ours"]},
         "tokens_per_second": {way: given.tokens / time for way, time in times.items()},
         "peak_mib_above_weights": peaks,
         "time_over_full": {way: median(a / b for a, b in zip(seconds[way], seconds["full"], strict=True)) for way in WAYS[1:]},
@@ -120,6 +129,21 @@ def _step(way: str, base: torch.nn.Module, given: argparse.Namespace) -> Callabl
         return loss.detach()
 
     return step
+
+
+def _anchor(base: torch.nn.Module, given: argparse.Namespace) -> Callable[[], torch.Tensor]:
+    model = expand_model(base, given.layers)
+    freeze_original(model)
+    ids = torch.randint(3, base.config.vocab_size, (given.anchor_tokens,), generator=torch.Generator().manual_seed(2)).tolist()
+    anchor = Anchor([Item(tuple(ids), tuple(ids))], weight=1.0, tokens=given.anchor_tokens)
+
+    def run() -> torch.Tensor:
+        kl = anchor.backward(model, anchor.every)
+        model.zero_grad()
+        return kl
+
+    run()  # which looks at the kinds of the layers' outputs
+    return run
 
 
 def _resident(field: str) -> float:
