@@ -1,7 +1,9 @@
-"""Writing an expanded checkpoint against copying its source's files: both read what lies in the page cache, both are fsynced, interleaved.
+"""Writing an expanded checkpoint against copying its source's files: both read what lies in the page cache, both are fsynced.
 
 A random Llama checkpoint of about --gigabytes in shards is made in a temporary folder under --folder, and removed. Four layers are
-copied, so the expanded files are about a tenth larger. Memory is the expanding process's peak over what it has after its imports.
+copied, so the expanded files are about a tenth larger. Each runs in a process of its own after the same imports, in the order copy, expand,
+expand, copy and so on: what was freed on disk and in memory shortly before makes the next one two times as fast or slow. Memory is
+the expanding process's peak over what it has after its imports.
 """
 
 from __future__ import annotations
@@ -38,22 +40,23 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m bench expand", description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the temporary folder is made")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="adept-bench-", dir=given.folder) as temporary:
-        source, copied, expanded = (Path(temporary) / name for name in ("source", "copied", "expanded"))
+        source, written = (Path(temporary) / name for name in ("source", "written"))
         count = make(source, int(given.gigabytes * 1e9))
         layers = [count * place // 4 + 1 for place in range(4)]
-        copying, expanding = [], []
-        for _ in range(given.rounds + 1):  # the first fills the page cache, and is not counted
-            copying.append(copy(source, copied))
-            expanding.append(_in_child(source, expanded, layers))
-            _validate(source, expanded, layers)
-            size = sum(file.stat().st_size for file in expanded.iterdir())
-            shutil.rmtree(copied)
-            shutil.rmtree(expanded)
+        runs: dict[str, list[dict[str, float]]] = {"copy": [], "expand": []}
+        for number in range(given.rounds + 1):  # the first fills the page cache, and is not counted
+            for way in ("copy", "expand") if number % 2 else ("expand", "copy"):
+                runs[way].append(_in_child(way, source, written, layers))
+                if way == "expand":
+                    _validate(source, written, layers)
+                    size = sum(file.stat().st_size for file in written.iterdir())
+                shutil.rmtree(written)
         source_size = sum(file.stat().st_size for file in source.iterdir())
-    times = {"copy": median(copying[1:]), "expand": median(run["seconds"] for run in expanding[1:])}
+    seconds = {way: [run["seconds"] for run in found[1:]] for way, found in runs.items()}
+    times = {way: median(found) for way, found in seconds.items()}
     return {
         "device": "cpu",
         "shards": len(range(0, source_size, SHARD)),
@@ -63,9 +66,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         "copy_seconds": round(times["copy"], 3),
         "expand_seconds": round(times["expand"], 3),
         "ratio": round(times["expand"] / times["copy"], 3),
-        "ratios_by_round": [round(run["seconds"] / seconds, 3) for run, seconds in zip(expanding[1:], copying[1:], strict=True)],
+        "seconds_by_round": {way: [round(run, 3) for run in found] for way, found in seconds.items()},
         "expand_gb_s": round(size / 1e9 / times["expand"], 3),
-        "peak_mb_over_imports": max(run["peak_mb"] for run in expanding),
+        "peak_mb_over_imports": max(run["peak_mb"] for run in runs["expand"]),
         "rounds": given.rounds,
     }
 
@@ -105,15 +108,13 @@ def make(folder: Path, size: int) -> int:
     return count
 
 
-def copy(source: Path, target: Path) -> float:
-    start = time.perf_counter()
+def copy(source: Path, target: Path) -> None:
     target.mkdir()
     for file in sorted(source.iterdir()):
         shutil.copyfile(file, target / file.name)
     for file in target.iterdir():
         _sync(file)
     _sync(target)
-    return time.perf_counter() - start
 
 
 def _sync(path: Path) -> None:
@@ -122,23 +123,26 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def _in_child(source: Path, target: Path, layers: list[int]) -> dict[str, float]:
-    arguments = [sys.executable, "-c", "from bench.expand import child; child()", str(source), str(target), json.dumps(layers)]
+def _in_child(way: str, source: Path, target: Path, layers: list[int]) -> dict[str, float]:
+    arguments = [sys.executable, "-c", "from bench.expand import child; child()", way, str(source), str(target), json.dumps(layers)]
     return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def child() -> None:
-    """Expand, and print the seconds it took and the megabytes it needed. What loading any model imports is imported before."""
+    """Copy or expand; print the seconds it took and the megabytes it needed. What loading any model imports is imported before."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from adept_fast import expand_checkpoint
 
-    source, target, layers = sys.argv[1:]
+    way, source, target, layers = sys.argv[1:]
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _status("VmRSS")
     start = time.perf_counter()
-    expand_checkpoint(source, target, json.loads(layers), verify=False, quiet=True)
+    if way == "copy":
+        copy(Path(source), Path(target))
+    else:
+        expand_checkpoint(source, target, json.loads(layers), verify=False, quiet=True)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak_mb": _status("VmHWM") - before}))
 
