@@ -69,6 +69,7 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["score.probe_format=Chat"], "score.probe_format must be one of"),
         (["tune.save_only_model=true"], "tune.save_only_model"),
         (["tune.eval_strategy=steps"], "tune.eval_strategy"),
+        (["tune.restore_callback_states_from_checkpoint=true"], "leave it at false"),
         (["tune.learning_rate=-1"], "Invalid learning rate"),
         (["tune.per_device_train_batch_size=0"], "tune.per_device_train_batch_size must be a whole number"),
         (["domain={path: domain.txt, weight: 0.0001}"], "leave no document"),

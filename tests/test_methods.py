@@ -85,11 +85,11 @@ def test_a_killed_baseline_goes_on_to_the_same_weights(folder: Path, monkeypatch
         original(trainer, model, trial)
         raise Killed
 
-    original = baselines.BaselineTrainer._save_checkpoint
+    original = baselines.StagedTrainer._save_checkpoint
     for method in ("full", "lora"):
         whole, log = run(folder, method, f"whole-{method}")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(baselines.BaselineTrainer, "_save_checkpoint", kill)
+            patch.setattr(baselines.StagedTrainer, "_save_checkpoint", kill)
             run(folder, method, f"cut-{method}")
         resumed, again = run(folder, method, f"cut-{method}")
         ours, theirs = (load_file(output / "tuned" / "model.safetensors") for output in (resumed, whole))

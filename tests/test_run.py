@@ -20,9 +20,9 @@ PLACES = (
     ("adept_fast.importance.masking:measure", 3),  # scoring
     ("adept_fast.expansion.write:first_importance", 0),
     ("adept_fast.expansion.write:compare", 0),  # expanding, all written but the name
-    ("adept_fast.tuning.trainer:save_file", 0),  # the first checkpoint
+    ("adept_fast.tuning.staged:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.callback:apply_rates", 2),  # a refresh
-    ("adept_fast.tuning.trainer:save_file", 1),  # a later checkpoint
+    ("adept_fast.tuning.staged:save_file", 1),  # a later checkpoint
     ("adept_fast.expansion.remade:prove_bytes", 0),  # the tuned model, all written but the name
     ("adept_fast.pipeline:evaluate", 1),
 )
@@ -30,11 +30,11 @@ KILLS = 20
 MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.tuning.callback:score_units", 3),  # a refresh
     ("adept_fast.tuning.callback:apply_rates", 3),
-    ("adept_fast.tuning.callback:corpus_loss", 8),
-    ("adept_fast.tuning.trainer:save_file", 3),  # a checkpoint
+    ("adept_fast.tuning.monitor:corpus_loss", 8),
+    ("adept_fast.tuning.staged:save_file", 3),  # a checkpoint
     ("torch:save", 9),  # its optimizer, schedule and random state
     ("adept_fast.artefacts:_sync", 40),
-    ("adept_fast.tuning.trainer:rotate_checkpoints", 3),
+    ("adept_fast.tuning.staged:rotate_checkpoints", 3),
     ("adept_fast.tuning.log:TrainerLog.write", 12),
     ("adept_fast.data.stream:Stream._next_block", 14),  # streaming
     ("adept_fast.data.stream:_Shuffled._fill", 3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from adept_fast import checkpoint, distributed
 from adept_fast.artefacts import read_json, staged_folder, write_json
@@ -19,57 +17,15 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.record import versions
-from adept_fast.tuning.callback import AdeptCallback
+from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.run import Run
 from adept_fast.tuning.settings import TuningSettings
-from adept_fast.tuning.trainer import COPIES, AdeptTrainer, save_file
+from adept_fast.tuning.staged import StagedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "baseline.json"
-
-
-class PlainCallback(AdeptCallback):
-    """AdeptCallback's log and monitors, without units and rates."""
-
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            self.log = self.say = None
-        if self.log and state.global_step:
-            self.log.cut(state.global_step)
-        if not state.global_step:
-            self._monitor(model, 0)
-        self._start_timer(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        start = time.perf_counter()
-        if state.global_step % self.monitor_steps == 0 or state.global_step >= state.max_steps:
-            self._monitor(model, state.global_step)
-        self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
-
-
-class BaselineTrainer(AdeptTrainer):
-    """AdeptTrainer's optimizer and staged checkpoints for whatever parameters of a model require grad."""
-
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, adept: PlainCallback, **kwargs: Any) -> None:
-        model.config.use_cache = False
-        self._staging, self._adept = None, adept
-        Trainer.__init__(self, model, args, **kwargs)
-        self.add_callback(adept)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        return Trainer.train(self, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: tensor.detach().contiguous() for name, tensor in self.model.named_parameters() if tensor.requires_grad}
-            save_file(trained, folder / COPIES)
 
 
 @dataclass(frozen=True)
@@ -119,23 +75,14 @@ def tune_baseline(
 
     Raises ExpansionError when a tensor changed that the method must not touch, or none did.
     """
-    if int(distributed.processes()) > 1 and method == "lora":
+    if distributed.processes() > 1 and method == "lora":
         raise InputError("method=lora: on one process only")
     model = checkpoint.load_model(source, **loading)
     run = Run.begin(model, source, corpus, settings, work, log, say, quiet)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
-    adept = PlainCallback(
-        [],
-        refresh_steps=settings.refresh_steps,
-        monitors=monitors,
-        monitor_steps=run.monitor_steps,
-        log=run.log,
-        tokens_per_step=run.planned.tokens_per_step,
-        say=say,
-        quiet=quiet,
-    )
-    run.finish(BaselineTrainer(prepared.model, run.args, adept=adept, train_dataset=run.blocks))
+    monitor = Monitor(monitors, run.monitor_steps or settings.refresh_steps, run.log, run.planned.tokens_per_step, say, quiet)
+    run.finish(StagedTrainer(prepared.model, run.args, train_dataset=run.blocks, callbacks=[monitor]))
     merged = prepared.merged()
     base = checkpoint.load_model(source, **loading).state_dict()
     changed = [name for name, tensor in merged.state_dict().items() if not tensor.equal(base[name])]

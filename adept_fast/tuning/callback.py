@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.losses import corpus_loss
 from adept_fast.optim import AdamW
-from adept_fast.optim.shards import is_sharded
 from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.groups import refuse_flattened
 from adept_fast.tuning.log import TrainerLog
-from adept_fast.tuning.memory import peak_memory
 from adept_fast.tuning.meter import Meter
+from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.rates import RateMap, RateRule, apply_rates
 from adept_fast.units import Units
 
@@ -34,20 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 
-class AdeptCallback(TrainerCallback, ExportableState):
+class AdeptCallback(Monitor, ExportableState):
     """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
 
     probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units.
     rate_map: a map's name, a callable, or a RateRule with floor, moving average and conflict.
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
-    monitors: name -> items whose mean loss is logged at the start, every `monitor_steps` (each refresh) and at the end; they steer nothing.
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
-    log: where refreshes, losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
-    tokens_per_step: for tokens/s, refreshes left out, and peak memory in bytes in the log.
+    monitors, monitor_steps (None: each refresh), log, tokens_per_step, say: see Monitor; refreshes are logged too.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
-    optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2); rank 0 writes and tells.
+    optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2).
     """
 
     def __init__(
@@ -70,17 +63,14 @@ class AdeptCallback(TrainerCallback, ExportableState):
     ) -> None:
         if refresh_steps < 1:
             raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
+        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet)
         self.probe, self.units, self.refresh_steps = probe, units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
-        self.monitor_steps = monitor_steps or refresh_steps
-        self.first, self.monitors, self.log, self.tokens_per_step = first, dict(monitors or {}), log, tokens_per_step
-        self.anchor, self.meter = anchor, meter
+        self.first, self.anchor, self.meter, self.tokenizer = first, anchor, meter, tokenizer
         self._anchored: Tensor | None = None
-        self.tokenizer, self.say, self.quiet = tokenizer, say, quiet
         self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
         self._items: list[Item] = []
-        self._timed: tuple[float, int] = (0.0, 0)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Cuts the model into units before an engine wraps it."""
@@ -93,13 +83,10 @@ class AdeptCallback(TrainerCallback, ExportableState):
         refuse_flattened(model, optimizer)
         self.on_init_end(args, state, control, model)
         model = bare(model)
-        if not state.is_world_process_zero:
-            self.log = self.say = None
+        self._open_log(state)
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         self._items = load_items(self.probe, tokenizer)
         inner = adamw(optimizer)
-        if self.log and state.global_step:
-            self.log.cut(state.global_step)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
         self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
         if self.meter and state.global_step:
@@ -111,9 +98,6 @@ class AdeptCallback(TrainerCallback, ExportableState):
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
         self._start_timer(state.global_step)
-
-    def _start_timer(self, step: int) -> None:
-        self._timed = (time.perf_counter(), step)
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
         from adept_fast.expansion import first_importance
@@ -133,36 +117,19 @@ class AdeptCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        start = time.perf_counter()
         model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
-        if step % self.refresh_steps == 0 or last:
-            self._read(model, step, control)
-        if step % self.refresh_steps == 0 and not (last or control.should_training_stop):
-            inner = adamw(optimizer)
-            momenta = self._momenta(inner, model) if self.rule.conflict else None
-            self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
-        if step % self.monitor_steps == 0 or last or control.should_training_stop:
-            self._monitor(model, step)
-        self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
+        with self._untimed():
+            if step % self.refresh_steps == 0 or last:
+                self._read(model, step, control)
+            if step % self.refresh_steps == 0 and not (last or control.should_training_stop):
+                inner = adamw(optimizer)
+                momenta = self._momenta(inner, model) if self.rule.conflict else None
+                self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
+            self._monitor_where_due(model, state, control)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if self.log and logs and "loss" in logs:
-            content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
-            now, steps = time.perf_counter(), state.global_step - self._timed[1]
-            if self.tokens_per_step and steps:
-                content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
-                content["peak_memory"] = peak_memory(args.device)
-            if self._anchored is not None:
-                content["anchor_kl"] = float(self._anchored)
-            self.log.write("step", state.global_step, **content)
-        self._anchored = None
-        self._timed = (time.perf_counter(), state.global_step)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.log:
-            self.log.write("end", state.global_step)
+    def _of_step(self) -> dict[str, float]:
+        anchored, self._anchored = self._anchored, None
+        return {} if anchored is None else {"anchor_kl": float(anchored)}
 
     def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
@@ -202,24 +169,6 @@ class AdeptCallback(TrainerCallback, ExportableState):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.meter and folder.is_dir():
             self.meter.save(folder, bare(model))
-
-    def _monitor(self, model: PreTrainedModel, step: int) -> None:
-        if not self.monitors:
-            return
-        losses = {name: _mean_loss(model, items, name, self.quiet) for name, items in self.monitors.items()}
-        if self.log:
-            self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
-        if self.say:
-            self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
-
-
-def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool | None) -> float:
-    """Mean loss of items, shared out over processes that hold the whole model."""
-    if any(map(is_sharded, model.parameters())):
-        return corpus_loss(model, items, title=title, quiet=quiet).mean
-    found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
-    loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
-    return float(loss / tokens)
 
 
 def _named(units: Units, values: Tensor) -> dict[str, float]:

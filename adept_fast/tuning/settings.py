@@ -14,7 +14,7 @@ from transformers import TrainingArguments, get_scheduler
 from adept_fast.errors import InputError
 from adept_fast.tuning.meter import ACTIONS
 from adept_fast.tuning.rates import RateRule
-from adept_fast.tuning.trainer import AdeptTrainer
+from adept_fast.tuning.staged import StagedTrainer
 from adept_fast.units import GRANULARITIES
 
 
@@ -88,7 +88,9 @@ def check_settings(settings: TuningSettings) -> None:
         raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         raise InputError("tune.eval_strategy: held-out losses are logged every tune.eval_steps: leave it at no")
-    optimizer, options = AdeptTrainer.get_optimizer_cls_and_kwargs(args)
+    if args.restore_callback_states_from_checkpoint:
+        raise InputError("tune.restore_callback_states_from_checkpoint: a resumed run restores them itself: leave it at false")
+    optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
     try:
         stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
         get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)

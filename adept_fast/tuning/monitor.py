@@ -1,0 +1,115 @@
+"""Monitor: the log of a training run, and held-out losses while it lasts, in any transformers Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from adept_fast import distributed
+from adept_fast.data.items import Item
+from adept_fast.losses import corpus_loss
+from adept_fast.optim.shards import is_sharded
+from adept_fast.saliency import bare
+from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.memory import peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+
+class Monitor(TrainerCallback):
+    """Writes steps and held-out losses to the log, and tells the losses. On several processes rank 0 writes and tells.
+
+    monitors: name -> items whose mean loss is taken at the start, every `monitor_steps` and at the end; they steer nothing.
+    log: where losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
+    tokens_per_step: for tokens/s, what a callback does itself left out, and peak memory in bytes in the log.
+    """
+
+    def __init__(
+        self,
+        monitors: Mapping[str, Sequence[Item]] | None,
+        monitor_steps: int,
+        log: TrainerLog | None = None,
+        tokens_per_step: int | None = None,
+        say: Callable[[str], None] | None = None,
+        quiet: bool | None = None,
+    ) -> None:
+        self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
+        self.log, self.tokens_per_step, self.say, self.quiet = log, tokens_per_step, say, quiet
+        self._timed: tuple[float, int] = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._open_log(state)
+        if not state.global_step:
+            self._monitor(bare(model), 0)
+        self._start_timer(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        with self._untimed():
+            self._monitor_where_due(bare(model), state, control)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if self.log and logs and "loss" in logs:
+            content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
+            now, steps = time.perf_counter(), state.global_step - self._timed[1]
+            if self.tokens_per_step and steps:
+                content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
+                content["peak_memory"] = peak_memory(args.device)
+            self.log.write("step", state.global_step, **content, **self._of_step())
+        self._start_timer(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.log:
+            self.log.write("end", state.global_step)
+
+    def _of_step(self) -> dict[str, float]:
+        """What else stands in a step's line."""
+        return {}
+
+    def _open_log(self, state: TrainerState) -> None:
+        """Leave writing to rank 0; a resumed run's log ends where its checkpoint does."""
+        if not state.is_world_process_zero:
+            self.log = self.say = None
+        if self.log and state.global_step:
+            self.log.cut(state.global_step)
+
+    def _start_timer(self, step: int) -> None:
+        self._timed = (time.perf_counter(), step)
+
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._timed = (self._timed[0] + time.perf_counter() - start, self._timed[1])
+
+    def _monitor_where_due(self, model: PreTrainedModel, state: TrainerState, control: TrainerControl) -> None:
+        step = state.global_step
+        if step % self.monitor_steps == 0 or step >= state.max_steps or control.should_training_stop:
+            self._monitor(model, step)
+
+    def _monitor(self, model: PreTrainedModel, step: int) -> None:
+        if not self.monitors:
+            return
+        losses = {name: _mean_loss(model, items, name, self.quiet) for name, items in self.monitors.items()}
+        if self.log:
+            self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
+        if self.say:
+            self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
+
+
+def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool | None) -> float:
+    """Mean loss of items, shared out over processes that hold the whole model."""
+    if any(map(is_sharded, model.parameters())):
+        return corpus_loss(model, items, title=title, quiet=quiet).mean
+    found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
+    loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
+    return float(loss / tokens)

@@ -1,0 +1,112 @@
+"""A Trainer whose checkpoints are staged and hold what is trained: parameters, optimizer state, data position."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset, RandomSampler, Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from adept_fast import distributed
+from adept_fast.errors import InputError
+from adept_fast.optim import AdamW
+from adept_fast.tuning.order import WholeSteps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINED = "adept_copies.safetensors"
+PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+class StagedTrainer(Trainer):
+    """Trainer(model, args, ...) for whatever parameters of a model require grad.
+
+    Steps with adept_fast.AdamW (exact fp32 masters where the parameters are bf16 or fp16) and switches the cache off, as packed documents
+    need it. Checkpoints are staged and renamed, by all processes together where they are several (a shared file system); `save_model()`
+    writes the whole model.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
+        model.config.use_cache = False
+        self._staging: Path | None = None
+        super().__init__(model, args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
+        optim = str(getattr(args.optim, "value", args.optim))
+        if optim not in PLAIN_ADAMW:
+            raise InputError(f"tune.optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default")
+        trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
+        dtypes = {parameter.dtype for parameter in trained}
+        masters = "copy" if torch.float16 in dtypes else "remainder" if torch.bfloat16 in dtypes else None
+        return AdamW, {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            **({"master_weights": masters, "state_dtype": torch.float32} if masters else {}),
+        }
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        args = self.args
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return WholeSteps(sampler.data_source, per_step, args.seed if args.data_seed is None else args.data_seed)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_trained(folder)
+
+    def _save_trained(self, folder: Path) -> None:
+        save_file({name: parameter.detach().contiguous() for name, parameter in self._trained().items()}, folder / TRAINED)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINED
+        if not path.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        parameters, saved = self._trained(), load_file(path)
+        if set(saved) != set(parameters):
+            raise InputError(f"{path}: holds other tensors than are trained: delete the checkpoint, or resume with the model it is from")
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                parameters[name].copy_(tensor)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        leads = distributed.rank() == 0
+        if final.exists() and leads:
+            shutil.rmtree(final)
+        with distributed.staged_together(final) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            distributed.wait()
+            if leads:
+                written = staging / final.name
+                for file in written.iterdir():
+                    file.rename(staging / file.name)
+                written.rmdir()
+        if leads:
+            rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit, use_mtime=True)
