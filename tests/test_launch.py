@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from adept_fast import distributed
 from adept_fast.cli import main
 from adept_fast.fingerprint import fingerprint
 
@@ -109,3 +110,16 @@ def test_new_tokens_are_refused(expanded: Path, tmp_path: Path, capsys: pytest.C
         assert main([command, *settings(tmp_path, output), f"domain={expanded / 'notes.txt'}"]) == 2
         error = capsys.readouterr().err
         assert f"its tokenizer has {tokens} tokens, its embeddings {rows}" in error and "embeddings are frozen" in error
+
+
+def test_processes_that_transformers_does_not_see_are_refused(
+    expanded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would train alone."""
+    shutil.copytree(expanded / "two" / "expanded", expanded / "unseen" / "expanded")
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    log = expanded / "unseen" / "trainer_log.jsonl"
+    log.write_text("an earlier run's\n")
+    assert main(["tune", *settings(expanded, "unseen")]) == 2
+    assert "2 processes run, transformers sees 1: start them by accelerate launch" in capsys.readouterr().err
+    assert log.read_text() == "an earlier run's\n" and not (expanded / "unseen" / "tuned").exists()

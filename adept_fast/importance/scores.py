@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,34 @@ def mean_rank(means: Tensor) -> Tensor:
 STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weighted means; the other methods are the means themselves
 
 
+class Profiled:
+    """What results of scoring share: the profile of their primary loss, and how they are written."""
+
+    loss: str
+    profiles: Mapping[str, Profile]
+    per_item: Mapping[str, ItemScores]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return self.profiles[self.loss].values
+
+    @property
+    def low(self) -> tuple[float, ...]:
+        return self.profiles[self.loss].low
+
+    @property
+    def high(self) -> tuple[float, ...]:
+        return self.profiles[self.loss].high
+
+    def save(self, path: str | Path) -> None:
+        """Write PATH (scores.json, say), and per_item beside it as scores.items.safetensors."""
+        save_items(items_path(path), self.per_item)
+        content = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "per_item"}
+        write_json(Path(path), content)
+
+
 @dataclass(frozen=True)
-class LayerScores:
+class LayerScores(Profiled):
     """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by.
 
     certificate: what a race has proven (see race.py). costs: what copies of layers take. analysis: what was computed from the scores of
@@ -94,18 +120,6 @@ class LayerScores:
     per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
 
     @property
-    def values(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].values
-
-    @property
-    def low(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].low
-
-    @property
-    def high(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].high
-
-    @property
     def base_loss(self) -> float | None:
         return self.profiles[self.loss].base_loss
 
@@ -117,13 +131,6 @@ class LayerScores:
 
         kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
         return replace(self, profiles=kept, per_item={}, costs=None, analysis={})
-
-    def save(self, path: str | Path) -> None:
-        """Write scores.json, and per_item beside it as scores.items.safetensors."""
-        save_items(items_path(path), self.per_item)
-        content = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "per_item"}
-        content["costs"] = self.costs and asdict(self.costs)
-        write_json(Path(path), {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:
@@ -138,6 +145,12 @@ class LayerScores:
             return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=load_items(items_path(path)), **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return asdict(value) if is_dataclass(value) else value
 
 
 def items_path(path: str | Path) -> Path:

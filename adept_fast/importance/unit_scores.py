@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adept_fast.artefacts import read_json, write_json
+from adept_fast.artefacts import read_json
 from adept_fast.errors import InputError
-from adept_fast.importance.scores import SCHEMA, ItemScores, Profile, items_path, load_items, save_items
+from adept_fast.importance.scores import SCHEMA, ItemScores, Profile, Profiled, items_path, load_items
 from adept_fast.intervals import CONFIDENCE
 
 
 @dataclass(frozen=True)
-class UnitScores:
+class UnitScores(Profiled):
     """Profiles by loss name as of LayerScores, whose values are those of units; unit i is the part `kinds[i]` of layer `layers[i]`."""
 
     granularity: str
@@ -31,24 +31,6 @@ class UnitScores:
     method: str = "unit_masking"
     schema: int = SCHEMA
     per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].values
-
-    @property
-    def low(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].low
-
-    @property
-    def high(self) -> tuple[float, ...]:
-        return self.profiles[self.loss].high
-
-    def save(self, path: str | Path) -> None:
-        """Write unit_scores.json, and per_item beside it as unit_scores.items.safetensors."""
-        save_items(items_path(path), self.per_item)
-        content = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "per_item"}
-        write_json(Path(path), {**content, "profiles": {name: asdict(profile) for name, profile in self.profiles.items()}})
 
     @classmethod
     def load(cls, path: str | Path) -> UnitScores:

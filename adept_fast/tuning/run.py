@@ -56,6 +56,12 @@ class Run:
         if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
             planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
             say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+        if isinstance(blocks, Stream):
+            settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
+        args = arguments(settings, work, quiet, planned.steps)
+        if args.world_size != distributed.processes():
+            found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
+            raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
         events = TrainerLog(log)
         leads = distributed.rank() == 0
         if work.is_dir() and leads:
@@ -67,12 +73,6 @@ class Run:
             events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
         if last is not None:
             say(f"resuming from {Path(last).name}")
-        if isinstance(blocks, Stream):
-            settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-        args = arguments(settings, work, quiet, planned.steps)
-        if args.world_size != distributed.processes():
-            found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
-            raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
         return cls(planned, blocks, args, events, last)
 
     @property
