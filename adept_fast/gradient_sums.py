@@ -37,6 +37,7 @@ class _Gathered:
     running: Tensor | None
     native: SaliencyPass | None
     seen: bool = False
+    small: Tensor | None = field(default=None, repr=False)  # a vector's gradient, until the backward is over
 
     def add(self, gradient: Tensor) -> None:
         parameter = local(self.parameter.detach())
@@ -44,8 +45,6 @@ class _Gathered:
             _add(self.sums, parameter, gradient, self.running)
         else:
             self.native.add(parameter, gradient)
-
-    small: Tensor | None = field(default=None, repr=False)  # a vector's gradient, until the backward is over
 
 
 def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
