@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from adept_fast.errors import InputError
 
@@ -44,11 +45,18 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Whoever writes --key value is told how settings are written."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + "; settings are written key=value" * message.startswith("unrecognized arguments"))
+
+
 def parser() -> argparse.ArgumentParser:
     from adept_fast import __version__
     from adept_fast.copies_command import ACTIONS
 
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="adept-fast",
         description="Adapt a causal language model to a domain without losing what it knows: score -> expand -> tune -> report.",
         epilog="example: adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
@@ -69,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("settings", nargs="+", metavar="FOLDER | output_dir=FOLDER", help="runs, and where to write")
         elif name != "info":
             command.add_argument(
-                "settings", nargs="*", metavar="recipe.yaml | key.sub=value", help="a recipe, and settings that override it"
+                "settings",
+                nargs="*",
+                metavar="recipe.yaml | key.sub=value",
+                help="a recipe, and settings that override it (all of them: docs/recipe.md)",
             )
     return top
 

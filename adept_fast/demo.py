@@ -44,8 +44,10 @@ MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv d
 def run(overrides: Sequence[str], quiet: bool | None) -> None:
     """Fetch the model once, write the domain text once, and run all stages with SETTINGS and `overrides`."""
     folder = cache_folder()
-    given = [f"model_name_or_path={model(folder)}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
+    checkpoint = model(folder)
+    given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
+    print(f"demo: the model lies in {checkpoint}", flush=True)
     pipeline = Pipeline(recipe.load(None, given), quiet=quiet, say=lambda line: print(line, flush=True))
     with pipeline.held():
         pipeline.run()

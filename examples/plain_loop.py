@@ -43,4 +43,4 @@ with fast_step(model):  # the loss without logits
         optimizer.zero_grad()
         if step % 10 == 0 and step < steps:
             apply_rates(optimizer, model, units, unit_rates(score_units(model, probe, units)))
-        print(f"step {step}: loss {float(loss):.3f}")
+        print(f"step {step}: loss {float(loss):.3f}", flush=True)

@@ -172,3 +172,8 @@ def test_two_runs_do_not_share_an_output_dir(here: Path, capsys: pytest.CaptureF
     with (here / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run is working" in fails(capsys, "score")
+
+
+def test_a_setting_written_as_an_option_is_answered_with_how_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "x"]) == 2
+    assert "unrecognized arguments: --model; settings are written key=value" in " ".join(capsys.readouterr().err.split())
