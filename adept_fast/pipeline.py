@@ -64,7 +64,8 @@ class Pipeline(Scoring):
         if expand.layers is None and scores is not None and not self.method.uniform:
             copies = self.earlier.copies if self.earlier else ()
             rivals = [layer for layer in undecided(scores, layers, expand.placement) if layer not in copies]
-            notes = [f"the intervals do not part the chosen layers from {', '.join(map(str, rivals))}: more probe items might"] if rivals else []
+            names = ", ".join(map(str, rivals))
+            notes = [f"the intervals do not part the chosen layers from {names}: more probe items might"] if rivals else []
             values = [scores.values[layer] for layer in layers]
             selection |= {"placement": expand.placement, "method": scores.method, "loss": scores.loss, "scores": values, "notes": notes}
             if scores.costs is not None and self.earlier is None:
