@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))
+IDLE = {"store_full_length_kv": "is_kv_shared_layer"}
+"""Flag -> the flag that makes it matter: keys and values are kept for layers that reuse them; where none does, nothing reads them."""
 
 
 def same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Sequence[int]) -> None:
@@ -27,8 +29,9 @@ def same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Seque
     ids = [{id(parameter) for parameter in layer.parameters()} for layer in own]
     if sum(map(len, ids)) > len(set().union(*ids)):
         raise UnsupportedFamilyError(f"{family}: cannot be expanded: its layers share parameters")
+    idle = {flag for flag, user in IDLE.items() if not any(getattr(module, user, False) for module in built.modules())}
     for index, source in enumerate(sources):
-        found = _difference(own[source], built[index], (source, index), configs)
+        found = _difference(own[source], built[index], (source, index), configs, idle)
         if found:
             raise UnsupportedFamilyError(f"{family}: cannot be expanded: {found} depends on the layer's index (layer {source})")
     prefix = layers_path(base) + "."
@@ -41,7 +44,9 @@ def same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Seque
             raise UnsupportedFamilyError(f"{family}: cannot be expanded: {name} depends on the number of layers")
 
 
-def _difference(own: nn.Module, built: nn.Module, indices: tuple[int, int], configs: tuple[Any, Any]) -> str | None:
+def _difference(
+    own: nn.Module, built: nn.Module, indices: tuple[int, int], configs: tuple[Any, Any], idle: Collection[str]
+) -> str | None:
     """The name of the first thing in which two layers differ."""
     modules = dict(built.named_modules())
     for path, module in own.named_modules():
@@ -55,7 +60,7 @@ def _difference(own: nn.Module, built: nn.Module, indices: tuple[int, int], conf
                     return f"{path}.{name}".lstrip(".")
         for name, value in vars(module).items():
             other = vars(twin).get(name)
-            if name.startswith("_") or name == "training" or not isinstance(value, PLAIN) or value == other:
+            if name.startswith("_") or name == "training" or name in idle or not isinstance(value, PLAIN) or value == other:
                 continue
             if (value, other) == indices and not isinstance(value, bool):
                 continue

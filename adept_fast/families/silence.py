@@ -67,8 +67,10 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
 
     own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
-    with mode, no_init_weights():
+    with torch.device("meta"), no_init_weights():
         twin = type(model)(copy.deepcopy(model.config)).eval()
+    with mode:
+        twin.to_empty(device="cpu")  # not built so: a module's own .to() swaps parameters, which fake ones refuse
     twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
     layers = twin.get_submodule(path)
     traces: dict[int, tuple[Tensor, Any]] = {}  # entry and output of the first layer of each signature
