@@ -22,16 +22,16 @@ from adept_fast.optim import AdamW
 from adept_fast.units import GRANULARITIES, Units
 
 SUPPORTED = """
-afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe cohere_compass_text
-cpmant ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe
-falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text
-glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granite_swa granitemoe
-granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 jetmoe
-iquestcoder jais2 kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4 llama4_text mamba mamba2 megatron-bert mellum
-mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi moss_transcribe_diarize mpt nanochat
-nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5
-qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta-prelayernorm seed_oss smollm3 solar_open stablelm
-starcoder2 vaultgemma xglm xlm-roberta-xl xlstm youtu
+afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
+cohere_compass_text cpmant ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe
+exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text
+gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
+granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+inkling_text internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4 llama4_text mamba
+mamba2 megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi
+moss_transcribe_diarize mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phi4_multimodal phimoe
+qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta-prelayernorm
+sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta-xl xlstm youtu
 """.split()
 REFUSED = {
     "bart": "an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models",
@@ -48,6 +48,7 @@ REFUSED = {
     "dbrx": "what it computes depends on values, not on shapes alone",
     "deepseek_v4": "layer 0: its output is not its input plus branches (found Bmm on the way)",
     "diffllama": "self_attn.lambda_init depends on the layer's index (layer 0)",
+    "dory": "layer 0: it scales the residual stream",
     "electra": "layer 0: its output is not its input plus branches (found NativeLayerNorm on the way)",
     "ernie": "layer 0: its output is not its input plus branches (found NativeLayerNorm on the way)",
     "gemma3n_text": "layer 0: its output is not its input plus branches (found CopySlices on the way)",
@@ -56,6 +57,7 @@ REFUSED = {
     "hrm_text": "no list of 32 decoder layers found",
     "hy_v4": "layer 0 picks the tokens that layer 1 attends to: copy another layer",
     "inkling2_text": "layer 0: its output is not its input plus branches (found Div on the way)",
+    "inkling2_loop_text": "layer 0: its output is not its input plus branches (found Div on the way)",
     "jamba": "the kind of feed_forward depends on the layer's index (layer 0)",
     "longcat_flash": "no list of 8 decoder layers found",
     "marian": "an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models",
