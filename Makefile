@@ -1,11 +1,12 @@
 PYTHON ?= python3
 # The release that tests and demo are known to pass with, where the machine brings no CUDA build of its own.
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= tests/constraints.txt
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
 BORROWED := $(VENV)/borrowed
 
@@ -58,6 +59,6 @@ $(VENV)/.test $(VENV)/.hf: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 		$(PIP) install --no-build-isolation --no-deps --editable . && \
 		{ $(PIP) install --retries 0 'adept-fast[$*]' || echo "not everything of [$*] can be installed here: going on with what there is"; }; \
 	else \
-		$(PIP) install --no-compile --editable '.[$*]'; \
+		$(PIP) install --no-compile --constraint $(CONSTRAINTS) --config-settings editable_mode=compat --editable '.[$*]'; \
 	fi
 	@touch $@
