@@ -123,14 +123,11 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         print(describe())
         return
     _needs_extra()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: other libraries' bars too
     _calm_libraries()
-    quiet = None if sys.stderr.isatty() else True
     if action is not None:
         from adept_fast import copies_command
 
-        _say(copies_command.run(action, settings, quiet))
+        _say(copies_command.run(action, settings))
         return
     if command == "compare":
         from adept_fast.report import compare
@@ -151,9 +148,9 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
         if files:
             raise InputError(f"{files[0]}: demo takes settings only; for a recipe use adept-fast run")
-        demo.run(overrides, quiet)
+        demo.run(overrides)
         return
-    pipeline = Pipeline(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say, quiet)
+    pipeline = Pipeline(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
     stages: dict[str, Callable[[], object]] = {
         "score": pipeline.score,
         "expand": pipeline.expand,
@@ -187,6 +184,8 @@ def _needs_extra() -> None:
 def _calm_libraries() -> None:
     """Their progress bars and advice would drown the one line that matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours are Progress, which is calm by itself
     from transformers.utils import logging
 
     logging.set_verbosity_error()

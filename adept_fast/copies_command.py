@@ -80,7 +80,7 @@ ACTIONS = {
 }
 
 
-def run(action: str, given: Sequence[str], quiet: bool | None) -> str:
+def run(action: str, given: Sequence[str]) -> str:
     """Do it; returns the line that says what was written, and what is proven. Raises InputError, for an existing target too."""
     from adept_fast import checkpoint, expansion, recipe
     from adept_fast.record import AdeptConfig
@@ -92,7 +92,7 @@ def run(action: str, given: Sequence[str], quiet: bool | None) -> str:
     if target.exists():
         raise InputError(f"target: {target} exists already: remove it or choose another target")
     saved_again = action == "remove" and AdeptConfig.load(checkpoint.resolve(settings["source"])).source.get("saved_again")
-    record = getattr(expansion, chosen.function)(**{**settings, **folders}, quiet=quiet)
+    record = getattr(expansion, chosen.function)(**{**settings, **folders})
     if record is None:
         written, proven = "the original without copies", f"it is the original{' as it was saved again' if saved_again else ''} bit for bit"
     else:

@@ -38,7 +38,7 @@ class TrainingText:
             sha.update(hashlib.sha256(text.encode()).digest() + str(weight).encode())
         return sha.hexdigest()
 
-    def tokenize(self, tokenizer: Any, quiet: bool | None = None) -> WeightedDocuments:
+    def tokenize(self, tokenizer: Any, quiet: bool = False) -> WeightedDocuments:
         return WeightedDocuments(tokenize_documents(self.texts, tokenizer, quiet), self.weights)
 
 

@@ -41,14 +41,15 @@ MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv d
            "unittest urllib.parse urllib.request uuid weakref zipfile").split()  # fmt: skip
 
 
-def run(overrides: Sequence[str], quiet: bool | None) -> None:
+def run(overrides: Sequence[str]) -> None:
     """Fetch the model once, write the domain text once, and run all stages with SETTINGS and `overrides`."""
+    recipe.load(None, [*SETTINGS, *overrides], required=())  # a wrong one is refused before anything is fetched
     folder = cache_folder()
     checkpoint = model(folder)
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
     print(f"demo: the model lies in {checkpoint}", flush=True)
-    pipeline = Pipeline(recipe.load(None, given), quiet=quiet, say=lambda line: print(line, flush=True))
+    pipeline = Pipeline(recipe.load(None, given), say=lambda line: print(line, flush=True))
     with pipeline.held():
         pipeline.run()
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import device_of, head_logits, last_hidden
 from adept_fast.head import token_losses, token_predictions
 from adept_fast.optim.shards import is_sharded
+from adept_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def corpus_loss(
     argmax: bool = False,
     candidates: Sequence[Candidates] = (),
     title: str = "loss",
-    quiet: bool | None = None,
+    quiet: bool = False,
 ) -> CorpusLoss:
     """Loss of each item under `model` in eval mode; the model's mode is left as it was. candidates: none, or one per item.
 
@@ -85,7 +85,7 @@ def corpus_loss(
     picked = [-1] * len(items)
     sharded = any(map(is_sharded, model.parameters()))
     model.eval()
-    with tqdm(total=len(items), desc=title, unit="item", disable=quiet) as bar:
+    with Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
         for batch in _batches(items):
             if sharded:
                 for index in batch:

@@ -184,7 +184,7 @@ class Pipeline(Scoring):
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
         monitors = {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items}
-        aside = {"work": self.work, "log": self.log, "inputs": inputs, "say": self.say, "quiet": bool(self.quiet), **self.loading}
+        aside = {"work": self.work, "log": self.log, "inputs": inputs, "say": self.say, "quiet": self.quiet, **self.loading}
         settings = self._tuning_settings()
         if self.method.copies:
             metering = self.items(records) if (records := self.corpora.metering()) else ()

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
@@ -24,6 +23,7 @@ from adept_fast.errors import InputError
 from adept_fast.gradient_sums import Dims, GradientSums, only_these_require_grad
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import is_sharded
+from adept_fast.progress import Progress
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _gathered(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str,
-    quiet: bool | None,
+    quiet: bool,
     corpus: bool,
     at_once: int,
     share: bool = False,
@@ -90,7 +90,7 @@ def _gathered(
     share = share and not any(map(is_sharded, model.parameters()))
     with only_these_require_grad(model, parameters.values()), GradientSums(parameters, dims, not corpus, corpus) as sums:
         mine = distributed.share(batches) if share else batches
-        for batch in tqdm(mine, desc=title, unit="item" if at_once == 1 else "batch", disable=quiet):
+        for batch in Progress(mine, desc=title, unit="item" if at_once == 1 else "batch", quiet=quiet):
             sums.backward(batch_loss(model, batch))
         found = sums.read(sum(item.supervised for item in items), share)
         return found, sums.against(against or {}), len(batches)
@@ -101,7 +101,7 @@ def parameter_sums(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
-    quiet: bool | None = None,
+    quiet: bool = False,
     share: bool = False,
     against: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[str, Dims], Sums]:
@@ -122,7 +122,7 @@ def sequence_sums(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
-    quiet: bool | None = None,
+    quiet: bool = False,
     batch: int = 1,
 ) -> dict[tuple[str, Dims], SequenceSums]:
     """Means over sequences of each sequence's own sums: (name, dim) -> SequenceSums; memory for the gradient of one parameter.
@@ -151,7 +151,7 @@ def score_units(
     probe: str | Source | Iterable[Mapping[str, Any] | Item],
     units: Units,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
     share: bool = False,
     momenta: Mapping[str, Tensor] | None = None,
 ) -> UnitImportance:

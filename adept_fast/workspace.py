@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from adept_fast.record import AdeptConfig
 
 
 class Workspace:
-    """One recipe in one output_dir. say: where one line of news goes; quiet: no progress bars."""
+    """One recipe in one output_dir. say: where one line of news goes; quiet: no progress."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool | None = None) -> None:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> None:
         self.recipe, self.say, self.quiet = recipe, say, quiet
         self.folder = recipe.folder
         self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
@@ -34,20 +35,36 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make output_dir, keep other runs out of it, and clear what a killed one left half written. Of several processes one does so."""
+        """Make output_dir, keep other runs out of it, and clear what a killed one left half written. Of several processes one does so.
+        A folder that was made for nothing, as where the run is refused, does not stay."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not distributed.leads():
-            yield
-            return
-        with (self.folder / ".lock").open("w") as lock:
+        try:
+            with self._locked() if distributed.leads() else nullcontext():
+                yield
+        finally:
+            with suppress(OSError):  # the first that is not empty
+                for folder in missing:
+                    folder.rmdir()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.folder / ".lock"
+        with path.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken = not os.fstat(lock.fileno()).st_nlink  # by a run that ended after the file was opened here
             except BlockingIOError:
-                raise InputError(f"{self.folder}: another run is working in this output_dir") from None
-            remove_leftovers(self.folder)
-            yield
+                taken = True
+            if taken:
+                raise InputError(f"{self.folder}: another run is working in this output_dir")
+            try:
+                remove_leftovers(self.folder)
+                yield
+            finally:
+                path.unlink()
 
     @cached_property
     def source(self) -> Path:

@@ -147,10 +147,13 @@ def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: P
 
 def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("adept_fast.progress.CALM", 0)
     output = folder / "simple"
     arguments = ["run", f"model_name_or_path={folder / 'model'}", f"domain={folder / 'notes.txt'}", f"output_dir={output}"]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
+    said, shown = capsys.readouterr()
+    lines = [line.partition(": ")[0] for line in shown.splitlines()]
+    assert {"tokenising", "scoring", "writing expanded", "tuning", "writing tuned", "base"} <= {*lines} and "\r" not in shown, shown
     assert "plan: " in said and "epochs over" in said and "every original tensor is bit-equal" in said
     assert {path.name for path in output.iterdir()} >= {
         "scores.json", "scores.png", "expanded", "tuned", "trainer_log.jsonl", "eval.json", "report.html",

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from adept_fast.artefacts import staged_file
+from adept_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
 
 
-def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None = None) -> Documents:
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool = False) -> Documents:
     """Tokenise each text and close it with the end-of-sequence token. Cached by texts and tokenizer, so the cache cannot go stale."""
     key = hashlib.sha256(describe_tokenizer(tokenizer))
     for text in texts:
@@ -86,9 +86,9 @@ def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     return [np.asarray((ids[:-1] if end and ids[-1:] == end else ids) + end, dtype=np.int32) for ids in encoded]
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool | None) -> Documents:
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool) -> Documents:
     pieces: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc="tokenising", unit="doc", disable=quiet) as bar:
+    with Progress(total=len(texts), desc="tokenising", unit="doc", quiet=quiet) as bar:
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
             pieces += document_tokens(batch, tokenizer)

@@ -38,7 +38,7 @@ def check_limit(limit: float) -> None:
 
 
 def largest_alpha(
-    model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool | None = None
+    model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool = False
 ) -> dict[str, Any]:
     """What stands in eval.json as "dial": alpha, the largest of 0, 1/64, ..., 1 found whose rise has its whole interval within `limit`; its
     rise; the domain loss there; and all that was tried. The model is dialled in memory and left as it was.
@@ -65,7 +65,7 @@ def largest_alpha(
     return {**found, "tried": [asdict(tried[step]) for step in sorted(tried)]}
 
 
-def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int, quiet: bool | None) -> CorpusLoss:
+def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int, quiet: bool) -> CorpusLoss:
     with dialled_model(model, step / FINE):
         return corpus_loss(model, corpus.items, title=f"alpha {step / FINE:g}: {corpus.name}", quiet=quiet)
 

@@ -23,7 +23,7 @@ def evaluate(
     domain: EvaluationCorpus | None,
     base_argmax: Sequence[Tensor] = (),
     title: str = "model",
-    quiet: bool | None = None,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """Results as they stand in eval.json, and the argmax at every position of the general corpus.
 
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def _evaluate(
-    model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str, quiet: bool | None
+    model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str, quiet: bool
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     measured = corpus_loss(model, corpus.items, argmax, corpus.candidates, title, quiet)
     loss, low, high = (float(value) for value in bootstrap(measured.sums, measured.tokens))

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adept_fast import checkpoint
 from adept_fast.artefacts import read_json, staged_folder, write_json
@@ -27,6 +26,7 @@ from adept_fast.families import Family, describe, layers_path
 from adept_fast.fingerprint import THREADS, tensors_digest
 from adept_fast.naming import Naming
 from adept_fast.pieces import Piece, write_shards
+from adept_fast.progress import Progress
 from adept_fast.record import KEY, AdeptConfig
 from adept_fast.shards import INDEX, Shards, Stored, open_shards, same_bytes
 
@@ -164,7 +164,7 @@ def write_checkpoint(
     record: Callable[[], AdeptConfig | None],
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
 ) -> AdeptConfig | None:
     """Write `plan` and all that goes along with it to the new folder `target`; returns the record.
 
@@ -176,7 +176,7 @@ def write_checkpoint(
     total = sum(piece.size for pieces in plan.values() for piece in pieces)
     require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
     with staged_folder(target) as staging:
-        with tqdm(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
+        with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, quiet=quiet) as bar:
             write_shards(staging, plan, source.shards.metadata, bar.update)
         if source.shards.index is not None:
             write_json(staging / INDEX, _index(source, plan))

@@ -20,7 +20,7 @@ from adept_fast.shards import read_header
 FILE = "adept_copies.safetensors"
 
 
-def extract_copies(source: str | Path, target: str | Path, *, quiet: bool | None = None, trust_remote_code: bool = False) -> AdeptConfig:
+def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = False, trust_remote_code: bool = False) -> AdeptConfig:
     """Write the copies of the expanded or tuned checkpoint `source` and its record, and nothing else, to the folder `target`.
 
     The tensors keep their names and bits. Returns the record, whose source.tensors_digest says what base they belong to.
@@ -43,7 +43,7 @@ def apply_copies(
     target: str | Path,
     *,
     verify: bool = True,
-    quiet: bool | None = None,
+    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write `base` with the copies of `delta` (a folder that extract_copies wrote) to the folder `target`.

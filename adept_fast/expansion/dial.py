@@ -48,7 +48,7 @@ def dial(
     alpha: float,
     *,
     verify: bool = True,
-    quiet: bool | None = None,
+    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write the tuned checkpoint `source` with its copies at the share `alpha` to the folder `target`; returns the record.

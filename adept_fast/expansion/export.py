@@ -25,7 +25,7 @@ def export_tuned(
     state: Mapping[str, Tensor],
     *,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write the checkpoint `expanded` with the trained copies of `state` to the folder `target`; returns the record.

@@ -26,7 +26,7 @@ FILE = "adept_first_importance.safetensors"
 
 
 def first_importance(
-    model: PreTrainedModel, items: Sequence[Item], quiet: bool | None = None, share: bool = False
+    model: PreTrainedModel, items: Sequence[Item], quiet: bool = False, share: bool = False
 ) -> dict[tuple[str, Dims], Sums]:
     """Sums of the copied layers of a freshly expanded model, under the names of their copies' parameters: (name, dim) -> Sums.
 

@@ -30,7 +30,7 @@ def merge_copies(
     how: str = "average",
     *,
     verify: bool = True,
-    quiet: bool | None = None,
+    quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
     """Write one checkpoint with the copies of the tuned checkpoints `a` and `b`, made on the same base, to the folder `target`.

@@ -55,7 +55,7 @@ def write_remade(
     record: AdeptConfig | None,
     source: Mapping[str, Any],
     verify: bool,
-    quiet: bool | None,
+    quiet: bool,
     prove: Callable[[Path], None] | None = None,
 ) -> AdeptConfig | None:
     """Write the checkpoint and prove, before it gets its name, that the source is in it: its tensors have the digest that the record has.

@@ -18,7 +18,7 @@ def remove_copies(
     copies: Iterable[int] | None = None,
     *,
     verify: bool = True,
-    quiet: bool | None = None,
+    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig | None:
     """Write the expanded or tuned checkpoint `source` without `copies` (their layer indices in it; None: all) to the folder `target`.

@@ -34,7 +34,7 @@ def expand_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     initialisation: str = "zero_output",
     verify: bool = True,
-    quiet: bool | None = None,
+    quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
     """Write `source` (a folder or hub name) with copies of `layers` to the new folder `target`; returns its record.

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from adept_fast import distributed
 from adept_fast.data.items import Item
@@ -29,6 +28,7 @@ from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidde
 from adept_fast.gradient_sums import only_these_require_grad
 from adept_fast.importance.scores import ItemScores
 from adept_fast.losses import batch_loss
+from adept_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CHEAP = ("gate", "cumulative", "rank", "fisher", "block_influence")
 
 
-def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str, quiet: bool | None = None) -> ItemScores:
+def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str, quiet: bool = False) -> ItemScores:
     """Scores of each item by `method`, shared out over processes. loss: "answer" or "all". Leaves the model as it was."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{method} needs all weights in memory, and some of this model's are offloaded: score by masking")
@@ -48,7 +48,7 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
     sums = torch.zeros(shape, dtype=torch.float64)
     parameters = [parameter for layer in layers for parameter in layer.parameters()] if method in ("cumulative", "rank", "fisher") else []
     with only_these_require_grad(model, parameters):
-        for index in tqdm(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item", disable=quiet):
+        for index in Progress(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item", quiet=quiet):
             if method == "gate":
                 sums[index] = _gate(model, items[index])
             elif method == "block_influence":

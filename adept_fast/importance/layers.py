@@ -40,7 +40,7 @@ def score_layers(
     seed: int = 0,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
 ) -> LayerScores:
     """Importance of each decoder layer, nats per supervised token, with 95 % bootstrap intervals over items.
 
@@ -105,7 +105,7 @@ def score_layers(
 
 
 def _cheap(
-    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str], quiet: bool | None
+    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str], quiet: bool
 ) -> tuple[str, dict[str, ItemScores]]:
     """(primary profile, scores of items by profile). Block influence takes no loss: its one profile is called "hidden"."""
     if method == "block_influence":

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adept_fast import distributed
 from adept_fast.allocator import freed_memory_kept
@@ -19,6 +18,7 @@ from adept_fast.importance.journal import Journal
 from adept_fast.importance.packs import Pack, pack
 from adept_fast.importance.sweep import SweepPlan, flops
 from adept_fast.inputs import digest
+from adept_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ class Measuring:
         plan: SweepPlan,
         journal: Path | None = None,
         inputs: Mapping[str, Any] | None = None,
-        quiet: bool | None = None,
+        quiet: bool = False,
     ) -> None:
         self.model, self.items, self.plan, self.quiet = model, items, plan, quiet
         self.layers = len(decoder_layers(model))
@@ -60,7 +60,7 @@ class Measuring:
         mine = _shares(costs, distributed.processes())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(layers), dtype=torch.float64)
         total = sum(costs[at] for at in mine)
-        with freed_memory_kept(), tqdm(total=total, desc=title, unit="FLOP", unit_scale=True, disable=self.quiet) as bar:
+        with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True, quiet=self.quiet) as bar:
             for at in mine:
                 values = self._recorded(packs[at], layers)
                 for name, rows in zip(self.names, found, strict=True):

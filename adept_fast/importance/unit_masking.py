@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
@@ -35,6 +34,7 @@ from adept_fast.importance.scores import ItemScores
 from adept_fast.importance.sweep import SweepPlan, plan
 from adept_fast.importance.unit_scores import UnitScores
 from adept_fast.inputs import digest
+from adept_fast.progress import Progress
 from adept_fast.units import OUTPUTS
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def mask_units(
     seed: int = 0,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
 ) -> UnitScores:
     """Importance of each unit of the chosen layers (none: all), nats per supervised token, with 95 % bootstrap intervals over items.
 
@@ -136,7 +136,7 @@ def mask_units(
     }
     rank = distributed.rank()
     kept = Journal(journal.with_name(f"{journal.name}.{rank}" if rank else journal.name), header) if journal else None
-    for each in tqdm(packs[rank :: distributed.processes()], desc=f"masking {len(units)} units", unit="pack", disable=quiet):
+    for each in Progress(packs[rank :: distributed.processes()], desc=f"masking {len(units)} units", unit="pack", quiet=quiet):
 
         def run(each: Pack = each) -> dict[str, list[list[float]]]:
             return {name: values.tolist() for name, values in measure(model, each, units, names, planned).items()}

@@ -59,7 +59,7 @@ class AdeptCallback(Monitor, ExportableState):
         tokens_per_step: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         say: Callable[[str], None] | None = None,
-        quiet: bool | None = None,
+        quiet: bool = False,
     ) -> None:
         if refresh_steps < 1:
             raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from adept_fast import distributed
 from adept_fast.data.items import Item
@@ -26,6 +25,7 @@ from adept_fast.errors import InputError
 from adept_fast.gradient_sums import only_these_require_grad, whole_sums
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import is_sharded, local
+from adept_fast.progress import Progress
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Meter:
     def stopped(self) -> bool:
         return self._state.stopped
 
-    def read(self, model: PreTrainedModel, units: Units, quiet: bool | None = None) -> Reading:
+    def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:
         """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. On several processes
         all run the same items."""
         loss, gradients = self._gradients(model, units, quiet)
@@ -95,13 +95,13 @@ class Meter:
                 state.scale /= 2
         return Reading(loss, rise, predicted, bound)
 
-    def _gradients(self, model: PreTrainedModel, units: Units, quiet: bool | None) -> tuple[float, dict[str, Tensor]]:
+    def _gradients(self, model: PreTrainedModel, units: Units, quiet: bool) -> tuple[float, dict[str, Tensor]]:
         """Mean loss and its gradient, fp32, of this process's part of each parameter."""
         parameters = {name: model.get_parameter(name) for name in units.slices}
         tokens, total = sum(item.supervised for item in self.items), 0.0
         sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
         with only_these_require_grad(model, parameters.values()):
-            for item in tqdm(self.items, desc="forgetting meter", unit="item", disable=quiet):
+            for item in Progress(self.items, desc="forgetting meter", unit="item", quiet=quiet):
                 loss = batch_loss(model, [item])
                 loss.backward()
                 total += float(loss.detach())

@@ -37,7 +37,7 @@ class Monitor(TrainerCallback):
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
         say: Callable[[str], None] | None = None,
-        quiet: bool | None = None,
+        quiet: bool = False,
     ) -> None:
         self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
         self.log, self.tokens_per_step, self.say, self.quiet = log, tokens_per_step, say, quiet
@@ -106,7 +106,7 @@ class Monitor(TrainerCallback):
             self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
 
 
-def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool | None) -> float:
+def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool) -> float:
     """Mean loss of items, shared out over processes that hold the whole model."""
     if any(map(is_sharded, model.parameters())):
         return corpus_loss(model, items, title=title, quiet=quiet).mean

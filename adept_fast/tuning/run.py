@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast import checkpoint, distributed
@@ -16,6 +16,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
+from adept_fast.progress import Progress
 from adept_fast.tuning.isolation import keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import stopped_in
@@ -83,7 +84,9 @@ class Run:
         """Train to the last step, from the last checkpoint where there is one."""
         if isinstance(self.blocks, Stream):
             trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last))
-        trainer.remove_callback(PrinterCallback)  # each step stands in the log; what is printed are the evaluations
+        for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
+            trainer.remove_callback(callback)
+        trainer.add_callback(_Steps())
         done = None if self.last is None else int(self.last.rpartition("-")[2])
         if done is None or (done < self.planned.steps and not stopped_in(Path(self.last))):
             trainer.train(resume_from_checkpoint=self.last)
@@ -92,3 +95,16 @@ class Run:
         if distributed.rank() == 0:
             self.log.cut(done)
             self.log.write("end", done)
+
+
+class _Steps(TrainerCallback):
+    """Shows how far training has come."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", quiet=args.disable_tqdm)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()
