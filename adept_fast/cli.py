@@ -99,14 +99,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(given.command, given.action, getattr(given, "settings", []))
     except KeyboardInterrupt:
-        print("adept-fast: interrupted; the same command goes on from here", file=sys.stderr)
+        _complain("interrupted; the same command goes on from here")
         return 130
     except BaseException as error:
         if given.debug or isinstance(error, SystemExit):
             raise
-        print(f"adept-fast: {_one_line(error)}", file=sys.stderr)
+        _complain(_one_line(error))
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def _complain(line: str) -> None:
+    who = f"process {_rank()}: " if _rank() else ""
+    print(f"adept-fast: {who}{line}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """Of several processes, as their launcher says; torch is not imported yet."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _one_line(error: BaseException) -> str:
@@ -167,9 +177,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
 
 def _say(line: str) -> None:
-    from adept_fast import distributed
-
-    if distributed.leads():
+    if not _rank():
         print(line, flush=True)
 
 
@@ -184,7 +192,7 @@ def _needs_extra() -> None:
 def _calm_libraries() -> None:
     """Their progress bars and advice would drown the one line that matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _rank():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours are Progress, which is calm by itself
     from transformers.utils import logging
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from adept_fast import checkpoint, distributed
@@ -61,43 +62,21 @@ class Scoring(Workspace):
         return scores
 
     def _score_layers(self) -> LayerScores:
-        inputs = self._score_inputs()
-        if self.scores_path.exists():
+        inputs, journal = self._score_inputs(), self.folder / ".scores.journal"
+        kept = self.scores_path.exists()
+        if kept:
             scores = LayerScores.load(self.scores_path)
             self.require_same(self.scores_path, scores.inputs, inputs)
             self.say(f"{self.scores_path}: up to date")
-            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
         else:
-            records = self.corpora.scoring()
-            self._check_model()
-            model = checkpoint.load_model(self.source, **self.loading)
-            items = self.items(records, self.recipe.score.probe_format)
-            loss = self.recipe.score.loss or ("kl" if self.tokenizer.chat_template else "answer")
-            self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {loss}")
-            journal = self.folder / ".scores.journal"
-            score = self.recipe.score
-            race = Race(self.recipe.expand.k, score.regret, score.confidence) if score.regret is not None else None
-            scores = score_layers(
-                model,
-                items,
-                score.method,
-                loss if score.method == "masking" or score.loss else "answer",
-                losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
-                domain=self._domain_items(),
-                race=race,
-                sweep_tokens=score.sweep_tokens,
-                seed=self.recipe.score.seed,
-                journal=journal,
-                inputs=inputs,
-                quiet=self.quiet,
-            )
-            others = [self._cheap(method, scores) for method in self.recipe.score.compare]
-            distributed.wait()
-            if distributed.rank():
-                return scores
+            scores = self._measured(journal, inputs)
+        others = [self._cheap(method, scores) for method in self.recipe.score.compare]
+        distributed.wait()
+        if not distributed.leads():
+            return scores
+        if not kept:
             scores.save(self.scores_path)
-            for part in self.folder.glob(f"{journal.name}*"):
-                part.unlink()
+            self._forget(journal)
             for note in scores.notes:
                 self.say(note)
             if scores.certificate:
@@ -113,6 +92,37 @@ class Scoring(Workspace):
         self.say(f"chosen layers ({scores.loss}, nats per token lost without each): {values}")
         return scores
 
+    def _measured(self, journal: Path, inputs: dict[str, Any]) -> LayerScores:
+        records, score = self.corpora.scoring(), self.recipe.score
+        self._check_model()
+        model = checkpoint.load_model(self.source, **self.loading)
+        items = self.items(records, score.probe_format)
+        self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {self._loss}")
+        race = Race(self.recipe.expand.k, score.regret, score.confidence) if score.regret is not None else None
+        return score_layers(
+            model,
+            items,
+            score.method,
+            self._loss if score.method == "masking" or score.loss else "answer",
+            losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
+            domain=self._domain_items(),
+            race=race,
+            sweep_tokens=score.sweep_tokens,
+            seed=score.seed,
+            journal=journal,
+            inputs=inputs,
+            quiet=self.quiet,
+        )
+
+    @property
+    def _loss(self) -> str:
+        return self.recipe.score.loss or ("kl" if self.tokenizer.chat_template else "answer")
+
+    def _forget(self, journal: Path) -> None:
+        """Delete a journal of all processes."""
+        for part in self.folder.glob(f"{journal.name}*"):
+            part.unlink()
+
     def _score_units(self) -> None:
         score, path = self.recipe.score, self.folder / "unit_scores.json"
         if score.units is None:
@@ -126,17 +136,15 @@ class Scoring(Workspace):
             items, units = self.items(self.corpora.scoring(), score.probe_format), masked_units(model, score.units, score.unit_layers)
             cost = forwards(units, len(decoder_layers(model)))
             self.say(f"masking {len(units)} units on {len(items)} probe items: the work of about {cost:.0f} forwards of the probe")
-            loss = score.loss or ("kl" if self.tokenizer.chat_template else "answer")
             journal = self.folder / ".unit_scores.journal"
             kept = {"journal": journal, "inputs": inputs, "quiet": self.quiet, "seed": score.seed, "sweep_tokens": score.sweep_tokens}
-            found = mask_units(model, items, score.units, loss, layers=score.unit_layers, **kept)
+            found = mask_units(model, items, score.units, self._loss, layers=score.unit_layers, **kept)
             distributed.wait()
-            if distributed.rank():
-                return
-            found.save(path)
-            for part in self.folder.glob(f"{journal.name}*"):
-                part.unlink()
-        save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
+            if distributed.leads():
+                found.save(path)
+                self._forget(journal)
+        if distributed.leads():
+            save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
 
     def _domain_items(self) -> list[Item]:
         """The first DOMAIN_TOKENS of each document of the domain to be scored."""
