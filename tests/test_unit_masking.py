@@ -85,6 +85,14 @@ def test_model_is_left_as_it_was_and_a_killed_call_resumes(tmp_path) -> None:
     assert loaded == whole and torch.equal(loaded.per_item["answer"].sums, whole.per_item["answer"].sums)
 
 
+def test_a_module_that_is_not_called_is_refused_and_the_model_left_as_it_was() -> None:
+    model = tiny_models.model().train()
+    decoder_layers(model)[1].spare = torch.nn.Linear(3, 3)
+    with pytest.raises(InputError, match="1.spare: the model does not call this module"):
+        mask_units(model, tiny_models.items(2), layers=[1], quiet=True)
+    assert model.training and all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
 def test_cost_is_known_and_what_is_wrong_refused() -> None:
     model = tiny_models.model()
     assert forwards(masked_units(model, "tensor", [1, 3]), 4) == 1 + (7 * 3 + 7 * 1) / 4

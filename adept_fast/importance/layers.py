@@ -14,8 +14,8 @@ from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.importance.budget import LayerCosts
 from adept_fast.importance.cheap import CHEAP, cheap_scores
-from adept_fast.importance.masking import LOSSES
-from adept_fast.importance.measuring import Measuring
+from adept_fast.importance.masking import LOSSES, LayerMasks
+from adept_fast.importance.measuring import Measuring, evaluating
 from adept_fast.importance.race import Race, certificate, run
 from adept_fast.importance.scores import ItemScores, LayerScores
 from adept_fast.importance.sweep import plan
@@ -69,25 +69,21 @@ def score_layers(
         if domain:
             per_item["domain"] = cheap_scores(model, domain, method, "all", quiet)
     else:
-        training = model.training
-        model.eval()
-        planned = plan(model, items, sweep_tokens)
-        if not planned.swept:
-            notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
-        measuring = Measuring(model, items, wanted, planned, journal, inputs, quiet)
-        if race:
-            proof = _raced(measuring, race, loss, seed)
-        else:
-            measuring.measure(range(len(items)), range(measuring.layers))
-        measuring.close()
-        per_item = {name: _item_scores(measuring, name) for name in measuring.names}
-        if domain:
-            path = journal and journal.with_name(f"{journal.name}.domain")
-            measuring = Measuring(model, domain, ["all"], planned, path, inputs, quiet)
-            measuring.measure(range(len(domain)), range(measuring.layers), "scoring the domain")
-            measuring.close()
-            per_item["domain"] = _item_scores(measuring, "all")
-        model.train(training)
+        with evaluating(model):
+            masks = LayerMasks(model, plan(model, items, sweep_tokens))
+            if not masks.plan.swept:
+                notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
+            with Measuring(masks, items, wanted, journal, inputs, quiet) as measuring:
+                if race:
+                    proof = _raced(measuring, race, loss, seed)
+                else:
+                    measuring.measure("scoring")
+                per_item = {name: measuring.item_scores(name) for name in measuring.names}
+            if domain:
+                beside = journal and journal.with_name(f"{journal.name}.domain")
+                with Measuring(masks, domain, ["all"], beside, inputs, quiet) as measuring:
+                    measuring.measure("scoring the domain")
+                    per_item["domain"] = measuring.item_scores("all")
     return LayerScores(
         method=method,
         loss=loss,
@@ -115,23 +111,12 @@ def _cheap(
     return loss, {name: cheap_scores(model, items, method, name, quiet) for name in LOSSES if name in wanted}
 
 
-def _weights(measuring: Measuring, name: str) -> torch.Tensor:
-    """Tokens that count in a loss, fp64 [items]."""
-    counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in measuring.items]
-    return torch.tensor(counts, dtype=torch.float64)
-
-
-def _item_scores(measuring: Measuring, name: str) -> ItemScores:
-    base = None if name == "kl" else measuring.losses[name][:, 0]
-    return ItemScores(measuring.differences(name), _weights(measuring, name), base)
-
-
 def _raced(measuring: Measuring, race: Race, loss: str, seed: int) -> dict[str, Any]:
-    tokens = _weights(measuring, loss)
+    tokens = measuring.item_scores(loss).weights
 
     def measure(items: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
-        measuring.measure(items, layers, f"racing {len(layers)} layers")
-        return measuring.differences(loss)[list(items)]
+        measuring.measure(f"racing {len(layers)} layers", items, layers)
+        return measuring.item_scores(loss).sums[list(items)]
 
-    outcome = run(race, tokens, measuring.layers, measure, seed)
+    outcome = run(race, tokens, measuring.masks.count, measure, seed)
     return certificate(race, outcome, tokens, seed, measuring.cost / measuring.whole_cost())

@@ -6,21 +6,41 @@ With layer l bypassed the residual stream passes through it unchanged. All layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adept_fast.families import device_of
+from adept_fast.families import decoder_layers, device_of
 from adept_fast.head import token_losses, variant_losses
 from adept_fast.importance.packs import Pack
-from adept_fast.importance.sweep import SweepPlan, one_by_one, sweep
+from adept_fast.importance.sweep import SweepPlan, flops, one_by_one, sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOSSES = ("answer", "kl", "all")
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """Each layer of a model, to be bypassed: the masks of measuring.py."""
+
+    model: PreTrainedModel
+    plan: SweepPlan
+    identity: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def count(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def measure(self, pack: Pack, layers: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
+        return measure(self.model, pack, layers, losses, self.plan)
+
+    def flops(self, pack: Pack, layers: Sequence[int]) -> float:
+        return flops(self.model, pack, layers, self.plan)
 
 
 @torch.no_grad()

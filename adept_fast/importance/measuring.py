@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adept_fast import distributed
 from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item
-from adept_fast.families import decoder_layers
-from adept_fast.importance import masking
 from adept_fast.importance.journal import Journal
+from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.sweep import SweepPlan, flops
+from adept_fast.importance.scores import ItemScores
+from adept_fast.importance.sweep import SweepPlan
 from adept_fast.inputs import digest
 from adept_fast.progress import Progress
 
@@ -24,73 +25,99 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Masks(Protocol):
+    """A model, and `count` parts of it to mask, one at a time. identity: what a journal knows the parts by, beside the model."""
+
+    model: PreTrainedModel
+    plan: SweepPlan
+    count: int
+    identity: Mapping[str, Any]
+
+    def measure(self, pack: Pack, parts: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
+        """Summed losses of each item of a pack, fp64 [items, 1 + parts] by name, the baseline first."""
+
+    def flops(self, pack: Pack, parts: Sequence[int]) -> float:
+        """Of measuring it."""
+
+
 class Measuring:
-    """losses: by name, fp64 [items, 1 + layers], the baseline first; NaN where not measured. cost: FLOPs spent by all processes."""
+    """losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN where not measured. cost: FLOPs spent by all processes.
+
+    A context manager, which closes the journal: what is measured within is kept there, and taken from there where a killed run left it.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        masks: Masks,
         items: Sequence[Item],
         losses: Collection[str],
-        plan: SweepPlan,
         journal: Path | None = None,
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.model, self.items, self.plan, self.quiet = model, items, plan, quiet
-        self.layers = len(decoder_layers(model))
-        self.names = [name for name in masking.LOSSES if name in losses]
-        self.losses = {name: torch.full((len(items), 1 + self.layers), torch.nan, dtype=torch.float64) for name in self.names}
+        self.masks, self.items, self.quiet = masks, items, quiet
+        self.names = [name for name in LOSSES if name in losses]
+        self.losses = {name: torch.full((len(items), 1 + masks.count), torch.nan, dtype=torch.float64) for name in self.names}
         self.cost = 0.0
+        config = masks.model.config
         header = {
-            "model": [model.config.name_or_path, str(model.dtype), digest(model.config.to_dict())],
+            "model": [config.name_or_path, str(masks.model.dtype), digest(config.to_dict())],
             "items": digest([[item.input_ids, item.labels] for item in items]),
+            **masks.identity,
             "losses": self.names,
-            "plan": vars(plan),
+            "plan": vars(masks.plan),
             "processes": distributed.processes(),
             "inputs": dict(inputs or {}),
         }
         path = journal and journal.with_name(f"{journal.name}.{distributed.rank()}" if distributed.rank() else journal.name)
         self._journal = Journal(path, header) if path else None
 
-    def measure(self, indices: Sequence[int], layers: Sequence[int], title: str = "scoring") -> None:
-        """Fill in the losses of the items at `indices` for the baseline and for the model without each of `layers`."""
-        packs = pack(self.items, indices, self.plan.pack, "all" in self.losses)
-        costs = [flops(self.model, each, layers, self.plan) for each in packs]
+    def __enter__(self) -> Measuring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal:
+            self._journal.close()
+
+    def measure(self, title: str, indices: Sequence[int] | None = None, parts: Sequence[int] | None = None) -> None:
+        """Fill in the losses of the items at `indices` for the baseline and with each of `parts` masked (none: of all)."""
+        indices = range(len(self.items)) if indices is None else indices
+        parts = range(self.masks.count) if parts is None else parts
+        packs = pack(self.items, indices, self.masks.plan.pack, "all" in self.names)
+        costs = [self.masks.flops(each, parts) for each in packs]
         mine = _shares(costs, distributed.processes())[distributed.rank()]
-        found = torch.zeros(len(self.names), len(self.items), 1 + len(layers), dtype=torch.float64)
+        found = torch.zeros(len(self.names), len(self.items), 1 + len(parts), dtype=torch.float64)
         total = sum(costs[at] for at in mine)
         with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True, quiet=self.quiet) as bar:
             for at in mine:
-                values = self._recorded(packs[at], layers)
+                values = self._recorded(packs[at], parts)
                 for name, rows in zip(self.names, found, strict=True):
                     rows[list(packs[at].items)] = torch.tensor(values[name], dtype=torch.float64)
                 bar.update(costs[at])
         found = distributed.total(found)
-        columns = torch.tensor([0, *(1 + layer for layer in layers)])
+        columns = torch.tensor([0, *(1 + part for part in parts)])
         rows = torch.tensor(list(indices))
         for name, measured in zip(self.names, found, strict=True):
             self.losses[name][rows[:, None], columns] = measured[rows]
         self.cost += sum(costs)
 
     def whole_cost(self) -> float:
-        """FLOPs of measuring all layers on all items, whatever the packs."""
-        alone = pack(self.items, range(len(self.items)), 0, "all" in self.losses)
-        return sum(flops(self.model, each, range(self.layers), self.plan) for each in alone)
+        """FLOPs of measuring all parts on all items, whatever the packs."""
+        alone = pack(self.items, range(len(self.items)), 0, "all" in self.names)
+        return sum(self.masks.flops(each, range(self.masks.count)) for each in alone)
 
-    def _recorded(self, pack: Pack, layers: Sequence[int]) -> dict[str, list[list[float]]]:
+    def item_scores(self, name: str) -> ItemScores:
+        """Loss with each part masked minus the baseline's, summed over each item's tokens, and how many tokens count."""
+        counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in self.items]
+        losses = self.losses[name]
+        base = None if name == "kl" else losses[:, 0].clone()
+        return ItemScores(losses[:, 1:] - losses[:, :1], torch.tensor(counts, dtype=torch.float64), base)
+
+    def _recorded(self, pack: Pack, parts: Sequence[int]) -> dict[str, list[list[float]]]:
         def run() -> dict[str, list[list[float]]]:
-            return {name: values.tolist() for name, values in masking.measure(self.model, pack, layers, self.names, self.plan).items()}
+            return {name: values.tolist() for name, values in self.masks.measure(pack, parts, self.names).items()}
 
-        return self._journal.recorded([list(pack.items), list(layers)], run) if self._journal else run()
-
-    def close(self) -> None:
-        if self._journal:
-            self._journal.close()
-
-    def differences(self, name: str) -> Tensor:
-        """Loss without each layer minus loss with it, summed over each item's tokens, fp64 [items, layers]."""
-        return self.losses[name][:, 1:] - self.losses[name][:, :1]
+        return self._journal.recorded([list(pack.items), list(parts)], run) if self._journal else run()
 
 
 def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
@@ -102,3 +129,14 @@ def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
         shares[least].append(at)
         loads[least] += costs[at]
     return shares
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -101,6 +101,12 @@ def pack_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     return last_hidden(model, pack.ids[None], **positions)
 
 
+def row_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """The same at pack.rows, [1, rows, hidden]."""
+    hidden = pack_hidden(model, pack)
+    return hidden[:, pack.rows.to(hidden.device)]  # a model spread over devices
+
+
 def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int, cut: Sequence[str] = ()) -> Tensor:
     """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden].
 
@@ -136,29 +142,31 @@ def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Tensor:
     """The same from one forward a layer, each with that layer bypassed: for models whose layers cannot be run on a batch of variants."""
-    rows = [pack_hidden(model, pack)[:, pack.rows]]
+    rows = [row_hidden(model, pack)]
     for layer in layers:
         with bypassed(model, [layer]):
-            rows.append(pack_hidden(model, pack)[:, pack.rows])
+            rows.append(row_hidden(model, pack))
     return torch.cat(rows)
 
 
-def layer_tokens(layers: int, tokens: int, without: Sequence[int], swept: bool = True) -> int:
-    """Tokens that pass through a layer of a model of so many layers, summed over layers, to measure it without each of some."""
-    return tokens * (layers + (sum(layers - 1 - layer for layer in without) if swept else layers * len(without)))
-
-
 def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: SweepPlan) -> float:
-    """FLOPs of measuring a pack: 2 a weight of a layer and token that passes it, causal attention within items, the head on its rows."""
+    """FLOPs of measuring a pack without each of some layers."""
+    layers, variants = decoder_layers(model), 1 + len(without)
+    if not plan.swept:
+        return call_flops(model, pack, variants * len(layers), variants)
+    through = 1 + sum(layer < len(layers) - 1 for layer in without)
+    saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut)
+    calls = len(layers) + sum(len(layers) - 1 - layer for layer in without)
+    return call_flops(model, pack, calls, variants) - 2.0 * saved * through * (pack.tokens - len(pack.rows))
+
+
+def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) -> float:
+    """FLOPs of `calls` layers a token (2 a weight, causal attention within items) and of the head on the pack's rows of each variant."""
     config, layers = text_config(model), decoder_layers(model)
     weights = _matrices(layers) / len(layers)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    body = sum(layer_tokens(len(layers), length, without, plan.swept) * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
-    if plan.swept:
-        through = 1 + sum(layer < len(layers) - 1 for layer in without)
-        saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut)
-        body -= 2.0 * saved * through * (pack.tokens - len(pack.rows))
-    return body + 2.0 * (1 + len(without)) * len(pack.rows) * config.hidden_size * config.vocab_size
+    body = calls * sum(length * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
+    return body + 2.0 * variants * len(pack.rows) * config.hidden_size * config.vocab_size
 
 
 def _matrices(module: nn.Module) -> int:

@@ -22,19 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers, describe, device_of, hidden_of, last_hidden, replaced_forward, text_config, with_hidden
-from adept_fast.importance.journal import Journal
+from adept_fast.families import decoder_layers, describe, device_of, hidden_of, replaced_forward, text_config, with_hidden
 from adept_fast.importance.masking import LOSSES, item_losses
-from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.scores import ItemScores
-from adept_fast.importance.sweep import SweepPlan, plan
+from adept_fast.importance.measuring import Measuring, evaluating
+from adept_fast.importance.packs import Pack
+from adept_fast.importance.sweep import SweepPlan, call_flops, plan, row_hidden
 from adept_fast.importance.unit_scores import UnitScores
 from adept_fast.inputs import digest
-from adept_fast.progress import Progress
 from adept_fast.units import OUTPUTS
 
 if TYPE_CHECKING:
@@ -119,40 +116,12 @@ def mask_units(
         if name not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}, found {name!r}")
     items = [item for item in load_items(probe, tokenizer) if item.supervised]
-    units, names = masked_units(model, granularity, layers), [name for name in LOSSES if name in {loss, *losses}]
-    started, training = time.perf_counter(), model.training
-    model.eval()
-    planned = plan(model, items, sweep_tokens)
-    packs = pack(items, range(len(items)), planned.pack, "all" in names)
-    found = torch.zeros(len(names), len(items), 1 + len(units), dtype=torch.float64)
-    header = {
-        "model": [model.config.name_or_path, str(model.dtype), digest(model.config.to_dict())],
-        "items": digest([[item.input_ids, item.labels] for item in items]),
-        "units": digest([vars(unit) for unit in units]),
-        "losses": names,
-        "plan": vars(planned),
-        "processes": distributed.processes(),
-        "inputs": dict(inputs or {}),
-    }
-    rank = distributed.rank()
-    kept = Journal(journal.with_name(f"{journal.name}.{rank}" if rank else journal.name), header) if journal else None
-    for each in Progress(packs[rank :: distributed.processes()], desc=f"masking {len(units)} units", unit="pack", quiet=quiet):
-
-        def run(each: Pack = each) -> dict[str, list[list[float]]]:
-            return {name: values.tolist() for name, values in measure(model, each, units, names, planned).items()}
-
-        values = kept.recorded(list(each.items), run) if kept else run()
-        for name, rows in zip(names, found, strict=True):
-            rows[list(each.items)] = torch.tensor(values[name], dtype=torch.float64)
-    if kept:
-        kept.close()
-    model.train(training)
-    found = distributed.total(found)
-    per_item = {}
-    for name, rows in zip(names, found, strict=True):
-        counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in items]
-        base = None if name == "kl" else rows[:, 0].clone()
-        per_item[name] = ItemScores(rows[:, 1:] - rows[:, :1], torch.tensor(counts, dtype=torch.float64), base)
+    started, units = time.perf_counter(), masked_units(model, granularity, layers)
+    with evaluating(model):
+        masks = UnitMasks(model, plan(model, items, sweep_tokens), units)
+        with Measuring(masks, items, {loss, *losses}, journal, inputs, quiet) as measuring:
+            measuring.measure(f"masking {len(units)} units")
+            per_item = {name: measuring.item_scores(name) for name in measuring.names}
     return UnitScores(
         granularity=granularity,
         loss=loss,
@@ -168,38 +137,53 @@ def mask_units(
     )
 
 
-@torch.no_grad()
-def measure(
-    model: PreTrainedModel, pack: Pack, units: Sequence[MaskedUnit], losses: Collection[str], plan: SweepPlan
-) -> dict[str, Tensor]:
-    """Summed losses of each item of a pack, fp64 [items, 1 + units] by name, the baseline first."""
-    pack = pack.to(device_of(model))
-    modules = decoder_layers(model)
-    outputs: list[Any] = []
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(replaced_forward(module, _keeping(module.forward, outputs)))
-        hidden = [_forward(model, pack)]
-    most = max(1, plan.tokens // pack.tokens) if plan.swept else 1
-    for layer, group in groupby(units, key=lambda unit: unit.layer):
-        together = list(group)
-        for start in range(0, len(together), most):
-            part = together[start : start + most]
-            with ExitStack() as stack:
-                for module, output in zip(modules[:layer], outputs, strict=False):
-                    stack.enter_context(replaced_forward(module, lambda *_, output=output, **__: _copied(output)))
-                called = _mask(stack, modules[layer], part)
-                hidden.append(_forward(model, pack))
-            for unit in part:
-                if unit.module not in called:
-                    raise InputError(f"{unit.name}: the model does not call this module, so it cannot be masked: leave its layer out")
-    return item_losses(model, torch.cat(hidden), pack, losses)
+@dataclass(frozen=True)
+class UnitMasks:
+    """Units of a model, each to be zeroed: the masks of measuring.py."""
 
+    model: PreTrainedModel
+    plan: SweepPlan
+    units: Sequence[MaskedUnit]
 
-def _forward(model: PreTrainedModel, pack: Pack) -> Tensor:
-    positions = {"position_ids": pack.positions[None]} if len(pack.items) > 1 else {}
-    hidden = last_hidden(model, pack.ids[None], **positions)
-    return hidden[:, pack.rows.to(hidden.device)]
+    @property
+    def count(self) -> int:
+        return len(self.units)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"units": digest([vars(unit) for unit in self.units])}
+
+    def flops(self, pack: Pack, parts: Sequence[int]) -> float:
+        layers = len(decoder_layers(self.model))
+        return call_flops(self.model, pack, layers * forwards([self.units[part] for part in parts], layers), 1 + len(parts))
+
+    @torch.no_grad()
+    def measure(self, pack: Pack, parts: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
+        pack = pack.to(device_of(self.model))
+        modules = decoder_layers(self.model)
+        outputs: list[Any] = []
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(replaced_forward(module, _keeping(module.forward, outputs)))
+            hidden = [row_hidden(self.model, pack)]
+        most = max(1, self.plan.tokens // pack.tokens) if self.plan.swept else 1
+        for layer, group in groupby((self.units[part] for part in parts), key=lambda unit: unit.layer):
+            together = list(group)
+            for start in range(0, len(together), most):
+                hidden.append(self._masked(pack, modules, outputs, layer, together[start : start + most]))
+        return item_losses(self.model, torch.cat(hidden), pack, losses)
+
+    def _masked(self, pack: Pack, modules: Sequence[nn.Module], outputs: Sequence[Any], layer: int, units: Sequence[MaskedUnit]) -> Tensor:
+        """Hidden states at pack.rows with each of some units of a layer masked; layers below give what they gave."""
+        with ExitStack() as stack:
+            for module, output in zip(modules[:layer], outputs, strict=False):
+                stack.enter_context(replaced_forward(module, lambda *_, output=output, **__: _copied(output)))
+            called = _mask(stack, modules[layer], units)
+            found = row_hidden(self.model, pack)
+        for unit in units:
+            if unit.module not in called:
+                raise InputError(f"{unit.name}: the model does not call this module, so it cannot be masked: leave its layer out")
+        return found
 
 
 def _copied(output: Any) -> Any:
