@@ -31,7 +31,6 @@ from adept_fast.importance import (
     select_layers,
     selection_stability,
 )
-from adept_fast.methods import METHODS, Method
 from adept_fast.record import AdeptConfig
 from adept_fast.report import PICTURES, save_png, unit_profile
 from adept_fast.workspace import Workspace
@@ -201,10 +200,6 @@ class Scoring(Workspace):
         if self.earlier is None:
             return self._selected(scores)
         return [self.earlier.originals[layer] for layer in self._selected(scores.among(self.earlier.originals))]
-
-    @property
-    def method(self) -> Method:
-        return METHODS[self.recipe.method]
 
     @cached_property
     def _layers(self) -> int:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import remove_leftovers, write_text
+from adept_fast.artefacts import read_json, remove_leftovers, write_text
 from adept_fast.corpora import Corpora
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 from adept_fast.fingerprint import fingerprint
 from adept_fast.inputs import require_same
+from adept_fast.methods import METHODS, Method
 from adept_fast.recipe import Recipe
 from adept_fast.record import AdeptConfig
 
@@ -83,12 +84,27 @@ class Workspace:
         return checkpoint.positions(self.source)
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.recipe.method]
+
+    @property
     def loading(self) -> dict[str, Any]:
         return {key: getattr(self.recipe, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
 
     def base_inputs(self) -> dict[str, Any]:
         keys = ("dtype", "attn_implementation")
         return {"model": self.identity, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
+
+    def copies_inputs(self, layers: Sequence[int]) -> dict[str, Any]:
+        """The initialisation is among them where it is not what it is by default."""
+        how = self.recipe.expand.initialisation
+        return {"expand.layers": list(layers), **({} if how == "zero_output" else {"expand.initialisation": how})}
+
+    @staticmethod
+    def inputs_of(folder: Path) -> Mapping[str, Any]:
+        """What an expanded or tuned checkpoint was made from, whatever method made it."""
+        plain = folder / "baseline.json"
+        return read_json(plain).get("inputs", {}) if plain.is_file() else AdeptConfig.load(folder).inputs
 
     def require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         require_same(path, recorded, now, self.recipe.model_name_or_path)

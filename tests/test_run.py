@@ -24,7 +24,7 @@ PLACES = (
     ("adept_fast.tuning.callback:apply_rates", 2),  # a refresh
     ("adept_fast.tuning.staged:save_file", 1),  # a later checkpoint
     ("adept_fast.expansion.remade:prove_bytes", 0),  # the tuned model, all written but the name
-    ("adept_fast.pipeline:evaluate", 1),
+    ("adept_fast.evaluating:evaluate", 1),
 )
 KILLS = 20
 MOMENTS = (  # and the number of its calls to draw from
@@ -153,7 +153,7 @@ def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.Capture
     assert main(arguments) == 0
     said, shown = capsys.readouterr()
     lines = [line.partition(": ")[0] for line in shown.splitlines()]
-    assert {"tokenising", "scoring", "writing expanded", "tuning", "writing tuned", "base"} <= {*lines} and "\r" not in shown, shown
+    assert {"scoring", "writing expanded", "tuning", "writing tuned", "base"} <= {*lines} and "\r" not in shown, shown
     assert "plan: " in said and "epochs over" in said and "every original tensor is bit-equal" in said
     assert {path.name for path in output.iterdir()} >= {
         "scores.json", "scores.png", "expanded", "tuned", "trainer_log.jsonl", "eval.json", "report.html",
