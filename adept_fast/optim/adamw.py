@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adept_fast import backend as backends
 from adept_fast.errors import InputError
 from adept_fast.optim import shards
-from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments, checked_multipliers, refuse_sparse
-from adept_fast.optim.launch import in_memory, launch, sum_of_squares
-from adept_fast.optim.plan import Plan, Row, plan_of
-from adept_fast.optim.state import (
-    EDITED,
-    MASTER_KEYS,
-    RATES,
-    Kept,
-    create_missing,
-    protect_from_cast,
-    rates_into_state,
-    restored,
-    widen_sharded_remainders,
-)
-from adept_fast.reference import AdamWOptions, Update, clip_scale, needs_master
+from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments, checked_multipliers
+from adept_fast.optim.launch import launch, sum_of_squares
+from adept_fast.optim.rows import Rows
+from adept_fast.optim.state import RATES, protect_from_cast, rates_into_state, restored, widen_sharded_remainders
+from adept_fast.reference import AdamWOptions, Update, clip_scale
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-    from adept_fast.optim.layout import Pair
-
-    Described = tuple[Update, Sequence[Pair], shards.Mesh | None, tuple[torch.device, str]]
 
 # torch 2.8's name, and the one that followed it.
 _check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None) or (
@@ -42,7 +26,7 @@ _check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_heal
 )
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Rows):
     r"""AdamW with a learning-rate multiplier per unit (row, column, expert, parameter), exact low-precision masters and fused clipping.
 
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
@@ -106,8 +90,7 @@ class AdamW(torch.optim.Optimizer):
         check_own_arguments(state_dtype, master_weights, max_grad_norm)
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend
-        self._written: dict[Tensor, int] = {}
-        self._plans: dict[int, tuple[tuple[Any, ...], dict[int, Plan | None]]] = {}  # per group: what they rely on, by position
+        self._written, self._plans = {}, {}
         defaults = {
             "lr": lr,
             "betas": tuple(_scalar(beta) for beta in betas),
@@ -216,109 +199,6 @@ class AdamW(torch.optim.Optimizer):
                 for param in group["params"]:
                     if param.grad is not None:
                         self._written[param] = param._version
-
-    def _planned(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
-        """(update, copies to write back, mesh, (device, backend)) of each parameter with a gradient, by its plan where that still holds."""
-        flags = (group["amsgrad"], group["capturable"], group["fused"])
-        settings = (self.backend, os.environ.get(backends.OVERRIDE), self.state_dtype, self.master_weights, first, flags)
-        if number not in self._plans or self._plans[number][0] != settings:
-            self._plans[number] = settings, {}
-        plans = self._plans[number][1]
-        dense = False
-        for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            plan = plans.get(position)
-            rates = group[RATES].get(position) if RATES in group else None
-            update = None if plan is None else plan.update(param, grad, self.state[param], rates, options)
-            if update is not None:
-                self._reset_if_edited(param, plan.master_key)
-                yield update, (), None, plan.place
-                continue
-            if not dense:
-                refuse_sparse(group["params"])
-                dense = True
-            row = self._row(group, position, param, first)
-            update, copies = in_memory(row, options)
-            key = self._kept(group, param, row.backend).master_key
-            plans[position] = plan_of(param, row, update, key, group[RATES].get(position) if RATES in group else None)
-            yield update, copies, row.mesh, (update.param.device, row.backend)
-
-    def _described(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
-        """The same without plans, through a method that torch.compile knows."""
-        columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
-        self._init_group(group, first, *columns)
-        for fields in zip(*columns, strict=True):
-            row = Row(*fields)
-            update, copies = in_memory(row, options)
-            yield update, copies, row.mesh, (update.param.device, row.backend)
-
-    def _init_group(self, group: dict[str, Any], first: int, *columns: list[Any]) -> None:
-        """Append to the columns, one per field of Row, a row for each parameter with a gradient. torch.compile runs a method of this name
-        while it traces, and guards what the lists then hold."""
-        refuse_sparse(group["params"])
-        for position, param in enumerate(group["params"]):
-            if param.grad is not None:
-                for column, value in zip(columns, self._row(group, position, param, first), strict=True):
-                    column.append(value)
-
-    def _row(self, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
-        """A parameter with its gradient, state (created where missing) and rates; of a sharded one, this process's part."""
-        backend = self._backend(group, param)
-        state, kept = self.state[param], self._kept(group, param, backend)
-        create_missing(state, param, kept, group["amsgrad"])
-        self._reset_if_edited(param, kept.master_key)
-        rates, dim = group.get(RATES, {}).get(position, (None, 0))
-        if rates is not None:
-            if rates.shape != param.shape[dim : dim + rates.ndim]:
-                raise InputError(
-                    f"unit_lr: multipliers of shape {tuple(rates.shape)} from dim={dim} no longer fit parameter {position} of its "
-                    f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
-                )
-            if rates.device != param.device:
-                rates = rates.to(param.device)
-                group[RATES][position] = (rates, dim)
-        shard = shards.shard_of(param)
-        return Row(
-            shards.local(param),
-            shards.local(param.grad, param),
-            shards.local(state["exp_avg"]),
-            shards.local(state["exp_avg_sq"]),
-            shards.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
-            None if kept.master_key is None else shards.local(state[kept.master_key]),
-            state["step"],
-            rates if shard is None or rates is None else shard.multipliers(rates, dim),
-            dim,
-            0 if shard is None else shard.first_index,
-            first + position,
-            None if shard is None else shard.mesh,
-            backend,
-        )
-
-    def _reset_if_edited(self, param: Tensor, master_key: str | None) -> None:
-        """Zero a remainder or compensation whose parameter was written to since the last step."""
-        if master_key in EDITED and self._written.get(param, param._version) != param._version:
-            self.state[param][master_key].zero_()
-
-    def _backend(self, group: dict[str, Any], param: Tensor) -> str:
-        """What updates `param`; native code and Triton keep to fp32, bf16 and fp16 on GPUs, fp64 is left to plain torch there."""
-        if self.defaults["differentiable"]:
-            return "torch"
-        name = backends.resolve("adamw", param.device, self.backend)
-        if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, self.state_dtype)):
-            if self.backend or os.environ.get(backends.OVERRIDE):
-                raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
-            return "torch"
-        return name
-
-    def _kept(self, group: dict[str, Any], param: Tensor, backend: str) -> Kept:
-        """How the state of `param` is kept here."""
-        moments = param.dtype if self.state_dtype is None or param.is_complex() else self.state_dtype
-        key = MASTER_KEYS.get(self.master_weights) if needs_master(param) else None
-        master = {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
-        on_device = group["capturable"] or group["fused"] or backend in ("cuda", "triton")
-        return Kept(param.device if on_device else torch.device("cpu"), moments, key, master)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's. Per parameter that has been updated the keys `unit_lr` (fp32, the shape given) and `unit_dim` stand beside its state;
