@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adept_fast import overrides
 from adept_fast.errors import InputError
 
 
@@ -82,11 +83,11 @@ ACTIONS = {
 
 def run(action: str, given: Sequence[str]) -> str:
     """Do it; returns the line that says what was written, and what is proven. Raises InputError, for an existing target too."""
-    from adept_fast import checkpoint, expansion, recipe
+    from adept_fast import checkpoint, expansion
     from adept_fast.record import AdeptConfig
 
     chosen = ACTIONS[action]
-    settings = vars(recipe.settings(chosen.keys, given))
+    settings = vars(overrides.settings(chosen.keys, given))
     folders = {key: Path(settings[key]).expanduser() for key in ("target", "delta") if key in settings}
     target = folders["target"]
     if target.exists():

@@ -1,33 +1,19 @@
-"""The recipe: frozen dataclasses from YAML and key.sub=value overrides. An unknown key is an error that names the nearest one."""
+"""The recipe: its keys, their defaults, and what does not go together."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from adept_fast.data.items import STYLES
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
 from adept_fast.methods import METHODS
+from adept_fast.overrides import Count, number, settings, unknown
 
-T = TypeVar("T")
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
-COUNTS = (  # whole numbers, 1 or more
-    "max_items",
-    "domain_items",
-    "refresh_steps",
-    "k",
-    "block_size",
-    "sweep_tokens",
-    "anchor_every",
-    "anchor_tokens",
-    "shuffle_window",
-    "lora_rank",
-)
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps")
 TRAINING = {
     "learning_rate": 2.0e-4,
@@ -48,13 +34,13 @@ class Score:
 
     method: str = "masking"
     loss: str | None = None
-    max_items: int | None = None
+    max_items: Count | None = None
     seed: int = 0
     probe_format: str = "plain"
     regret: float | None = None
     confidence: float = 0.95
-    sweep_tokens: int | None = None
-    domain_items: int | None = None
+    sweep_tokens: Count | None = None
+    domain_items: Count | None = None
     compare: tuple[str, ...] = ()
     units: str | None = None
     unit_layers: tuple[int, ...] | None = None
@@ -76,7 +62,7 @@ class Budget:
 class Expand:
     """k layers by placement, or as many as `budget` allows, or exactly `layers`."""
 
-    k: int = 4
+    k: Count = 4
     placement: str = "lowest"
     layers: tuple[int, ...] | None = None
     budget: Budget | None = None
@@ -98,19 +84,19 @@ class Tune:
     rate_floor: float = 0.0
     rate_average: float = 0.0
     rate_conflict: bool = False
-    refresh_steps: int = 500
-    block_size: int = 1024
-    max_items: int = 64
+    refresh_steps: Count = 500
+    block_size: Count = 1024
+    max_items: Count = 64
     replay: Source | None = None
     anchor_weight: float | None = None
-    anchor_every: int = 4
-    anchor_tokens: int = 256
+    anchor_every: Count = 4
+    anchor_tokens: Count = 256
     streaming: bool | None = None
-    shuffle_window: int = 10_000
+    shuffle_window: Count = 10_000
     general_limit: float | None = None
     general_action: str = "stop"
-    lora_rank: int = 16
-    training: Mapping[str, Any] = field(default_factory=lambda: dict(TRAINING))
+    lora_rank: Count = 16
+    training: Mapping[str, Any] = field(default_factory=TRAINING.copy, metadata={"others": lambda *entry: _training_arguments(*entry)})
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ class Eval:
 
     general: Source | None = None
     domain: Source | None = None
-    max_items: int | None = None
+    max_items: Count | None = None
     general_limit: float | None = None
 
 
@@ -191,119 +177,20 @@ def check_method(recipe: Recipe) -> None:
             raise InputError(f"method={recipe.method} keeps no base inside the model to measure against: leave tune.{key} out")
 
 
-def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
-    """The dataclass `kind` from "key.sub=value" overrides of `content`. Raises InputError for an unknown, wrong or missing key."""
-    content = dict(content or {})
-    texts = [name for name, hint in get_type_hints(kind).items() if hint in (str, str | None)]
-    for override in overrides:
-        _override(content, override, texts)
-    return _build(kind, content, "")
-
-
-def _override(content: dict[str, Any], override: str, texts: Sequence[str]) -> None:
-    import yaml
-
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"{override!r}: expected key=value or key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{override}: the value is not valid YAML ({' '.join(str(error).split())})") from None
-    if key in texts and text not in ("", "null"):
-        value = text  # YAML would read 010, 1_0 or a date as something else
-    *parents, last = key.split(".")
-    table = content
-    for parent in parents:
-        inner = table.get(parent)
-        table[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
-        table = inner
-    table[last] = value
-
-
-def _nearest(key: str, known: Iterable[str], prefix: str) -> InputError:
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + name for name in known)}"
-    return InputError(f"unknown key {prefix}{key}: {hint}")
-
-
-def _build(cls: type, content: Mapping[str, Any], prefix: str) -> Any:
-    types = get_type_hints(cls)
-    names = {entry.name for entry in fields(cls)}
-    values: dict[str, Any] = {}
-    training = dict(TRAINING)
-    for key, value in content.items():
-        if cls is Tune and key not in names - {"training"}:
-            training |= _training(str(key), value)
-        elif key not in names:
-            raise _nearest(str(key), names, prefix)
-        else:
-            values[key] = _coerce(value, types[key], prefix + key)
-    if cls is Tune:
-        values["training"] = training
-    missing = [entry.name for entry in fields(cls) if entry.name not in values and entry.default is entry.default_factory is MISSING]
-    if missing:
-        raise InputError(f"{prefix}{missing[0]} is missing: give it as {prefix}{missing[0]}=...")
-    return cls(**values)
-
-
-def _training(key: str, value: Any) -> dict[str, Any]:
+def _training_arguments(key: str, value: Any) -> dict[str, Any]:
     """A TrainingArguments name under tune, or the whole table as a resolved recipe has it."""
     from transformers import TrainingArguments
 
     if key == "training" and isinstance(value, Mapping):
-        return {name: setting for inner, entry in value.items() for name, setting in _training(inner, entry).items()}
+        return {name: setting for inner, entry in value.items() for name, setting in _training_arguments(inner, entry).items()}
     known = {entry.name: entry for entry in fields(TrainingArguments) if entry.init}
     if key in SET_ELSEWHERE:
         raise InputError(f"tune.{key} is set by the recipe's {SET_ELSEWHERE[key]}")
     if key not in known:
-        raise _nearest(key, [*known, *(entry.name for entry in fields(Tune) if entry.name != "training")], "tune.")
+        raise unknown(key, [*known, *(entry.name for entry in fields(Tune) if entry.name != "training")], "tune.")
     default = known[key].default
     if isinstance(value, str) and isinstance(default, (int, float)) and not isinstance(default, bool):
-        value = _number(value, f"tune.{key}")
+        value = number(value, f"tune.{key}")
     if key in WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"tune.{key} must be a whole number of 1 or more, found {value!r}")
     return {key: value}
-
-
-def _number(value: str, key: str) -> float:
-    try:
-        return float(value)  # YAML 1.1 reads 2e-4 as text
-    except ValueError:
-        raise InputError(f"{key} must be a number, found {value!r}") from None
-
-
-def _coerce(value: Any, kind: Any, key: str) -> Any:
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None:
-        if NoneType in options:
-            return None
-        raise InputError(f"{key} must not be empty")
-    kind = next(option for option in options if option is not NoneType)
-    if kind is Source:
-        return _source(value, key)
-    if get_origin(kind) is tuple:
-        entries = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(entry, get_args(kind)[0], f"{key}[{index}]") for index, entry in enumerate(entries))
-    if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{key} must be a table of settings, found {value!r}: write {key}.name=value")
-        return _build(kind, value, f"{key}.")
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return _number(str(value), key)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        names = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
-        raise InputError(f"{key} must be {names[kind]}, found {value!r}")
-    if kind is int and value < 1 and key.rpartition(".")[2] in COUNTS:
-        raise InputError(f"{key} must be 1 or more, found {value}")
-    return value
-
-
-def _source(value: Any, key: str) -> Source:
-    try:
-        return Source.of(value)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
