@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import NoReturn
 
 from adept_fast.errors import InputError
@@ -149,7 +148,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     from adept_fast import recipe
     from adept_fast.pipeline import Pipeline
 
-    files = [setting for setting in settings if "=" not in setting or Path(setting).is_file()]
+    files = [setting for setting in settings if "=" not in setting or os.path.isfile(setting)]
     if len(files) > 1:
         raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
     overrides = [setting for setting in settings if setting not in files]

@@ -7,6 +7,8 @@ A field may be of another such dataclass, of a class that reads a value itself (
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -16,6 +18,8 @@ from adept_fast.errors import InputError
 
 T = TypeVar("T")
 Count = Annotated[int, "1 or more"]
+KINDS = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
 def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
@@ -34,11 +38,20 @@ def unknown(key: str, known: Iterable[str], prefix: str) -> InputError:
     return InputError(f"unknown key {prefix}{key}: {hint}")
 
 
-def number(value: str, key: str) -> float:
+def number(value: float | str, key: str) -> float:
+    """A finite number, which YAML 1.1 reads as text where it is written 2e-4."""
     try:
-        return float(value)  # YAML 1.1 reads 2e-4 as text
+        read = float(value)
     except ValueError:
         raise InputError(f"{key} must be a number, found {value!r}") from None
+    if not math.isfinite(read):
+        raise InputError(f"{key} must be a finite number, found {value!r}")
+    return read
+
+
+def numbers(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with the values that are written 2e-4 as numbers."""
+    return {key: float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value for key, value in table.items()}
 
 
 def _override(content: dict[str, Any], override: str, texts: Sequence[str]) -> None:
@@ -88,7 +101,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     kind = next(option for option in options if option is not NoneType)
     if hasattr(kind, "of"):
         try:
-            return kind.of(value)
+            return kind.of(numbers(value) if isinstance(value, Mapping) else value)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
     if get_origin(kind) is tuple:
@@ -101,11 +114,10 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     counts, kind = kind == Count, int if kind == Count else kind
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return number(str(value), key)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return number(value, key)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        names = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
-        raise InputError(f"{key} must be {names[kind]}, found {value!r}")
+        raise InputError(f"{key} must be {KINDS[kind]}, found {value!r}")
     if counts and value < 1:
         raise InputError(f"{key} must be 1 or more, found {value}")
     return value

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from adept_fast.data.items import STYLES
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
 from adept_fast.methods import METHODS
-from adept_fast.overrides import Count, number, settings, unknown
+from adept_fast.overrides import KINDS, Count, number, numbers, settings, unknown
 
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps")
@@ -145,7 +146,7 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     if path is not None:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path}: no such recipe (a setting is written key=value)") from None
         except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
             raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
@@ -188,9 +189,18 @@ def _training_arguments(key: str, value: Any) -> dict[str, Any]:
         raise InputError(f"tune.{key} is set by the recipe's {SET_ELSEWHERE[key]}")
     if key not in known:
         raise unknown(key, [*known, *(entry.name for entry in fields(Tune) if entry.name != "training")], "tune.")
-    default = known[key].default
-    if isinstance(value, str) and isinstance(default, (int, float)) and not isinstance(default, bool):
+    hint = get_type_hints(TrainingArguments)[key]
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    kind = kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else None
+    if kind in (int, float) and isinstance(value, (str, float)):
         value = number(value, f"tune.{key}")
     if key in WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"tune.{key} must be a whole number of 1 or more, found {value!r}")
-    return {key: value}
+    fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (kind or object, int))
+    if kind and not fits and not (value is None and NoneType in get_args(hint)):
+        raise InputError(f"tune.{key} must be {KINDS[kind]}, found {value!r}")
+    if key == "num_train_epochs" and value <= 0:
+        raise InputError(f"tune.{key} must be above 0, found {value!r}")
+    if value is False and key.endswith("_strategy"):
+        value = "no"  # which YAML 1.1 reads as false
+    return {key: numbers(value) if isinstance(value, Mapping) else value}

@@ -74,6 +74,7 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["tune.per_device_train_batch_size=0"], "tune.per_device_train_batch_size must be a whole number"),
         (["domain={path: domain.txt, weight: 0.0001}"], "leave no document"),
         (["seed=-1"], "seed must be from 0"),
+        (["domain=[" + "none.txt, " * 40 + "]"], "none.txt: no such file"),  # longer than a file name may be
     ],
 )
 def test_bad_settings(here: Path, capsys: pytest.CaptureFixture, settings: list[str], message: str) -> None:

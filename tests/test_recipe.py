@@ -44,6 +44,13 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
 def test_text_stays_text_and_numbers_are_read() -> None:
     recipe = load(None, [*NEEDED, "output_dir=010", "revision=0123456", "tune.warmup_steps=3e-2"])
     assert (recipe.output_dir, recipe.revision, recipe.tune.training["warmup_steps"]) == ("010", "0123456", 0.03)
+    recipe = load(None, [*NEEDED, "tune.lr_scheduler_kwargs={min_lr: 1e-5, power: 2}", "domain={path: d.txt, share: 5e-1}"])
+    assert recipe.tune.training["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "power": 2} and recipe.domain[0].share == 0.5
+
+
+def test_what_yaml_reads_otherwise_than_transformers() -> None:
+    training = load(None, [*NEEDED, "tune.save_strategy=no", "tune.eval_strategy=no", "tune.bf16=yes", "tune.tf32=null"]).tune.training
+    assert [training[key] for key in ("save_strategy", "eval_strategy", "bf16", "tf32")] == ["no", "no", True, None]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,14 @@ def test_text_stays_text_and_numbers_are_read() -> None:
         (["domain={paht: x}"], "domain"),
         (["score.max_items"], "expected key=value"),
         (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
+        (["tune.gradient_checkpointing=ture"], "tune.gradient_checkpointing must be true or false, found 'ture'"),
+        (["tune.bf16=None"], "tune.bf16 must be true or false"),
+        (["tune.learning_rate=true"], "tune.learning_rate must be a number, found True"),
+        (["tune.weight_decay=null"], "tune.weight_decay must be a number, found None"),
+        (["tune.save_total_limit=1.5"], "tune.save_total_limit must be a whole number"),
+        (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a finite number"),
+        (["tune.num_train_epochs=0"], "tune.num_train_epochs must be above 0"),
+        (["tune.anchor_weight=.inf"], "tune.anchor_weight must be a finite number"),
         (["domain="], "domain must not be empty"),
         (["domain={path: null}"], "a source's path must be text"),
     ],
@@ -74,8 +89,9 @@ def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:
 def test_missing_keys_and_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="domain is missing"):
         load(None, NEEDED[:1])
-    with pytest.raises(InputError, match="no such recipe"):
-        load(str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1")
+    for path in ("none.yaml", "bad.yaml/x"):
+        with pytest.raises(InputError, match="no such recipe"):
+            load(str(tmp_path / path))
     with pytest.raises(InputError, match="not valid YAML"):
         load(str(tmp_path / "bad.yaml"))
