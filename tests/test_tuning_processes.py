@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from sharded_worker import in_processes
-from training_worker import check, equals_one_process, refresh_changes_nothing, resumes, trained
+from training_worker import GLOBAL_BATCH, check, equals_one_process, refresh_changes_nothing, resumes, streamed, streams, trained
 
 from adept_fast.tuning import AdeptTrainer, sharded
 from adept_fast.units import GRANULARITIES
@@ -25,6 +27,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for units in GRANULARITIES:
         trainer, _ = trained(folder / f"alone-{units}", AdeptTrainer, units)
         torch.save(sharded.gathered(trainer.model), folder / f"alone-{units}" / "copies.pt")
+    entries = [json.loads(line) for line in (folder / "alone-head" / "log.jsonl").read_text().splitlines()]
+    assert sum("anchor_kl" in entry for entry in entries) == 6 and sum("meter_predicted" in entry for entry in entries) == 5
+    assert 0 < min(entry.get("meter_rate_scale", 1) for entry in entries) < 1
     return folder
 
 
@@ -75,3 +80,28 @@ def test_a_run_of_two_processes_resumes_at_four(engine: str, on_two: Callable[[s
 
 def test_a_refresh_changes_nothing_but_the_rates_under_fsdp2(tmp_path: Path) -> None:
     in_processes(2, tmp_path, refresh_changes_nothing, tmp_path)
+
+
+def blocks_of(folder: Path, processes: int, accumulation: int = 1) -> list[list[int]]:
+    """What all processes saw, in the order of steps, batches and processes."""
+    seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(processes)]
+    assert {len(batch) for batches in seen for batch in batches} == {GLOBAL_BATCH // processes // accumulation}
+    return [row for batches in zip(*seen, strict=True) for batch in batches for row in batch]
+
+
+def test_a_stream_has_one_order_on_any_number_of_processes(tmp_path: Path) -> None:
+    """Two processes see what one sees, and each number goes on from a checkpoint of the other's."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text * (1 + number % 3)}) + "\n" for number, text in enumerate(tiny_models.SENTENCES)))
+    trainer, _ = streamed(tmp_path / "alone", corpus)
+    torch.save(sharded.gathered(trainer.model), tmp_path / "alone" / "copies.pt")
+    whole = blocks_of(tmp_path / "alone", 1)
+    assert len({tuple(block) for block in whole}) > 70 and len(whole) == 20 * GLOBAL_BATCH
+    shutil.copytree(tmp_path / "alone", tmp_path / "resumed")
+    in_processes(2, tmp_path, streams, tmp_path, corpus)
+    assert blocks_of(tmp_path / "whole", 2, accumulation=2) == whole
+    assert blocks_of(tmp_path / "resumed", 2) == whole[10 * GLOBAL_BATCH :]
+    again = copied(tmp_path, "whole", tmp_path / "again")
+    trainer, log = streamed(again, corpus, str(tmp_path / "whole" / "work" / "checkpoint-10"))
+    check(trainer, log, tmp_path / "alone")
+    assert blocks_of(again, 1) == whole[10 * GLOBAL_BATCH :]

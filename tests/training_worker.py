@@ -13,19 +13,28 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
+from adept_fast.data.sources import Source
+from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, sharded
+from adept_fast.pipeline import Pipeline
+from adept_fast.recipe import Recipe, load
+from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, sharded
 from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.meter import Meter
+from adept_fast.tuning.position import IN_ORDER, StreamPosition
+from adept_fast.tuning.staged import StagedTrainer
 from adept_fast.units import GRANULARITIES, Units
 
 GLOBAL_BATCH = 4
 
 
-class Fsdp2Trainer(AdeptTrainer):
+class Fsdp2:
     """accelerate's own way through FSDP2 (optimizer built, model sharded, parameters swapped), which it offers to GPUs only."""
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -38,6 +47,14 @@ class Fsdp2Trainer(AdeptTrainer):
         self.accelerator.state.distributed_type = DistributedType.FSDP
         self.accelerator.state.fsdp_plugin = plugin
         self.is_fsdp_enabled = True
+
+
+class Fsdp2Trainer(Fsdp2, AdeptTrainer):
+    pass
+
+
+class Fsdp2Baseline(Fsdp2, StagedTrainer):
+    pass
 
 
 def blocks() -> Blocks:
@@ -54,13 +71,23 @@ def trained(
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
     callbacks: Sequence[TrainerCallback] = (),
+    data: Dataset | None = None,
     **changes: Any,
 ) -> tuple[AdeptTrainer, list[dict]]:
     """The trainer after its run, and the log's lines (on rank 0)."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     model = expand_model(tiny_models.model("llama", num_hidden_layers=3, dtype=dtype, attention_dropout=dropout), [0, 1])
     log = TrainerLog(folder / "log.jsonl")
-    options = {"refresh_steps": 4, "monitors": {"general": tiny_models.items(3, seed=9)}, **(adept or {})}
+    held = {
+        "anchor": Anchor(tiny_models.items(4, seed=7), 0.5, every=3, tokens=60),
+        "meter": Meter(tiny_models.items(2, seed=11), limit=0.02, action="cut"),
+    }
+    options = {
+        "refresh_steps": 4,
+        "monitors": {"general": tiny_models.items(3, seed=9)},
+        **(held if units != "tensor" else {}),  # its runs are plain
+        **(adept or {}),
+    }
     callback = AdeptCallback(tiny_models.items(5), units, log=log, quiet=True, **options)
     given = {
         "max_steps": 20,
@@ -77,7 +104,7 @@ def trained(
         "seed": 3,
         **changes,
     }
-    trainer = engine(model, TrainingArguments(output_dir=str(folder / "work"), **given), adept=callback, train_dataset=blocks())
+    trainer = engine(model, TrainingArguments(output_dir=str(folder / "work"), **given), adept=callback, train_dataset=data or blocks())
     for other in callbacks:
         trainer.add_callback(other)
     trainer.train(resume_from_checkpoint=resume)
@@ -99,14 +126,53 @@ def as_launched() -> None:
 
 
 def assert_close(found: list[dict], expected: list[dict]) -> None:
-    """Losses, rates and monitors of every step, to 1e-5."""
+    """Losses, rates, monitors, the anchor's KL and the meter's readings of every step, to 1e-5."""
     assert [(entry["event"], entry["step"]) for entry in found] == [(entry["event"], entry["step"]) for entry in expected]
     for ours, wanted in zip(found, expected, strict=True):
-        for key in ("loss", "general_loss", "learning_rate"):
-            if key in wanted:
-                assert abs(ours[key] - wanted[key]) <= 1e-5 * max(1, abs(wanted[key])), (wanted["event"], wanted["step"], key, ours, wanted)
-        for unit, rate in wanted.get("rates", {}).items():
-            assert abs(ours["rates"][unit] - rate) <= 1e-5, (wanted["step"], unit, ours["rates"][unit], rate)
+        where = wanted["event"], wanted["step"]
+        assert ours.keys() == wanted.keys(), where
+        for key in {"loss", "general_loss", "learning_rate", "anchor_kl", "meter_loss", "meter_rise", "meter_rate_scale"} & wanted.keys():
+            assert abs(ours[key] - wanted[key]) <= 1e-5 * max(1, abs(wanted[key])), (*where, key, ours, wanted)
+        for key in {"rates", "meter_predicted", "meter_bound"} & wanted.keys():
+            for unit, value in wanted[key].items():
+                assert abs(ours[key][unit] - value) <= 1e-5, (*where, key, unit, ours[key][unit], value)
+
+
+class Recording(AdeptTrainer):
+    """Keeps the token ids of every batch of this process."""
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def streamed(folder: Path, corpus: Path, resume: str | None = None, accumulation: int = 1) -> tuple[Recording, list[dict]]:
+    """`trained` on a stream, GLOBAL_BATCH blocks a step; the blocks of each process go to folder/seen-RANK.json."""
+    text = StreamedText((Source(str(corpus)), Source(str(corpus), share=0.3)), lambda document: True, "none", 7)
+    mixture = [(0.7, 0.7), (0.3, 0.3)]
+    stream = Stream(text, mixture, tiny_models.tokenizer(), blocks=20 * GLOBAL_BATCH, block_size=24, seed=5, ahead=4 * GLOBAL_BATCH)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    trainer, log = trained(
+        folder,
+        Recording,
+        "tensor",
+        resume,
+        callbacks=[StreamPosition(stream, GLOBAL_BATCH, resume)],
+        data=stream,
+        per_device_train_batch_size=GLOBAL_BATCH // world // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **IN_ORDER,
+    )
+    (folder / f"seen-{rank}.json").write_text(json.dumps(trainer.seen))
+    return trainer, log
+
+
+def streams(folder: Path, corpus: Path) -> None:
+    """On these processes: the whole run, and one that goes on from the checkpoint of one process."""
+    as_launched()
+    for name, resume, accumulation in (("whole", None, 2), ("resumed", str(folder / "alone" / "work" / "checkpoint-10"), 1)):
+        trainer, log = streamed(folder / name, corpus, resume, accumulation)
+        check(trainer, log, folder / "alone")
 
 
 ENGINES = {"ddp": AdeptTrainer, "fsdp2": Fsdp2Trainer}
@@ -147,7 +213,7 @@ def refresh_changes_nothing(folder: Path) -> None:
             folder / str(steps),
             Fsdp2Trainer,
             "neuron",
-            adept={"rate_map": ones, "refresh_steps": steps},
+            adept={"rate_map": ones, "refresh_steps": steps, "meter": Meter(tiny_models.items(2, seed=11))},
             dropout=0.1,
             max_steps=4,
             per_device_train_batch_size=1,
@@ -158,3 +224,36 @@ def refresh_changes_nothing(folder: Path) -> None:
         found.append(sharded.gathered(trainer.model))
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
+
+
+def method_recipe(folder: Path, output: str, method: str) -> Recipe:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    replay = [f"tune.replay={{path: {folder / 'general.txt'}, share: 0.4}}"] if method == "replay" else []
+    return load(
+        None,
+        [
+            f"model_name_or_path={folder / 'model'}", f"domain={folder / 'notes.txt'}", f"output_dir={folder / output}", f"method={method}",
+            "expand.k=2", "tune.max_steps=6", "tune.refresh_steps=2", "tune.block_size=48", "tune.max_items=4", "tune.lora_rank=4",
+            f"tune.per_device_train_batch_size={GLOBAL_BATCH // world}", "tune.learning_rate=0.005", "tune.weight_decay=0.1",
+            "tune.adam_epsilon=1e-6", "tune.save_total_limit=5", "tune.use_cpu=true", "seed=3", *replay,
+        ],
+    )  # fmt: skip
+
+
+def tune_by(folder: Path, output: str, method: str) -> None:
+    Pipeline(method_recipe(folder, output, method), lambda line: None, quiet=True).tune()
+
+
+def tune_by_all(folder: Path, methods: Sequence[str]) -> None:
+    """Each method under DDP, full training under FSDP2 too, which LoRA refuses."""
+    as_launched()
+    for method in methods:
+        tune_by(folder, f"{method}-ddp", method)
+    baselines.StagedTrainer = Fsdp2Baseline
+    tune_by(folder, "full-fsdp2", "full")
+    try:
+        tune_by(folder, "lora-fsdp2", "lora")
+    except InputError as error:
+        assert str(error).startswith("method=lora: not under FSDP")
+    else:
+        raise AssertionError("LoRA ran under FSDP2")

@@ -72,6 +72,16 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # an unfinished collective
 
 
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """The global tensor of which this process holds `part`, cut as the DTensor `like` is; any other `like`: `part` itself. Collective."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, shape = like.device_mesh, {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part.to(mesh.device_type), mesh, like.placements, run_check=False, **shape).full_tensor().to(part.device)
+
+
 def shard_of(param: Tensor) -> Shard | None:
     """Which part of `param` this process holds; None for a plain tensor.
 

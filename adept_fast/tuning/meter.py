@@ -9,7 +9,7 @@ Source: the first-order analysis of forgetting in ADEPT (arXiv 2510.10071); the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.gradient_sums import only_these_require_grad, whole_sums
 from adept_fast.losses import batch_loss
-from adept_fast.optim.shards import is_sharded, local
+from adept_fast.optim.shards import local, shard_of, whole
 from adept_fast.progress import Progress
 from adept_fast.units import Units
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ACTIONS = ("stop", "cut")
+FILE = "adept_meter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Meter:
     def stopped(self) -> bool:
         return self._state.stopped
 
+    @torch.no_grad()
     def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:
         """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. On several processes
         all run the same items."""
@@ -105,10 +107,11 @@ class Meter:
                 loss = batch_loss(model, [item])
                 loss.backward()
                 total += float(loss.detach())
-                for name, parameter in parameters.items():
-                    if parameter.grad is not None:
-                        sums[name] += local(parameter.grad, parameter)
-                        parameter.grad = None
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        if parameter.grad is not None:
+                            sums[name] += local(parameter.grad, parameter)
+                            parameter.grad = None
         return total / tokens, {name: gradient / tokens for name, gradient in sums.items()}
 
     @torch.no_grad()
@@ -128,42 +131,39 @@ class Meter:
         predicted, squares, changes = (units.gather(kind) for kind in found)
         return predicted, (squares * changes).sqrt()
 
+    @torch.no_grad()
     def save(self, folder: Path, model: PreTrainedModel) -> None:
-        """Into a checkpoint's folder, where it is not yet, so that a resumed run goes on with the same readings; sharded parameters by
-        each process."""
-        path = folder / _file(model)
-        if self._before and not path.exists() and (distributed.rank() == 0 or _sharded(model)):
+        """Into a checkpoint's folder, where it is not yet, so that a resumed run goes on with the same readings, on any number of
+        processes. Every process of a sharded run must call this."""
+        path = folder / FILE
+        if not self._before or path.exists():
+            return
+        kept = {}
+        for key, part in self._before.items():
+            tensor = whole(part, model.get_parameter(key.partition(".")[2]))
+            if distributed.rank() == 0:
+                kept[key] = tensor.contiguous()
+        if kept:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._before, path, metadata={"state": json.dumps(asdict(self._state))})
+            save_file(kept, path, metadata={"state": json.dumps(asdict(self._state))})
 
     def load(self, folder: Path, model: PreTrainedModel) -> None:
-        """What `save` wrote. Where parameters are now sharded otherwise, the next reading has no prediction."""
-        path = folder / _file(model)
+        """What `save` wrote; of a sharded parameter its part."""
+        path = folder / FILE
         if not path.is_file():
             return
         with safe_open(path, "pt") as file:
             self._state = _State(**json.loads(file.metadata()["state"]))
-            self._before = {name: file.get_tensor(name) for name in file.keys()}
-        if any(self._before[f"theta.{name}"].shape != shape for name, shape in _shapes(self._before, model).items()):
-            self._before = {}
-
-
-def _sharded(model: PreTrainedModel) -> bool:
-    return any(map(is_sharded, model.parameters()))
-
-
-def _file(model: PreTrainedModel) -> str:
-    return f"adept_meter.{distributed.rank()}.safetensors" if _sharded(model) else "adept_meter.safetensors"
-
-
-def _shapes(before: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, torch.Size]:
-    names = [name.removeprefix("theta.") for name in before if name.startswith("theta.")]
-    return {name: local(model.get_parameter(name).detach()).shape for name in names}
+            for key in file.keys():
+                shard = shard_of(model.get_parameter(key.partition(".")[2]))
+                held = () if shard is None else tuple(slice(first, first + count) for first, count in shard.held)
+                self._before[key] = file.get_tensor(key)[held].clone()
 
 
 def stopped_in(folder: Path) -> bool:
     """Whether the run that wrote this checkpoint ended there because general loss had passed its limit."""
-    for path in sorted(folder.glob("adept_meter*.safetensors")):
-        with safe_open(path, "pt") as file:
-            return bool(json.loads(file.metadata()["state"])["stopped"])
-    return False
+    path = folder / FILE
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(json.loads(file.metadata()["state"])["stopped"])
