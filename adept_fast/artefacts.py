@@ -59,6 +59,15 @@ def staged_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Delete a folder, under a temporary name: by its own it is whole or gone."""
+    leaving = path.with_name(f"{STAGING}{path.name}")
+    if leaving.exists():
+        shutil.rmtree(leaving)
+    os.rename(path, leaving)
+    shutil.rmtree(leaving)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run left under temporary names in `folder`."""
     for leftover in folder.glob(f"{STAGING}*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class Training(Workspace):
@@ -63,7 +65,7 @@ class Training(Workspace):
         return json.loads(json.dumps(inputs, default=str))
 
     def tune(self) -> None:
-        from adept_fast.tuning import tune_baseline, tune_checkpoint
+        from adept_fast.tuning import Bookkeeping, tune_baseline, tune_checkpoint
 
         distributed.join()
         tune, inputs = self.recipe.tune, self._tune_inputs()
@@ -73,22 +75,25 @@ class Training(Workspace):
             return
         _ = self.training_corpus
         started = self.work / "inputs.json"
+        batch = distributed.processes() * math.prod(int(tune.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
+        given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
         if started.exists():
-            self.require_same(self.work, read_json(started), inputs)
+            self.require_same(self.work, read_json(started), given)
         if distributed.leads():
-            write_json(started, inputs)
+            write_json(started, given)
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
         monitors = {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items}
-        aside = {"work": self.work, "log": self.log, "inputs": inputs, "say": self.say, "quiet": self.quiet, **self.loading}
+        books = Bookkeeping(self.work, self.log, inputs, self.say, self.quiet)
         settings = self._tuning_settings()
         if self.method.copies:
             metering = self.items(records) if (records := self.corpora.metering()) else ()
             steering = self.items(self.corpora.steering())
-            tune_checkpoint(self.expanded, self.tuned, self.training_corpus, steering, monitors, settings, metering=metering, **aside)
+            tune_checkpoint(
+                self.expanded, self.tuned, self.training_corpus, steering, monitors, settings, books, metering=metering, **self.loading
+            )
             self.say(f"{self.tuned}: tuned; every original tensor is bit-equal to {self.expanded.name}/")
         else:
-            tune_baseline(
-                self.source, self.tuned, self.recipe.method, self.training_corpus, monitors, settings, rank=tune.lora_rank, **aside
-            )
-            self.say(f"{self.tuned}: tuned by {self.recipe.method}, without copies")
+            method, rank = self.recipe.method, tune.lora_rank
+            tune_baseline(self.source, self.tuned, method, self.training_corpus, monitors, settings, books, rank=rank, **self.loading)
+            self.say(f"{self.tuned}: tuned by {method}, without copies")

@@ -1,7 +1,7 @@
 """Attempts of one command, each in a child of a process that has imported everything once: tenths of a second where imports take eight.
 
 Run as a program it reads one attempt a line from stdin, {"arguments", "place", "calls", "seconds", "output"}, and answers each with its
-return code: -9 for a child that was killed, at the given call of `place` ("module:name") or after `seconds`. No OpenMP region may run
+return code: -9 for a child that was killed, at the given call of `place` (see kill_at) or after `seconds`. No OpenMP region may run
 before the fork: a child inherits the threads' bookkeeping, not the threads.
 """
 
@@ -49,22 +49,41 @@ class Attempts:
         return int(answer), output.read_text()
 
 
-def kill_at(place: str, calls: int) -> None:
-    """SIGKILL this process at the call of `place` after `calls` of them."""
+def found(place: str) -> tuple[object, str]:
+    """Who holds "module:name", and the last part of the name."""
     module, name = place.split(":")
     holder = importlib.import_module(module)
     *parents, name = name.split(".")
     for parent in parents:
         holder = getattr(holder, parent)
-    original, left = getattr(holder, name), [calls]
+    return holder, name
+
+
+def kill_at(place: str, calls: int) -> None:
+    """SIGKILL this process at the call of `place` after `calls` of them; "outer>inner" counts the calls of inner within outer."""
+    outer, _, inner = place.rpartition(">")
+    holder, name = found(inner)
+    original, left, inside = getattr(holder, name), [calls], [not outer]
 
     def counted(*args, **kwargs):
-        left[0] -= 1
+        left[0] -= inside[0]
         if left[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
     setattr(holder, name, counted)
+    if outer:
+        around, within = found(outer)
+        whole = getattr(around, within)
+
+        def entered(*args, **kwargs):
+            inside[0] = True
+            try:
+                return whole(*args, **kwargs)
+            finally:
+                inside[0] = False
+
+        setattr(around, within, entered)
 
 
 def attempt(request: dict) -> int:

@@ -21,7 +21,7 @@ from adept_fast.expansion.dial import dialled_model
 from adept_fast.fingerprint import tensors_digest
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import open_shards
-from adept_fast.tuning import TuningSettings, tune_checkpoint
+from adept_fast.tuning import Bookkeeping, TuningSettings, tune_checkpoint
 
 IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY
 
@@ -194,8 +194,8 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     documents = WeightedDocuments(Documents(ids, np.array([0, 20, 90, 100, 250, 600])), np.ones(5))
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
-    aside = {"work": target.parent / "work", "log": target.parent / "log.jsonl", "say": lambda _: None, "quiet": True}
-    tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, **aside, **loading)
+    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl", say=lambda _: None, quiet=True)
+    tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, books, **loading)
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("mixtral", "bfloat16"), ("llama", None)])

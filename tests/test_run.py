@@ -23,6 +23,7 @@ PLACES = (
     ("adept_fast.tuning.staged:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.callback:apply_rates", 2),  # a refresh
     ("adept_fast.tuning.staged:save_file", 1),  # a later checkpoint
+    ("adept_fast.tuning.staged:discard>os:unlink", 3),  # an old checkpoint, half deleted
     ("adept_fast.expansion.remade:prove_bytes", 0),  # the tuned model, all written but the name
     ("adept_fast.evaluating:evaluate", 1),
 )
@@ -34,7 +35,7 @@ MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.tuning.staged:save_file", 3),  # a checkpoint
     ("torch:save", 9),  # its optimizer, schedule and random state
     ("adept_fast.artefacts:_sync", 40),
-    ("adept_fast.tuning.staged:rotate_checkpoints", 3),
+    ("adept_fast.tuning.staged:discard>os:unlink", 16),  # the old one half deleted
     ("adept_fast.tuning.log:TrainerLog.write", 12),
     ("adept_fast.data.stream:Stream._next_block", 14),  # streaming
     ("adept_fast.data.stream:_Shuffled._fill", 3),
@@ -105,7 +106,7 @@ def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attem
         assert code == -9, f"{place} was not reached: {said}"
         resumptions += "resuming from checkpoint-" in said
     code, said = attempts.run(["run", *settings(folder, "killed")], folder / "said")
-    assert code == 0 and resumptions == 3, said
+    assert code == 0 and resumptions == 4, said
     assert_same_artefacts(folder / "killed", folder / "whole")
 
 

@@ -3,11 +3,12 @@
 Given to a model with position_ids, without attention_mask and with use_cache=False, transformers builds a mask that keeps documents
 apart; an all-ones attention_mask or a cache silently undoes it. The first label of each document in a block is -100: nothing before
 it may predict it. A document that does not fit goes on in the next block as a document of its own.
+Flash attention takes no such mask: its blocks go `flattened`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +72,19 @@ def packed(pieces: Sequence[np.ndarray], block_size: int, pad_token: int) -> dic
         at = end
     positions[at:] = np.arange(block_size - at)
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
+
+
+def flattened(blocks: Sequence[Mapping[str, torch.Tensor]], boundaries: bool = True) -> dict[str, torch.Tensor | int]:
+    """Blocks as one row, each tensor int64 [1, blocks x block_size]: of several rows transformers' flash attention would take each for one
+    document. boundaries: say where documents begin, cu_seq_lens_q and _k int32 [documents + 1] and max_length_q and _k tokens, which
+    transformers derives from position_ids otherwise, in every layer."""
+    row = {name: torch.cat([block[name] for block in blocks])[None] for name in blocks[0]}
+    if not boundaries:
+        return row
+    starts = (row["position_ids"][0] == 0).nonzero()[:, 0]
+    starts = torch.cat([starts, starts.new_tensor([row["position_ids"].numel()])]).int()
+    longest = int(starts.diff().max())
+    return {**row, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def document_order(documents: int, weights: np.ndarray, seed: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.groups import rate_groups
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, RateRule, apply_rates, unit_rates
+from adept_fast.tuning.run import Bookkeeping
 from adept_fast.tuning.settings import TuningSettings, check_settings
 from adept_fast.tuning.step import fast_step
 from adept_fast.tuning.trainer import AdeptTrainer
@@ -17,6 +18,7 @@ __all__ = [
     "AdeptTrainer",
     "RateRule",
     "Anchor",
+    "Bookkeeping",
     "TuningSettings",
     "apply_rates",
     "check_settings",

@@ -17,8 +17,9 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.record import versions
+from adept_fast.tuning import sharded
 from adept_fast.tuning.monitor import Monitor
-from adept_fast.tuning.run import Run
+from adept_fast.tuning.run import Bookkeeping, Run
 from adept_fast.tuning.settings import TuningSettings
 from adept_fast.tuning.staged import StagedTrainer
 
@@ -62,28 +63,29 @@ def tune_baseline(
     corpus: WeightedDocuments | StreamedText,
     monitors: Mapping[str, Sequence[Item]],
     settings: TuningSettings,
+    books: Bookkeeping,
     *,
     rank: int,
-    work: Path,
-    log: Path,
-    inputs: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
-    quiet: bool = False,
     **loading: Any,
 ) -> None:
     """Train the checkpoint `source` by `method` and write `target`, a plain checkpoint with baseline.json; see tune_checkpoint.
 
     Raises ExpansionError when a tensor changed that the method must not touch, or none did.
     """
-    if distributed.processes() > 1 and method == "lora":
-        raise InputError("method=lora: on one process only")
     model = checkpoint.load_model(source, **loading)
-    run = Run.begin(model, source, corpus, settings, work, log, say, quiet)
+    run = Run.begin(model, source, corpus, settings, books)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
-    monitor = Monitor(monitors, run.monitor_steps or settings.refresh_steps, run.log, run.planned.tokens_per_step, say, quiet)
-    run.finish(StagedTrainer(prepared.model, run.args, train_dataset=run.blocks, callbacks=[monitor]))
-    merged = prepared.merged()
+    monitor = Monitor(monitors, run.monitor_steps or settings.refresh_steps, run.log, run.planned.tokens_per_step, books.say, books.quiet)
+    trainer = StagedTrainer(prepared.model, run.args, train_dataset=run.blocks, data_collator=run.collate, callbacks=[monitor])
+    if trainer.is_fsdp_enabled and method == "lora":
+        raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
+    run.finish(trainer)
+    if sharded.shards(trainer.model):
+        merged = checkpoint.load_model(source, **loading)
+        merged.load_state_dict(sharded.gathered(trainer.model), strict=False)
+    else:
+        merged = prepared.merged()
     base = checkpoint.load_model(source, **loading).state_dict()
     changed = [name for name, tensor in merged.state_dict().items() if not tensor.equal(base[name])]
     touched = [name for name in changed if not prepared.may_change(name)]
@@ -95,7 +97,7 @@ def tune_baseline(
             merged.to(_dtype(source, merged)).save_pretrained(staging)
             checkpoint.carry_files(source, staging)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
-            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs or {}, "versions": versions(), **made})
+            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": books.inputs, "versions": versions(), **made})
     distributed.wait()
 
 

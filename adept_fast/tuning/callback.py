@@ -17,7 +17,7 @@ from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
 from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
-from adept_fast.tuning.groups import refuse_flattened
+from adept_fast.tuning.groups import has_rate_groups, multiply_rates, refuse_flattened
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.monitor import Monitor
@@ -38,7 +38,8 @@ class AdeptCallback(Monitor, ExportableState):
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
     monitors, monitor_steps (None: each refresh), log, tokens_per_step, say: see Monitor; refreshes are logged too.
-    The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs).
+    The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
+    tensor any other one made from `rate_groups`.
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
     optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2).
     """
@@ -86,7 +87,7 @@ class AdeptCallback(Monitor, ExportableState):
         self._open_log(state)
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         self._items = load_items(self.probe, tokenizer)
-        inner = adamw(optimizer)
+        inner = rated(optimizer)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
         self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
         if self.meter and state.global_step:
@@ -95,6 +96,8 @@ class AdeptCallback(Monitor, ExportableState):
             self._read(model, 0, control)
             self._set(inner, model, self._first_importance(model), 0)
             self._monitor(model, 0)
+        elif not isinstance(inner, AdamW):
+            multiply_rates(inner)
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
         self._start_timer(state.global_step)
@@ -122,7 +125,7 @@ class AdeptCallback(Monitor, ExportableState):
             if step % self.refresh_steps == 0 or last:
                 self._read(model, step, control)
             if step % self.refresh_steps == 0 and not (last or control.should_training_stop):
-                inner = adamw(optimizer)
+                inner = rated(optimizer)
                 momenta = self._momenta(inner, model) if self.rule.conflict else None
                 self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
             self._monitor_where_due(model, state, control)
@@ -131,7 +134,7 @@ class AdeptCallback(Monitor, ExportableState):
         anchored, self._anchored = self._anchored, None
         return {} if anchored is None else {"anchor_kl": float(anchored)}
 
-    def _set(self, optimizer: AdamW, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
+    def _set(self, optimizer: Optimizer, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
         self._spread_out = self.rule.spread_out(importance, self._spread_out)
         rates = self.rule.rates(self._spread_out, importance) * (self.meter.scale if self.meter else 1.0)
@@ -140,9 +143,11 @@ class AdeptCallback(Monitor, ExportableState):
             conflict = {} if importance.conflict is None else {"conflict": _named(units, importance.conflict)}
             self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor), **conflict)
 
-    def _momenta(self, optimizer: AdamW, model: PreTrainedModel) -> dict[str, Tensor]:
-        parameters = {name: model.get_parameter(name) for name in self.units.slices}
-        return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items() if optimizer.state.get(parameter)}
+    def _momenta(self, optimizer: Optimizer, model: PreTrainedModel) -> dict[str, Tensor]:
+        states = {name: optimizer.state.get(model.get_parameter(name)) for name in self.units.slices}
+        if any(state and "exp_avg" not in state for state in states.values()):
+            raise InputError(f"tune.rate_conflict needs Adam's momentum (exp_avg), which {type(optimizer).__name__} does not keep")
+        return {name: state["exp_avg"] for name, state in states.items() if state}
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps in trainer_state.json: the moving average, which a resumed run goes on from."""
@@ -175,12 +180,13 @@ def _named(units: Units, values: Tensor) -> dict[str, float]:
     return {unit.name: float(value) for unit, value in zip(units, values, strict=True)}
 
 
-def adamw(optimizer: Optimizer) -> AdamW:
-    """The optimizer itself, out of accelerate's wrapper."""
+def rated(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, out of accelerate's wrapper: one whose rates can be set."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, AdamW):
+    if not (isinstance(inner, AdamW) or has_rate_groups(inner)):
         raise InputError(
             f"unit-wise rates need adept_fast.AdamW, this Trainer has {type(inner).__name__}: use AdeptTrainer, or pass "
-            "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...}) or optimizers=(adept_fast.AdamW(...), None)"
+            "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...}) or optimizers=(adept_fast.AdamW(...), None); by tensor another one "
+            "over adept_fast.tuning.rate_groups works too"
         )
     return inner

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError
+from adept_fast.optim import AdamW
 from adept_fast.saliency import UnitImportance
+from adept_fast.tuning.groups import set_group_rates
 from adept_fast.units import Units
 
 if TYPE_CHECKING:
-    from adept_fast.optim import AdamW
+    from torch.optim import Optimizer
 
 RateMap = Callable[[Tensor, Units], Tensor]
 
@@ -142,7 +144,11 @@ def unit_rates(importance: UnitImportance, map: str | RateMap = "rank", floor: f
     return rule.rates(rule.spread_out(importance), importance)
 
 
-def apply_rates(optimizer: AdamW, model: nn.Module, units: Units, rates: Tensor) -> None:
-    """Give the optimizer a multiplier of its learning rate for each unit: rates [units]."""
+def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Tensor) -> None:
+    """Give the optimizer a multiplier of its learning rate for each unit: rates [units]. optimizer: adept_fast.AdamW, or any other one made
+    from `rate_groups`. Raises InputError for one that is neither."""
+    if not isinstance(optimizer, AdamW):
+        set_group_rates(optimizer, units, rates)
+        return
     for name, multipliers in units.spread(rates).items():
         optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)

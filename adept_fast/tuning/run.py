@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast import checkpoint, distributed
@@ -17,7 +26,7 @@ from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
 from adept_fast.progress import Progress
-from adept_fast.tuning.isolation import keeps_documents_apart
+from adept_fast.tuning.isolation import Collator, collator, keeps_documents_apart
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import stopped_in
 from adept_fast.tuning.plan import Plan, plan
@@ -29,11 +38,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Bookkeeping:
+    """What a run keeps and tells. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
+    inputs: what the record of the result names; say: hears a line at a time; quiet: no progress bars."""
+
+    work: Path
+    log: Path
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run that is planned: its blocks, its arguments, its log, and the checkpoint that it goes on from."""
+    """A run that is planned: its blocks, what makes batches of them, its arguments, its log, and the checkpoint that it goes on from."""
 
     planned: Plan
     blocks: Blocks | Stream
+    collate: Collator
     args: TrainingArguments
     log: TrainerLog
     last: str | None
@@ -45,36 +67,37 @@ class Run:
         folder: Path,
         corpus: WeightedDocuments | StreamedText,
         settings: TuningSettings,
-        work: Path,
-        log: Path,
-        say: Callable[[str], None],
-        quiet: bool,
+        books: Bookkeeping,
     ) -> Run:
         """Plan the training of `model`, loaded from `folder`; a new run begins its log."""
         tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
         checkpoint.require_vocabulary(folder, tokenizer, model)
         planned, blocks = plan(corpus, tokenizer, settings, positions)
-        if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks):
+        collate = collator(model)
+        if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
+            collate = default_data_collator
             planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
-            say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+            books.say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-        args = arguments(settings, work, quiet, planned.steps)
+        args = arguments(settings, books.work, books.quiet, planned.steps)
         if args.world_size != distributed.processes():
             found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
-        events = TrainerLog(log)
+        if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
+            raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
+        events, work = TrainerLog(books.log), books.work
         leads = distributed.rank() == 0
         if work.is_dir() and leads:
             remove_leftovers(work)
         distributed.wait()
         last = get_last_checkpoint(str(work)) if work.is_dir() else None
         if last is None and leads:
-            log.unlink(missing_ok=True)
+            books.log.unlink(missing_ok=True)
             events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
         if last is not None:
-            say(f"resuming from {Path(last).name}")
-        return cls(planned, blocks, args, events, last)
+            books.say(f"resuming from {Path(last).name}")
+        return cls(planned, blocks, collate, args, events, last)
 
     @property
     def monitor_steps(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded (FSDP2) run: the copies, their optimizer state and rates, through torch.distributed.checkpoint.
+"""Checkpoints of a sharded (FSDP2) run: what is trained, its optimizer state and rates, through torch.distributed.checkpoint.
 
 Each process writes the parts it holds; any number of processes reads them, one that shards nothing among them.
 """
@@ -40,14 +40,14 @@ def save(model: nn.Module, optimizer: AdamW, folder: Path) -> None:
     dcp.save({**_copies(model), **_moments(model, optimizer)}, checkpoint_id=folder / FOLDER)
 
 
-def load_copies(model: nn.Module, folder: Path) -> None:
-    """Read the trained parameters back. Raises InputError for a checkpoint of other copies."""
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read the trained parameters back. Raises InputError for a checkpoint of others."""
     state = _read(_copies(model), folder)
     set_model_state_dict(model, state["copies"], options=TRAINED)
 
 
 def load_optimizer(model: nn.Module, optimizer: AdamW, folder: Path) -> None:
-    """Read moments and unit rates back; rates must be set to any of the shapes that were saved. Raises InputError for other units."""
+    """Read moments and unit rates back; rates that were saved must be set, to any of their shapes. Raises InputError for other units."""
     state = _read(_moments(model, optimizer), folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast import distributed
+from adept_fast.artefacts import discard
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
+from adept_fast.tuning import sharded
+from adept_fast.tuning.groups import flattened
 from adept_fast.tuning.order import WholeSteps
 
 if TYPE_CHECKING:
@@ -29,14 +32,21 @@ class StagedTrainer(Trainer):
     """Trainer(model, args, ...) for whatever parameters of a model require grad.
 
     Steps with adept_fast.AdamW (exact fp32 masters where the parameters are bf16 or fp16) and switches the cache off, as packed documents
-    need it. Checkpoints are staged and renamed, by all processes together where they are several (a shared file system); `save_model()`
-    writes the whole model.
+    need it. Checkpoints are staged and renamed, by all processes together where they are several (a shared file system); under FSDP2 they
+    hold each process's part. `save_model()` writes the whole model. Raises InputError for engines that flatten parameters.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         model.config.use_cache = False
         self._staging: Path | None = None
         super().__init__(model, args, **kwargs)
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
+            raise flattened("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
+
+    @property
+    def stepped(self) -> AdamW:
+        """The optimizer itself, out of accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
@@ -70,16 +80,38 @@ class StagedTrainer(Trainer):
             self._save_trained(folder)
 
     def _save_trained(self, folder: Path) -> None:
-        save_file({name: parameter.detach().contiguous() for name, parameter in self._trained().items()}, folder / TRAINED)
+        if not sharded.shards(self.model):
+            save_file({name: parameter.detach().contiguous() for name, parameter in self._trained().items()}, folder / TRAINED)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not sharded.shards(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded.save(self.model, self.stepped, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / sharded.FOLDER).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded.load_optimizer(self.model, self.stepped, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        path = Path(resume_from_checkpoint) / TRAINED
+        folder = Path(resume_from_checkpoint)
+        path = folder / TRAINED
+        if (folder / sharded.FOLDER).is_dir():
+            sharded.load_trained(self.model, folder)
+            return
         if not path.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if sharded.shards(self.model):
+            raise InputError(f"{folder}: of a run that sharded nothing: resume it without FSDP, or delete it to start again")
         parameters, saved = self._trained(), load_file(path)
         if set(saved) != set(parameters):
             raise InputError(f"{path}: holds other tensors than are trained: delete the checkpoint, or resume with the model it is from")
@@ -95,7 +127,7 @@ class StagedTrainer(Trainer):
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         leads = distributed.rank() == 0
         if final.exists() and leads:
-            shutil.rmtree(final)
+            discard(final)
         with distributed.staged_together(final) as staging:
             self._staging = staging
             try:
@@ -109,4 +141,10 @@ class StagedTrainer(Trainer):
                     file.rename(staging / file.name)
                 written.rmdir()
         if leads:
-            rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete all but the last `save_total_limit` checkpoints that were written."""
+        written = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=lambda path: path.stat().st_mtime_ns)
+        for old in written[: -(self.args.save_total_limit or len(written))]:
+            discard(old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from adept_fast.tuning import sharded
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.meter import Meter
-from adept_fast.tuning.run import Run
+from adept_fast.tuning.run import Bookkeeping, Run
 from adept_fast.tuning.settings import TuningSettings
 from adept_fast.tuning.trainer import AdeptTrainer
 
@@ -28,16 +28,12 @@ def tune_checkpoint(
     steering: Sequence[Item],
     monitors: Mapping[str, Sequence[Item]],
     settings: TuningSettings,
+    books: Bookkeeping,
     *,
     metering: Sequence[Item] = (),
-    work: Path,
-    log: Path,
-    inputs: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
-    quiet: bool = False,
     **loading: Any,
 ) -> None:
-    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint in `work`.
+    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint.
 
     corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
     metering: held-back general items, on which forgetting is measured and foretold.
@@ -46,7 +42,7 @@ def tune_checkpoint(
     model = checkpoint.load_model(expanded, **loading)
     if settings.general_limit is not None and not metering:
         raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
-    run = Run.begin(model, expanded, corpus, settings, work, log, say, quiet)
+    run = Run.begin(model, expanded, corpus, settings, books)
     anchor = None
     if settings.anchor_weight is not None:
         anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
@@ -62,13 +58,13 @@ def tune_checkpoint(
         meter=Meter(metering, settings.general_limit, settings.general_action) if metering else None,
         log=run.log,
         tokens_per_step=run.planned.tokens_per_step,
-        say=say,
-        quiet=quiet,
+        say=books.say,
+        quiet=books.quiet,
     )
-    trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks)
+    trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks, data_collator=run.collate)
     run.finish(trainer)
     state = sharded.gathered(trainer.model) if sharded.shards(trainer.model) else model.state_dict()
     if distributed.rank() == 0:
         remote = bool(loading.get("trust_remote_code", False))
-        export_tuned(expanded, target, state, inputs=inputs, quiet=quiet, trust_remote_code=remote)
+        export_tuned(expanded, target, state, inputs=books.inputs, quiet=books.quiet, trust_remote_code=remote)
     distributed.wait()
