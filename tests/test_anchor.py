@@ -16,6 +16,7 @@ from transformers import Trainer
 from adept_fast import AdamW, AdeptCallback, Anchor, expand_model, freeze_original
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
+from adept_fast.families import head_logits, last_hidden
 from adept_fast.tuning.anchor import divergence_from_base
 
 
@@ -36,6 +37,16 @@ def test_the_base_is_inside_bit_for_bit(family: str) -> None:
         with bypassed(model):
             assert torch.equal(model(ids).logits, wanted)
     assert not torch.equal(model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "biogpt", "xglm", "gemma4_text"])
+def test_logits_of_hidden_states_alone_are_the_models_own(family: str) -> None:
+    """Of types that read more of their body's output than hidden states."""
+    model = tiny_families.model(family)
+    ids = batch()["input_ids"] % tiny_families.VOCABULARY
+    with torch.no_grad():
+        wanted, found = model(ids, use_cache=False).logits.flatten(0, 1), head_logits(model, last_hidden(model, ids).flatten(0, 1))
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
 def test_of_a_model_expanded_twice_the_base_is_what_it_was_before_the_last_time() -> None:

@@ -76,12 +76,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     AttentionInterface.register(FLASH, flash_attention_forward)
     AttentionMaskInterface.register(FLASH, flash_attention_mask)
-    process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
-    monkeypatch.setattr(
-        modeling_flash_attention_utils,
-        "lazy_import_flash_attention",
-        lambda *args, **kwargs: ((rows, varlen, None, None, None), (process, process)),
-    )
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *args, **kwargs: (rows, varlen, None, None, None))
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
     return counted
 
 

@@ -77,13 +77,18 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden] taken after the final norm, through the model's own head.
 
-    The model's forward runs with its body replaced, so logit scaling and soft-capping stay what the family makes them. The output type
-    is the mixture-of-experts one because it has every field that any family reads.
+    The model's forward runs with its body replaced, so logit scaling and soft-capping stay what the family makes them. Whatever else a
+    family reads of its body's output (attentions, router logits, shared keys and values) is None.
     """
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
-    def body(*args: object, **kwargs: object) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    class Output(MoeModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    def body(*args: object, **kwargs: object) -> Output:
+        return Output(last_hidden_state=hidden[None])
 
     stack = model.get_submodule(layers_path(model).rpartition(".")[0])  # not the base model: OPT's head calls the decoder within
     with replaced_forward(stack, body):

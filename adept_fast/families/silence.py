@@ -67,8 +67,11 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
 
     own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
+    config = copy.deepcopy(model.config)
+    if config._attn_implementation not in ("eager", "sdpa"):  # flash attention's way in looks at values
+        config._attn_implementation = "eager"
     with torch.device("meta"), no_init_weights():
-        twin = type(model)(copy.deepcopy(model.config)).eval()
+        twin = type(model)(config).eval()
     with mode:
         twin.to_empty(device="cpu")  # not built so: a module's own .to() swaps parameters, which fake ones refuse
     twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
