@@ -114,7 +114,6 @@ class Meter:
                             parameter.grad = None
         return total / tokens, {name: gradient / tokens for name, gradient in sums.items()}
 
-    @torch.no_grad()
     def _predict(self, model: PreTrainedModel, units: Units) -> tuple[Tensor, Tensor]:
         found: list[dict[str, Tensor]] = [{}, {}, {}]
         for name, cut in units.slices.items():
