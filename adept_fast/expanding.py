@@ -7,7 +7,7 @@ from typing import Any
 from adept_fast import checkpoint
 from adept_fast.errors import InputError
 from adept_fast.expansion import PRESERVING, expand_checkpoint, largest_difference, verify_expansion
-from adept_fast.importance import LayerScores, next_layer, undecided
+from adept_fast.importance import LayerScores, undecided
 from adept_fast.inputs import changed
 from adept_fast.record import AdeptConfig
 from adept_fast.scoring import Scoring
@@ -65,8 +65,8 @@ class Expanding(Scoring):
             "loss": scores.loss,
             "scores": [scores.values[layer] for layer in layers],
         }
-        if scores.costs is not None and self.earlier is None:
-            selection["next"] = next_layer(scores, layers, placement)
+        if scores.costs is not None:
+            selection["next"] = self._following(scores, layers)
             selection["shares"] = scores.costs.shares(layers)
             self.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**selection["shares"]))
         return selection

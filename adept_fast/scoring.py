@@ -27,6 +27,7 @@ from adept_fast.importance import (
     forwards,
     mask_units,
     masked_units,
+    next_layer,
     score_layers,
     select_layers,
     selection_stability,
@@ -155,7 +156,7 @@ class Scoring(Workspace):
 
     def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
         """With what single items tell of this choice; saved where that is new."""
-        if scores.certificate or not scores.per_item:
+        if not scores.per_item:
             return scores
         expand, found = self.recipe.expand, {}
         if expand.layers is None and self.earlier is None:
@@ -216,6 +217,14 @@ class Scoring(Workspace):
             return select_layers(scores, placement=expand.placement, budget=expand.budget.shares)
         return select_layers(scores, expand.k, expand.placement)
 
+    def _following(self, scores: LayerScores, layers: list[int]) -> dict[str, Any] | None:
+        """What one more copy would cost and bring, of the layers that may be copied: see next_layer."""
+        if self.earlier is None:
+            return next_layer(scores, layers, self.recipe.expand.placement)
+        places = self.earlier.originals
+        found = next_layer(scores.among(places), [places.index(layer) for layer in layers], self.recipe.expand.placement)
+        return found and {**found, **{key: [places[layer] for layer in found[key]] for key in ("layers", "joins")}}
+
     def _check_model(self) -> Any:
         """The model without its weights, whose layers the recipe must fit."""
         skeleton, expand = checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code), self.recipe.expand
@@ -225,8 +234,6 @@ class Scoring(Workspace):
         check_choice(len(decoder_layers(skeleton)) - copied, expand.k, expand.placement, expand.layers)
         if expand.budget is not None:
             check_budget(expand.budget.shares)
-            if self.earlier is not None:
-                raise InputError("expand.budget counts shares of a model without copies, and this one has some: give expand.k")
             if self.recipe.score.regret is not None:
                 raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
         for method in self.recipe.score.compare:

@@ -64,6 +64,30 @@ def test_time_share_counts_the_products_of_a_step(scored: tuple) -> None:
         assert scores.costs.shares(layers)["time"] == pytest.approx(flops(expanded) / whole, rel=0.03)
 
 
+def test_budget_of_a_model_with_copies_counts_it_as_it_is() -> None:
+    """The second of two expansions: what trains of what the first one made, copied among the layers that are no copies."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    first = expand_model(tiny_models.model(**CHANGES), [1, 4])
+    originals = first.adept_config.originals
+    scores = score_layers(first, tiny_models.items(8), quiet=True).among(originals)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (16, 2))
+
+    def flops(trained: torch.nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            trained(input_ids=ids, labels=ids).loss.backward()
+        return counter.get_total_flops()
+
+    whole, parameters = flops(first.requires_grad_(True)), sum(parameter.numel() for parameter in first.parameters())
+    for k in (1, 2, 3):
+        layers = select_layers(scores, k, "lowest_per_band")
+        shares = scores.costs.shares(layers)
+        assert select_layers(scores, placement="lowest_per_band", budget=shares) == layers and max(layers) < 6
+        second = expand_model(first, [originals[layer] for layer in layers])
+        assert shares["parameters"] == freeze_original(second).trainable / parameters
+        assert shares["time"] == pytest.approx(flops(second) / whole, rel=0.03)
+
+
 def test_budget_takes_as_many_layers_as_it_allows(scored: tuple) -> None:
     _, scores = scored
     for placement in ("lowest", "lowest_per_band", "uniform"):
@@ -121,8 +145,26 @@ def test_stability_is_the_share_of_random_probes_that_choose_alike() -> None:
         assert frequency[0] == pytest.approx(0.5, abs=0.12)
     sure = selection_stability(made(torch.arange(5.0).double().expand(20, 5)), [0, 2], "lowest_per_band")
     assert all(entry["same"] == 1 for entry in sure["sizes"]) and [entry["items"] for entry in sure["sizes"]] == [16, 20]
-    with pytest.raises(InputError, match="without a race"):
-        selection_stability(dataclasses.replace(made(sums), certificate={"k": 2}), [0, 3])
+    with pytest.raises(InputError, match=r"keep scores\.items\.safetensors"):
+        selection_stability(dataclasses.replace(made(sums), per_item={}), [0, 3])
+
+
+def test_of_a_race_the_items_count_that_all_layers_were_measured_on() -> None:
+    generator = torch.Generator().manual_seed(4)
+    levels = torch.arange(5.0, dtype=torch.float64)
+    noise = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    other = levels[[4, 1, 2, 3, 0]] + noise[:30] / 20
+    whole, cheap = (levels + noise)[torch.randperm(60, generator=generator)], made(levels + 2 * noise, "gate")
+    before = torch.arange(60) % 3 > 0
+    dropped = whole.clone()
+    dropped[~before, 4] = torch.nan
+    dropped[55:, 1] = torch.nan
+    before[55:] = False
+    raced = dataclasses.replace(made(dropped, other=other), certificate={"k": 2})
+    part = made(whole[before], other=other)
+    assert selection_stability(raced, [0, 1]) == selection_stability(part, [0, 1]) and int(before.sum()) == 36
+    assert corpus_conflicts(raced, "answer", "domain") == corpus_conflicts(part, "answer", "domain")
+    assert compare_scores([raced, cheap]) == compare_scores([part, made(cheap.per_item["answer"].sums[before], "gate")])
 
 
 def test_conflicts_are_ranks_whose_intervals_do_not_meet() -> None:

@@ -287,12 +287,14 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     given += ["eval.max_items=4", "eval.general_limit=9"]
     assert main(["run", *given, "expand.k=5"]) == 2 and "from 1 to 4" in capsys.readouterr().err
     assert main(["run", *given, "score.regret=0.1"]) == 2 and "score.regret" in capsys.readouterr().err
-    assert main(["run", *given]) == 0, capsys.readouterr().err
+    assert main(["run", *given, "expand.budget.parameters=0.9"]) == 0, capsys.readouterr().err
     assert "alpha 1 is the largest share" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["dial"]["limit"] == 9
     tuned = AdeptConfig.load(tmp_path / "out" / "tuned")
     assert [(entry.copied_from, entry.round) for entry in tuned.inserted] == [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 1)]
     assert tuned.source == record.source and tuned.trained == (2, 4, 7, 9)
+    shares = AdeptConfig.load(tmp_path / "out" / "expanded").selection["shares"]
+    assert shares["parameters"] == pytest.approx(tuned.parameters["trainable"] / sum(each.numel() for each in first.parameters()))
     mine = [entry.layer for entry in tuned.inserted if entry.round == 1]
     remove_copies(tmp_path / "out" / "tuned", tmp_path / "without", mine, quiet=True)
     assert _same(stored_tensors(tmp_path / "without"), stored_tensors(tmp_path / "first"))

@@ -112,7 +112,7 @@ def test_error_of_one_process_ends_all(on_two: tuple[Path, subprocess.CompletedP
 
 
 def test_score_command_survives_a_kill(settings: list[str], tmp_path: Path) -> None:
-    given = [*settings[:2], "score.regret=0.05", "score.loss=all", "expand.k=2"]
+    given = [*settings, "score.regret=0.05", "score.loss=all", "score.compare=[gate]", "score.units=null"]
     with Attempts({"PYTHONPATH": str(HERE.parent)}) as attempts:
 
         def score(output: str, **kill: Any) -> tuple[int, str]:
@@ -126,4 +126,5 @@ def test_score_command_survives_a_kill(settings: list[str], tmp_path: Path) -> N
             assert code == 0 and "nats per token more than the best 2, at 95% confidence" in said, said
     results = [json.loads((tmp_path / output / "scores.json").read_text()) for output in ("killed", "whole")]
     assert all(result.pop("seconds") > 0 for result in results) and results[0] == results[1]
+    assert results[0]["analysis"].keys() == {"stability", "conflicts", "comparison"}
     assert (tmp_path / "killed" / "scores.png").is_file() and not (tmp_path / "killed" / ".scores.journal").exists()

@@ -5,14 +5,14 @@
              F = sum over layers and copies of w_l + h      forward
              B = h + sum over layers above the lowest copied of w_l + 2 sum over copies of w_l
 
-w_l: weights of the matrices of layer l, h: of the head. The time is a model, not a measurement: it counts no attention products, no
-element-wise work and no optimizer step, of which copies save most.
+w_l: weights of the matrices of layer l, h: of the head; all of the model as it is, with the copies that it may have already. The time is a
+model, not a measurement: it counts no attention products, no element-wise work and no optimizer step, of which copies save most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adept_fast.errors import InputError
@@ -26,12 +26,14 @@ BUDGETS = ("parameters", "time")
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head."""
+    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head;
+    places: where the layers stand that are chosen from, where not all are."""
 
     parameters: tuple[int, ...]
     weights: tuple[int, ...]
     total: int
     head: int
+    places: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LayerCosts:
@@ -45,8 +47,13 @@ class LayerCosts:
             0 if head is None else head.weight.numel(),
         )
 
+    def among(self, layers: Sequence[int]) -> LayerCosts:
+        """The same, where layer 0 of a choice is layers[0], and so on."""
+        return replace(self, places=tuple(layers))
+
     def shares(self, layers: Sequence[int]) -> dict[str, float]:
         """Shares of full CPT that copies of `layers` take: {"parameters": ..., "time": ...}."""
+        layers = [self.places[layer] for layer in layers] if self.places else layers
         copies = sum(self.weights[layer] for layer in layers)
         forward = sum(self.weights) + copies + self.head
         backward = self.head + sum(self.weights[min(layers) + 1 :]) + 2 * copies if layers else 0
@@ -69,7 +76,7 @@ def within(budget: Mapping[str, float], costs: LayerCosts, select: Callable[[int
     def fits(layers: Sequence[int]) -> bool:
         return all(costs.shares(layers)[name] <= share for name, share in budget.items())
 
-    choices = [select(k) for k in range(1, len(costs.weights) + 1)]
+    choices = [select(k) for k in range(1, len(costs.places or costs.weights) + 1)]
     fitting = [layers for layers in choices if fits(layers)]
     if not fitting:
         cheapest = {name: round(min(costs.shares(layers)[name] for layers in choices), 4) for name in budget}

@@ -43,6 +43,10 @@ class ItemScores:
     weights: Tensor
     base: Tensor | None = None
 
+    def among(self, items: Tensor) -> ItemScores:
+        """The same of some items, bool [items]."""
+        return ItemScores(self.sums[items], self.weights[items], None if self.base is None else self.base[items])
+
     def profile(self, method: str, seed: int = 0) -> Profile:
         values, low, high = bootstrap(self.sums, self.weights, seed, STATISTICS.get(method))
         measured = self.base is not None and ~self.base.isnan()
@@ -124,13 +128,13 @@ class LayerScores(Profiled):
         return self.profiles[self.loss].base_loss
 
     def among(self, layers: Sequence[int]) -> LayerScores:
-        """The same of these layers alone, in this order, without single items and costs."""
+        """The same of these layers alone, in this order, without single items. Costs remain those of the whole model."""
 
         def of(values: Sequence[float]) -> tuple[float, ...]:
             return tuple(values[layer] for layer in layers)
 
         kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
-        return replace(self, profiles=kept, per_item={}, costs=None, analysis={})
+        return replace(self, profiles=kept, per_item={}, costs=self.costs and self.costs.among(layers), analysis={})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:
@@ -141,7 +145,7 @@ class LayerScores(Profiled):
         try:
             profiles = {name: Profile.of(entry) for name, entry in content.pop("profiles").items()}
             costs = content.pop("costs", None)
-            costs = costs and LayerCosts(tuple(costs["parameters"]), tuple(costs["weights"]), costs["total"], costs["head"])
+            costs = costs and LayerCosts(**{key: tuple(value) if isinstance(value, list) else value for key, value in costs.items()})
             return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=load_items(items_path(path)), **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None

@@ -17,14 +17,23 @@ SIZES = (16, 64)
 DRAWS = 1000
 
 
-def resampled_values(scores: LayerScores, profile: str, items: int | None = None, draws: int = DRAWS, seed: int = 0) -> Tensor:
-    """Values of a profile, fp64 [draws, layers], on random corpora of `items` items (none: as many as there are), drawn with replacement.
+def complete(scores: LayerScores, profile: str) -> Tensor:
+    """Which items all layers were measured on, bool [items]: all, or of a race those before it dropped a layer, a random part.
 
-    Raises InputError where the losses of single items are lacking, or a race left some out.
+    Raises InputError where the scores of single items are lacking.
     """
     found = scores.per_item.get(profile)
-    if found is None or bool(found.sums.flatten(1).isnan().all(1).any()) or scores.certificate:
-        raise InputError(f"profile {profile!r}: the scores of every item are needed: score without a race, keep scores.items.safetensors")
+    if found is None:
+        raise InputError(f"profile {profile!r}: the scores of every item are needed: keep scores.items.safetensors")
+    return (~found.sums.flatten(2).isnan()).any(2).all(1) if found.sums.ndim > 2 else ~found.sums.isnan().any(1)
+
+
+def resampled_values(
+    scores: LayerScores, profile: str, items: int | None = None, draws: int = DRAWS, seed: int = 0, among: Tensor | None = None
+) -> Tensor:
+    """Values of a profile, fp64 [draws, layers], on random corpora of `items` items (none: as many as there are), drawn with replacement
+    from the complete ones, or from `among`, bool [items]. Raises InputError where the losses of single items are lacking."""
+    found = scores.per_item[profile].among(complete(scores, profile) if among is None else among)
     means = resampled(found.sums, found.weights, seed, items, draws)
     statistic = STATISTICS.get(scores.method)
     return statistic(means) if statistic else means
@@ -35,12 +44,13 @@ def selection_stability(
 ) -> dict[str, Any]:
     """How often each layer would be chosen, and these same `layers` exactly, had the probe been other items of the same kind.
 
+    Of a race this speaks of probes as large as the part of it that all layers were measured on; its certificate speaks of the whole probe.
     {"layers", "placement", "draws", "sizes": [{"items", "same": share of draws, "frequency": share of draws [layers]}]}. sizes: items of
     the random corpora, None for all there are; those that are not below the number of items are left out.
     """
     count, k = len(scores.values), len(layers)
     check_choice(count, k, placement)
-    available = len(scores.per_item[scores.loss].weights) if scores.loss in scores.per_item else 0
+    available = int(complete(scores, scores.loss).sum())
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[list(layers)] = True
     entries = []
@@ -67,7 +77,8 @@ def corpus_conflicts(scores: LayerScores, first: str, second: str, seed: int = 0
     for number, name in enumerate((first, second)):
         drawn = ranks(resampled_values(scores, name, seed=seed + number))
         low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-        rank = ranks(torch.tensor([scores.profiles[name].values], dtype=torch.float64))[0]
+        values = scores.per_item[name].among(complete(scores, name)).profile(scores.method).values
+        rank = ranks(torch.tensor([values], dtype=torch.float64))[0]
         found[name] = torch.stack([rank, low, high], 1)
     one, two = found[first], found[second]
     apart = (one[:, 1] > two[:, 2]) | (two[:, 1] > one[:, 2])
