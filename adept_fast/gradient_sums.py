@@ -105,7 +105,7 @@ class GradientSums:
             )
         gathered.seen = True
         gradient = local(gradient, gathered.parameter)
-        if gradient.ndim == 1 and gradient.device.type != "cpu":
+        if gradient.ndim == 1 and gathered.native is None:
             gathered.small = gradient
         else:
             gathered.add(gradient)
@@ -119,25 +119,21 @@ class GradientSums:
     @torch.no_grad()
     def _take_small(self) -> None:
         """All vectors' gradients of a backward at once: a launch for each would take longer than its work."""
-        small = [gathered for gathered in self._gathered if gathered.small is not None]
-        if not small:
-            return
-        if backend.resolve("saliency", small[0].small.device) == "triton" and all(map(_is_plain, small)):
-            from adept_fast.kernels.saliency_vectors import Vector, add_vectors
+        waiting: dict[torch.device, list[_Gathered]] = {}
+        for gathered in self._gathered:
+            if gathered.small is not None:
+                waiting.setdefault(gathered.small.device, []).append(gathered)
+        for device, small in waiting.items():
+            if backend.resolve("saliency", device) == "triton" and all(map(_is_plain, small)):
+                from adept_fast.kernels import saliency_vectors
+                from adept_fast.kernels.saliency_vectors import Vector
 
-            add_vectors([Vector(local(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small])
+                vectors = [Vector(local(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
+                saliency_vectors.add_vectors(vectors)
+            else:
+                _add_small(small)
             for gathered in small:
                 gathered.small = None
-            return
-        sizes = [gathered.small.numel() for gathered in small]
-        gradient = torch.cat([gathered.small.double() for gathered in small])
-        theta = torch.cat([local(gathered.parameter.detach()).double() for gathered in small])
-        found = torch.stack([gradient.square(), (theta * gradient).abs(), theta * gradient]).split(sizes, 1)
-        for gathered, values in zip(small, found, strict=True):
-            gathered.sums[0] += values[: len(gathered.sums[0])]
-            if gathered.running is not None:
-                gathered.running += gathered.small
-            gathered.small = None
 
     @torch.no_grad()
     def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, Dims], tuple[Tensor, Tensor | None]]:
@@ -188,6 +184,18 @@ class GradientSums:
         flat = distributed.total(torch.cat([values.flatten() for values in sums]))
         for values, found in zip(sums, flat.split([values.numel() for values in sums]), strict=True):
             values.copy_(found.view_as(values))
+
+
+def _add_small(small: Sequence[_Gathered]) -> None:
+    """Add the terms of vectors on one device in plain torch."""
+    sizes = [gathered.small.numel() for gathered in small]
+    gradient = torch.cat([gathered.small.double() for gathered in small])
+    theta = torch.cat([local(gathered.parameter.detach()).double() for gathered in small])
+    found = torch.stack([gradient.square(), (theta * gradient).abs(), theta * gradient]).split(sizes, 1)
+    for gathered, values in zip(small, found, strict=True):
+        gathered.sums[0] += values[: len(gathered.sums[0])]
+        if gathered.running is not None:
+            gathered.running += gathered.small
 
 
 def _length(shape: Sequence[int], dim: Dims) -> int:

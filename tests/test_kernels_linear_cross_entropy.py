@@ -112,7 +112,7 @@ def test_interpreted_kernels_are_no_further_from_fp64_than_torch(interpreted: li
     assert all(value <= 0 for value in found.values()), found
 
 
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 EVERY = {"BIAS": True, "SOFTCAP": True, "DIVERGENCE": False}
 FLAGS = {"losses": EVERY, "divergence": {**EVERY, "DIVERGENCE": True}}
 BUILDS = [

@@ -70,7 +70,7 @@ def excess(sums: Sums, param: Tensor, grad: Tensor, dim: int) -> float:
 @pytest.fixture(scope="module")
 def interpreted() -> list[dict[str, float | bool]]:
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "ADEPT_FAST_BACKEND": "triton", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -83,13 +83,18 @@ def test_interpreted_kernel_gives_the_sums(interpreted: list[dict[str, float | b
 
 
 def test_interpreted_kernel_adds_vectors_of_all_kinds_at_once(interpreted: list[dict[str, float | bool]]) -> None:
-    assert interpreted[-1] == {"vectors": True}
+    assert interpreted[len(CASES)] == {"vectors": True}
 
 
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+def test_hooks_hand_all_vectors_of_a_backward_to_one_interpreted_launch(interpreted: list[dict[str, float | bool]]) -> None:
+    assert_wired(interpreted[len(CASES) + 1 :])
 
 
-@pytest.mark.parametrize(("param_dtype", "grad_dtype"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+VECTORS = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
+
+
+@pytest.mark.parametrize(("param_dtype", "grad_dtype"), VECTORS)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dtype: str, grad_dtype: str) -> None:
     import triton
@@ -109,8 +114,7 @@ def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dty
     assert len(re.findall(r"\bLDG\b", machine_code)) >= 6 and not re.search(r"\b(ATOM|ATOMG|RED)\b", machine_code)
 
 
-@pytest.mark.parametrize("grad_dtype", POINTERS)
-@pytest.mark.parametrize("param_dtype", POINTERS)
+@pytest.mark.parametrize(("param_dtype", "grad_dtype"), [*VECTORS, ("fp32", "bf16"), ("fp16", "fp32")])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiles_to_wide_loads_without_spills(architecture: int, dim: int, param_dtype: str, grad_dtype: str) -> None:
@@ -194,6 +198,76 @@ def test_gpu_adds_vectors() -> None:
     assert vectors_agree("cuda")
 
 
+# whether fp64 vectors are among the others, products of each backward are summed, the gradients are; launches of the kernel for vectors
+HOOKS = [((False, True, False), 2), ((False, False, True), 2), ((True, True, True), 0)]
+
+
+def hooked(device: str, wide: bool, products: bool, running: bool) -> dict[str, float | bool]:
+    """GradientSums over two backwards through matrices and vectors: the largest error of what is summed over its bound, whether each
+    backward's terms of vectors are exact, how often the kernel for vectors was launched."""
+    from adept_fast.gradient_sums import GradientSums
+    from adept_fast.kernels import saliency_vectors
+
+    generator = torch.Generator().manual_seed(6)
+    shapes = {"gain": ((67,), "bf16"), "weight": ((5, 70), "fp32"), "bias": ((600,), "fp32"), "half": ((9,), "fp16")}
+    shapes |= {"long": ((11,), "fp64")} if wide else {}
+    made = {name: torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for name, (shape, dtype) in shapes.items()}
+    factors = [[torch.randn(shape, generator=generator).to(device) for shape, _ in shapes.values()] for _ in range(2)]
+    parameters = {name: torch.nn.Parameter(value) for name, value in made.items()}
+
+    def loss(factor: list[Tensor]) -> Tensor:
+        return sum((parameter.double() * each).sin().sum() for parameter, each in zip(parameters.values(), factor, strict=True))
+
+    with patch.object(saliency_vectors, "add_vectors", wraps=saliency_vectors.add_vectors) as launched:
+        with GradientSums(parameters, {name: range(value.ndim) for name, value in made.items()}, products, running) as sums:
+            for factor in factors:
+                sums.backward(loss(factor))
+            found = sums.read(tokens=7)
+    backwards = [dict(zip(made, torch.autograd.grad(loss(factor), [*parameters.values()]), strict=True)) for factor in factors]
+    excess, exact = [], True
+    for (name, dim), (terms, taylor) in found.items():
+        theta = made[name].double()
+        gradients = [backward[name].double() for backward in backwards]
+
+        def along(values: Tensor, dim: int = dim) -> Tensor:
+            return values.movedim(1 + dim, 1).reshape(len(values), values.shape[1 + dim], -1).sum(2).cpu()
+
+        every = sum(torch.stack([g * g, (theta * g).abs(), theta * g]) for g in gradients)[: len(terms)]
+        exact &= theta.ndim > 1 or torch.equal(terms, along(every))
+        excess.append((terms - along(every)).abs() / along(every.abs() if len(terms) == 1 else every[[0, 1, 1]]))
+        if running:
+            whole = along((theta * sum(gradients)).abs()[None])[0] / 7
+            excess.append((taylor - whole).abs() / whole)
+    return {"excess": max(float(each.max()) for each in excess) / (16 * 2**-24), "exact": exact, "launches": launched.call_count}
+
+
+def assert_wired(results: list[dict[str, float | bool]]) -> None:
+    assert all(found["excess"] <= 1 and found["exact"] for found in results), results
+    assert [found["launches"] for found in results] == [launches for _, launches in HOOKS]
+
+
+@pytest.mark.gpu
+def test_gpu_hooks_hand_all_vectors_of_a_backward_to_one_launch() -> None:
+    assert_wired([hooked("cuda", *setting) for setting, _ in HOOKS])
+
+
+@pytest.mark.gpu
+def test_gpu_sums_the_gradients_of_a_model_as_the_cpu_does() -> None:
+    import tiny_models
+
+    from adept_fast.saliency import parameter_sums, sequence_sums
+
+    model, items = tiny_models.model("phi3"), tiny_models.items(4)
+    dims = {name: tuple(range(parameter.ndim)) for name, parameter in model.named_parameters() if ".layers." in name}
+    for summed, keys in ((parameter_sums, ("abs_taylor", "fisher")), (sequence_sums, ("squares", "absolutes"))):
+        expected, found = (summed(model.to(device), items, dims, quiet=True) for device in ("cpu", "cuda"))
+        assert any(model.get_parameter(name).ndim == 1 for name, _ in found)
+        for where, entry in expected.items():
+            for key in keys:
+                wanted = getattr(entry, key)
+                torch.testing.assert_close(getattr(found[where], key), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
+
+
 def interpret_all() -> list[dict[str, float | bool]]:
     from adept_fast.kernels import saliency
 
@@ -204,7 +278,7 @@ def interpret_all() -> list[dict[str, float | bool]]:
         first, second = (saliency.saliency_sums(param, grad, dim) for _ in range(2))
         results.append({"excess": excess(first, param, grad, dim), "repeats": all(map(torch.equal, first, second))})
     results.append({"vectors": vectors_agree("cpu")})
-    return results
+    return [*results, *(hooked("cpu", *setting) for setting, _ in HOOKS)]
 
 
 if __name__ == "__main__":

@@ -141,11 +141,11 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
     assert packs.pack([question], [0], 60)[0].tokens == 8 and packs.pack([question], [0], 60, all_tokens=True)[0].tokens == 19
 
 
-@pytest.mark.parametrize(("family", "swept"), [("mpt", True), ("bloom", False)])
+@pytest.mark.parametrize(("family", "swept"), [("mpt", True), ("bloom", False), ("mamba", True)])
 def test_family_that_leaks_across_documents_takes_one_item_a_row(family: str, swept: bool) -> None:
-    """MPT sees no document's end, Bloom's position bias does not broadcast over variants: both are noticed, and scored right."""
-    changes = {"mpt": {"n_layers": 4, "n_heads": 4, "d_model": 32}, "bloom": {"n_layer": 4, "n_head": 4}}[family]
-    model, items = tiny_models.model(family, **changes), tiny_models.items(4)
+    """MPT and Mamba see no document's end, Bloom's position bias does not broadcast over variants: it is noticed, and scored right."""
+    changes = {"mpt": {"n_layers": 4, "n_heads": 4, "d_model": 32}, "bloom": {"n_layer": 4, "n_head": 4}}
+    model, items = tiny_models.model(family, **changes.get(family, {})), tiny_models.items(4)
     planned = sweep.plan(model, items)
     assert (planned.swept, planned.pack) == (swept, 0)
     scores = score_layers(model, items, quiet=True)

@@ -163,8 +163,8 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
 def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) -> float:
     """FLOPs of `calls` layers a token (2 a weight, causal attention within items) and of the head on the pack's rows of each variant."""
     config, layers = text_config(model), decoder_layers(model)
-    weights = _matrices(layers) / len(layers)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    weights, heads = _matrices(layers) / len(layers), getattr(config, "num_attention_heads", 0)  # none: a state-space model
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
     body = calls * sum(length * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
     return body + 2.0 * variants * len(pack.rows) * config.hidden_size * config.vocab_size
 
