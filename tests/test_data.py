@@ -14,6 +14,7 @@ import tiny_models
 from adept_fast.data.documents import tokenize_documents
 from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
 from adept_fast.data.packing import document_order
+from adept_fast.data.readers import reader
 from adept_fast.data.sources import Record, Source, read
 from adept_fast.data.splits import by_hash, hold_out, split_probe
 from adept_fast.errors import InputError
@@ -49,6 +50,24 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path: Path, kind: str) -> N
     assert [document_text(record) for record in records] == [row["text"] for row in ROWS]
 
 
+@pytest.mark.parametrize("content", [b"one\r\n \x0c\r\n \r\n\r\n two\rparts", "a\x0cb\u2028c\n".encode() * 30])
+def test_texts_of_other_systems_are_the_same_read_whole_and_streamed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.txt").write_bytes(b"\xef\xbb\xbf" + content)
+    source = Source(str(tmp_path / "odd.txt"))
+    texts = [record.content["text"] for record in read(source)]
+    assert texts == [record.content["text"] for record in reader(source).records()]
+    assert texts == (["one", " two\rparts"] if b"one" in content else ["\n".join(["a\x0cb\u2028c"] * lines) for lines in (20, 10)])
+
+
+@pytest.mark.parametrize("name", ["marked.jsonl", "marked.json"])
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(ROWS) if name.endswith("json") else "\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    source = Source(str(tmp_path / name))
+    assert [record.content for record in read(source)] == ROWS
+    if name.endswith("jsonl"):
+        assert [record.content for record in reader(source).records()] == ROWS
+
+
 def test_a_folder_is_read_by_datasets(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "jsonl")
     assert len(read(Source(str(tmp_path), split="train"))) == 5
@@ -67,6 +86,8 @@ def test_text_without_blank_lines_is_cut_into_pieces(tmp_path: Path) -> None:
         ("bad.jsonl", '{"text": "a"}\n[1]\n', r"bad.jsonl:2: expected a JSON object"),
         ("bad.json", '[{"text": "a"},\n{]', r"bad.json:2: not valid JSON"),
         ("bad.json", '{"text": "a"}', r"expected a JSON array"),
+        ("deep.jsonl", "{}\n" + "[" * 100_000, r"deep.jsonl:2: not valid JSON"),
+        ("long.json", '[{"id": ' + "1" * 5000 + "}]", r"long.json: not valid JSON"),
         ("empty.jsonl", "", "holds no records"),
         ("empty.txt", "\n \n", "holds no records"),
         ("what.csv", "a,b", "unknown kind of file"),
@@ -124,14 +145,21 @@ def test_chat_items_follow_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"instruction": "a"}, {"instruction": "a", "output": " "}, {"text": ""}, {"text": 3}, {"input_ids": [1], "labels": []}]
+    "content",
+    [
+        *({}, {"instruction": "a"}, {"instruction": "a", "output": " "}, {"text": ""}, {"text": 3}, "a text"),
+        *({"input_ids": [1], "labels": []}, {"input_ids": [1.5, 2]}, {"input_ids": [[1, 2]]}, {"input_ids": [1, 2], "labels": [-1, 2]}),
+    ],
 )
-def test_items_with_nothing_to_use_name_their_line(content: dict) -> None:
+def test_items_with_nothing_to_use_name_their_line(content: dict | str) -> None:
     with pytest.raises(InputError, match="file.jsonl:7"):
         tokenize_item(Record(content, "file.jsonl:7"), tiny_models.tokenizer())
 
 
-def test_probe_forms() -> None:
+def test_probe_forms(tmp_path: Path) -> None:
+    path = tmp_path / "probe.jsonl"
+    path.write_text('{"input_ids": [5, 6, 7]}')
+    assert load_items(path) == load_items(str(path)) == [Item((5, 6, 7), (5, 6, 7))]
     tokens = load_items([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
     assert tokens == [Item((5, 6, 7), (-100, 6, 7))] and tokens[0].supervised == 2
     with pytest.raises(InputError, match="tokenizer"):

@@ -10,6 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from adept_fast.data.sources import Record, Source, read
@@ -87,6 +89,8 @@ def _prompt_and_answer(record: Record) -> tuple[str, str]:
 
 def check_item(record: Record, column: str | None = None) -> None:
     """Raise InputError, naming file and line, unless the record is a text, an instruction with output, or tokenised."""
+    if not isinstance(record.content, Mapping):
+        raise InputError(f'{record.where}: expected a record such as {{"text": ...}}, found {type(record.content).__name__}')
     if column is None and not {"text", "input_ids"} & record.content.keys() and not {"instruction", "output"} <= record.content.keys():
         keys = ", ".join(sorted(map(str, record.content))) or "none"
         raise InputError(f"{record.where}: neither 'text' nor 'instruction' and 'output' (keys: {keys})")
@@ -101,10 +105,14 @@ def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, sty
         raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {style!r}")
     content = record.content
     if "input_ids" in content:
-        ids = tuple(int(token) for token in content["input_ids"])
-        labels = tuple(int(label) for label in content.get("labels", ids))
+        try:
+            ids, labels = (tuple(map(index, content.get(key, content["input_ids"]))) for key in ("input_ids", "labels"))
+        except TypeError:
+            raise InputError(f"{record.where}: 'input_ids' and 'labels' must be lists of whole numbers") from None
         if len(labels) != len(ids):
             raise InputError(f"{record.where}: {len(ids)} input_ids but {len(labels)} labels")
+        if any(token < 0 for token in ids) or any(label < 0 and label != IGNORE for label in labels):
+            raise InputError(f"{record.where}: input_ids must be 0 or more, labels too or {IGNORE} where they are not supervised")
         return Item(ids, labels)
     if tokenizer is None:
         raise InputError(f"{record.where}: a tokenizer is needed for items that are not tokenised: pass tokenizer=")
@@ -157,13 +165,13 @@ def tokenize_choices(record: Record, tokenizer: PreTrainedTokenizerBase) -> Choi
 
 
 def load_items(
-    probe: str | Source | Mapping[str, Any] | Iterable[Mapping[str, Any] | Item],
+    probe: str | PathLike[str] | Source | Mapping[str, Any] | Iterable[Mapping[str, Any] | Item],
     tokenizer: PreTrainedTokenizerBase | None = None,
     style: str = "plain",
 ) -> list[Item]:
     """Items of a probe given as a path, dataset name, source, or list of records or Items. Raises InputError when none is supervised."""
-    if isinstance(probe, (str, Mapping, Source)):
-        source = Source.of(probe)
+    if isinstance(probe, (str, PathLike, Mapping, Source)):
+        source = Source.of(str(probe) if isinstance(probe, PathLike) else probe)
         items = [tokenize_item(record, tokenizer, style, source.column) for record in read(source)]
     else:
         items = [

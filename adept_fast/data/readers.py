@@ -68,8 +68,10 @@ class _File:
         """Lines from the position on, and the offset behind each."""
         try:
             with self._open() as file:
+                encoding = "utf-8" if self.position["byte"] else "utf-8-sig"
                 while line := file.readline():
-                    yield line.decode(), file.tell()
+                    yield line.decode(encoding), file.tell()
+                    encoding = "utf-8"
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{self.path}: cannot be read ({error})") from None
 
@@ -95,9 +97,9 @@ class Paragraphs(_File):
         number, lines, behind = self.position["record"], [], self.position["byte"]
         for line, offset in self._lines():
             line = line.replace("\r\n", "\n")
-            if line.strip(" \t\n"):
+            if line.strip():
                 lines.append(line)
-            if lines and (len(lines) == longest or not line.strip(" \t\n")):
+            if lines and (len(lines) == longest or not line.strip()):
                 number += 1
                 self.position = {"byte": offset, "record": number}
                 yield self._record(lines, number)

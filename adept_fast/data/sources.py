@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -111,7 +110,8 @@ def kind_of(source: Source) -> str | None:
 
 
 def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+    as_it_is = {"encoding": "utf-8-sig", "newline": "\n"}
+    return gzip.open(path, "rt", **as_it_is) if path.name.endswith(".gz") else path.open(**as_it_is)
 
 
 def _json_lines(lines: Iterator[str] | list[str] | TextIO, name: str) -> Iterator[Record]:
@@ -129,6 +129,8 @@ def parse_line(line: str, where: str) -> Record | None:
         content = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # numbers beyond what Python reads, too deeply nested
+        raise InputError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(content).__name__}")
     return Record(content, where)
@@ -139,6 +141,8 @@ def _json_array(file: TextIO, name: str) -> Iterator[Record]:
         rows = json.load(file)
     except json.JSONDecodeError as error:
         raise InputError(f"{name}:{error.lineno}: not valid JSON ({error.msg}); for one object a line use .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{name}: expected a JSON array of objects; for one object a line use .jsonl")
     for number, row in enumerate(rows, 1):
@@ -146,12 +150,18 @@ def _json_array(file: TextIO, name: str) -> Iterator[Record]:
 
 
 def _text(text: str, name: str) -> Iterator[Record]:
-    documents = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")) if part.strip()]
+    documents: list[list[str]] = [[]]
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if line.strip():
+            documents[-1].append(line)
+        elif documents[-1]:
+            documents.append([])
+    documents = [lines for lines in documents if lines]
     if len(documents) == 1:
-        lines = documents[0].splitlines(keepends=True)
-        documents = ["".join(lines[start : start + LINES_PER_PIECE]).strip("\n") for start in range(0, len(lines), LINES_PER_PIECE)]
-    for number, document in enumerate(documents, 1):
-        yield Record({"text": document}, f"{name} document {number}")
+        lines = documents[0]
+        documents = [lines[start : start + LINES_PER_PIECE] for start in range(0, len(lines), LINES_PER_PIECE)]
+    for number, lines in enumerate(documents, 1):
+        yield Record({"text": "\n".join(lines)}, f"{name} document {number}")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
