@@ -25,6 +25,8 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
     Beside its results it holds the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32.
     """
     rows, width = hidden.shape
+    if rows and not 0 <= targets.min() <= targets.max() < len(head.weight):
+        raise IndexError(f"targets must be from 0 to {len(head.weight) - 1}, found {targets.min()} to {targets.max()}")
     weight, bias = head.weight, None if head.bias is None else head.bias.float()
     group = max(variants, 1)
     grouped = hidden.view(group, -1, width).transpose(0, 1).reshape(rows, width).float().contiguous()

@@ -52,7 +52,7 @@ def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, bac
     """Losses as of `linear_cross_entropy`, and the token that is likeliest in each row (rows without a target too), int64. No gradient."""
     hidden, head, targets = _checked(hidden, head, targets)
     chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
-    known = targets.flatten().clamp_min(0)
+    known = torch.where(targets == IGNORE, 0, targets).flatten()
     found = _run(chosen, hidden.flatten(0, -2).detach(), head, known, 0, False)
     return torch.where(targets == IGNORE, 0, found.losses.view(targets.shape)), found.argmax.view(targets.shape)
 
@@ -76,6 +76,8 @@ def _checked(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor,
             f"a loss needs hidden [..., width], weight [vocabulary, width] and targets [...], found {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)} and {tuple(targets.shape)}"
         )
+    if targets.dtype != torch.int64:
+        raise InputError(f"targets must be int64, found {targets.dtype}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise InputError("linear_cross_entropy gives no gradient to the head: freeze it (requires_grad_(False)) or take F.cross_entropy")
     if torch.is_autocast_enabled(hidden.device.type):
@@ -89,7 +91,8 @@ def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variant
     """By `chosen`, of rows that all have a target: see reference.linear_cross_entropy."""
     wide = torch.float64 in (hidden.dtype, head.weight.dtype)
     module = reference if chosen == "torch" or wide else import_module(_MODULES[chosen])
-    return module.linear_cross_entropy(hidden, head, targets, variants, gradient)
+    with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
+        return module.linear_cross_entropy(hidden, head, targets, variants, gradient)
 
 
 def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,33 @@ def test_what_does_not_fit_is_refused() -> None:
         linear_cross_entropy(hidden, head, targets[1:])
     with pytest.raises(InputError, match="freeze it"):
         linear_cross_entropy(hidden, head._replace(weight=head.weight.requires_grad_()), targets)
+    with pytest.raises(InputError, match="targets must be int64, found torch.int32"):
+        linear_cross_entropy(hidden, head, targets.int())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("wrong", [-1, 1203])
+def test_targets_outside_the_vocabulary_are_refused(name: str, wrong: int) -> None:
+    hidden, head, targets = inputs(*SHAPES[1], torch.float32)
+    targets[3] = wrong
+    for h in (hidden, hidden.clone().requires_grad_()):
+        with pytest.raises((IndexError, RuntimeError)):
+            linear_cross_entropy(h, head, targets, backend=name)
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_predictions(hidden, head, targets, backend=name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_autocast_casts_the_inputs_and_no_sum(name: str) -> None:
+    hidden, head, targets = inputs(*SHAPES[1], torch.float32)
+    low = Projection(head.weight.bfloat16(), None if head.bias is None else head.bias.bfloat16(), head.scale, head.softcap)
+    found = []
+    for h, w, autocast in ((hidden, head, True), (hidden.bfloat16(), low, False)):
+        h = h.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = linear_cross_entropy(h, w, targets, backend=name)
+            found.append((losses, torch.autograd.grad(losses.sum(), h)[0].bfloat16()))
+    assert found[0][0].dtype == torch.float32 and all(map(torch.equal, *found))
 
 
 def test_operator_traces() -> None:
