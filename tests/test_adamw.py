@@ -193,6 +193,7 @@ def test_errors_of_torch(bad: dict) -> None:
     [
         ({"state_dtype": torch.int8}, "state_dtype"),
         ({"state_dtype": "float32"}, "state_dtype"),
+        ({"state_dtype": torch.float8_e4m3fn}, "state_dtype"),
         ({"master_weights": "fp32"}, "master_weights"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
@@ -212,6 +213,18 @@ def test_unknown_backend_raises_at_once_and_leaves_no_group() -> None:
     with pytest.raises((ValueError, RuntimeError)):
         optimizer.add_param_group({"params": parameters()})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_dtype_that_cannot_be_updated_is_named_before_anything_moves(dtype: torch.dtype) -> None:
+    first, odd = Parameter(torch.ones(3)), torch.ones(4).to(dtype)
+    optimizer = AdamW([first, odd], **HYPER)  # as model.parameters() of a quantised model has it
+    first.grad = torch.ones(3)
+    optimizer.step()
+    before, odd.grad = first.clone(), torch.ones(4).to(dtype)
+    with pytest.raises(InputError, match=f"parameter 1 of its group is {dtype}"):
+        optimizer.step()
+    assert torch.equal(first, before)
 
 
 def test_sparse_gradients_are_refused_before_anything_moves() -> None:

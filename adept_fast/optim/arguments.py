@@ -10,6 +10,8 @@ from torch import Tensor
 from adept_fast.errors import InputError
 from adept_fast.reference import needs_master
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what can be updated, and complex
+
 
 def check_torch_arguments(
     lr: float | Tensor,
@@ -52,8 +54,8 @@ def check_torch_arguments(
 
 def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | None, max_grad_norm: float | None) -> None:
     """Raise InputError for a state_dtype, master_weights or max_grad_norm that does not exist."""
-    if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-        raise InputError(f"state_dtype: {state_dtype!r} is not a floating-point dtype; give for example torch.float32, or None")
+    if state_dtype not in (None, *DTYPES):
+        raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, DTYPES))} and None")
     if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
         raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
     if max_grad_norm is not None and not max_grad_norm > 0:

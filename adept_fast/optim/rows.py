@@ -12,7 +12,7 @@ from torch import Tensor
 from adept_fast import backend as backends
 from adept_fast.errors import InputError
 from adept_fast.optim import shards
-from adept_fast.optim.arguments import refuse_sparse
+from adept_fast.optim.arguments import DTYPES, refuse_sparse
 from adept_fast.optim.launch import in_memory
 from adept_fast.optim.plan import Plan, Row, plan_of
 from adept_fast.optim.state import EDITED, MASTER_KEYS, RATES, Kept, create_missing
@@ -81,6 +81,8 @@ class Rows(torch.optim.Optimizer):
 
     def _row(self, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
         """A parameter with its gradient, state (created where missing) and rates; of a sharded one, this process's part."""
+        if param.dtype not in DTYPES and not param.is_complex():
+            raise InputError(f"parameter {position} of its group is {param.dtype}, which AdamW cannot update: give it no gradient")
         backend = self._backend(group, param)
         state, kept = self.state[param], self._kept(group, param, backend)
         create_missing(state, param, kept, group["amsgrad"])
