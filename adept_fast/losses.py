@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.families import device_of, head_logits, last_hidden
+from adept_fast.families import device_of, evaluating, head_logits, last_hidden
 from adept_fast.head import token_losses, token_predictions
 from adept_fast.optim.shards import is_sharded
 from adept_fast.progress import Progress
@@ -75,17 +75,16 @@ def corpus_loss(
     title: str = "loss",
     quiet: bool = False,
 ) -> CorpusLoss:
-    """Loss of each item under `model` in eval mode; the model's mode is left as it was. candidates: none, or one per item.
+    """Loss of each item under `model` in eval mode; every module's mode is left as it was. candidates: none, or one per item.
 
     Of a sharded (FSDP2) model the losses alone; every process must be given the same items.
     """
-    device, training = device_of(model), model.training
+    device = device_of(model)
     sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
     best: list[Tensor] = [torch.empty(0)] * len(items)
     picked = [-1] * len(items)
     sharded = any(map(is_sharded, model.parameters()))
-    model.eval()
-    with Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
+    with evaluating(model), Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
         for batch in _batches(items):
             if sharded:
                 for index in batch:
@@ -112,7 +111,6 @@ def corpus_loss(
                 for index, tokens, row in zip(batch, asked.values(), rivals, strict=True):
                     picked[index] = int(row[list(tokens)].argmax())
             bar.update(len(batch))
-    model.train(training)
     return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
 
 

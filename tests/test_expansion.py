@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adept_fast import checkpoint
+from adept_fast import checkpoint, fast_step, score_layers
 from adept_fast.cli import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion import (
@@ -33,6 +33,7 @@ from adept_fast.expansion import (
 )
 from adept_fast.families import describe
 from adept_fast.fingerprint import fingerprint
+from adept_fast.losses import corpus_loss
 from adept_fast.optim import AdamW
 from adept_fast.record import AdeptConfig
 
@@ -71,6 +72,23 @@ def test_an_unsilenced_copy_changes_the_logits_and_every_branch_learns(family: s
     assert all(bool(output.abs().max() > 0) for output in outputs)
     with pytest.raises(ExpansionError, match="largest logit difference"):
         verify_expansion(base, expanded)
+
+
+def test_every_module_keeps_its_mode() -> None:
+    base = tiny_models.model()
+    expanded, items = expand_model(base, [1]), tiny_models.items()[:2]
+    for model in (base, expanded):
+        model.train()
+        model.model.layers[0].eval()  # as somebody who trains without its dropout leaves it
+    verify_expansion(base, expanded)
+    corpus_loss(expanded, items, quiet=True)
+    score_layers(expanded, items, quiet=True)
+    freeze_original(expanded)
+    with fast_step(expanded):
+        pass
+    for model in (base, expanded):
+        modes = {name: module.training for name, module in model.named_modules()}
+        assert {name for name, training in modes.items() if not training} == {name for name in modes if name.startswith("model.layers.0")}
 
 
 def test_biases_of_output_projections_are_silenced() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import ExpansionError
-from adept_fast.families import device_of
+from adept_fast.families import device_of, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,9 +45,7 @@ def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
     """What a model computes, in eval mode: (how, logits) in one forward, then for each greedily decoded token."""
     from transformers import GenerationConfig
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         seen = [("in one forward", model(input_ids=inputs, use_cache=False).logits)]
         greedy = GenerationConfig(
             max_new_tokens=DECODED, do_sample=False, use_cache=True, pad_token_id=0, output_logits=True, return_dict_in_generate=True
@@ -58,8 +56,6 @@ def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
         finally:
             model.generation_config = own
         return seen + [("in greedy decoding", logits) for logits in decoded.logits]
-    finally:
-        model.train(training)
 
 
 def compare(base: Sequence[tuple[str, Tensor]], expanded: Sequence[tuple[str, Tensor]]) -> None:

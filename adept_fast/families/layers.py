@@ -74,6 +74,18 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; then every module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden] taken after the final norm, through the model's own head.
 

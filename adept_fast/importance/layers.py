@@ -12,10 +12,11 @@ import torch
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.families import evaluating
 from adept_fast.importance.budget import LayerCosts
 from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.masking import LOSSES, LayerMasks
-from adept_fast.importance.measuring import Measuring, evaluating
+from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.race import Race, certificate, run
 from adept_fast.importance.scores import ItemScores, LayerScores
 from adept_fast.importance.sweep import plan

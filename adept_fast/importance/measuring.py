@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adept_fast import distributed
 from adept_fast.allocator import freed_memory_kept
@@ -129,14 +128,3 @@ def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
         shares[least].append(at)
         loads[least] += costs[at]
     return shares
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time being."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

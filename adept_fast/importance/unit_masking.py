@@ -25,9 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers, describe, device_of, hidden_of, replaced_forward, text_config, with_hidden
+from adept_fast.families import decoder_layers, describe, device_of, evaluating, hidden_of, replaced_forward, text_config, with_hidden
 from adept_fast.importance.masking import LOSSES, item_losses
-from adept_fast.importance.measuring import Measuring, evaluating
+from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.packs import Pack
 from adept_fast.importance.sweep import SweepPlan, call_flops, plan, row_hidden
 from adept_fast.importance.unit_scores import UnitScores

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from adept_fast.data.packing import Blocks, flattened
-from adept_fast.families import device_of, text_config
+from adept_fast.families import device_of, evaluating, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,18 +35,15 @@ def keeps_documents_apart(model: PreTrainedModel, blocks: Blocks, collate: Colla
     """True when, in a batch of two blocks (of several documents each, where there is such a one), the logits of the last document are
     those it gets alone."""
     index = next((index for index in range(len(blocks)) if len(blocks.documents(index)) > 1), 0)
-    training = model.training
-    model.eval()
     lengths = blocks.documents(index)
     start, stop = sum(lengths[:-1]), sum(lengths)
     block = {key: value[:stop] for key, value in blocks[index].items() if key != "labels"}
     batch = {key: value.to(device_of(model)) if isinstance(value, Tensor) else value for key, value in collate([block, block]).items()}
-    alone = model(input_ids=block["input_ids"][None, start:].to(device_of(model)), use_cache=False).logits[0]
-    try:
-        packed = model(**batch, use_cache=False).logits.flatten(0, 1)[stop + start :]
-    except ValueError:  # transformers' word for layers that cannot keep documents apart here
-        return False
-    finally:
-        model.train(training)
+    with evaluating(model):
+        alone = model(input_ids=block["input_ids"][None, start:].to(device_of(model)), use_cache=False).logits[0]
+        try:
+            packed = model(**batch, use_cache=False).logits.flatten(0, 1)[stop + start :]
+        except ValueError:  # transformers' word for layers that cannot keep documents apart here
+            return False
     tolerance = TOLERANCE.get(alone.dtype, LOW_PRECISION) * float(alone.abs().max())
     return bool((packed - alone).abs().max() <= tolerance)

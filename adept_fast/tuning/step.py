@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adept_fast.families import device_of, text_config
+from adept_fast.families import device_of, evaluating, text_config
 from adept_fast.head import projection
 from adept_fast.linear_cross_entropy import IGNORE, linear_cross_entropy
 from adept_fast.reference import Projection
@@ -124,8 +124,6 @@ def _same_loss(model: PreTrainedModel, own: Any, scale: tuple[float, float]) -> 
     given = {"input_ids": ids, "labels": ids}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(own).parameters.values()):
         given["num_items_in_batch"] = torch.tensor(5)
-    training = model.training
-    model.eval()
-    expected, found = own(**given, use_cache=False).loss, _loss(model, scale, **given)
-    model.train(training)
+    with evaluating(model):
+        expected, found = own(**given, use_cache=False).loss, _loss(model, scale, **given)
     return bool((expected - found).abs() <= TOLERANCE.get(model.dtype, LOW_PRECISION) * expected.abs())
