@@ -79,8 +79,8 @@ def trained(
     model = expand_model(tiny_models.model("llama", num_hidden_layers=3, dtype=dtype, attention_dropout=dropout), [0, 1])
     log = TrainerLog(folder / "log.jsonl")
     held = {
-        "anchor": Anchor(tiny_models.items(4, seed=7), 0.5, every=3, tokens=60),
-        "meter": Meter(tiny_models.items(2, seed=11), limit=0.02, action="cut"),
+        "anchor": Anchor(tiny_models.items(4, seed=7), 0.5, every=6, tokens=40),
+        "meter": Meter(tiny_models.items(1, seed=11), limit=0.02, action="cut"),
     }
     options = {
         "refresh_steps": 4,
@@ -213,7 +213,7 @@ def refresh_changes_nothing(folder: Path) -> None:
             folder / str(steps),
             Fsdp2Trainer,
             "neuron",
-            adept={"rate_map": ones, "refresh_steps": steps, "meter": Meter(tiny_models.items(2, seed=11))},
+            adept={"rate_map": ones, "refresh_steps": steps, "meter": Meter(tiny_models.items(1, seed=11))},
             dropout=0.1,
             max_steps=4,
             per_device_train_batch_size=1,
