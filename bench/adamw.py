@@ -125,14 +125,16 @@ def _ways(shapes: list[tuple[int, int]], units: int, setup: Setup, device: torch
     def ours(**options: object) -> AdamW:
         return AdamW(params, **HYPER, state_dtype=setup.state_dtype, master_weights=setup.master_weights, backend=backend, **options)
 
-    by_unit, by_row, by_column = ours(), ours(), ours()
+    plain, by_unit, by_row, by_column, clipped = ours(), ours(), ours(), ours(), ours(max_grad_norm=1e9)
+    for other in (by_unit, by_row, by_column, clipped):
+        # One state for all: a state each would not fit a GPU, and remainders would be cleared as after an edit, at each other's steps.
+        other.state, other._written = plain.state, plain._written
     multipliers = _multipliers(units, device).split([len(rows) for rows in cut])
     for p, rows, values in zip(params, cut, multipliers, strict=True):
         by_unit.set_unit_lr(p, values.repeat_interleave(torch.tensor(rows, device=device)))
         by_row.set_unit_lr(p, _multipliers(p.shape[0], device))
         by_column.set_unit_lr(p, _multipliers(p.shape[1], device), dim=1)
-    ways = {"ours": ours().step, "units": by_unit.step, "rows": by_row.step, "columns": by_column.step}
-    ways["clipped"] = ours(max_grad_norm=1e9).step
+    ways: Ways = {"ours": plain.step, "units": by_unit.step, "rows": by_row.step, "columns": by_column.step, "clipped": clipped.step}
     if setup.state_dtype is not None or setup.master_weights is not None:
         return ways
     groups = []
@@ -141,15 +143,15 @@ def _ways(shapes: list[tuple[int, int]], units: int, setup: Setup, device: torch
             unit = Parameter(part)
             unit.grad = grad
             groups.append({"params": [unit], "lr": HYPER["lr"] * value})
-    clipped = torch.optim.AdamW(params, **HYPER, fused=True)
+    fused = torch.optim.AdamW(params, **HYPER, fused=True)
 
     def clip_and_step() -> None:
         torch.nn.utils.clip_grad_norm_(params, 1e9)
-        clipped.step()
+        fused.step()
 
     return ways | {
         "torch_foreach": torch.optim.AdamW(params, **HYPER, foreach=True).step,
-        "torch_fused": torch.optim.AdamW(params, **HYPER, fused=True).step,
+        "torch_fused": fused.step,
         "torch_group_per_unit": torch.optim.AdamW(groups, **HYPER, fused=True).step,
         "torch_clip_and_fused": clip_and_step,
     }
