@@ -244,9 +244,10 @@ def whole_sums(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     total = values.new_zeros(len(values), *(parameter.shape[axis] for axis in axes))
     held = tuple(slice(first, first + count) for first, count in (shard.held[axis] for axis in axes))
     total[:, *held] = values.view(len(values), *(shard.held[axis][1] for axis in axes))
+    total = total.to(shard.mesh.device_mesh.device_type)  # from the CPU, where it may be offloaded, while the collectives are NCCL's
     for mesh_dim in shard.mesh.dims:
         torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
-    return total.flatten(1)
+    return total.flatten(1).to(values.device)
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
