@@ -48,7 +48,8 @@ def _cuda() -> Status:
     runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in (versions["runtime"], versions["driver"]))
     if versions["driver"] == 0:
         return Status(False, "there is no NVIDIA driver", f"install one for CUDA {runtime} or newer")
-    if versions["driver"] // 1000 < versions["runtime"] // 1000:
+    # Within a major version older drivers serve, but for launch parameters beyond 4 KB, which csrc/adamw.cu has from 12.1 on.
+    if versions["driver"] < max(versions["runtime"] // 1000 * 1000, min(versions["runtime"], 12010)):
         return Status(
             False,
             f"the driver supports CUDA {driver}, the extension was built with {runtime}",

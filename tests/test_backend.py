@@ -32,13 +32,13 @@ def _forget() -> None:
         find.cache_clear()
 
 
-def native(driver: int, devices: list[dict[str, Any]] | Exception) -> SimpleNamespace:
+def native(driver: int, devices: list[dict[str, Any]] | Exception, runtime: int = 13000) -> SimpleNamespace:
     def listed() -> list[dict[str, Any]]:
         if isinstance(devices, Exception):
             raise devices
         return devices
 
-    versions = {"runtime": 13000, "driver": driver}
+    versions = {"runtime": runtime, "driver": driver}
     return SimpleNamespace(versions=lambda: versions, devices=listed, architectures=lambda: ["sm_90", "compute_90"])
 
 
@@ -57,6 +57,7 @@ def test_status_names_every_backend_with_reason_and_remedy() -> None:
         (None, "was not built", "ADEPT_FAST_BUILD_CUDA=1"),
         (native(0, []), "no NVIDIA driver", "CUDA 13.0 or newer"),
         (native(12040, []), "supports CUDA 12.4, the extension was built with 13.0", "update the driver"),
+        (native(12000, [H200], 12080), "supports CUDA 12.0, the extension was built with 12.8", "update the driver"),
         (native(13010, []), "no CUDA device is visible", "CUDA_VISIBLE_DEVICES"),
         (native(13010, [H200, {"name": "T4", "capability": (7, 5)}]), "compute capability 7.5; 8.0 is needed", "CUDA_VISIBLE_DEVICES"),
         (native(13010, RuntimeError("cudaGetDeviceCount: system not yet initialized")), "system not yet initialized", "nvidia-smi"),
