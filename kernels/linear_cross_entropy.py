@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 def tile(dtype: torch.dtype, divergence: bool = False) -> Tile:
     if dtype == torch.float32:
-        return Tile(32, 64, 16, 4, 2)
+        return Tile(32, 32 if divergence else 64, 16, 4, 2)
     return Tile(64 if divergence else 128, 128, 64, 8, 3)
 
 
