@@ -22,6 +22,8 @@ from adept_fast.errors import InputError
 from adept_fast.recipe import Recipe
 
 METERED = 4  # of so many steering records one meters forgetting
+STREAM_ABOVE = 1 << 30  # bytes of files: what is tokenised in memory takes several times as much
+HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out, and are not trained on either
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,6 @@ class TrainingText:
 
     def tokenize(self, tokenizer: Any, quiet: bool = False) -> WeightedDocuments:
         return WeightedDocuments(tokenize_documents(self.texts, tokenizer, quiet), self.weights)
-
-
-def _with_text(records: Sequence[Record], column: str | None) -> list[Record]:
-    """Records whose text stands in `column`, with it under "text"."""
-    return [Record({"text": document_text(record, column)}, record.where) for record in records] if column else list(records)
-
-
-STREAM_ABOVE = 1 << 30  # bytes of files: what is tokenised in memory takes several times as much
-HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out, and are not trained on either
 
 
 class Corpora:
@@ -183,3 +176,8 @@ class Corpora:
 
 def _texts(records: Sequence[Record], column: str | None = None) -> set[str]:
     return {document_text(record, column) for record in records if not is_choice(record) and "input_ids" not in record.content}
+
+
+def _with_text(records: Sequence[Record], column: str | None) -> list[Record]:
+    """Records whose text stands in `column`, with it under "text"."""
+    return [Record({"text": document_text(record, column)}, record.where) for record in records] if column else list(records)

@@ -8,8 +8,7 @@ So a backward holds one parameter's gradient at a time, beside the running sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 from adept_fast import backend, distributed, reference
 from adept_fast.errors import InputError
 from adept_fast.optim.shards import local, shard_of
+from adept_fast.units import Dims
 
 if TYPE_CHECKING:
     from adept_fast.cpu import SaliencyPass
-
-Dims = int | tuple[int, int]
-"""A dimension, or two adjacent ones taken as one: the experts and rows of [experts, rows, columns]."""
 
 
 @dataclass
@@ -64,7 +61,7 @@ def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor
 
 
 class GradientSums:
-    """Hooks on parameters: name -> dimensions. Use within `only_these_require_grad`, and as a context manager, which removes the hooks.
+    """Hooks on parameters: name -> dimensions. A context manager, which removes them; for use within `only_these_require_grad`.
 
     products: whether to take |theta g| and theta g too; running: whether to keep the sum of gradients.
     Sharded (DTensor) parameters give the sums of this process's part; every process must run the same sequences, because engines hand on
@@ -248,47 +245,3 @@ def whole_sums(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     for mesh_dim in shard.mesh.dims:
         torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
     return total.flatten(1).to(values.device)
-
-
-def _refuse_reentrant(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise InputError(
-                f"{name}: reentrant activation checkpointing hands gradients on in parts: importances need "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """For the time being; activations stay checkpointed where they are in training."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = mode
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """For the time being, without gradients of their own, in eval mode and with the RNG forked: nothing of a training run is touched."""
-    _refuse_reentrant(model)
-    wanted = {id(parameter) for parameter in parameters}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    devices = {parameter.device for parameter, _, _ in before if parameter.device.type == "cuda"}
-    try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-        with in_eval_mode(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
-            yield
-    finally:
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient

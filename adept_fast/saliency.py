@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adept_fast import distributed
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.gradient_sums import Dims, GradientSums, only_these_require_grad
+from adept_fast.gradient_sums import GradientSums
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import is_sharded
+from adept_fast.probing import bare, only_these_require_grad
 from adept_fast.progress import Progress
-from adept_fast.units import Units
+from adept_fast.units import Dims, Units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,13 +61,6 @@ class UnitImportance:
     abs_taylor: Tensor
     fisher: Tensor
     conflict: Tensor | None = None
-
-
-def bare(model: nn.Module) -> PreTrainedModel:
-    """What torch.compile and DistributedDataParallel wrap, which would reduce freed gradients over processes; others as they are."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return getattr(model, "_orig_mod", model)
 
 
 def _gathered(

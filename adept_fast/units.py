@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from adept_fast.errors import InputError
 from adept_fast.families import FUSED_ATTENTION, Part, describe, fused_rows, text_config
-from adept_fast.gradient_sums import Dims
 from adept_fast.record import record_of
 
 if TYPE_CHECKING:
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 GRANULARITIES = ("tensor", "head", "neuron")
 OUTPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense_4h_to_h"})  # by columns in post-norm copies too
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", *FUSED_ATTENTION})
+
+Dims = int | tuple[int, int]
+"""A dimension, or two adjacent ones taken as one: the experts and rows of [experts, rows, columns]."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""`python -m bench NAME [--save] [options]` runs main(argv) -> dict of bench/NAME.py and prints it as one JSON line, with machine facts.
+"""python -m bench NAME [--save] [options] runs main(argv) -> dict of bench/NAME.py and prints it as one JSON line, with machine facts.
 
---save also writes bench/results/NAME-DEVICE.json. `all` runs every benchmark, each in a process of its own, but for those that need a model
-or go on part by part.
+--save also writes bench/results/NAME-DEVICE.json. NAME --help has the options. `all` runs every benchmark, each in a process of its own,
+but for those that go on part by part: importance, race.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -17,8 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("__"))
-
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(argv: list[str]) -> dict" in path.read_text())
 ASKED_FOR = ("importance", "race")
 
 
@@ -52,6 +52,11 @@ def machine_facts() -> dict[str, str | int | None]:
     }
 
 
+def _help() -> str:
+    lines = {name: ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())).split(": ")[0].split("\n\n")[0] for name in NAMES}
+    return "\n".join([__doc__, *(f"  {name:22}{' '.join(line.split())}" for name, line in lines.items())])
+
+
 def run(name: str, argv: list[str], save: bool) -> None:
     result = import_module(f"bench.{name}").main(argv)
     line = json.dumps({"bench": name, "machine": machine_facts(), "result": result})
@@ -65,8 +70,9 @@ def run(name: str, argv: list[str], save: bool) -> None:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in (*NAMES, "all"):
-        print(f"usage: python -m bench {{{','.join((*NAMES, 'all'))}}} [--save] [options]", file=sys.stderr)
-        return 2
+        asked = argv[:1] in (["-h"], ["--help"])
+        print(_help(), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     name, options = argv[0], argv[1:]
     if name == "all":
         names = [each for each in NAMES if each not in ASKED_FOR]

@@ -3,10 +3,7 @@ before anything is timed."""
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -14,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
+from bench import parser
+from bench.measure import cache_filler, device_name, interleaved
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 Ways = dict[str, Callable[[], object]]  # name -> one step
@@ -46,21 +45,21 @@ def main(argv: list[str]) -> dict:
     then the ratios of our times. torch has no counterpart for the set-ups that mix dtypes or keep a master: there only ours is timed.
     Raises AssertionError where a result is further from fp64 than torch's.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench adamw", description=__doc__)
-    parser.add_argument("--scale", type=int, default=None, help="divide the model's widths by this (default: 4 on a CPU, 1 on a GPU)")
-    parser.add_argument("--units", type=int, default=465, help="units with a rate each; torch's one group per unit makes as many groups")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--setups", default=",".join(SETUPS), help="comma-separated, of: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default=None)
-    given = parser.parse_args(argv)
+    options = parser("adamw", __doc__)
+    options.add_argument("--scale", type=int, help="divide the model's widths by this (default: 4 on a CPU, 1 on a GPU)")
+    options.add_argument("--units", type=int, default=465, help="units with a rate each; torch's one group per unit makes as many groups")
+    options.add_argument("--rounds", type=int, default=21, help="of all ways in turn, each timed once")
+    options.add_argument("--setups", default=",".join(SETUPS), help="comma-separated")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
+    options.add_argument("--backend", help="of ours: cuda, triton, cpu or torch (default: what fits the device)")
+    given = options.parse_args(argv)
     device = torch.device(given.device)
     shapes = llama_1b(given.scale or (1 if device.type == "cuda" else 4))
-    flush = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    flush = cache_filler(device)
     copy_rate = _copy_rate(device, given.rounds, flush)
     elements = sum(rows * columns for rows, columns in shapes)
     result: dict = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "elements": elements,
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> dict:
     for name in given.setups.split(","):
         setup = SETUPS[name]
         _validate(setup, device, given.backend)
-        times = _interleaved(_ways(shapes, given.units, setup, device, given.backend), given.rounds, device, flush)
+        times = interleaved(_ways(shapes, given.units, setup, device, given.backend), given.rounds, device, flush)
         result[name] = {}
         for way, seconds in times.items():
             rate = setup.floor * elements / seconds / 1e9
@@ -157,30 +156,11 @@ def _ways(shapes: list[tuple[int, int]], units: int, setup: Setup, device: torch
     }
 
 
-def _interleaved(ways: Ways, rounds: int, device: torch.device, flush: Tensor) -> dict[str, float]:
-    """Median seconds of each way; the first round, which allocates state, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            flush.add_(1)
-            _wait(device)
-            start = time.perf_counter()
-            way()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(values[1:]) for name, values in seconds.items()}
-
-
 def _copy_rate(device: torch.device, rounds: int, flush: Tensor) -> float:
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = _interleaved({"copy": lambda: target.copy_(source)}, rounds, device, flush)["copy"]
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, rounds, device, flush)["copy"]
     return 2 * source.numel() / seconds / 1e9
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _validate(setup: Setup, device: torch.device, backend: str | None) -> None:

@@ -5,13 +5,14 @@ Needs `pip install ctranslate2`; adept_fast is not imported by what converts and
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from bench import parser
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):")
 ELSEWHERE = """
@@ -39,11 +40,11 @@ print(json.dumps({"ctranslate2": ctranslate2.__version__, "transformers": transf
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Arguments -> versions and, per prompt, whether the greedy tokens agree. Raises where they do not."""
-    parser = argparse.ArgumentParser(prog="python -m bench engine", description=__doc__)
-    parser.add_argument("--model", help="a checkpoint folder or hub name that CTranslate2 knows (Llama and others)")
-    parser.add_argument("--layers", type=json.loads, default=[3, 9, 14, 27])
-    parser.add_argument("--tokens", type=int, default=40)
-    given = parser.parse_args(argv)
+    options = parser("engine", __doc__)
+    options.add_argument("--model", help="a checkpoint folder or hub name that CTranslate2 knows (Llama and others)")
+    options.add_argument("--layers", type=int, nargs="+", default=[3, 9, 14, 27], help="that are copied")
+    options.add_argument("--tokens", type=int, default=40, help="to generate after each prompt")
+    given = options.parse_args(argv)
     try:
         import ctranslate2  # noqa: F401
     except ImportError:

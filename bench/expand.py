@@ -8,7 +8,6 @@ the expanding process's peak over what it has after its imports.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,8 @@ from typing import Any
 
 from adept_fast.pieces import Piece, write_shards
 from adept_fast.shards import INDEX, open_shards
+from bench import parser
+from bench.measure import forget_peak, resident
 
 SHAPE = {
     "hidden_size": 2048,
@@ -37,11 +38,11 @@ SHARD = 10**9  # bytes
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Arguments -> medians in seconds, their ratio, GB/s of the expanded files, peak memory in MB. Raises where a byte went astray."""
-    parser = argparse.ArgumentParser(prog="python -m bench expand", description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the temporary folder is made")
-    parser.add_argument("--rounds", type=int, default=8)
-    given = parser.parse_args(argv)
+    options = parser("expand", __doc__)
+    options.add_argument("--gigabytes", type=float, default=4.0, help="of the source; as much again is written")
+    options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the temporary folder is made")
+    options.add_argument("--rounds", type=int, default=8, help="of both ways in turn, each timed once")
+    given = options.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="adept-bench-", dir=given.folder) as temporary:
         source, written = (Path(temporary) / name for name in ("source", "written"))
         count = make(source, int(given.gigabytes * 1e9))
@@ -136,21 +137,15 @@ def child() -> None:
 
     way, source, target, layers = sys.argv[1:]
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _status("VmRSS")
+    forget_peak()
+    before = resident()
     start = time.perf_counter()
     if way == "copy":
         copy(Path(source), Path(target))
     else:
         expand_checkpoint(source, target, json.loads(layers), verify=False, quiet=True)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_mb": _status("VmHWM") - before}))
-
-
-def _status(key: str) -> float:
-    """Megabytes of this process: VmRSS what it has, VmHWM the most it had (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return round(int(line.split()[1]) / 1024, 1)
+    print(json.dumps({"seconds": seconds, "peak_mb": round((resident("VmHWM") - before) / 2**20, 1)}))
 
 
 def _validate(source: Path, expanded: Path, layers: list[int]) -> None:

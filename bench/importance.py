@@ -10,10 +10,7 @@ the sum of the two. What is measured on the model is kept in FILE, so that a run
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +25,23 @@ from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.packs import pack, swept_length
 from adept_fast.importance.scores import STATISTICS
 from adept_fast.importance.sweep import bypassed, pack_hidden, plan
+from bench import parser
+from bench.kept import Kept
 
 RESAMPLES = 1000
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench importance", description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--probe", required=True)
-    parser.add_argument("--exact", type=Path, required=True)
-    parser.add_argument("--longest", type=int, default=320, help="take the items that fit so many tokens, as the exact scores did")
-    parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=8, help="of so many of the lowest layers")
-    parser.add_argument("--pair-items", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--into", type=Path, required=True)
-    given = parser.parse_args(argv)
+    options = parser("importance", __doc__)
+    options.add_argument("--model", required=True, help="a checkpoint folder or hub name")
+    options.add_argument("--probe", required=True, help="a probe file")
+    options.add_argument("--exact", type=Path, required=True, metavar="SCORES", help="scores.json of the same model and probe")
+    options.add_argument("--longest", type=int, default=320, help="take the items that fit so many tokens, as the exact scores did")
+    options.add_argument("--every", type=int, default=4, help="score every n-th item by the cheap methods")
+    options.add_argument("--pairs", type=int, default=8, help="of so many of the lowest layers")
+    options.add_argument("--pair-items", type=int, default=64, help="of these items, for the pairs")
+    Kept.add_to(options)
+    given = options.parse_args(argv)
     folder = checkpoint.resolve(given.model)
     model = checkpoint.load_model(folder).eval()
     items = [item for item in load_items(given.probe, checkpoint.load_tokenizer(folder)) if item.supervised]
@@ -52,7 +50,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     weights = exact.per_item["answer"].weights
     if [float(item.supervised) for item in items] != weights.tolist():
         raise RuntimeError(f"{given.exact} is not of these {len(items)} items")
-    kept = _Kept(given.into, time.monotonic() + given.seconds)
+    kept = Kept(given)
     some = list(range(0, len(items), given.every))
     lowest = sorted(range(len(exact.values)), key=lambda layer: exact.values[layer])[: given.pairs]
     return {
@@ -65,22 +63,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
 
 
-class _Kept:
-    """Results by key, in a JSON file."""
-
-    def __init__(self, path: Path, end: float) -> None:
-        self.path, self.end = path, end
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, key: str, make: Any) -> Any:
-        if key not in self.found:
-            if time.monotonic() > self.end:
-                raise SystemExit(f"{key} is still to be measured: run the same command again")
-            self.found[key] = make()
-            self.path.write_text(json.dumps(self.found))
-        return self.found[key]
-
-
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort(-1).argsort(-1).double()
 
@@ -91,7 +73,7 @@ def _spearman(a: Tensor, b: Tensor) -> Tensor:
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
 
 
-def _correlations(model: Any, items: list[Item], some: list[int], method: str, exact: LayerScores, kept: _Kept) -> dict[str, Any]:
+def _correlations(model: Any, items: list[Item], some: list[int], method: str, exact: LayerScores, kept: Kept) -> dict[str, Any]:
     """Of a cheap method's scores (by answer loss, or none) with exact masking by each loss: value, low, high."""
 
     def measured(index: int) -> list:
@@ -134,7 +116,7 @@ def _choices(exact: LayerScores, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, kept: _Kept) -> dict[str, Any]:
+def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, kept: Kept) -> dict[str, Any]:
     """Nats per supervised token lost without each of `layers`, and without each two of them, on the same items."""
     packs = pack(items, range(len(items)), plan(model, items).pack)
 

@@ -5,13 +5,7 @@ Validated against fp64 before anything is timed. Peak memory is what a call hold
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -19,27 +13,28 @@ from torch.nn import functional
 
 from adept_fast.linear_cross_entropy import linear_cross_entropy
 from adept_fast.reference import Projection
+from bench import parser
+from bench.measure import device_name, interleaved, peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def main(argv: list[str]) -> dict:
     """Per dtype, way ("losses", "gradient") and implementation: ms (median of interleaved rounds), TFLOP/s, peak MiB; the ratios."""
-    parser = argparse.ArgumentParser(prog="bench linear_cross_entropy", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, default=None, help="supervised tokens (default: 256 on a CPU, 8,192 on a GPU)")
-    parser.add_argument("--width", type=int, default=None, help="default: 576 on a CPU, 4,096 on a GPU")
-    parser.add_argument("--vocabulary", type=int, default=150_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--backend", default=None)
-    parser.add_argument("--dtypes", nargs="*", default=None, choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
-    given = parser.parse_args(argv)
+    options = parser("linear_cross_entropy", __doc__)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
+    options.add_argument("--rows", type=int, help="supervised tokens (default: 256 on a CPU, 8,192 on a GPU)")
+    options.add_argument("--width", type=int, help="of a hidden state (default: 576 on a CPU, 4,096 on a GPU)")
+    options.add_argument("--vocabulary", type=int, default=150_000, help="rows of the head")
+    options.add_argument("--rounds", type=int, default=7, help="of all ways in turn, each timed once")
+    options.add_argument("--backend", help="of ours: triton, cpu or torch (default: what fits the device)")
+    options.add_argument("--dtypes", nargs="*", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
+    given = options.parse_args(argv)
     device = torch.device(given.device)
     gpu = device.type == "cuda"
     rows, width = given.rows or (8192 if gpu else 256), given.width or (4096 if gpu else 576)
     result: dict = {
-        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "rows": rows,
         "width": width,
@@ -49,14 +44,14 @@ def main(argv: list[str]) -> dict:
         hidden, weight, targets = _inputs(rows, width, given.vocabulary, DTYPES[name], device)
         _validate(hidden, weight, targets, given.backend)
         square = torch.randn(4096, 4096, device=device).to(DTYPES[name])
-        peak_rate = 2 * 4096**3 / _interleaved({"mm": partial(torch.mm, square, square)}, 5, device)["mm"] / 1e12
+        peak_rate = 2 * 4096**3 / interleaved({"mm": partial(torch.mm, square, square)}, 5, device)["mm"] / 1e12
         result[name] = {"matmul_tflop_s": peak_rate}
         for way, products in (("losses", 1), ("gradient", 2)):
             ways = {
                 "ours": partial(_ours, hidden, weight, targets, given.backend, way),
                 "torch": partial(_torch, hidden, weight, targets, way),
             }
-            times = _interleaved(ways, given.rounds, device)
+            times = interleaved(ways, given.rounds, device)
             found = {
                 key: {
                     "ms": 1e3 * seconds,
@@ -89,42 +84,6 @@ def _torch(hidden: Tensor, weight: Tensor, targets: Tensor, way: str) -> tuple[T
     h = hidden.detach().requires_grad_(way == "gradient")
     losses = functional.cross_entropy(functional.linear(h, weight), targets, reduction="none")
     return (losses, *torch.autograd.grad(losses.sum(), h)) if way == "gradient" else (losses,)
-
-
-def _interleaved(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            _wait(device)
-            start = time.perf_counter()
-            way()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(values[1:]) for name, values in seconds.items()}
-
-
-def peak_memory(way: Callable[[], object], device: torch.device) -> int:
-    """Bytes held at most during a call, beyond what was held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        way()
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls gave back to the allocator would be taken again unseen
-    CLEAR.write_text("5")  # the high-water mark starts again from what is resident now
-    before = _resident("VmRSS")
-    way()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _validate(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str | None) -> None:

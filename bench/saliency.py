@@ -10,16 +10,12 @@ All parameters of the decoder layers require a gradient in every way, and the fo
 ratio to `kept` (a plain backward) and to `freed` in the same round. peak_mib: what tensors take at most during a backward, beyond what they
 took before, by its own record; resident_mib: the same by the process's high-water mark, which adds what allocator and libraries hold.
 sums: one matrix's sums by row and by column alone, against a copy of as many bytes in the same rounds, the cache flushed before each.
-Without --model a random model of SmolLM2-135M's shape stands in: the same work.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,34 +24,30 @@ from torch import Tensor, nn
 
 from adept_fast.data.items import Item
 from adept_fast.families import decoder_layers
-from adept_fast.gradient_sums import GradientSums, only_these_require_grad, saliency_sums
+from adept_fast.gradient_sums import GradientSums, saliency_sums
 from adept_fast.losses import batch_loss
-from bench.linear_cross_entropy import peak_memory
-from bench.scoring import random_model
+from adept_fast.probing import only_these_require_grad
+from bench import parser
+from bench.measure import allocated, cache_filler, device_name, interleaved, now, peak_memory
+from bench.models import add_model, load_model, model_name
 
 WAYS = ("kept", "freed", "fisher", "saliency", "corpus")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Per length of sequence and way: ms of backward (median), overheads in per cent of `freed` and `kept`, peak MiB."""
-    parser = argparse.ArgumentParser(prog="python -m bench saliency", description=__doc__)
-    parser.add_argument("--model", help="a checkpoint folder or hub name")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 64])
-    parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args(argv)
-    if given.model:
-        from adept_fast import checkpoint
-
-        model = checkpoint.load_model(checkpoint.resolve(given.model)).eval()
-    else:
-        model = random_model()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    options = parser("saliency", __doc__)
+    add_model(options)
+    options.add_argument("--tokens", type=int, nargs="*", default=[512, 64], help="lengths of the sequence")
+    options.add_argument("--rounds", type=int, default=7, help="of all ways in turn, each timed once")
+    given = options.parse_args(argv)
+    model = load_model(given).to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = {name: p for name, p in model.named_parameters() if any(p is q for q in decoder_layers(model).parameters())}
     device = next(iter(parameters.values())).device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "model": Path(given.model).name if given.model else "random, SmolLM2-135M's shape",
+        "model": model_name(given),
         "parameters": sum(p.numel() for p in parameters.values()),
         "largest_parameter_mib": max(p.numel() * p.element_size() for p in parameters.values()) / 2**20,
         "sums": {name: _sums(dtype, given.rounds, device) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
@@ -67,21 +59,14 @@ def _sums(dtype: torch.dtype, rounds: int, device: torch.device) -> dict[str, fl
     """GB/s of reading weight and gradient once, and per cent of what a copy reads and writes: medians of interleaved rounds."""
     side = 8192 if device.type == "cuda" else 2048
     weight, gradient = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    flush = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(weight)
     ways = {
         "copy": lambda: target.copy_(weight),
         "rows": lambda: saliency_sums(weight, gradient, 0),
         "columns": lambda: saliency_sums(weight, gradient, 1),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            flush.add_(1)
-            start = _now(device)
-            way()
-            seconds[name].append(_now(device) - start)
-    rates = {name: 2 * weight.nbytes / median(values[1:]) / 1e9 for name, values in seconds.items()}
+    seconds = interleaved(ways, rounds, device, cache_filler(device))
+    rates = {name: 2 * weight.nbytes / each / 1e9 for name, each in seconds.items()}
     shares = {f"{name}_percent_of_copy": 100 * rates[name] / rates["copy"] for name in ("rows", "columns")}
     return {**{f"{name}_gb_s": rate for name, rate in rates.items()}, **shares}
 
@@ -142,9 +127,9 @@ def _backward(model: nn.Module, parameters: dict[str, nn.Parameter], item: Item,
     """Seconds of one backward; what hooks prepare and read is not timed: it is done once a corpus."""
     with only_these_require_grad(model, parameters.values()), _hooked(parameters, way, sums) as backward:
         loss = batch_loss(model, [item])
-        start = _now(loss.device)
+        start = now(loss.device)
         backward(loss)
-        return _now(loss.device) - start
+        return now(loss.device) - start
 
 
 def _peaks(
@@ -157,14 +142,6 @@ def _peaks(
             loss = batch_loss(model, [item])
             peaks.append(peak(lambda loss=loss, backward=backward: backward(loss), device))
     return peaks[0], peaks[1]
-
-
-def allocated(call: Callable[[], object]) -> int:
-    """Bytes that tensors on the CPU take at most during a call, beyond what they took before it: torch's own record of its allocations."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return int(torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0).max())
 
 
 def _validate(model: nn.Module, parameters: dict[str, nn.Parameter], item: Item) -> None:
@@ -182,9 +159,3 @@ def _validate(model: nn.Module, parameters: dict[str, nn.Parameter], item: Item)
     for (name, _), (values, _) in found.items():
         scale = truths[name][[0, 1, 1]]
         assert bool(((values - truths[name].cpu()).abs() <= 1e-5 * scale.cpu()).all()), f"{name}: sums differ from those of its gradient"
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -5,7 +5,6 @@
     own FLOP model                  2 FLOPs a weight and layer token of the sweep, causal attention, the head on the rows that count; at the
                                     rate of F.linear on the model's own layer matrices with as many rows as one layer call has
 
-Without --model a random model of SmolLM2-135M's shape and random items stand in: the same work, other scores.
 --part I/N runs one of N parts and keeps what it found in --into FILE; the result comes with the last one.
 --naive-layers N runs, for each naive batch, the forward with all layers and those without N layers drawn at random instead of without each:
 a masked forward runs every layer (the hook throws one's output away), so all take the same time. Seconds are then those measured, times the
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,38 +24,30 @@ import torch
 from torch.nn import functional
 
 from adept_fast.allocator import freed_memory_kept
-from adept_fast.data.items import IGNORE, Item, load_items
+from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import decoder_layers, device_of
 from adept_fast.importance import masking
 from adept_fast.importance.packs import Pack, pack
 from adept_fast.importance.sweep import SweepPlan, flops, plan
+from bench import parser
+from bench.measure import device_name, now
+from bench.models import add_model, add_probe, load_items_of, load_model, model_name
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 BATCH, REFERENCE_LENGTH = 4, 2048
 WAYS = ("sweep", "naive_file_order", "naive_sorted")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench scoring", description=__doc__)
-    parser.add_argument("--model", help="a checkpoint folder or hub name")
-    parser.add_argument("--probe", default="general", help="a probe file, with --model")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th item")
-    parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--naive-layers", type=int, help="default: all")
-    parser.add_argument("--part", default="1/1", metavar="I/N")
-    parser.add_argument("--into", type=Path, help="JSON file of the parts, with --part")
-    given = parser.parse_args(argv)
+    options = parser("scoring", __doc__)
+    add_model(options)
+    add_probe(options, items=8)
+    options.add_argument("--naive-layers", type=int, metavar="N", help="masked forwards of each naive batch (default: all)")
+    options.add_argument("--part", default="1/1", metavar="I/N", help="run this part only")
+    options.add_argument("--into", type=Path, metavar="FILE", help="JSON file of the parts, with --part")
+    given = options.parse_args(argv)
     part, parts = map(int, given.part.split("/"))
-    model, items = inputs(given)
+    model = load_model(given).to("cuda" if torch.cuda.is_available() else "cpu")
+    items = load_items_of(given)
     planned = plan(model, items)
     if not planned.swept:
         raise RuntimeError("this model's layers cannot be run on a batch of variants: there is no sweep to time")
@@ -89,7 +79,7 @@ def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: in
             for way, task in zip(WAYS, step, strict=True):
                 if task is None:
                     continue
-                start = _now(model)
+                start = now(device_of(model))
                 if way == "sweep":
                     found["swept"] |= _swept(model, task, planned)
                     share = 1.0
@@ -97,12 +87,12 @@ def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: in
                     layers = sorted(torch.randperm(count, generator=generator)[:naive_layers].tolist())
                     found["naive"].append([task, layers, _naive(model, [items[index] for index in task], layers).tolist()])
                     share = (1 + len(layers)) / (1 + count)
-                found["seconds"][way] += (_now(model) - start) / share
+                found["seconds"][way] += (now(device_of(model)) - start) / share
             found["rates"].append(_matmul_rate(model, planned.tokens))
         for item in items[:3]:
-            start = _now(model)
+            start = now(device_of(model))
             _naive(model, [item], (), REFERENCE_LENGTH)
-            found["references"].append(_now(model) - start)
+            found["references"].append(now(device_of(model)) - start)
     return found
 
 
@@ -144,10 +134,10 @@ def _matmul_rate(model: torch.nn.Module, rows: int) -> float:
     """FLOPs a second of F.linear over all layer matrices in turn, as the sweep meets them."""
     matrices = [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
     inputs = {width: torch.randn(rows, width).to(matrices[0]) for width in {matrix.shape[1] for matrix in matrices}}
-    start = _now(model)
+    start = now(device_of(model))
     for matrix in matrices:
         functional.linear(inputs[matrix.shape[1]], matrix)
-    return 2 * rows * sum(matrix.numel() for matrix in matrices) / (_now(model) - start)
+    return 2 * rows * sum(matrix.numel() for matrix in matrices) / (now(device_of(model)) - start)
 
 
 def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,11 +167,10 @@ def _result(model: torch.nn.Module, items: list[Item], planned: SweepPlan, parts
 
 
 def _facts(model: torch.nn.Module, items: list[Item], planned: SweepPlan, given: argparse.Namespace) -> dict[str, Any]:
-    device = device_of(model)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device_of(model)),
         "threads": torch.get_num_threads(),
-        "model": Path(given.model).name if given.model else "random, SmolLM2-135M's shape",
+        "model": model_name(given),
         "probe": Path(given.probe).name if given.model else "random",
         "items": len(items),
         "tokens": sum(len(item.input_ids) for item in items),
@@ -191,31 +180,3 @@ def _facts(model: torch.nn.Module, items: list[Item], planned: SweepPlan, given:
         "layer_call_tokens": planned.tokens,
         "pack_tokens": planned.pack,
     }
-
-
-def inputs(given: argparse.Namespace) -> tuple[Any, list[Item]]:
-    if given.model:
-        from adept_fast import checkpoint
-
-        folder = checkpoint.resolve(given.model)
-        model = checkpoint.load_model(folder).eval()
-        items = load_items(given.probe, checkpoint.load_tokenizer(folder))[:: given.every][: given.items]
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
-    model, items = random_model(), []
-    for _ in range(given.items):
-        ids = torch.randint(3, SMOLLM2["vocab_size"], (int(torch.randint(40, 200, ())),)).tolist()
-        items.append(Item(tuple(ids), tuple([IGNORE] * (len(ids) - 11) + ids[-11:])))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), items
-
-
-def random_model() -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2)).eval()
-
-
-def _now(model: torch.nn.Module) -> float:
-    if device_of(model).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

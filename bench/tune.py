@@ -6,8 +6,7 @@
     anchor  what an anchor to the base (Anchor) on --anchor-tokens tokens adds to a step that has one
 
 Steps are interleaved in one process. Memory is each way's in a process of its own: the peak resident memory of two steps (so that the
-optimizer's states are there while activations are) over what is resident before them, weights included. Without --model random weights
-of SmolLM2-135M's shape stand in.
+optimizer's states are there while activations are) over what is resident before them, weights included.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,25 +28,27 @@ from adept_fast.data.items import Item
 from adept_fast.expansion import expand_model, freeze_original
 from adept_fast.optim import AdamW
 from adept_fast.tuning import Anchor, fast_step
-from bench.scoring import SMOLLM2
+from bench import parser
+from bench.measure import forget_peak, resident
+from bench.models import add_model, load_model, model_name
 
 WAYS = ("full", "plain", "ours")
 MIB = 2**20
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
-    parser.add_argument("--model", help="a checkpoint folder or hub name")
-    parser.add_argument("--layers", type=int, nargs="+", default=[17, 20, 23, 26])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--anchor-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--way", choices=WAYS, help="print one way's peak memory above the weights in MiB, and end")
-    given = parser.parse_args(argv)
+    options = parser("tune", __doc__)
+    add_model(options)
+    options.add_argument("--layers", type=int, nargs="+", default=[17, 20, 23, 26], help="that are copied")
+    options.add_argument("--tokens", type=int, default=1024, help="of a step, one sequence")
+    options.add_argument("--anchor-tokens", type=int, default=256, help="of an anchor's step")
+    options.add_argument("--rounds", type=int, default=9, help="of all ways in turn, each timed once")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
+    options.add_argument("--way", choices=WAYS, help="print one way's peak memory above the weights in MiB, and end")
+    given = options.parse_args(argv)
     if given.way:
         return {"way": given.way, "peak_mib": _peak(given)}
-    base = _model(given)
+    base = load_model(given, given.dtype)
     anchored = _anchor(base, given)
     anchors = []
     steps = {way: _step(way, base, given) for way in WAYS}
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     return {
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "model": Path(given.model).name if given.model else "random, SmolLM2-135M's shape",
+        "model": model_name(given),
         "layers": given.layers,
         "tokens": given.tokens,
         "dtype": given.dtype,
@@ -84,18 +84,6 @@ def main(argv: list[str]) -> dict[str, Any]:
         "time_over_full": {way: median(a / b for a, b in zip(seconds[way], seconds["full"], strict=True)) for way in WAYS[1:]},
         "memory_over_full": {way: peaks[way] / peaks["full"] for way in WAYS[1:]},
     }
-
-
-def _model(given: argparse.Namespace) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    dtype = getattr(torch, given.dtype)
-    if given.model:
-        from adept_fast import checkpoint
-
-        return checkpoint.load_model(checkpoint.resolve(given.model), dtype=given.dtype).eval()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2)).to(dtype).eval()
 
 
 def _step(way: str, base: torch.nn.Module, given: argparse.Namespace) -> Callable[[], torch.Tensor]:
@@ -146,21 +134,15 @@ def _anchor(base: torch.nn.Module, given: argparse.Namespace) -> Callable[[], to
     return run
 
 
-def _resident(field: str) -> float:
-    """MiB of a line of /proc/self/status: VmRSS, or VmHWM, its peak since it was last reset."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1]) / 1024
-
-
 def _peak(given: argparse.Namespace) -> float:
-    base = copy.deepcopy(_model(given))  # out of the file it is mapped from
+    base = copy.deepcopy(load_model(given, given.dtype))  # out of the file it is mapped from
     step = _step(given.way, base, given)
     del base
     gc.collect()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = resident()
+    forget_peak()
     step(), step()
-    return _resident("VmHWM") - before
+    return (resident("VmHWM") - before) / MIB
 
 
 def _elsewhere(way: str, argv: list[str]) -> float:

@@ -14,7 +14,7 @@ from adept_fast import backend
 from adept_fast.errors import InputError
 from adept_fast.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_divergence, linear_predictions
 from adept_fast.reference import Projection
-from bench.linear_cross_entropy import peak_memory
+from bench.measure import peak_memory
 
 BACKENDS = [name for name in backend.IMPLEMENTED["linear_cross_entropy"] if name == "torch" or name == "cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

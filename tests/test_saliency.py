@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from adept_fast import backend, gradient_sums, reference
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.gradient_sums import GradientSums, only_these_require_grad, saliency_sums
+from adept_fast.gradient_sums import GradientSums, saliency_sums
+from adept_fast.probing import only_these_require_grad
 from adept_fast.saliency import parameter_sums, sequence_sums
-from bench.saliency import allocated
+from bench.measure import allocated
 
 BACKENDS = [name for name in ("cpu", "torch") if backend.status()[name].found]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

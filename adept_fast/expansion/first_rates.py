@@ -15,9 +15,9 @@ from torch import Tensor
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import layers_path
-from adept_fast.gradient_sums import Dims
 from adept_fast.record import record_of
 from adept_fast.saliency import Sums, parameter_sums
+from adept_fast.units import Dims
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,9 +25,9 @@ from adept_fast import distributed
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
-from adept_fast.gradient_sums import only_these_require_grad
 from adept_fast.importance.scores import ItemScores
 from adept_fast.losses import batch_loss
+from adept_fast.probing import only_these_require_grad
 from adept_fast.progress import Progress
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
 from adept_fast.families import device_of, head_logits, last_hidden
-from adept_fast.gradient_sums import in_eval_mode
 from adept_fast.optim.shards import is_sharded
+from adept_fast.probing import in_eval_mode
 from adept_fast.tuning.step import embeddings_apart
 
 if TYPE_CHECKING:

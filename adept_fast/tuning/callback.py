@@ -15,7 +15,8 @@ from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
-from adept_fast.saliency import Sums, UnitImportance, bare, score_units, unit_importance
+from adept_fast.probing import bare
+from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.groups import has_rate_groups, multiply_rates, refuse_flattened
 from adept_fast.tuning.log import TrainerLog

@@ -22,9 +22,10 @@ from torch import Tensor
 from adept_fast import distributed
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.gradient_sums import only_these_require_grad, whole_sums
+from adept_fast.gradient_sums import whole_sums
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import local, shard_of, whole
+from adept_fast.probing import only_these_require_grad
 from adept_fast.progress import Progress
 from adept_fast.units import Units
 

@@ -14,7 +14,7 @@ from adept_fast import distributed
 from adept_fast.data.items import Item
 from adept_fast.losses import corpus_loss
 from adept_fast.optim.shards import is_sharded
-from adept_fast.saliency import bare
+from adept_fast.probing import bare
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
 

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from adept_fast.expansion import freeze_original
+from adept_fast.probing import bare
 from adept_fast.record import record_of
-from adept_fast.saliency import bare
 from adept_fast.tuning import sharded
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.rates import apply_rates

@@ -1,0 +1,77 @@
+"""Seconds and bytes of a call, on the device where it works."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cache_filler(device: torch.device) -> Tensor:
+    """What, once written to, has flushed the device's caches."""
+    return torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, flush: Tensor | None = None
+) -> dict[str, float]:
+    """Median seconds of each way, called in turn, the cache flushed before each where `flush` is given. The first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            if flush is not None:
+                flush.add_(1)
+            start = now(device)
+            way()
+            seconds[name].append(now(device) - start)
+    return {name: median(values[1:]) for name, values in seconds.items()}
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory, or with "VmHWM" the most there were since `forget_peak` (Linux)."""
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
+
+
+def forget_peak() -> None:
+    """The high-water mark starts again from what is resident now."""
+    CLEAR.write_text("5")
+
+
+def peak_memory(way: Callable[[], object], device: torch.device) -> int:
+    """Bytes held at most during a call, beyond what was held before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls gave back to the allocator would be taken again unseen
+    forget_peak()
+    before = resident()
+    way()
+    return resident("VmHWM") - before
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes that tensors on the CPU take at most during a call, beyond what they took before it: torch's own record of its allocations."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0).max())

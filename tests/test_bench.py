@@ -1,0 +1,27 @@
+"""Every benchmark can be imported, and says what it measures and what each of its options is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from bench.__main__ import NAMES, main
+
+
+def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == NAMES and {"adamw", "scoring", "tune"} < {*NAMES}
+    assert main(["none"]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = import_module(f"bench.{name}")
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: python -m bench {name} " in said and module.__doc__.strip() in said
+    options = said.partition("options:")[2].split("\n  --")
+    assert all(len(option.split()) > 2 for option in options[1:]), options
