@@ -96,6 +96,16 @@ class AdeptConfig:
         return None if found is None else cls._read(found, config)
 
     @classmethod
+    def of(cls, model: object) -> AdeptConfig | None:
+        """The record of a model in memory, which expansion attached or plain transformers loaded with its config; None for one without."""
+        attached = getattr(model, "adept_config", None)
+        if isinstance(attached, cls):
+            return attached
+        config = getattr(model, "config", None)
+        found = getattr(config, KEY, None)
+        return None if found is None else cls._read(found, Path(getattr(config, "name_or_path", ""), "config.json"))
+
+    @classmethod
     def _read(cls, content: Any, path: Path) -> AdeptConfig:
         schema = content.get("schema") if isinstance(content, dict) else content
         if schema not in (1, SCHEMA):
@@ -107,6 +117,8 @@ class AdeptConfig:
             record = cls(**{**content, "inserted": tuple(entries)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a record of an expansion ({error}): expand the model again") from None
+        if not all(isinstance(table, Mapping) for table in (record.source, record.selection, record.inputs)):
+            raise InputError(f"{path}: not a record of an expansion (source, selection and inputs are tables): expand the model again")
         if not entries or len({*record.copies}) < len(entries) or min(record.copies) < 1 or any(entry.copied_from < 0 for entry in entries):
             raise InputError(f"{path}: its copies {list(record.copies)} cannot be: expand the model again")
         return record
@@ -120,8 +132,8 @@ def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def record_of(model: object) -> AdeptConfig:
     """The record of an expanded model. Raises InputError for a model that was not expanded."""
-    record = getattr(model, "adept_config", None)
-    if not isinstance(record, AdeptConfig):
+    record = AdeptConfig.of(model)
+    if record is None:
         raise InputError("this model has no adept_config: expand it first (expand_model, or adept-fast expand)")
     return record
 

@@ -164,6 +164,14 @@ def test_a_checkpoint_without_copies_is_refused(made: Path, tmp_path: Path) -> N
             way(made / "base", tmp_path / "no")
 
 
+@pytest.mark.parametrize("key", ["source", "selection", "inputs"])
+def test_a_record_without_its_tables_is_refused(made: Path, tmp_path: Path, key: str) -> None:
+    record = json.loads((made / "a" / "adept_config.json").read_text())
+    (tmp_path / "adept_config.json").write_text(json.dumps({**record, key: None}))
+    with pytest.raises(InputError, match="adept_config.json: not a record of an expansion"):
+        AdeptConfig.load(tmp_path)
+
+
 def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> None:
     """It has sha256 digests, by which copies are removed and applied, and compared with those of a later record."""
     folder = shutil.copytree(made / "a", tmp_path / "old")

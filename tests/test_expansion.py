@@ -22,9 +22,11 @@ from adept_fast import checkpoint, fast_step, score_layers
 from adept_fast.cli import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion import (
+    apply_copies,
     copies,
     expand_checkpoint,
     expand_model,
+    extract_copies,
     first_importance,
     freeze_original,
     load_first_importance,
@@ -274,6 +276,28 @@ def test_a_second_expansion_keeps_the_first_and_trains_its_own_copies(tmp_path: 
     assert checkpoint.load_model(tmp_path / "plain").adept_config.inserted == second.adept_config.inserted
     with pytest.raises(InputError, match="layer 2 is itself a copy"):
         expand_model(first, [2])
+
+
+def test_plain_transformers_loads_the_record_with_the_model(tmp_path: Path) -> None:
+    tiny_models.checkpoint(tmp_path / "model")
+    record = expand_checkpoint(tmp_path / "model", tmp_path / "expanded", [1, 3], quiet=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded")
+    counts = freeze_original(plain)
+    assert (counts.total, counts.trainable) == tuple(record.parameters.values())
+    again = expand_model(plain, [0]).adept_config
+    assert [(entry.layer, entry.copied_from, entry.round) for entry in again.inserted] == [(1, 0, 1), (3, 1, 0), (6, 3, 0)]
+    assert again.source == record.source
+
+
+def test_a_home_is_found_for_source_and_target_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny_models.checkpoint(tmp_path / "model")
+    expand_checkpoint("~/model", "~/expanded", [1], verify=False, quiet=True)
+    extract_copies("~/expanded", "~/delta", quiet=True)
+    apply_copies("~/model", "~/delta", "~/applied", quiet=True)
+    remove_copies("~/applied", "~/removed", quiet=True)
+    assert {"expanded", "delta", "applied", "removed"} < {path.name for path in tmp_path.iterdir()} and not (tmp_path / "~").exists()
 
 
 def test_a_second_expansion_on_disk(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = Fals
     copies = set(record.copies)
     tensors = [stored for stored in on_disk.shards.tensors.values() if on_disk.naming.layer(stored.name) in copies]
     pieces = [Piece(stored.name, stored.dtype, stored.shape, stored) for stored in tensors]
-    target = Path(target)
+    target = Path(target).expanduser()
     require_space(target, sum(piece.size for piece in pieces))
     with staged_folder(target) as staging:
         write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
@@ -50,9 +50,10 @@ def apply_copies(
 
     Raises InputError where the base's tensors are not those that the copies were made on, or the delta is not whole.
     """
-    if not (Path(delta) / FILE).is_file():
+    delta = Path(delta).expanduser()
+    if not (delta / FILE).is_file():
         raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
-    folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(Path(delta))
+    folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(delta)
     on_disk = OnDisk.open(folder, trust_remote_code)
     expected = str(record.source.get("tensors_digest"))
     found = tensors_digest(on_disk.shards.tensors, kind_of(expected))
@@ -60,12 +61,12 @@ def apply_copies(
         raise InputError(
             f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found}, expected {expected}"
         )
-    tensors = {stored.name: stored for stored in read_header(Path(delta) / FILE)[0]}
+    tensors = {stored.name: stored for stored in read_header(delta / FILE)[0]}
     places = {entry.layer: entry for entry in record.inserted}
     layers, originals = [], iter(range(on_disk.count))
     for index in range(on_disk.count + len(places)):
         entry = places.get(index)
-        layers.append(Layer(next(originals)) if entry is None else Layer(entry.copied_from, partial(taken, tensors, Path(delta) / FILE)))
+        layers.append(Layer(next(originals)) if entry is None else Layer(entry.copied_from, partial(taken, tensors, delta / FILE)))
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
     source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": held}

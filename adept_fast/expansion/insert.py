@@ -86,7 +86,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
     """
     check_initialisation(initialisation)
-    family, earlier = describe(model), getattr(model, "adept_config", None)
+    family, earlier = describe(model), AdeptConfig.of(model)
     count = len(family.silent)
     made = arrange_copies(layers, count, earlier)
     expanded = _built(model, [made.sources[index] for index in made.new])

@@ -76,7 +76,7 @@ def write_remade(
         if prove:
             prove(written)
 
-    return write_checkpoint(Path(target), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
+    return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
 
 
 def _parameters(on_disk: OnDisk, record: AdeptConfig, layers: Sequence[Layer]) -> dict[str, int]:

@@ -47,7 +47,7 @@ def expand_checkpoint(
     initialisation: see expand_model; logits are compared only where it leaves them as they are.
     Raises InputError for bad input, ExpansionError when bits differ.
     """
-    folder, target = checkpoint.resolve(str(source)), Path(target)
+    folder, target = checkpoint.resolve(str(source)), Path(target).expanduser()
     on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
     earlier = on_disk.skeleton.adept_config = AdeptConfig.find(folder)
     made = arrange_copies(layers, on_disk.count, earlier)
