@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_families
 import tiny_models
 import torch
 from torch.nn import functional
@@ -139,6 +140,21 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
             assert [item.labels[row + 1] != -100 for row in rows.tolist()] == [True] * item.supervised
     question = Item(tuple(range(3, 23)), (-100,) * 8 + (11,) + (-100,) * 11)
     assert packs.pack([question], [0], 60)[0].tokens == 8 and packs.pack([question], [0], 60, all_tokens=True)[0].tokens == 19
+
+
+@pytest.mark.parametrize(
+    ("family", "cut"),
+    [
+        ("gpt2", None),  # reshapes what its last layer gives to the shape of its input
+        ("gemma4_text", (*_CUT[:2], "mlp", *(f"{place}_layernorm" for place in ("post_attention", "pre_feedforward", "post_feedforward")))),
+        ("llama4_text", (*_CUT[:2], _CUT[3])),  # its base_model is itself
+    ],
+)
+def test_family_that_differs_from_the_others(family: str, cut: tuple[str, ...] | None) -> None:
+    model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY), tiny_models.items(3)
+    assert sweep.plan(model, items).cut == cut
+    scores = score_layers(model, items, quiet=True)
+    torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "swept"), [("mpt", True), ("bloom", False), ("mamba", True)])

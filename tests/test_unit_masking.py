@@ -23,6 +23,12 @@ def losses(model: torch.nn.Module, items: list) -> list[float]:
     return found
 
 
+def zeroed(output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+    if isinstance(output, tuple):
+        return tuple(map(zeroed, output))
+    return torch.zeros_like(output) if output.is_floating_point() else output
+
+
 def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[int]) -> dict[tuple[int, str], float]:
     """Loss increase with an output hooked to 0, or with columns of an output projection's weight set to 0: nats per supervised token."""
     tokens, base, found = sum(item.supervised for item in items), sum(losses(model, items)), {}
@@ -32,7 +38,7 @@ def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[
             if getattr(module, "weight", None) is None or module.weight.ndim != 2:
                 continue
             if granularity == "tensor":
-                handle = module.register_forward_hook(lambda *given: torch.zeros_like(given[2]))
+                handle = module.register_forward_hook(lambda *given: zeroed(given[2]))
                 found[layer, path] = (sum(losses(model, items)) - base) / tokens
                 handle.remove()
             elif name in ("o_proj", "down_proj", "dense", "dense_4h_to_h"):
@@ -50,9 +56,9 @@ def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "mixtral"])
 def test_units_are_masked_as_by_hand(family: str, granularity: str) -> None:
-    model, items = tiny_models.model(family), tiny_models.items(5)
+    model, items = tiny_models.model(family, **({"num_local_experts": 4} if family == "mixtral" else {})), tiny_models.items(5)
     layers = [0, 2, 3]
     wanted = by_hand(model, items, granularity, layers)
     found = mask_units(model, items, granularity, layers=layers, losses=("kl",), sweep_tokens=150, quiet=True)

@@ -55,9 +55,19 @@ def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def headless(model: PreTrainedModel) -> nn.Module:
+    """What gives a model's hidden states after the final norm. Llama 4 for text names no base model: then what calls the layers."""
+    return model.base_model if model.base_model is not model else _stack(model)
+
+
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """Hidden states after the final norm, [batch, tokens, hidden]."""
-    return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+    return headless(model)(input_ids=input_ids, use_cache=False, **inputs)[0]
+
+
+def _stack(model: PreTrainedModel) -> nn.Module:
+    """What calls the layers."""
+    return model.get_submodule(layers_path(model).rpartition(".")[0])
 
 
 @contextmanager
@@ -102,8 +112,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def body(*args: object, **kwargs: object) -> Output:
         return Output(last_hidden_state=hidden[None])
 
-    stack = model.get_submodule(layers_path(model).rpartition(".")[0])  # not the base model: OPT's head calls the decoder within
-    with replaced_forward(stack, body):
+    with replaced_forward(_stack(model), body):  # not the base model: OPT's head calls the decoder within
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 

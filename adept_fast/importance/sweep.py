@@ -34,12 +34,12 @@ PACK_SHARE = 16  # a pack fills this part of a layer call, which some layers on 
 class SweepPlan:
     """How a model is swept. tokens: bound on variants times tokens of one layer call (a single longer item goes alone); pack: bound on the
     tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward; cut:
-    modules within the last layer that run on the rows of the head alone."""
+    modules within the last layer that run on the rows of the head alone, None where the model wants all tokens from its last layer."""
 
     tokens: int
     pack: int
     swept: bool = True
-    cut: tuple[str, ...] = ()
+    cut: tuple[str, ...] | None = ()
 
 
 def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
@@ -55,7 +55,7 @@ def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
 class _Wavefront:
     """Hidden states of the live variants, the baseline first, in one buffer that each layer updates in place."""
 
-    def __init__(self, layers: Sequence[int], last: int, rows: Tensor, tokens: int) -> None:
+    def __init__(self, layers: Sequence[int], last: int | None, rows: Tensor, tokens: int) -> None:
         self.layers, self.last, self.rows, self.tokens = set(layers), last, rows, tokens
         self.live = 1
         self.buffer: Tensor | None = None
@@ -107,13 +107,13 @@ def row_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     return hidden[:, pack.rows.to(hidden.device)]  # a model spread over devices
 
 
-def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int, cut: Sequence[str] = ()) -> Tensor:
+def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int, cut: Sequence[str] | None = ()) -> Tensor:
     """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden].
 
     tokens, cut: see SweepPlan.
     """
     modules = decoder_layers(model)
-    front = _Wavefront(layers, len(modules) - 1, pack.rows, tokens)
+    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, tokens)
 
     def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         with cut_to(modules[-1], cut, pack.rows.to(hidden.device)):  # for no longer: layers may share modules
@@ -124,7 +124,7 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int
             stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
             stack.enter_context(_wrapped(module, front.wrapper(layer)))
-        return pack_hidden(model, pack)
+        return row_hidden(model, pack) if cut is None else pack_hidden(model, pack)
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
     if not plan.swept:
         return call_flops(model, pack, variants * len(layers), variants)
     through = 1 + sum(layer < len(layers) - 1 for layer in without)
-    saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut)
+    saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut or ())
     calls = len(layers) + sum(len(layers) - 1 - layer for layer in without)
     return call_flops(model, pack, calls, variants) - 2.0 * saved * through * (pack.tokens - len(pack.rows))
 
@@ -163,10 +163,16 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
 def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) -> float:
     """FLOPs of `calls` layers a token (2 a weight, causal attention within items) and of the head on the pack's rows of each variant."""
     config, layers = text_config(model), decoder_layers(model)
-    weights, heads = _matrices(layers) / len(layers), getattr(config, "num_attention_heads", 0)  # none: a state-space model
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+    weights, width = _matrices(layers) / len(layers), sum(_attention_width(layer, config) for layer in layers) / len(layers)
     body = calls * sum(length * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
     return body + 2.0 * variants * len(pack.rows) * config.hidden_size * config.vocab_size
+
+
+def _attention_width(layer: nn.Module, config: Any) -> int:
+    """Heads times their dimension; 0 without them, as of a state-space model."""
+    heads = getattr(config, "num_attention_heads", 0)
+    sizes = (getattr(module, "head_dim", None) for module in layer.modules())
+    return heads * (next((size for size in sizes if isinstance(size, int)), None) or config.hidden_size // heads) if heads else 0
 
 
 def _matrices(module: nn.Module) -> int:
@@ -184,9 +190,9 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
     alone = [packed(short, [index], True).to(device) for index in range(len(short))]
     expected = [one_by_one(model, pack, layers) for pack in alone]
 
-    def agrees(indices: Sequence[int], cut: Sequence[str] = ()) -> bool:
-        """The sweep of these items in one pack, on all tokens, or on the supervised ones where the last layer is cut to them."""
-        pack = packed(short, indices, not cut).to(device)
+    def agrees(indices: Sequence[int], cut: Sequence[str] | None = None) -> bool:
+        """The sweep of these items in one pack, on all tokens, or on the supervised ones where they are picked in the last layer."""
+        pack = packed(short, indices, cut is None).to(device)
         wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
             found = sweep(model, pack, layers, 2 * pack.tokens, cut)  # in several parts
@@ -200,9 +206,8 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
         return SweepPlan(tokens, 0, swept=False)
     together = len(short) > 1 and agrees(every)
     cut = _cut(model, packed(short, [0], False).to(device))
-    if not all(agrees(indices, cut) for indices in ([every] if together else [[index] for index in every])):
-        cut = ()
-    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0, cut=cut)
+    ways = (way for way in (cut, ()) if all(agrees(indices, way) for indices in ([every] if together else [[index] for index in every])))
+    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0, cut=next(ways, None))
 
 
 def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:

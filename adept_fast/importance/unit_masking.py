@@ -216,8 +216,12 @@ def _mask(stack: ExitStack, layer: nn.Module, units: Sequence[MaskedUnit]) -> se
 def _hook(module: nn.Module, path: str, units: Sequence[MaskedUnit], called: set[str]) -> RemovableHandle:
     """Zero what the units of this module give, or what it reads from them, each in its own copy of the batch."""
 
-    def cleared(values: Tensor) -> Tensor:
+    def cleared(values: Any) -> Any:
         called.add(path)
+        if isinstance(values, tuple):  # a router's weights, with the experts that they are for
+            return tuple(map(cleared, values))
+        if not values.is_floating_point():
+            return values
         values = values.clone(memory_format=torch.contiguous_format)
         for unit, row in zip(units, values.view(len(units), -1, values.shape[-1]), strict=True):
             if unit.module == path:

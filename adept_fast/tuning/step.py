@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adept_fast.families import device_of, evaluating, text_config
+from adept_fast.families import device_of, evaluating, headless, text_config
 from adept_fast.head import projection
 from adept_fast.linear_cross_entropy import IGNORE, linear_cross_entropy
 from adept_fast.reference import Projection
@@ -92,7 +92,7 @@ def _loss(
     **inputs: Any,
 ) -> Tensor:
     with embeddings_apart(model):
-        hidden = model.base_model(*args, **{**inputs, "use_cache": False})[0]
+        hidden = headless(model)(*args, **{**inputs, "use_cache": False})[0]
     targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.to(hidden.device)
     layer = model.get_output_embeddings()
