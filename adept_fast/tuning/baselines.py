@@ -87,7 +87,7 @@ def tune_baseline(
     else:
         merged = prepared.merged()
     base = checkpoint.load_model(source, **loading).state_dict()
-    changed = [name for name, tensor in merged.state_dict().items() if not tensor.equal(base[name])]
+    changed = [name for name, tensor in merged.state_dict().items() if not tensor.cpu().equal(base[name])]
     touched = [name for name in changed if not prepared.may_change(name)]
     if touched or not changed:
         raise ExpansionError(f"training by {method} changed " + (f"{touched[0]}, which it must not touch" if touched else "nothing"))

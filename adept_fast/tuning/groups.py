@@ -89,11 +89,10 @@ def _put_back(optimizer: Optimizer, *_: Any) -> None:
             group["lr"] = group.pop("scheduled_lr")
 
 
-def flattened(engine: str) -> InputError:
+def refusal(engine: str) -> InputError:
     return InputError(
         f"{engine} flattens parameters: unit-wise rates, and checkpoints of what is trained, need DDP or FSDP2 (fsdp_version: 2); "
-        "whole-tensor rates work through "
-        "adept_fast.tuning.rate_groups in a loop of your own"
+        "whole-tensor rates work through adept_fast.tuning.rate_groups in a loop of your own"
     )
 
 
@@ -101,7 +100,7 @@ def refuse_flattened(model: nn.Module, optimizer: Optimizer | None = None) -> No
     """Raise InputError where an engine flattens parameters, so that unit-wise rates cannot reach their rows."""
     engine = _flattens(model.modules(), model.parameters(), optimizer)
     if engine:
-        raise flattened(engine)
+        raise refusal(engine)
 
 
 def _flattens(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> str | None:

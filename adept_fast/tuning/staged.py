@@ -18,7 +18,7 @@ from adept_fast.artefacts import discard
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
 from adept_fast.tuning import sharded
-from adept_fast.tuning.groups import flattened
+from adept_fast.tuning.groups import refusal
 from adept_fast.tuning.order import WholeSteps
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StagedTrainer(Trainer):
         self._staging: Path | None = None
         super().__init__(model, args, **kwargs)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
-            raise flattened("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
+            raise refusal("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
 
     @property
     def stepped(self) -> AdamW:
