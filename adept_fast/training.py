@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adept_fast import distributed
-from adept_fast.artefacts import read_json, write_json
+from adept_fast.artefacts import read_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.stream import StreamedText
 from adept_fast.evaluation import corpus
@@ -74,17 +74,14 @@ class Training(Workspace):
             self.say(f"{self.tuned}: up to date")
             return
         _ = self.training_corpus
-        started = self.work / "inputs.json"
         batch = distributed.processes() * math.prod(int(tune.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
         given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
-        if started.exists():
-            self.require_same(self.work, read_json(started), given)
-        if distributed.leads():
-            write_json(started, given)
+        books = Bookkeeping(self.work, self.log, inputs, given, self.say, self.quiet)
+        if books.started.exists():
+            self.require_same(self.work, read_json(books.started), given)
         limit = min(self.positions, tune.block_size)
         held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
         monitors = {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items}
-        books = Bookkeeping(self.work, self.log, inputs, self.say, self.quiet)
         settings = self._tuning_settings()
         if self.method.copies:
             metering = self.items(records) if (records := self.corpora.metering()) else ()

@@ -120,6 +120,13 @@ def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) ->
     assert not (here / "out" / ".lock").exists()
 
 
+def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
+    before = {*(here / "out").rglob("*")}
+    assert "too small to hold items back" in fails(capsys, "tune", "tune.general_limit=0.1")
+    assert {*(here / "out").rglob("*")} == before
+
+
 def test_another_model_is_not_taken_for_the_one_that_was_expanded(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
     tiny_models.checkpoint(here / "other", seed=7)

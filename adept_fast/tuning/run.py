@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import remove_leftovers
+from adept_fast.artefacts import remove_leftovers, write_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
@@ -40,13 +40,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Bookkeeping:
     """What a run keeps and tells. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
-    inputs: what the record of the result names; say: hears a line at a time; quiet: no progress bars."""
+    inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json;
+    say: hears a line at a time; quiet: no progress."""
 
     work: Path
     log: Path
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
     quiet: bool = False
+
+    @property
+    def started(self) -> Path:
+        return self.work / "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Run:
     blocks: Blocks | Stream
     collate: Collator
     args: TrainingArguments
+    books: Bookkeeping
     log: TrainerLog
     last: str | None
 
@@ -69,7 +76,7 @@ class Run:
         settings: TuningSettings,
         books: Bookkeeping,
     ) -> Run:
-        """Plan the training of `model`, loaded from `folder`; a new run begins its log."""
+        """Plan the training of `model`, loaded from `folder`; nothing is written yet."""
         tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
         checkpoint.require_vocabulary(folder, tokenizer, model)
         planned, blocks = plan(corpus, tokenizer, settings, positions)
@@ -86,25 +93,26 @@ class Run:
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
-        events, work = TrainerLog(books.log), books.work
-        leads = distributed.rank() == 0
-        if work.is_dir() and leads:
+        work = books.work
+        if work.is_dir() and distributed.rank() == 0:
             remove_leftovers(work)
         distributed.wait()
         last = get_last_checkpoint(str(work)) if work.is_dir() else None
-        if last is None and leads:
-            books.log.unlink(missing_ok=True)
-            events.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
         if last is not None:
             books.say(f"resuming from {Path(last).name}")
-        return cls(planned, blocks, collate, args, events, last)
+        return cls(planned, blocks, collate, args, books, TrainerLog(books.log), last)
 
     @property
     def monitor_steps(self) -> int | None:
         return None if self.args.eval_steps is None else int(self.args.eval_steps)
 
     def finish(self, trainer: Trainer) -> None:
-        """Train to the last step, from the last checkpoint where there is one."""
+        """Train to the last step, from the last checkpoint where there is one; a new run begins its log."""
+        if self.last is None and distributed.rank() == 0:
+            self.books.log.unlink(missing_ok=True)
+            planned = self.planned
+            self.log.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
+            write_json(self.books.started, self.books.given)
         if isinstance(self.blocks, Stream):
             trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last))
         for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
