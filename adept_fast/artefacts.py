@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    staging = path.with_name(f"{STAGING}{secrets.token_hex(8)}-{path.name}")
     try:
         yield staging
         _sync(staging)

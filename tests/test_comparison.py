@@ -30,14 +30,15 @@ def run(folder: Path, method: str, seed: int, general: float, domain: float, inp
     return folder
 
 
-def test_seeds_of_a_recipe_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_seeds_of_a_recipe_are_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     folders = [
         run(tmp_path / "a1", "adept", 1, 3.1, 2.0, learning_rate=0.1),
         run(tmp_path / "a2", "adept", 2, 3.3, 2.4, learning_rate=0.1),
         run(tmp_path / "b", "adept", 1, 3.5, 1.9, learning_rate=0.2),
         run(tmp_path / "f", "full<&", 1, 3.9, 1.8),
     ]
-    assert main(["compare", *map(str, folders), f"output_dir={tmp_path / 'out'}"]) == 0
+    assert main(["compare", *map(str, folders), "output_dir=~/out"]) == 0
     assert str(tmp_path / "out" / "compare.html") in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert list(rows) == ["base", "adept tune.learning_rate=0.1", "adept tune.learning_rate=0.2", "full<&"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from adept_fast.artefacts import staged_file
 from adept_fast.data.documents import tokenize_documents
 from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
 from adept_fast.data.packing import document_order
@@ -219,6 +220,16 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_bytes(b"broken")
     assert np.array_equal(tokenize_documents(texts, tokenizer, quiet=True).ids, first.ids)
     assert tokenize_documents(texts[:5], tokenizer, quiet=True).tokens < first.tokens
+
+
+def test_nodes_whose_processes_have_the_same_number_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    with staged_file(path) as one:
+        one.write_text("one")
+        with staged_file(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other" and one.read_text() == "one"
+    assert path.read_text() == "one" and len([*tmp_path.iterdir()]) == 1
 
 
 def test_weights_are_passes_over_a_document() -> None:

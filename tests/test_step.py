@@ -121,6 +121,7 @@ def test_what_cannot_be_fast_goes_the_models_own_way() -> None:
     with fast_step(model):
         assert model(batch()["input_ids"]).logits.shape[-1] == tiny_models.VOCABULARY
         assert model.eval()(**batch()).logits is not None
+        assert isinstance(model.train()(**batch(), return_dict=False), tuple)
         with fast_step(model.train()) as again:
             assert again and model(**batch()).logits is None
         assert model(**batch()).logits is None

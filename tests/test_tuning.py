@@ -157,13 +157,14 @@ def test_any_trainer_takes_the_callback(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)
     log = TrainerLog(tmp_path / "log.jsonl")
-    callback = AdeptCallback(tiny_models.items(2), units="neuron", refresh_steps=3, log=log, quiet=True)
+    callback = AdeptCallback(iter(tiny_models.items(2)), units="neuron", refresh_steps=3, log=log, quiet=True)
     trainer = Trainer(
         model, arguments(tmp_path), train_dataset=blocks(), callbacks=[callback], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2})
     )
     trainer.train()
     multipliers, dim = trainer.optimizer.optimizer.unit_lr(model.get_parameter("model.layers.2.mlp.down_proj.weight"))
     assert multipliers.shape == (48,) and dim == 1 and len(multipliers.unique()) > 10
+    trainer.train()  # again, with the same callback
 
 
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
             arrays = load_file(cached)
             return Documents(arrays["ids"], arrays["starts"])
         except (SafetensorError, KeyError):
-            cached.unlink()
+            cached.unlink(missing_ok=True)
     documents = _tokenize(texts, tokenizer, quiet)
     with staged_file(cached) as staging:
         save_file({"ids": documents.ids, "starts": documents.starts}, staging)

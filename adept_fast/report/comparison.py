@@ -101,7 +101,7 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
         }
         for name, members in zip(names, groups.values(), strict=True)
     }
-    target = Path(target)
+    target = Path(target).expanduser()
     content = {name: details.get(name, {}) | {title: spread.as_dict() for title, spread in row.items()} for name, row in rows.items()}
     write_json(target / "compare.json", {"schema": 1, "rows": content})
     page = target / "compare.html"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,8 @@ class AdeptCallback(Monitor, ExportableState):
         if refresh_steps < 1:
             raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
         super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet)
-        self.probe, self.units, self.refresh_steps = probe, units, refresh_steps
+        self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
+        self.units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.anchor, self.meter, self.tokenizer = first, anchor, meter, tokenizer

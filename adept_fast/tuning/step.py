@@ -53,7 +53,8 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        if not (active and wanted and model.training) or any(kwargs.get(key) for key in WHOLE):
+        tuples = kwargs.get("return_dict") is False
+        if not (active and wanted and model.training) or tuples or any(kwargs.get(key) for key in WHOLE):
             return own(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
