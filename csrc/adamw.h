@@ -114,9 +114,11 @@ ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants
 }
 
 // An exact fp32 weight kept as bf16 and a signed 16-bit remainder: bits = 2^16 * param + remainder. A tie rounds away from zero, because
-// the remainder of a tie to even does not fit. Infinities and NaN keep no remainder.
+// the remainder of a tie to even does not fit. Infinities and NaN keep no remainder. A sum that is NaN is of a parameter that was set to
+// 0 behind the optimizer's back, whose remainder was negative: the parameter holds.
 ADEPT_FAST_INLINE float join_master(std::uint16_t param, std::int16_t remainder) {
-    return float_of((std::uint32_t{param} << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(remainder)));
+    const float joined = float_of((std::uint32_t{param} << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(remainder)));
+    return joined != joined ? from_bf16(param) : joined;
 }
 
 ADEPT_FAST_INLINE void split_master(float weight, std::uint16_t& param, std::int16_t& remainder) {

@@ -167,7 +167,8 @@ def update_block(
         if MODE == COPY:
             weight = tl.where(widened(rounded(master, PARAM), PARAM) == weight, master, weight)
         elif MODE == REMAINDER:
-            weight = ((param.to(tl.int32) << 16) + master.to(tl.int32)).to(tl.float32, bitcast=True)
+            joined = ((param.to(tl.int32) << 16) + master.to(tl.int32)).to(tl.float32, bitcast=True)
+            weight = tl.where(joined != joined, weight, joined)  # of a parameter set to 0 behind the optimizer's back
         else:
             weight = weight + widened(master, PARAM)
     change = stride * divided(m, square_root(second) + epsilon)

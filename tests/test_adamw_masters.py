@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from adept_fast.backend import status
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
 from adept_fast.reference import join_master, split_master, stochastic_round
@@ -181,6 +182,24 @@ def test_copy_follows_an_edit_through_data_and_of_single_elements() -> None:
     expected = master.clone()
     expected[3] = 2.0
     assert torch.equal(optimizer.state[p]["master"], expected)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if status()[name].found])
+@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
+def test_remainders_of_elements_set_to_zero_through_data_do_no_harm(backend: str, state_dtype: torch.dtype | None) -> None:
+    """As pruning masks do; 0 and a negative remainder join to the bits of a NaN."""
+    p = Parameter(bf16(0))
+    optimizer = AdamW([p], **HYPER, master_weights="remainder", state_dtype=state_dtype, backend=backend)
+    for step in range(1, 4):
+        p.grad = bf16(step)
+        optimizer.step()
+    p.data.mul_(torch.tensor([0.0, -0.0, 1.0]).repeat(len(p))[: len(p), None])
+    zeros = p == 0
+    assert (optimizer.state[p]["remainder"][zeros] < 0).any()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not p.isnan().any() and (p[zeros] != 0).all()
+    assert p[zeros].abs().max() < 2 * HYPER["lr"]
 
 
 def test_modes_leave_fp32_parameters_alone_and_refuse_fp16_where_they_must() -> None:

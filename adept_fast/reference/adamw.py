@@ -230,8 +230,12 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """(bf16, int16 remainder) -> the fp32 weight with bits 2^16 * bf16 bits + remainder; the inverse of split_master."""
-    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+    """(bf16, int16 remainder) -> the fp32 weight with bits 2^16 * bf16 bits + remainder; the inverse of split_master.
+
+    Where those are NaN (a negative remainder of a parameter that was set to 0 since, through `.data`), the parameter itself.
+    """
+    joined = ((param.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+    return torch.where(joined.isnan(), param.float(), joined)
 
 
 def stochastic_round(weight: Tensor, seed: int, step: float | Tensor, first_index: int = 0) -> Tensor:
