@@ -55,8 +55,8 @@ def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
 class _Wavefront:
     """Hidden states of the live variants, the baseline first, in one buffer that each layer updates in place."""
 
-    def __init__(self, layers: Sequence[int], last: int | None, rows: Tensor, tokens: int) -> None:
-        self.layers, self.last, self.rows, self.tokens = set(layers), last, rows, tokens
+    def __init__(self, layers: Sequence[int], last: int | None, rows: Tensor, most: int) -> None:
+        self.layers, self.last, self.rows, self.most = set(layers), last, rows, most
         self.live = 1
         self.buffer: Tensor | None = None
 
@@ -74,7 +74,7 @@ class _Wavefront:
         joins = layer in self.layers
         if joins:
             self.buffer[self.live] = self.buffer[0]
-        for part in _even_parts(self.live, max(1, self.tokens // hidden.shape[1])):
+        for part in _even_parts(self.live, self.most):
             output = forward(self.buffer[part], *args, **kwargs)
             found = hidden_of(output)
             if found.device != self.buffer.device:  # a model spread over devices
@@ -113,7 +113,7 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int
     tokens, cut: see SweepPlan.
     """
     modules = decoder_layers(model)
-    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, tokens)
+    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, tokens // pack.tokens))
 
     def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         with cut_to(modules[-1], cut, pack.rows.to(hidden.device)):  # for no longer: layers may share modules
@@ -196,7 +196,7 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
         wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
             found = sweep(model, pack, layers, 2 * pack.tokens, cut)  # in several parts
-        except RuntimeError:  # shapes that do not broadcast over variants
+        except (RuntimeError, ValueError):  # shapes that do not broadcast over variants
             return False
         tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
         return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
