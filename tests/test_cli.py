@@ -184,6 +184,20 @@ def test_two_runs_do_not_share_an_output_dir(here: Path, capsys: pytest.CaptureF
         assert "another run is working" in fails(capsys, "score")
 
 
+def test_a_lock_that_ended_with_its_run_holds_nothing(here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run removes the file between this one's opening and locking it: a third could lock a new one."""
+    import fcntl
+
+    flock = fcntl.flock
+
+    def removed_first(lock: object, how: int) -> None:
+        (here / "out" / ".lock").unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    assert "another run is working" in fails(capsys, "score")
+
+
 def test_a_setting_written_as_an_option_is_answered_with_how_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "x"]) == 2
     assert "unrecognized arguments: --model; settings are written key=value" in " ".join(capsys.readouterr().err.split())

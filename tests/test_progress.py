@@ -11,7 +11,7 @@ from adept_fast.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds, as tqdm sees them; one can be awaited by adding to it."""
+    """Seconds, as tqdm sees them: they pass where a test adds to them."""
     seconds = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
     return seconds
