@@ -108,8 +108,8 @@ def corpus_loss(
                 sums[index], best[index] = loss.double().sum().cpu(), choice.cpu()
             if candidates:
                 rivals = head_logits(model, hidden[list(asked)]).float()
-                for index, tokens, row in zip(batch, asked.values(), rivals, strict=True):
-                    picked[index] = int(row[list(tokens)].argmax())
+                for index, letters, row in zip(batch, asked.values(), rivals, strict=True):
+                    picked[index] = int(row[list(letters)].argmax())
             bar.update(len(batch))
     return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
 
