@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast import checkpoint
-from adept_fast.artefacts import read_json, write_json
+from adept_fast.artefacts import read_json, read_yaml, write_json
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate, largest_alpha
 from adept_fast.expansion import PRESERVING
@@ -94,10 +94,8 @@ class Evaluating(Workspace):
         """report.html, with the recipe that `run` kept."""
         if not any(path.exists() for path in (self.scores_path, self.expanded, self.eval_path)):
             raise InputError(f"{self.folder}: holds no artefacts to report: run adept-fast run first")
-        import yaml
-
         kept = self.folder / "recipe.yaml"
-        recipe = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.exists() else self.recipe.as_dict()
+        recipe = read_yaml(kept) if kept.exists() else self.recipe.as_dict()
         path = write_report(self.folder, recipe, versions())
         self.say(f"report: {path}")
         return path

@@ -74,6 +74,7 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["tune.per_device_train_batch_size=0"], "tune.per_device_train_batch_size must be a whole number"),
         (["domain={path: domain.txt, weight: 0.0001}"], "leave no document"),
         (["seed=-1"], "seed must be from 0"),
+        (["tune.general_limit=-0.1"], "tune.general_limit must be 0 or more"),
         (["domain=[" + "none.txt, " * 40 + "]"], "none.txt: no such file"),  # longer than a file name may be
     ],
 )
@@ -118,6 +119,8 @@ def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) ->
     for command in ("score", "expand", "verify", "tune", "eval", "report"):
         assert main([command, *BASE]) == 0, command
     assert not (here / "out" / ".lock").exists()
+    (here / "out" / "recipe.yaml").write_text("{")
+    assert "recipe.yaml: not valid YAML" in fails(capsys, "report")
 
 
 def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: pytest.CaptureFixture) -> None:

@@ -66,4 +66,7 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
             compare([one, run(tmp_path / key, "full", 1, 3.0, 2.0, {key: "x"})], tmp_path / "out")
     with pytest.raises(InputError, match="the same seed"):
         compare([one, run(tmp_path / "again", "adept", 1, 3.0, 2.0)], tmp_path / "out")
+    (one / "recipe.yaml").write_text("- 3\n")
+    with pytest.raises(InputError, match="recipe.yaml: expected keys and values, found list"):
+        compare([one, tmp_path / "again"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

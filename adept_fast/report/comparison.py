@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adept_fast.artefacts import read_json, write_json, write_text
+from adept_fast.artefacts import read_json, read_yaml, write_json, write_text
 from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
 from adept_fast.report.page import flat, read_log
@@ -110,13 +110,11 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
 
 
 def _finished(folder: Path) -> Finished:
-    import yaml
-
     evaluation, kept = folder / "eval.json", folder / "recipe.yaml"
     for path in (evaluation, kept):
         if not path.is_file():
             raise InputError(f"{path}: missing: {folder} holds no run that has ended: adept-fast run ends it")
-    content, recipe = read_json(evaluation), yaml.safe_load(kept.read_text(encoding="utf-8"))
+    content, recipe = read_json(evaluation), read_yaml(kept)
     models = content.get("models") or {}
     if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")

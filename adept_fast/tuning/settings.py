@@ -81,8 +81,10 @@ def check_settings(settings: TuningSettings) -> None:
         if value not in known:
             raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
     _ = settings.rates
-    if settings.anchor_weight is not None and not settings.anchor_weight >= 0:
-        raise InputError(f"tune.anchor_weight must be 0 or more, found {settings.anchor_weight}")
+    for key in ("anchor_weight", "general_limit"):
+        value = getattr(settings, key)
+        if value is not None and not value >= 0:
+            raise InputError(f"tune.{key} must be 0 or more, found {value}")
     args = arguments(settings, Path("unused"), quiet=True)
     if args.save_only_model:
         raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
