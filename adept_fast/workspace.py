@@ -65,7 +65,7 @@ class Workspace:
                 remove_leftovers(self.folder)
                 yield
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     @cached_property
     def source(self) -> Path:
