@@ -149,10 +149,13 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
         ("gemma4_text", (*_CUT[:2], "mlp", *(f"{place}_layernorm" for place in ("post_attention", "pre_feedforward", "post_feedforward")))),
         ("llama4_text", (*_CUT[:2], _CUT[3])),  # its base_model is itself
         ("xglm", ()),  # wants a mask for each variant
+        # its final norm stands behind what calls the layers
+        ("roberta-prelayernorm", ("attention.self.query", "attention.output.dense", "intermediate", "output.dense")),
     ],
 )
 def test_family_that_differs_from_the_others(family: str, cut: tuple[str, ...] | None) -> None:
-    model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY), tiny_models.items(3)
+    changes = {"is_decoder": True} if "roberta" in family else {}
+    model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY, **changes), tiny_models.items(3)
     assert sweep.plan(model, items).cut == cut
     scores = score_layers(model, items, quiet=True)
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
+
+
+def layer_configs(model: PreTrainedModel) -> Sequence[PretrainedConfig]:
+    """What holds for each layer: the text config, or its own where fields of that differ from layer to layer."""
+    config = text_config(model)
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * config.num_hidden_layers
 
 
 def check_kind(config: PretrainedConfig) -> None:
@@ -112,7 +118,9 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def body(*args: object, **kwargs: object) -> Output:
         return Output(last_hidden_state=hidden[None])
 
-    with replaced_forward(_stack(model), body):  # not the base model: OPT's head calls the decoder within
+    with ExitStack() as stack:  # of the two, OPT's head calls the inner one, and where the final norm lies between them others the outer
+        for module in {headless(model), _stack(model)}:
+            stack.enter_context(replaced_forward(module, body))
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, text_config, with_hidden
+from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, layer_configs, replaced_forward, text_config, with_hidden
 from adept_fast.importance.packs import Pack, packed
 from adept_fast.importance.rows import cut_modules, cut_to
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from adept_fast.data.items import Item
 
@@ -163,16 +163,15 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
 def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) -> float:
     """FLOPs of `calls` layers a token (2 a weight, causal attention within items) and of the head on the pack's rows of each variant."""
     config, layers = text_config(model), decoder_layers(model)
-    weights, width = _matrices(layers) / len(layers), sum(_attention_width(layer, config) for layer in layers) / len(layers)
+    weights, width = _matrices(layers) / len(layers), sum(map(_attention_width, layer_configs(model))) / len(layers)
     body = calls * sum(length * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
     return body + 2.0 * variants * len(pack.rows) * config.hidden_size * config.vocab_size
 
 
-def _attention_width(layer: nn.Module, config: Any) -> int:
+def _attention_width(config: PretrainedConfig) -> int:
     """Heads times their dimension; 0 without them, as of a state-space model."""
     heads = getattr(config, "num_attention_heads", 0)
-    sizes = (getattr(module, "head_dim", None) for module in layer.modules())
-    return heads * (next((size for size in sizes if isinstance(size, int)), None) or config.hidden_size // heads) if heads else 0
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
 
 def _matrices(module: nn.Module) -> int:

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers, describe, device_of, evaluating, hidden_of, replaced_forward, text_config, with_hidden
+from adept_fast.families import decoder_layers, describe, device_of, evaluating, hidden_of, layer_configs, replaced_forward, with_hidden
 from adept_fast.importance.masking import LOSSES, item_losses
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.packs import Pack
@@ -61,13 +61,14 @@ def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[in
     """The units of some layers (none: of all), by layer. Raises InputError for an unknown granularity, a wrong layer, or no units."""
     if granularity not in GRANULARITIES:
         raise InputError(f"units to mask must be one of {', '.join(GRANULARITIES)}, found {granularity!r}")
-    modules, config = decoder_layers(model), text_config(model)
+    modules, configs = decoder_layers(model), layer_configs(model)
     wanted = sorted(range(len(modules)) if layers is None else set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(modules):
         raise InputError(f"layers must be from 0 to {len(modules) - 1}, found {wanted}")
     silent = describe(model).silent if granularity == "head" else ()
     found: list[MaskedUnit] = []
     for layer in wanted:
+        config = configs[layer]
         for path, module in modules[layer].named_modules():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -83,7 +84,7 @@ def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[in
                     kind = f"{branch or path}[{group}]"
                     found.append(MaskedUnit(layer, path, kind, group * width // groups, (group + 1) * width // groups))
     if not found:
-        raise InputError(f"{config.model_type}: its layers {wanted} have no projections to mask")
+        raise InputError(f"{model.config.model_type}: its layers {wanted} have no projections to mask")
     return found
 
 
