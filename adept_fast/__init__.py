@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-    from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original, verify_expansion
+    from adept_fast.expansion import (
+        apply_copies,
+        dial,
+        expand_checkpoint,
+        expand_model,
+        extract_copies,
+        freeze_original,
+        merge_copies,
+        remove_copies,
+        verify_expansion,
+    )
     from adept_fast.importance import (
         LayerScores,
         Race,
@@ -99,7 +109,13 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    try:
+        module = import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("adept_fast"):
+            raise
+        raise ModuleNotFoundError(f"adept_fast.{name} needs {error.name}: pip install 'adept-fast[hf]'", name=error.name) from error
+    value = globals()[name] = getattr(module, name)
     return value
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 from adept_fast.errors import InputError
 
 MODEL = ("model_name_or_path",)
+HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules that no command does without
 SHARED = ("score", "tune")  # what several processes, as accelerate or torchrun start them, do together
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
@@ -183,7 +184,7 @@ def _say(line: str) -> None:
 def _needs_extra() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("transformers", "safetensors", "yaml", "tqdm", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in HF if find_spec(name) is None]
     if missing:
         raise InputError(f"the command line needs {', '.join(missing)}: pip install 'adept-fast[hf]'")
 

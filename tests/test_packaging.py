@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -61,10 +62,16 @@ p = torch.nn.Parameter(torch.tensor([1.5, -2.5]))
 p.grad = torch.tensor([0.3, -0.7])
 adept_fast.AdamW([p], lr=1e-2, weight_decay=0.1).step()
 print([round(x, 4) for x in p.tolist()])
+try:
+    adept_fast.score_layers
+except ModuleNotFoundError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[1.4885, -2.4875]"
+    step, missing = done.stdout.strip().splitlines()
+    assert step == "[1.4885, -2.4875]"
+    assert re.fullmatch(r"adept_fast\.score_layers needs \w+: pip install 'adept-fast\[hf\]'", missing)
 
 
 def test_transformers_imports_from_the_root() -> None:
@@ -102,6 +109,9 @@ def test_public_name_imports_and_is_documented(name: str) -> None:
 
 def test_public_names_are_sorted_and_complete() -> None:
     assert adept_fast.__all__ == sorted(adept_fast._MODULES)
+    tree = ast.parse((ROOT / "adept_fast" / "__init__.py").read_text())  # what type checkers and editors read
+    seen = {alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {name: module for name, module in seen.items() if module.startswith("adept_fast")} == adept_fast._MODULES
 
 
 def test_unknown_name_raises_attribute_error() -> None:
