@@ -241,7 +241,9 @@ def whole_sums(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     total = values.new_zeros(len(values), *(parameter.shape[axis] for axis in axes))
     held = tuple(slice(first, first + count) for first, count in (shard.held[axis] for axis in axes))
     total[:, *held] = values.view(len(values), *(shard.held[axis][1] for axis in axes))
-    total = total.to(shard.mesh.device_mesh.device_type)  # from the CPU, where it may be offloaded, while the collectives are NCCL's
+    kind = shard.mesh.device_mesh.device_type
+    if total.device.type != kind:  # offloaded to the CPU, while the collectives may be NCCL's
+        total = total.to(kind)
     for mesh_dim in shard.mesh.dims:
         torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
     return total.flatten(1).to(values.device)
