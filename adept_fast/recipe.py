@@ -145,7 +145,7 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            content = yaml.load(Path(path).read_text(encoding="utf-8"), _each_key_once()) or {}
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path}: no such recipe (a setting is written key=value)") from None
         except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -162,6 +162,21 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
         if not getattr(recipe, key):
             raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
     return recipe
+
+
+def _each_key_once() -> Any:
+    """A safe loader for tables without a key that stands there twice, of which YAML would take the last without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    raise yaml.YAMLError(f"{key.value} stands there twice, first in line {key.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def check_method(recipe: Recipe) -> None:

@@ -95,3 +95,6 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
             load(str(tmp_path / path))
     with pytest.raises(InputError, match="not valid YAML"):
         load(str(tmp_path / "bad.yaml"))
+    (tmp_path / "twice.yaml").write_text("domain:\n- {path: a}\ntune: {k: 1}\nexpand:\n  k: 2\ntune:\n  block_size: 3\n")
+    with pytest.raises(InputError, match="twice.yaml: not valid YAML .tune stands there twice, first in line 3"):
+        load(str(tmp_path / "twice.yaml"))
