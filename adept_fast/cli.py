@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(given.command, given.action, getattr(given, "settings", []))
     except KeyboardInterrupt:
-        _complain("interrupted; the same command goes on from here")
+        kept = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
+        _complain(f"interrupted; {kept}")
         return 130
     except BaseException as error:
         if given.debug or isinstance(error, SystemExit):
