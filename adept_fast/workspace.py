@@ -40,7 +40,7 @@ class Workspace:
         A folder that was made for nothing, as where the run is refused, does not stay."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
-        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with self._locked() if distributed.leads() else nullcontext():
