@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adept_fast.errors import InputError
+from adept_fast.families import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +36,11 @@ def _refuse_reentrant(model: nn.Module) -> None:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """For the time being; activations stay checkpointed where they are in training."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    modes = [(module, module.training) for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    with evaluating(model):
         for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = mode
-        yield
-    finally:
-        for module, mode in modes:
             module.training = mode
+        yield
 
 
 @contextmanager
