@@ -60,16 +60,19 @@ def found(place: str) -> tuple[object, str]:
 
 
 def kill_at(place: str, calls: int) -> None:
-    """SIGKILL this process at the call of `place` after `calls` of them; "outer>inner" counts the calls of inner within outer."""
+    """SIGKILL this process at the call of `place` after `calls` of them; "outer>inner" counts the calls of inner within outer, and a "*"
+    behind the name lets it be called for each element of its first argument alone."""
     outer, _, inner = place.rpartition(">")
-    holder, name = found(inner)
+    holder, name = found(inner.rstrip("*"))
     original, left, inside = getattr(holder, name), [calls], [not outer]
 
     def counted(*args, **kwargs):
-        left[0] -= inside[0]
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
+        for each in [([one], *args[1:]) for one in args[0]] if inner.endswith("*") else [args]:
+            left[0] -= inside[0]
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*each, **kwargs)
+        return result
 
     setattr(holder, name, counted)
     if outer:

@@ -40,6 +40,13 @@ MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.data.stream:Stream._next_block", 14),  # streaming
     ("adept_fast.data.stream:_Shuffled._fill", 3),
     ("adept_fast.optim.adamw:AdamW.step", 7),
+    ("adept_fast.optim.cpu:adamw*", 7 * 24),  # between two parameters of a step
+)
+RESUMING = (  # where there is a checkpoint to go on from
+    ("adept_fast.data.stream:Stream.load", 1),
+    ("adept_fast.tuning.staged:load_file", 1),  # the copies
+    ("torch:load", 3),  # optimizer, schedule, random state
+    ("adept_fast.optim.adamw:restored", 24),  # between two parameters of the optimizer's state
 )
 
 
@@ -113,7 +120,7 @@ def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attem
 def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
     """Two domain files, one annealed, and replay, shuffled in windows.
 
-    Half of the moments by the clock, anywhere in a run, half at a random call of a place where state is made or written.
+    Some moments by the clock, anywhere in a run, the others at a random call of each place where state is made, written or read.
     """
     remarks = [f"{sentence} It is remark {number}." for number, sentence in enumerate(tiny_models.SENTENCES)]
     (folder / "first.txt").write_text("\n\n".join(remarks[::2]))
@@ -131,16 +138,22 @@ def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: P
     seconds = time.perf_counter() - started
     assert code == 0, said
     random, kills, runs = Random(6), 0, 0
-    while kills < KILLS:
+    left = {False: random.sample(MOMENTS, len(MOMENTS)), True: random.sample(RESUMING, len(RESUMING))}
+    while kills < KILLS or left[False] or left[True]:
         output = f"disturbed{runs}"
-        place, calls = MOMENTS[kills // 2 % len(MOMENTS)]
-        moment = {"place": place, "calls": random.randrange(calls)} if kills % 2 else {"seconds": seconds * random.random()}
+        resumes = bool(left[True]) and any((folder / output).rglob("checkpoint-*/trainer_state.json"))
+        moment = {"seconds": seconds * random.random()}
+        if kills % 4 and left[resumes]:
+            place, calls = left[resumes][-1]
+            moment = {"place": place, "calls": random.randrange(calls)}
         code, said = attempts.run(["run", *settings(folder, output), *given], folder / "said", **moment)
         assert code in (0, -9), said
         kills += code == -9
         if code == 0:
             assert_same_artefacts(folder / output, folder / "undisturbed")
             runs += 1
+        elif "place" in moment:
+            left[resumes].pop()
     code, said = attempts.run(["run", *settings(folder, output), *given], folder / "said")
     assert code == 0, said
     assert_same_artefacts(folder / output, folder / "undisturbed")
