@@ -35,7 +35,8 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
     """Loss of each row in nats: fp32 (fp64 for fp64) of the shape of `targets`, 0 where the target is -100, differentiable in `hidden`.
 
     hidden: [..., width] of fp32, bf16, fp16 or fp64; targets: [...] of int64. Rows without a target cost nothing. Raises InputError for
-    shapes that do not fit, and where the head would need a gradient.
+    shapes that do not fit, where the head would need a gradient, and where a gradient is differentiated again. A target outside the
+    vocabulary is an IndexError on a CPU; in the kernels of a GPU, for which nobody waits, its row's loss and gradient are NaN.
     """
     hidden, head, targets = _checked(hidden, head, targets)
     if hidden.requires_grad and torch.is_grad_enabled():
@@ -124,12 +125,28 @@ def _(
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return ((losses[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), *(None,) * 6)
+    slope, hidden = ctx.saved_tensors
+    found = (losses[:, None] * slope).to(ctx.dtype)
+    if torch.is_grad_enabled():  # by create_graph=True; `slope` does not know that it depends on `hidden`
+        found = _Once.apply(found, hidden)
+    return (found, *(None,) * 6)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient of `hidden` that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, found: Tensor, hidden: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor | None, ...]:
+        raise InputError("linear_cross_entropy has no second derivative: take F.cross_entropy of the logits where one is needed")
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

@@ -112,8 +112,8 @@ def share_kernel(
 ):
     """Program (a, b) takes ROWS rows through share b of the vocabulary, `blocks` blocks of VOCABULARY entries.
 
-    maxima, sums, wanted, weighted: fp32 [shares, rows]; likeliest: int64, the same. wanted: z_target in the share that holds it, else 0;
-    weighted: sum of exp(z of the base - its maximum) (z of the base - z). The base of row i is row i % base_rows.
+    maxima, sums, wanted, weighted: fp32 [shares, rows]; likeliest: int64, the same. wanted: z_target in the share that holds it, else 0
+    (NaN where none does); weighted: sum of exp(z of the base - its maximum) (z of the base - z). The base of row i is row i % base_rows.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
@@ -123,7 +123,7 @@ def share_kernel(
     target = tl.load(targets + first_row + i)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    target_z = tl.zeros((ROWS,), tl.float32)
+    target_z = tl.where((target >= 0) & (target < vocabulary), 0.0, float("nan"))
     best = tl.zeros((ROWS,), tl.int64)
     base_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     divergence = tl.zeros((ROWS,), tl.float32)
@@ -165,6 +165,7 @@ def share_kernel(
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
     """See adept_fast.reference. hidden, head: one of fp32, bf16 and fp16; a divergence multiplies twice, a gradient three times as much.
 
+    A target outside the vocabulary, of which the host hears nothing, makes its row's loss and gradient NaN.
     Holds beside its results 24 bytes a row and share of the vocabulary: at most 24 PROGRAMS tile.rows, 3 MiB, and 24 a row.
     """
     rows, width = hidden.shape
@@ -209,9 +210,10 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
     if variants:
         base = torch.arange(rows, device=hidden.device) % (rows // variants)
         kl = (weighted * shrink[:, base]).sum(0) / total[base] - normaliser[base] + normaliser
+    losses = normaliser - wanted.sum(0)
     grads = hidden.new_empty(0, width, dtype=torch.float32)
     if gradient:
         from adept_fast.kernels.linear_cross_entropy_gradient import input_gradient
 
-        grads = input_gradient(hidden, head._replace(weight=weight), targets, normaliser)
-    return RowLosses(normaliser - wanted.sum(0), likeliest.gather(0, share[None])[0], kl, grads)
+        grads = input_gradient(hidden, head._replace(weight=weight), targets, torch.where(losses.isnan(), losses, normaliser))
+    return RowLosses(losses, likeliest.gather(0, share[None])[0], kl, grads)

@@ -96,8 +96,25 @@ def excess(case: tuple, device: str) -> dict[str, Any]:
     }
 
 
+def nan_alone(dtype: str, device: str) -> dict[str, bool]:
+    """Whether targets outside the vocabulary make their rows NaN, in loss and gradient, and no other row any different."""
+    hidden, head, targets = (x.to(device) if isinstance(x, Tensor) else x for x in inputs(37, 24, 1203, False, 0.37, 9.0, DTYPES[dtype]))
+    head, stray = head._replace(weight=head.weight.to(device)), targets.clone()
+    stray[[0, 3, 35]] = torch.tensor([-1, 1203, 2**40], device=device)
+    found = []
+    for wanted in (targets, stray):
+        h = hidden.clone().requires_grad_()
+        losses = linear_cross_entropy(h, head, wanted, backend="triton")
+        gradient = torch.autograd.grad(losses.sum(), h)[0]
+        predicted = linear_predictions(h, head, wanted, backend="triton")[0]
+        divergence = linear_divergence(torch.stack([hidden, hidden + 1]), head, wanted, backend="triton").losses
+        found.append({"losses": losses[:, None], "gradient": gradient, "predicted": predicted[:, None], "divergence": divergence.T})
+    right, outside = found[0], stray != targets
+    return {name: bool(x[outside].isnan().all()) and torch.equal(x[~outside], right[name][~outside]) for name, x in found[1].items()}
+
+
 @pytest.fixture(scope="module")
-def interpreted() -> list[dict[str, Any]]:
+def interpreted() -> dict[str, Any]:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
@@ -106,10 +123,22 @@ def interpreted() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: "-".join(map(str, CASES[index])).replace(" ", ""))
-def test_interpreted_kernels_are_no_further_from_fp64_than_torch(interpreted: list[dict[str, Any]], index: int) -> None:
-    found = dict(interpreted[index])
+def test_interpreted_kernels_are_no_further_from_fp64_than_torch(interpreted: dict[str, Any], index: int) -> None:
+    found = dict(interpreted["cases"][index])
     assert found.pop("repeats")
     assert all(value <= 0 for value in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_target_outside_the_vocabulary_makes_its_row_nan(interpreted: dict[str, Any], dtype: str) -> None:
+    assert all(interpreted["nan alone"][dtype].values()), interpreted["nan alone"][dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_target_outside_the_vocabulary_makes_its_row_nan_on_a_gpu(dtype: str) -> None:
+    found = nan_alone(dtype, "cuda")
+    assert all(found.values()), found
 
 
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -164,4 +193,4 @@ def test_gpu_is_no_further_from_fp64_than_torch(case: tuple) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps([excess(case, "cpu") for case in CASES]))
+    print(json.dumps({"cases": [excess(case, "cpu") for case in CASES], "nan alone": {dtype: nan_alone(dtype, "cpu") for dtype in DTYPES}}))

@@ -158,6 +158,18 @@ def test_targets_outside_the_vocabulary_are_refused(name: str, wrong: int) -> No
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    hidden, head, targets = inputs(*SHAPES[1], torch.float32)
+    mixing = torch.eye(hidden.shape[1], requires_grad=True)
+    losses = linear_cross_entropy(hidden @ mixing, head, targets, backend=name)
+    (first,) = torch.autograd.grad(losses.sum(), mixing, retain_graph=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), mixing, create_graph=True)
+    assert torch.equal(gradient, first)
+    with pytest.raises(InputError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), mixing)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_autocast_casts_the_inputs_and_no_sum(name: str) -> None:
     hidden, head, targets = inputs(*SHAPES[1], torch.float32)
     low = Projection(head.weight.bfloat16(), None if head.bias is None else head.bias.bfloat16(), head.scale, head.softcap)
