@@ -24,7 +24,7 @@ from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
 from adept_fast.pipeline import Pipeline
 from adept_fast.recipe import Recipe, load
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, sharded
+from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, meter, sharded
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.position import IN_ORDER, StreamPosition
@@ -32,6 +32,7 @@ from adept_fast.tuning.staged import StagedTrainer
 from adept_fast.units import GRANULARITIES, Units
 
 GLOBAL_BATCH = 4
+METERED = 4
 
 
 class Fsdp2:
@@ -80,7 +81,7 @@ def trained(
     log = TrainerLog(folder / "log.jsonl")
     held = {
         "anchor": Anchor(tiny_models.items(4, seed=7), 0.5, every=6, tokens=40),
-        "meter": Meter(tiny_models.items(1, seed=11), limit=0.02, action="cut"),
+        "meter": Meter(tiny_models.items(METERED, seed=11), limit=0.02, action="cut"),
     }
     options = {
         "refresh_steps": 4,
@@ -188,10 +189,14 @@ def check(trainer: AdeptTrainer, log: list[dict], alone: Path) -> None:
 
 def equals_one_process(folder: Path, engine: str) -> None:
     as_launched()
+    run, metered = meter.batch_loss, []
+    meter.batch_loss = lambda model, items: metered.append(items) or run(model, items)
     for units in GRANULARITIES:
         trainer, log = trained(folder / f"{engine}-{dist.get_world_size()}-{units}", ENGINES[engine], units)
         assert sharded.shards(trainer.model) == (engine == "fsdp2")
         check(trainer, log, folder / f"alone-{units}")
+    readings = 2 * 6  # of the runs by head and by neuron
+    assert len(metered) == readings * METERED // (1 if engine == "fsdp2" else dist.get_world_size())
 
 
 def resumes(folder: Path, engine: str, saved: Path, units: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adept_fast import distributed
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
@@ -44,24 +45,31 @@ class Anchor:
         """Whether step `step` (from 0, when copies are silent and there is nothing to hold) has the anchor's loss."""
         return step > 0 and step % self.every == 0
 
-    def backward(self, model: PreTrainedModel, step: int, scale: Tensor | float = 1.0) -> Tensor:
+    def backward(self, model: PreTrainedModel, step: int, scale: Tensor | float = 1.0, share: bool = False) -> Tensor:
         """Add the gradient of the anchor's loss, times `scale` (a loss scaler's), to .grad: once a step, however many batches it
-        accumulates. Returns the mean KL in nats per token. In eval mode, so that no random number is drawn."""
+        accumulates. Returns the mean KL in nats per token. In eval mode, so that no random number is drawn.
+
+        share: processes that hold the same model share the items out; each adds its part, so that the mean over processes, which DDP
+        takes, is the whole gradient. Of a sharded model (FSDP2) all run all items, whatever `share` says."""
         items = self._groups[step // self.every % len(self._groups)]
-        with in_eval_mode(model), embeddings_apart(model), torch.enable_grad():
-            kl = divergence_from_base(model, items)
-            (kl * (self.weight * scale)).backward()
-        return kl.detach()
+        tokens = sum(len(item.input_ids) for item in items)
+        share = share and not any(map(is_sharded, model.parameters()))
+        mine = distributed.share(items) if share else items
+        kl = torch.zeros((), device=device_of(model))
+        if mine:
+            with in_eval_mode(model), embeddings_apart(model), torch.enable_grad():
+                kl = divergence_from_base(model, mine) / tokens
+                (kl * (self.weight * scale * (distributed.processes() if share else 1))).backward()
+        return distributed.total(kl.detach()) if share else kl.detach()
 
 
 def divergence_from_base(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
-    """Mean over all tokens of `items`, run as one padded batch, of KL(base || model), 0-d, nats; differentiable in the copies."""
+    """KL(base || model) summed over all tokens of `items`, run as one padded batch, 0-d, nats; differentiable in the copies."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(item.input_ids) for item in items], batch_first=True).to(device_of(model))
     there = torch.cat([torch.arange(len(item.input_ids)) + row * ids.shape[1] for row, item in enumerate(items)]).to(ids.device)
     with bypassed(model), torch.no_grad():
         base = _log_probabilities(model, ids, there)
-    found = _log_probabilities(model, ids, there)
-    return functional.kl_div(found, base, reduction="sum", log_target=True) / len(there)
+    return functional.kl_div(_log_probabilities(model, ids, there), base, reduction="sum", log_target=True)
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:

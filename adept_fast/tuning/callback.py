@@ -42,7 +42,8 @@ class AdeptCallback(Monitor, ExportableState):
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
     tensor any other one made from `rate_groups`.
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
-    optimizer was saved with. On several processes the probe is shared out (DDP), or run by all alike (FSDP2).
+    optimizer was saved with. On several processes the probe and the items of meter and anchor are shared out (DDP),
+    or run by all alike (FSDP2).
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class AdeptCallback(Monitor, ExportableState):
         if self.anchor and self.anchor.due(state.global_step):
             scaler = getattr(optimizer, "scaler", None)
             scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=args.device))
-            self._anchored = self.anchor.backward(bare(model), state.global_step, scale)
+            self._anchored = self.anchor.backward(bare(model), state.global_step, scale, share=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any

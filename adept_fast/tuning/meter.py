@@ -24,7 +24,7 @@ from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.gradient_sums import whole_sums
 from adept_fast.losses import batch_loss
-from adept_fast.optim.shards import local, shard_of, whole
+from adept_fast.optim.shards import is_sharded, local, shard_of, whole
 from adept_fast.probing import only_these_require_grad
 from adept_fast.progress import Progress
 from adept_fast.units import Units
@@ -79,8 +79,8 @@ class Meter:
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:
-        """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. On several processes
-        all run the same items."""
+        """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. Processes that hold the
+        same model (DDP) share the items out; of a sharded one (FSDP2) all run all of them."""
         loss, gradients = self._gradients(model, units, quiet)
         state = self._state
         state.first = loss if state.first is None else state.first
@@ -101,19 +101,25 @@ class Meter:
     def _gradients(self, model: PreTrainedModel, units: Units, quiet: bool) -> tuple[float, dict[str, Tensor]]:
         """Mean loss and its gradient, fp32, of this process's part of each parameter."""
         parameters = {name: model.get_parameter(name) for name in units.slices}
-        tokens, total = sum(item.supervised for item in self.items), 0.0
+        tokens, total = sum(item.supervised for item in self.items), torch.zeros((), dtype=torch.float64)
+        share = not any(map(is_sharded, model.parameters()))
+        items = distributed.share(self.items) if share else self.items
         sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
         with only_these_require_grad(model, parameters.values()):
-            for item in Progress(self.items, desc="forgetting meter", unit="item", quiet=quiet):
+            for item in Progress(items, desc="forgetting meter", unit="item", quiet=quiet):
                 loss = batch_loss(model, [item])
                 loss.backward()
-                total += float(loss.detach())
+                total += loss.detach().double().cpu()
                 with torch.no_grad():
                     for name, parameter in parameters.items():
                         if parameter.grad is not None:
                             sums[name] += local(parameter.grad, parameter)
                             parameter.grad = None
-        return total / tokens, {name: gradient / tokens for name, gradient in sums.items()}
+        if share:
+            total = distributed.total(total)
+            for name, gradient in sums.items():
+                sums[name] = distributed.total(gradient)
+        return float(total) / tokens, {name: gradient / tokens for name, gradient in sums.items()}
 
     def _predict(self, model: PreTrainedModel, units: Units) -> tuple[Tensor, Tensor]:
         found: list[dict[str, Tensor]] = [{}, {}, {}]
