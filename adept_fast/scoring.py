@@ -33,7 +33,7 @@ from adept_fast.importance import (
     selection_stability,
 )
 from adept_fast.record import AdeptConfig
-from adept_fast.report import PICTURES, save_png, unit_profile
+from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.workspace import Workspace
 
 APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of their own
@@ -89,7 +89,7 @@ class Scoring(Workspace):
             if figure is not None:
                 save_png(figure, self.folder / name)
         values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
-        self.say(f"chosen layers ({scores.loss}, nats per token lost without each): {values}")
+        self.say(f"chosen layers ({measure_of(content)}): {values}")
         return scores
 
     def _measured(self, journal: Path, inputs: dict[str, Any]) -> LayerScores:
@@ -97,22 +97,27 @@ class Scoring(Workspace):
         self._check_model()
         model = checkpoint.load_model(self.source, **self.loading)
         items = self.items(records, score.probe_format)
-        self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {self._loss}")
-        race = Race(self.recipe.expand.k, score.regret, score.confidence) if score.regret is not None else None
+        by = self._loss if score.method == "masking" else score.method
+        self.say(f"scoring {text_config(model).num_hidden_layers} layers on {len(items)} probe items by {by}")
         return score_layers(
             model,
             items,
             score.method,
             self._loss if score.method == "masking" or score.loss else "answer",
-            losses=LOSSES if score.loss is None and race is None and score.method == "masking" else (),
+            losses=LOSSES if score.loss is None and self._race is None and score.method == "masking" else (),
             domain=self._domain_items(),
-            race=race,
+            race=self._race,
             sweep_tokens=score.sweep_tokens,
             seed=score.seed,
             journal=journal,
             inputs=inputs,
             quiet=self.quiet,
         )
+
+    @property
+    def _race(self) -> Race | None:
+        score = self.recipe.score
+        return None if score.regret is None else Race(self.recipe.expand.k, score.regret, score.confidence)
 
     @property
     def _loss(self) -> str:
@@ -236,6 +241,8 @@ class Scoring(Workspace):
             check_budget(expand.budget.shares)
             if self.recipe.score.regret is not None:
                 raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
+        if self._race is not None:
+            self._race.check(len(decoder_layers(skeleton)))
         for method in self.recipe.score.compare:
             if method not in CHEAP:
                 raise InputError(f"score.compare takes {', '.join(CHEAP)}, found {method!r}")

@@ -163,6 +163,11 @@ def test_setting_reading_removing() -> None:
     assert multipliers.min() > 0
     optimizer.set_unit_lr(other, 0.25)
     assert optimizer.unit_lr(other)[0].shape == ()
+    square = Parameter(torch.zeros(2, 2))
+    optimizer.add_param_group({"params": [square]})
+    for dim in (0, 1):
+        optimizer.set_unit_lr(square, torch.tensor([0.5, 1.0]), dim)
+        assert optimizer.unit_lr(square)[1] == dim, "as many multipliers, along another dimension"
     optimizer.set_unit_lr(p, None)
     assert optimizer.unit_lr(p) is None and optimizer.unit_lr(other) is not None
     optimizer.set_unit_lr(other, None)

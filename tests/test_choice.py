@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -229,3 +230,23 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before, "written again although nothing is new"
     with pytest.raises(InputError, match="no score.regret"):
         Pipeline(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append, quiet=True).score()
+
+
+def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_it_begins(tmp_path: Path) -> None:
+    tiny_models.checkpoint(tmp_path / "model", **CHANGES)
+    rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", f"probe={tmp_path / 'probe.jsonl'}"]
+    race = Pipeline(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)), quiet=True)
+    with pytest.raises(InputError, match="a race needs a k from 1 to 5"), race.held():
+        race.score()
+    assert not (tmp_path / "out").exists(), "something was measured first"
+    said: list[str] = []
+    pipeline = Pipeline(load(None, [*given, "score.method=fisher", "expand.k=2"], ("model_name_or_path",)), said.append, quiet=True)
+    with pipeline.held():
+        pipeline.score()
+        pipeline.expand()
+        pipeline.report()
+    assert any(line.endswith("probe items by fisher") for line in said)
+    assert any(line.startswith("chosen layers (fisher, sum of squared gradients): ") for line in said)
+    assert "Score (fisher, sum of squared gradients)" in (tmp_path / "out" / "report.html").read_text()

@@ -1,7 +1,7 @@
 """The report: what was gained, what was lost, and what it was made from, as one HTML file and its charts."""
 
 from adept_fast.report.certainty import conflicts, method_comparison, stability
-from adept_fast.report.charts import layer_profile
+from adept_fast.report.charts import layer_profile, measure_of
 from adept_fast.report.comparison import compare
 from adept_fast.report.drawing import save_png
 from adept_fast.report.page import write_report
@@ -20,6 +20,7 @@ __all__ = [
     "compare",
     "conflicts",
     "layer_profile",
+    "measure_of",
     "method_comparison",
     "save_png",
     "stability",

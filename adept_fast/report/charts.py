@@ -30,6 +30,13 @@ METHODS = {
 }
 
 
+def measure_of(scores: Mapping[str, Any]) -> str:
+    """What the primary values of scores.json, `scores`, are and in which unit."""
+    if scores.get("method") in METHODS:
+        return f"{scores['method']}, {METHODS[scores['method']][1]}"
+    return f"{scores.get('loss', 'not recorded')}, nats per token lost without each"
+
+
 def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
     """Importance of each layer over depth with its interval, one panel a profile, the primary first; `chosen` layers are marked.
 

@@ -15,7 +15,7 @@ from adept_fast.methods import METHODS
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.report.certainty import conflicts, method_comparison, stability
-from adept_fast.report.charts import layer_profile, losses
+from adept_fast.report.charts import layer_profile, losses, measure_of
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.forgetting import forgetting
 from adept_fast.report.rates import unit_rates
@@ -78,6 +78,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "losses": to_svg(losses(measured)) if measured else None,
         "record": record,
         "inserted": _inserted(record, scores),
+        "measure": measure_of(scores) if scores else None,
         "costs": list(_costs(scores, log, found.get("eval.json"))),
         "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
