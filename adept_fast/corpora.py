@@ -143,9 +143,9 @@ class Corpora:
     @cached_property
     def _purposes(self) -> set[str]:
         """Texts that serve another purpose than training. Of a stream's held-out documents only those that are measured."""
-        parts = self.probe
+        parts, general = self.probe, self.recipe.eval.general
         probe = _texts([*parts.scoring, *parts.steering, *parts.reporting], self.recipe.probe.column)
-        return probe | _texts(self._held_out)
+        return probe | _texts(self._held_out) | (set() if general is None else _texts(read(general), general.column))
 
     @cached_property
     def _training(self) -> TrainingText:
@@ -155,7 +155,7 @@ class Corpora:
             documents += [(document_text(record, replay.column), replay.weight) for record in read(replay)]
         kept = [(text, weight) for text, weight in documents if text not in self._purposes]
         if not kept:
-            raise InputError("domain: every document is held out or stands in the probe: none is left to train on")
+            raise InputError("domain: every document is held out or stands in the probe or eval.general: none is left to train on")
         return TrainingText([text for text, _ in kept], np.array([float(weight) for _, weight in kept]))
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import tiny_models
 
 from adept_fast.cli import COMMANDS, main
 from adept_fast.corpora import Corpora
+from adept_fast.data.sources import Source
 from adept_fast.recipe import load
 
 
@@ -144,6 +146,10 @@ def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> No
     corpora = Corpora(load(None, ["model_name_or_path=model", "domain=[a.jsonl, b.jsonl]", "probe=probe.jsonl", "tune.replay=probe.jsonl"]))
     trained, held = set(corpora.training().texts), {record.content["text"] for record in corpora.held_out(None)}
     assert len(held) == 2 and trained == set(texts) - held
+    general = [{"text": texts[3]}, {"question": "Which?", "choices": ["one", "two"], "answer": 0}]
+    (here / "general.jsonl").write_text("".join(json.dumps(record) + "\n" for record in general))
+    measured = Corpora(dataclasses.replace(corpora.recipe, eval=dataclasses.replace(corpora.recipe.eval, general=Source("general.jsonl"))))
+    assert texts[3] in trained and set(measured.training().texts) == trained - {texts[3]}, "eval.general is measured on what it trained on"
 
 
 def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> None:

@@ -136,7 +136,7 @@ class _Shuffled:
             self._start = {"position": self._reader.position, "pass": self._start["pass"] + 1, "window": 0}
             texts = self._read()
         if not texts:
-            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or stands in the probe")
+            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or stands in probe or eval.general")
         order = np.random.default_rng([self.seed, self.number, self._start["pass"], self._start["window"]]).permutation(len(texts))
         self._texts, self._tokens = [texts[index] for index in order], (0, [])
 
