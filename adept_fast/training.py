@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adept_fast import distributed
@@ -13,6 +12,7 @@ from adept_fast.artefacts import read_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.stream import StreamedText
 from adept_fast.evaluation import corpus
+from adept_fast.record import AdeptConfig
 from adept_fast.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -22,75 +22,68 @@ ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tun
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class Training(Workspace):
-    """What trains the copies, or the base where the method makes none."""
+def tuning_settings(work: Workspace) -> TuningSettings:
+    from adept_fast.tuning import TuningSettings
 
-    @cached_property
-    def training_corpus(self) -> WeightedDocuments | StreamedText:
-        """What to train on, as tokens or to be streamed. What tuning is going to do with it is said when it is first asked for."""
-        from adept_fast.tuning import plan
+    tune = work.recipe.tune
+    shared = {entry.name: getattr(tune, entry.name) for entry in fields(TuningSettings) if hasattr(tune, entry.name)}
+    return TuningSettings(**shared, equal_rates=not work.method.rates, seed=work.recipe.seed)
 
-        training = self.corpora.training()
-        corpus = training if isinstance(training, StreamedText) else training.tokenize(self.tokenizer, self.quiet)
-        planned, _ = plan(corpus, self.tokenizer, self._tuning_settings(), self.positions)
-        for line in (str(planned), planned.warning):
-            if line:
-                self.say(line)
-        return corpus
 
-    def _tuning_settings(self) -> TuningSettings:
-        from adept_fast.tuning import TuningSettings
+def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
+    """What to train on, as tokens or to be streamed. Says what tuning is going to do with it."""
+    from adept_fast.tuning import plan
 
-        tune = self.recipe.tune
-        shared = {entry.name: getattr(tune, entry.name) for entry in fields(TuningSettings) if hasattr(tune, entry.name)}
-        return TuningSettings(**shared, equal_rates=not self.method.rates, seed=self.recipe.seed)
+    training = work.corpora.training()
+    text = training if isinstance(training, StreamedText) else training.tokenize(work.tokenizer, work.quiet)
+    planned, _ = plan(text, work.tokenizer, tuning_settings(work), work.positions)
+    for line in (str(planned), planned.warning):
+        if line:
+            work.say(line)
+    return text
 
-    def _tune_inputs(self) -> dict[str, Any]:
-        tune = self.recipe.tune
-        layers: dict[str, Any] = {}
-        if self.method.copies:
-            self.need(self.expanded, "expand")
-            copied = [entry.copied_from for entry in self.require_ours(self.expanded).inserted]
-            layers = self.copies_inputs(copied)
-        inputs = {
-            **self.base_inputs(),
-            "method": self.recipe.method,
-            **layers,
-            "domain": self.corpora.training().digest,
-            "steering items": self.corpora.digest(self.corpora.steering()),
-            "seed": self.recipe.seed,
-            **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE},
-            **{f"tune.{key}": value for key, value in tune.training.items()},
-        }
-        return json.loads(json.dumps(inputs, default=str))
 
-    def tune(self) -> None:
-        from adept_fast.tuning import Bookkeeping, tune_baseline, tune_checkpoint
+def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | StreamedText | None = None) -> None:
+    """tuned/ of expanded/, whose record it is, or of the base where there is none. text: what to train on, where it is at hand already."""
+    from adept_fast.tuning import Bookkeeping, tune_baseline, tune_checkpoint
 
-        distributed.join()
-        tune, inputs = self.recipe.tune, self._tune_inputs()
-        if self.tuned.exists():
-            self.require_same(self.tuned, self.inputs_of(self.tuned), inputs)
-            self.say(f"{self.tuned}: up to date")
-            return
-        _ = self.training_corpus
-        batch = distributed.processes() * math.prod(int(tune.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
-        given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
-        books = Bookkeeping(self.work, self.log, inputs, given, self.say, self.quiet)
-        if books.started.exists():
-            self.require_same(self.work, read_json(books.started), given)
-        limit = min(self.positions, tune.block_size)
-        held = corpus("held-out domain documents", self.corpora.held_out(tune.max_items), self.tokenizer, limit)
-        monitors = {"general": self.items(self.corpora.reporting(tune.max_items)), "domain": held.items}
-        settings = self._tuning_settings()
-        if self.method.copies:
-            metering = self.items(records) if (records := self.corpora.metering()) else ()
-            steering = self.items(self.corpora.steering())
-            tune_checkpoint(
-                self.expanded, self.tuned, self.training_corpus, steering, monitors, settings, books, metering=metering, **self.loading
-            )
-            self.say(f"{self.tuned}: tuned; every original tensor is bit-equal to {self.expanded.name}/")
-        else:
-            method, rank = self.recipe.method, tune.lora_rank
-            tune_baseline(self.source, self.tuned, method, self.training_corpus, monitors, settings, books, rank=rank, **self.loading)
-            self.say(f"{self.tuned}: tuned by {method}, without copies")
+    distributed.join()
+    keys, inputs = work.recipe.tune, _inputs(work, record)
+    if work.tuned.exists():
+        work.require_same(work.tuned, work.inputs_of(work.tuned), inputs)
+        work.say(f"{work.tuned}: up to date")
+        return
+    text = training_text(work) if text is None else text
+    batch = distributed.processes() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
+    given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
+    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
+    if books.started.exists():
+        work.require_same(work.checkpoints, read_json(books.started), given)
+    limit = min(work.positions, keys.block_size)
+    held = corpus("held-out domain documents", work.corpora.held_out(keys.max_items), work.tokenizer, limit)
+    monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
+    settings = tuning_settings(work)
+    if record is not None:
+        metering = work.items(records) if (records := work.corpora.metering()) else ()
+        steering = work.items(work.corpora.steering())
+        tune_checkpoint(work.expanded, work.tuned, text, steering, monitors, settings, books, metering=metering, **work.loading)
+        work.say(f"{work.tuned}: tuned; every original tensor is bit-equal to {work.expanded.name}/")
+    else:
+        method, rank = work.recipe.method, keys.lora_rank
+        tune_baseline(work.source, work.tuned, method, text, monitors, settings, books, rank=rank, **work.loading)
+        work.say(f"{work.tuned}: tuned by {method}, without copies")
+
+
+def _inputs(work: Workspace, record: AdeptConfig | None) -> dict[str, Any]:
+    tune = work.recipe.tune
+    inputs = {
+        **work.base_inputs(),
+        "method": work.recipe.method,
+        **({} if record is None else work.copies_inputs([entry.copied_from for entry in record.inserted])),
+        "domain": work.corpora.training().digest,
+        "steering items": work.corpora.digest(work.corpora.steering()),
+        "seed": work.recipe.seed,
+        **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE},
+        **{f"tune.{key}": value for key, value in tune.training.items()},
+    }
+    return json.loads(json.dumps(inputs, default=str))

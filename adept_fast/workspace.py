@@ -31,7 +31,8 @@ class Workspace:
         self.recipe, self.say, self.quiet = recipe, say, quiet
         self.folder = recipe.folder
         self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
-        self.log, self.work, self.eval_path = self.folder / "trainer_log.jsonl", self.folder / "checkpoints", self.folder / "eval.json"
+        self.log, self.checkpoints = self.folder / "trainer_log.jsonl", self.folder / "checkpoints"
+        self.eval_path = self.folder / "eval.json"
         self.corpora = Corpora(recipe)
 
     @contextmanager
@@ -83,6 +84,11 @@ class Workspace:
     def positions(self) -> int:
         return checkpoint.positions(self.source)
 
+    @cached_property
+    def earlier(self) -> AdeptConfig | None:
+        """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
+        return AdeptConfig.find(self.source)
+
     @property
     def method(self) -> Method:
         return METHODS[self.recipe.method]
@@ -90,6 +96,9 @@ class Workspace:
     @property
     def loading(self) -> dict[str, Any]:
         return {key: getattr(self.recipe, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
+
+    def load(self, folder: Path) -> Any:
+        return checkpoint.load_model(folder, **self.loading)
 
     def base_inputs(self) -> dict[str, Any]:
         keys = ("dtype", "attn_implementation")
@@ -109,10 +118,16 @@ class Workspace:
     def require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         require_same(path, recorded, now, self.recipe.model_name_or_path)
 
-    def require_ours(self, path: Path) -> AdeptConfig:
-        """The record of an expanded or tuned checkpoint, which must be made from the recipe's model."""
-        record = AdeptConfig.load(path)
-        self.require_same(path, {"model": record.inputs.get("model")}, {"model": self.identity})
+    def require_ours(self, path: Path, recorded: Mapping[str, Any]) -> None:
+        """Raise InputError for an artefact that was made from another model than the recipe's."""
+        self.require_same(path, {"model": recorded.get("model")}, {"model": self.identity})
+
+    def copies(self) -> AdeptConfig:
+        """The record of expanded/."""
+        if not self.expanded.exists():
+            raise InputError(f"{self.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages")
+        record = AdeptConfig.load(self.expanded)
+        self.require_ours(self.expanded, record.inputs)
         return record
 
     def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
@@ -125,10 +140,6 @@ class Workspace:
         if len(fitting) < len(items):
             self.say(f"{len(items) - len(fitting)} of {len(items)} probe items are left out: too long for the model, or nothing supervised")
         return fitting
-
-    def need(self, path: Path, stage: str) -> None:
-        if not path.exists():
-            raise InputError(f"{path}: missing: run adept-fast {stage} first (the same recipe), or adept-fast run for all stages")
 
     def keep_recipe(self) -> None:
         """recipe.yaml: the resolved recipe, which makes the run again."""

@@ -10,12 +10,22 @@ import pytest
 import tiny_models
 import torch
 
-from adept_fast import compare_scores, corpus_conflicts, expand_model, freeze_original, score_layers, select_layers, selection_stability
+from adept_fast import (
+    checkpoint,
+    compare_scores,
+    corpus_conflicts,
+    expand_model,
+    freeze_original,
+    score_layers,
+    select_layers,
+    selection_stability,
+)
 from adept_fast.errors import InputError
 from adept_fast.importance import LayerScores, UnitScores, next_layer
 from adept_fast.importance.scores import ItemScores
-from adept_fast.pipeline import Pipeline
+from adept_fast.pipeline import STAGES
 from adept_fast.recipe import load
+from adept_fast.workspace import Workspace
 
 CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}
 
@@ -206,11 +216,13 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     given += ["score.compare=[gate, block_influence]", "expand.budget.parameters=0.3", "score.units=tensor"]
     given += ["score.unit_layers=[2, 5]"]
     said: list[str] = []
-    pipeline = Pipeline(load(None, given), said.append, quiet=True)
-    with pipeline.held():
-        scores = pipeline.score()
-        record = pipeline.expand()
-        pipeline.report()
+    loaded, load_model = [], checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda *given, **how: loaded.append(given) or load_model(*given, **how))
+    work = Workspace(load(None, given), said.append, quiet=True)
+    with work.held():
+        scores = STAGES["score"](work)
+        assert len(loaded) == 1, "layers, two cheap methods and units are measured on one model"
+        record, _ = STAGES["expand"](work), STAGES["report"](work)
     layers = select_layers(LayerScores.load(tmp_path / "out" / "scores.json"), budget={"parameters": 0.3})
     assert [entry.copied_from for entry in record.inserted] == layers and len(layers) == 2
     assert record.selection["shares"]["parameters"] <= 0.3 and record.selection["next"]["joins"]
@@ -225,11 +237,11 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     page = (tmp_path / "out" / "report.html").read_text()
     assert "How often each layer would be chosen" in page and "One more copy would add" in page and page.count("<svg") == 5
     before = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
-    with pipeline.held():
-        pipeline.score()
+    with work.held():
+        STAGES["score"](work)
     assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before, "written again although nothing is new"
     with pytest.raises(InputError, match="no score.regret"):
-        Pipeline(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append, quiet=True).score()
+        STAGES["score"](Workspace(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append, quiet=True))
 
 
 def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_it_begins(tmp_path: Path) -> None:
@@ -237,16 +249,15 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", f"probe={tmp_path / 'probe.jsonl'}"]
-    race = Pipeline(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)), quiet=True)
+    race = Workspace(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)), quiet=True)
     with pytest.raises(InputError, match="a race needs a k from 1 to 5"), race.held():
-        race.score()
+        STAGES["score"](race)
     assert not (tmp_path / "out").exists(), "something was measured first"
     said: list[str] = []
-    pipeline = Pipeline(load(None, [*given, "score.method=fisher", "expand.k=2"], ("model_name_or_path",)), said.append, quiet=True)
-    with pipeline.held():
-        pipeline.score()
-        pipeline.expand()
-        pipeline.report()
+    work = Workspace(load(None, [*given, "score.method=fisher", "expand.k=2"], ("model_name_or_path",)), said.append, quiet=True)
+    with work.held():
+        for stage in ("score", "expand", "report"):
+            STAGES[stage](work)
     assert any(line.endswith("probe items by fisher") for line in said)
     assert any(line.startswith("chosen layers (fisher, sum of squared gradients): ") for line in said)
     assert "Score (fisher, sum of squared gradients)" in (tmp_path / "out" / "report.html").read_text()

@@ -10,10 +10,11 @@ import tiny_models
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from adept_fast import pipeline
 from adept_fast.errors import InputError
 from adept_fast.methods import METHODS
-from adept_fast.pipeline import Pipeline
 from adept_fast.recipe import load
+from adept_fast.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
             "eval.max_items=6", "seed=3", *more,
         ],
     )  # fmt: skip
-    pipeline = Pipeline(recipe, lambda line: None, quiet=True)
-    with pipeline.held():
-        pipeline.run()
+    work = Workspace(recipe, lambda line: None, quiet=True)
+    with work.held():
+        pipeline.run(work)
     log = [json.loads(line) for line in (folder / output / "trainer_log.jsonl").read_text().splitlines()]
     return folder / output, log
 

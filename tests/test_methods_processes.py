@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sharded_worker import in_processes
 from training_worker import method_recipe, tune_by, tune_by_all
 
-from adept_fast.pipeline import Pipeline
+from adept_fast.pipeline import STAGES
+from adept_fast.workspace import Workspace
 
 METHODS = ("full", "replay", "uniform", "lora")
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
         for output in ("uniform", "uniform-ddp"):
-            Pipeline(method_recipe(folder, output, "uniform"), lambda line: None, quiet=True).expand()
+            STAGES["expand"](Workspace(method_recipe(folder, output, "uniform"), lambda line: None, quiet=True))
         for method in METHODS:
             tune_by(folder, method, method)
     in_processes(2, folder, tune_by_all, folder, METHODS)

@@ -22,7 +22,7 @@ from adept_fast.data.sources import Source
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
-from adept_fast.pipeline import Pipeline
+from adept_fast.pipeline import STAGES
 from adept_fast.recipe import Recipe, load
 from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, meter, sharded
 from adept_fast.tuning.log import TrainerLog
@@ -30,6 +30,7 @@ from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.position import IN_ORDER, StreamPosition
 from adept_fast.tuning.staged import StagedTrainer
 from adept_fast.units import GRANULARITIES, Units
+from adept_fast.workspace import Workspace
 
 GLOBAL_BATCH = 4
 METERED = 4
@@ -246,7 +247,7 @@ def method_recipe(folder: Path, output: str, method: str) -> Recipe:
 
 
 def tune_by(folder: Path, output: str, method: str) -> None:
-    Pipeline(method_recipe(folder, output, method), lambda line: None, quiet=True).tune()
+    STAGES["tune"](Workspace(method_recipe(folder, output, method), lambda line: None, quiet=True))
 
 
 def tune_by_all(folder: Path, methods: Sequence[str]) -> None:

@@ -1,0 +1,84 @@
+"""Which layers a recipe copies: as given, evenly or by their scores. The copies of a model that is expanded already are not copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adept_fast import checkpoint
+from adept_fast.errors import InputError
+from adept_fast.families import decoder_layers
+from adept_fast.importance import CHEAP, LayerScores, Race, check_budget, check_choice, evenly, next_layer, select_layers, undecided
+from adept_fast.workspace import Workspace
+
+
+def check_model(work: Workspace) -> Any:
+    """The model without its weights, whose layers the recipe must fit."""
+    skeleton, expand, score = checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code), work.recipe.expand, work.recipe.score
+    if work.earlier is not None and score.regret is not None:
+        raise InputError("score.regret: a race would count the copies that this model has already: score it without one")
+    layers = len(decoder_layers(skeleton))
+    check_choice(layers if expand.layers is not None else len(_originals(work, layers)), expand.k, expand.placement, expand.layers)
+    if expand.budget is not None:
+        check_budget(expand.budget.shares)
+        if score.regret is not None:
+            raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
+    if (raced := race(work)) is not None:
+        raced.check(layers)
+    for method in score.compare:
+        if method not in CHEAP:
+            raise InputError(f"score.compare takes {', '.join(CHEAP)}, found {method!r}")
+    return skeleton
+
+
+def race(work: Workspace) -> Race | None:
+    """For the expand.k lowest layers, where the recipe asks for one."""
+    score = work.recipe.score
+    return None if score.regret is None else Race(work.recipe.expand.k, score.regret, score.confidence)
+
+
+def by_scores(work: Workspace) -> bool:
+    return work.method.copies and work.recipe.expand.layers is None and not work.method.uniform
+
+
+def choose(work: Workspace, scores: LayerScores | None) -> list[int]:
+    """The layers to copy, ascending. Raises InputError where the recipe has them chosen by scores, and there are none."""
+    expand = work.recipe.expand
+    if expand.layers is not None:
+        return sorted(expand.layers)
+    if work.method.uniform:
+        places = _originals(work, len(decoder_layers(checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code))))
+        return [places[layer] for layer in evenly(len(places), expand.k)]
+    if scores is None:
+        raise InputError(f"{work.scores_path}: no scores yet: run adept-fast score first, or set expand.layers")
+    places = _originals(work, len(scores.values))
+    how = {"k": expand.k} if expand.budget is None else {"budget": expand.budget.shares}
+    return [places[layer] for layer in select_layers(scores.among(places), placement=expand.placement, **how)]
+
+
+def selection(work: Workspace, layers: list[int], scores: LayerScores | None) -> dict[str, Any]:
+    """How the layers were chosen, for the record."""
+    placement = work.recipe.expand.placement
+    if scores is None or not by_scores(work):
+        return {"placement": "uniform" if work.method.uniform else "given", "k": len(layers), "notes": []}
+    copies = work.earlier.copies if work.earlier else ()
+    rivals = [layer for layer in undecided(scores, layers, placement) if layer not in copies]
+    names = ", ".join(map(str, rivals))
+    found: dict[str, Any] = {
+        "placement": placement,
+        "k": len(layers),
+        "notes": [f"the intervals do not part the chosen layers from {names}: more probe items might"] if rivals else [],
+        "method": scores.method,
+        "loss": scores.loss,
+        "scores": [scores.values[layer] for layer in layers],
+    }
+    if scores.costs is not None:
+        places = _originals(work, len(scores.values))
+        following = next_layer(scores.among(places), [places.index(layer) for layer in layers], placement)
+        found["next"] = following and {**following, **{key: [places[layer] for layer in following[key]] for key in ("layers", "joins")}}
+        found["shares"] = scores.costs.shares(layers)
+    return found
+
+
+def _originals(work: Workspace, layers: int) -> list[int]:
+    """Where the layers stand that may be copied, of so many."""
+    return list(range(layers)) if work.earlier is None else work.earlier.originals
