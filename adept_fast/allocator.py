@@ -1,7 +1,7 @@
 """The C library's allocator, for work that allocates and frees the same large blocks over and over.
 
 glibc gives freed memory at the top of its heap back to the system and takes it again page by page, each a fault: up to a tenth of a
-sweep's time.
+sweep's time, and a fifth of that of a short sequence's backward.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adept_fast import distributed
+from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
@@ -82,7 +83,8 @@ def _gathered(
     parameters = {name: model.get_parameter(name) for name in dims}
     batches = [items[start : start + at_once] for start in range(0, len(items), at_once)]
     share = share and not any(map(is_sharded, model.parameters()))
-    with only_these_require_grad(model, parameters.values()), GradientSums(parameters, dims, not corpus, corpus) as sums:
+    hooks = GradientSums(parameters, dims, not corpus, corpus)
+    with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums:
         mine = distributed.share(batches) if share else batches
         for batch in Progress(mine, desc=title, unit="item" if at_once == 1 else "batch", quiet=quiet):
             sums.backward(batch_loss(model, batch))

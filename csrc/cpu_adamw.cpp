@@ -1,7 +1,6 @@
 #include "cpu_adamw.h"
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -28,26 +27,6 @@ public:
 private:
     std::vector<std::int64_t> ends_;
 };
-
-template <class F>
-struct Queue {
-    const F& body;
-    const std::int64_t count;
-    std::atomic<std::int64_t> next{0};
-
-    static void drain(void* self) {
-        Queue& queue = *static_cast<Queue*>(self);
-        for (std::int64_t chunk; (chunk = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;) {
-            queue.body(chunk);
-        }
-    }
-};
-
-template <class F>
-void for_each_chunk(std::int64_t count, int threads, const F& body) {
-    Queue<F> queue{body, count};
-    run_on_threads(static_cast<int>(std::min<std::int64_t>(threads, count)), &Queue<F>::drain, &queue);
-}
 
 template <class T>
 void fill_rates(const Work& work, const float* multipliers, T* decay, T* step) {
@@ -108,7 +87,7 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
         work.push_back(one);
         chunks.add(t.numel);
     }
-    for_each_chunk(chunks.count(), threads, [&](std::int64_t chunk) {
+    for_each(chunks.count(), threads, [&](std::int64_t chunk) {
         chunks.visit(chunk, [&](std::size_t i, std::int64_t first) {
             set.update(work[i], first, std::min(kChunk, work[i].tensor.numel - first));
         });
@@ -120,7 +99,7 @@ double sum_of_squares(const Gradient* gradients, std::int64_t count, int threads
     Chunks chunks;
     for (std::int64_t i = 0; i < count; ++i) chunks.add(gradients[i].numel);
     std::vector<double> partial(static_cast<std::size_t>(chunks.count()));
-    for_each_chunk(chunks.count(), threads, [&](std::int64_t chunk) {
+    for_each(chunks.count(), threads, [&](std::int64_t chunk) {
         chunks.visit(chunk, [&](std::size_t i, std::int64_t first) {
             partial[static_cast<std::size_t>(chunk)] = set.sum_of_squares(gradients[i], first, std::min(kChunk, gradients[i].numel - first));
         });

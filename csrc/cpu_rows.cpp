@@ -1,7 +1,6 @@
 #include "cpu_rows.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -15,18 +14,7 @@ namespace {
 // Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
 template <class F>
 void in_ranges(std::int64_t total, std::int64_t step, int threads, const F& body) {
-    struct Queue {
-        const F& body;
-        const std::int64_t total, step;
-        std::atomic<std::int64_t> next{0};
-    } queue{body, total, step};
-    const auto drain = [](void* data) {
-        Queue& q = *static_cast<Queue*>(data);
-        for (std::int64_t first; (first = q.next.fetch_add(q.step, std::memory_order_relaxed)) < q.total;) {
-            q.body(first, std::min(q.step, q.total - first));
-        }
-    };
-    run_on_threads(static_cast<int>(std::min<std::int64_t>(threads, (total + step - 1) / step)), drain, &queue);
+    for_each((total + step - 1) / step, threads, [&](std::int64_t i) { body(i * step, std::min(step, total - i * step)); });
 }
 
 }  // namespace

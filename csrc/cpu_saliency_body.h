@@ -11,6 +11,7 @@ namespace {
 constexpr std::int64_t kTile = 1024;  // columns whose sums stay in the first-level cache
 constexpr std::int64_t kRun = 128;    // rows whose sums of columns stay in fp32
 constexpr int kAtOnce = 4;            // rows that share a load and a store of their columns' sums
+constexpr int kAhead = 8;             // rows from those at hand to those asked of the third-level cache
 
 ADEPT_FAST_INLINE Words words(const std::uint16_t* from) {
     Halves halves;
@@ -54,6 +55,24 @@ const float* open(const void* memory, std::int64_t format, std::int64_t first, s
     return tile;
 }
 
+// A row of a tile in fp32, and the memory of the one kAhead behind it: (bytes to the next element).
+struct TileRow {
+    const float* now;
+    const char* later;
+    std::int64_t size;
+};
+
+// As open. What is asked for ahead may lie behind the end of the memory.
+TileRow open_row(const void* memory, std::int64_t format, std::int64_t first, std::int64_t n, std::int64_t columns, float* tile) {
+    const std::int64_t size = format == kFp32 ? 4 : 2;
+    return {open(memory, format, first, n, tile), static_cast<const char*>(memory) + (first + kAhead * columns) * size, size};
+}
+
+ADEPT_FAST_INLINE Lanes take(const TileRow& row, std::int64_t j) {
+    __builtin_prefetch(row.later + j * row.size, 0, 2);
+    return load(row.now + j);
+}
+
 // Sums of each of `n` lanes, as sum_of: together, because each step waits for the one before it.
 ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
     float x[kAtOnce * 3][kLanes];
@@ -69,7 +88,7 @@ ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
 // Adds g^2, and with kProducts |theta g| and theta g, of kRows rows of a tile to the sums of its columns, in the order of the rows, and
 // gives their sums: totals [kRows, kinds].
 template <bool kProducts, bool kColumns, int kRows>
-void tile_sums(std::int64_t n, const float* const* g, const float* const* theta, float* columns, float* totals) {
+void tile_sums(std::int64_t n, const TileRow* g, const TileRow* theta, float* columns, float* totals) {
     constexpr int kKinds = kProducts ? 3 : 1;
     Lanes sums[kRows * kKinds];
     for (int k = 0; k < kRows * kKinds; ++k) sums[k] = all(0.0f);
@@ -77,11 +96,11 @@ void tile_sums(std::int64_t n, const float* const* g, const float* const* theta,
         Lanes column[kKinds];
         for (int kind = 0; kColumns && kind < kKinds; ++kind) column[kind] = load(columns + kind * kTile + j);
         for (int row = 0; row < kRows; ++row) {
-            const Lanes gradient = load(g[row] + j);
+            const Lanes gradient = take(g[row], j);
             Lanes terms[kKinds];
             terms[0] = gradient * gradient;
             if (kProducts) {
-                terms[kKinds - 1] = load(theta[row] + j) * gradient;
+                terms[kKinds - 1] = take(theta[row], j) * gradient;
                 terms[kKinds / 2] = absolute(terms[kKinds - 1]);
             }
             for (int kind = 0; kind < kKinds; ++kind) {
@@ -99,11 +118,11 @@ template <bool kProducts, bool kColumns, int kRows>
 void tile_rows(const GradientPass& pass, std::int64_t row, std::int64_t first, std::int64_t n, float* columns) {
     constexpr int kKinds = kProducts ? 3 : 1;
     alignas(64) float gradient_tiles[kRows][kTile], param_tiles[kRows][kTile];
-    const float *g[kRows], *theta[kRows];
+    TileRow g[kRows], theta[kRows];
     for (int i = 0; i < kRows; ++i) {
         const std::int64_t at = (row + i) * pass.columns + first;
-        g[i] = open(pass.grad, pass.grad_format, at, n, gradient_tiles[i]);
-        theta[i] = kProducts ? open(pass.param, pass.param_format, at, n, param_tiles[i]) : nullptr;
+        g[i] = open_row(pass.grad, pass.grad_format, at, n, pass.columns, gradient_tiles[i]);
+        if (kProducts) theta[i] = open_row(pass.param, pass.param_format, at, n, pass.columns, param_tiles[i]);
     }
     float totals[kRows * kKinds];
     tile_sums<kProducts, kColumns, kRows>(n, g, theta, columns, totals);
@@ -113,7 +132,7 @@ void tile_rows(const GradientPass& pass, std::int64_t row, std::int64_t first, s
         }
         if (pass.running != nullptr) {
             float* running = pass.running + (row + i) * pass.columns + first;
-            for (std::int64_t j = 0; j < n; ++j) running[j] += g[i][j];
+            for (std::int64_t j = 0; j < n; ++j) running[j] += g[i].now[j];
         }
     }
 }

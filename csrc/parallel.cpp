@@ -19,6 +19,12 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 struct Runtime {
     std::string file;
     GompParallel parallel = nullptr;
+    int (*thread_number)() = nullptr;
+};
+
+struct Call {
+    void (*body)(void*, int);
+    void* data;
 };
 
 #if defined(__linux__)
@@ -44,10 +50,12 @@ Runtime find() {
     if (!found.file.empty()) {
         if (void* library = dlopen(found.file.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
             found.parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+            found.thread_number = reinterpret_cast<int (*)()>(dlsym(library, "omp_get_thread_num"));
         }
     }
 #endif
-    if (found.parallel == nullptr) {
+    if (found.parallel == nullptr || found.thread_number == nullptr) {
+        found.parallel = nullptr;
         found.file.clear();
     }
     return found;
@@ -63,17 +71,22 @@ const pid_t kLoadedBy = getpid();
 
 }  // namespace
 
-void run_on_threads(int threads, void (*body)(void*), void* data) {
+void run_on_threads(int threads, void (*body)(void*, int), void* data) {
     if (threads <= 1) {
-        body(data);
+        body(data, 0);
     } else if (runtime().parallel != nullptr && getpid() == kLoadedBy) {
-        runtime().parallel(body, data, static_cast<unsigned>(threads), 0);
+        Call call{body, data};
+        const auto run = [](void* given) {
+            const Call& c = *static_cast<Call*>(given);
+            c.body(c.data, runtime().thread_number());
+        };
+        runtime().parallel(run, &call, static_cast<unsigned>(threads), 0);
     } else {
         std::vector<std::thread> others;
         for (int i = 1; i < threads; ++i) {
-            others.emplace_back(body, data);
+            others.emplace_back(body, data, i);
         }
-        body(data);
+        body(data, 0);
         for (std::thread& other : others) {
             other.join();
         }

@@ -1,10 +1,43 @@
 // Threads under torch's own OpenMP runtime: a second pool beside torch's spinning one would cost more than it brings.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
 namespace adept_fast {
 
-// Calls body(data) once on each of up to `threads` threads, the calling one included, and returns when all are done. `body` must not throw.
-void run_on_threads(int threads, void (*body)(void*), void* data);
+// Calls body(data, thread) once on each of up to `threads` threads, the calling one included, and returns when all are done. `body` must
+// not throw.
+void run_on_threads(int threads, void (*body)(void*, int), void* data);
+
+// Calls body(i) for each i < count, on up to `threads` threads. Each begins with the share that it would get of equal ones in order, as
+// products of matrices divide rows, so that what a core has just written is read from its own cache; then it helps with the others'.
+template <class F>
+void for_each(std::int64_t count, int threads, const F& body) {
+    struct alignas(64) Share {
+        std::atomic<std::int64_t> next;
+        std::int64_t end;
+    };
+    struct Work {
+        const F& body;
+        std::vector<Share> shares;
+    } work{body, std::vector<Share>(static_cast<std::size_t>(std::clamp<std::int64_t>(count, 1, std::max(threads, 1))))};
+    const auto shares = static_cast<std::int64_t>(work.shares.size());
+    for (std::int64_t i = 0; i < shares; ++i) {
+        work.shares[i].next.store(i * count / shares, std::memory_order_relaxed);
+        work.shares[i].end = (i + 1) * count / shares;
+    }
+    const auto drain = [](void* data, int thread) {
+        Work& w = *static_cast<Work*>(data);
+        for (std::size_t turn = 0; turn < w.shares.size(); ++turn) {
+            Share& share = w.shares[(static_cast<std::size_t>(thread) + turn) % w.shares.size()];
+            for (std::int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) w.body(i);
+        }
+    };
+    run_on_threads(static_cast<int>(shares), drain, &work);
+}
 
 // The file of the OpenMP runtime that is used, or "" where none was found and threads are started for each call.
 const char* openmp_runtime();
