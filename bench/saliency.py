@@ -1,16 +1,16 @@
 """What taking sums of gradients adds to a backward, and the memory that gradients take: interleaved in one process.
 
     kept       loss.backward(), the gradients of all layers freed behind it
-    mapped     the same, freed memory kept mapped from one backward to the next, as a pass over a corpus has it, and all ways below
-    freed      each gradient freed by a hook as soon as it is there: what a backward costs that keeps no gradient
+    freed      the same, each gradient freed by a hook as soon as it is there: what a backward costs that keeps no gradient
     fisher     hooks with sum g^2 for rows and columns of every matrix (GradientSums without products)
     saliency   hooks with sum g^2, sum |theta g| and sum theta g of both
     corpus     hooks with sum g^2, and the running fp32 sum of gradients that |theta g| of a corpus needs
 
-All parameters of the decoder layers require a gradient in every way, and the forward is not timed; of two backwards in a row the second is.
-Overheads are medians over rounds of the ratio to `kept` (a plain backward), `mapped` and `freed` in the same round. peak_mib: what tensors
-take at most during a backward, beyond what they took before, by its own record; resident_mib: the same by the process's high-water mark,
-which adds what allocator and libraries hold.
+All parameters of the decoder layers require a gradient in every way, and the forward is not timed. Freed memory is kept mapped in all of
+them, as a pass over a corpus has it: without that, page faults of gradients make a plain backward slower and more so than the hooks.
+Overheads are medians over rounds of the ratio to `kept` and to `freed` in the same round. peak_mib: what tensors take at most during a
+backward, beyond what they took before, by its own record; resident_mib: the same by the process's high-water mark, which adds what
+allocator and libraries hold.
 sums: one matrix's sums by row and by column alone, against a copy of as many bytes in the same rounds, the cache flushed before each.
 """
 
@@ -34,7 +34,7 @@ from bench import parser
 from bench.measure import allocated, cache_filler, device_name, interleaved, now, peak_memory
 from bench.models import add_model, load_model, model_name
 
-WAYS = ("kept", "mapped", "freed", "fisher", "saliency", "corpus")
+WAYS = ("kept", "freed", "fisher", "saliency", "corpus")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -80,9 +80,10 @@ def _measured(model: nn.Module, parameters: dict[str, nn.Parameter], tokens: int
     hooks = {way: _hooks(parameters, way) for way in WAYS}
     _validate(model, parameters, item)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(rounds + 1):
-        for way in WAYS:
-            seconds[way].append(_backward(model, parameters, item, way, hooks[way]))
+    with freed_memory_kept():
+        for _ in range(rounds + 1):
+            for way in WAYS:
+                seconds[way].append(_backward(model, parameters, item, way, hooks[way]))
     seconds = {way: values[1:] for way, values in seconds.items()}
 
     def overhead(way: str, over: str) -> float:
@@ -101,7 +102,7 @@ def _measured(model: nn.Module, parameters: dict[str, nn.Parameter], tokens: int
 
 def _hooks(parameters: dict[str, nn.Parameter], way: str) -> GradientSums | None:
     """What is entered for the time of a backward, the same one for all rounds: a running sum is touched before it is timed."""
-    if way in ("kept", "mapped", "freed"):
+    if way in ("kept", "freed"):
         return None
     dims = {name: range(parameter.ndim) for name, parameter in parameters.items()}
     return GradientSums(parameters, dims, products=way == "saliency", running=way == "corpus")
@@ -115,8 +116,6 @@ def _hooked(parameters: dict[str, nn.Parameter], way: str, sums: GradientSums | 
         parameter.grad = None
 
     with ExitStack() as stack:
-        if way != "kept":
-            stack.enter_context(freed_memory_kept())
         for parameter in parameters.values() if way == "freed" else ():
             stack.callback(parameter.register_post_accumulate_grad_hook(free).remove)
 
@@ -131,7 +130,6 @@ def _hooked(parameters: dict[str, nn.Parameter], way: str, sums: GradientSums | 
 def _backward(model: nn.Module, parameters: dict[str, nn.Parameter], item: Item, way: str, sums: GradientSums | None) -> float:
     """Seconds of one backward; what hooks prepare and read is not timed: it is done once a corpus."""
     with only_these_require_grad(model, parameters.values()), _hooked(parameters, way, sums) as backward:
-        backward(batch_loss(model, [item]))
         loss = batch_loss(model, [item])
         start = now(loss.device)
         backward(loss)
