@@ -12,6 +12,7 @@ import torch
 
 from adept_fast.errors import InputError
 from adept_fast.importance import LayerScores, Race, race, score_layers, select_layers, undecided
+from adept_fast.intervals import bootstrap
 
 LAYERS, ITEMS = 10, 200
 
@@ -34,11 +35,11 @@ def replay(setting: Race, differences: torch.Tensor, tokens: torch.Tensor, seed:
     def measure(items: list[int], layers: list[int]) -> torch.Tensor:
         nonlocal asked
         asked += len(items) * len(layers)
-        seen = torch.full((len(items), LAYERS), torch.nan, dtype=torch.float64)
+        seen = torch.full((len(items), differences.shape[1]), torch.nan, dtype=torch.float64)
         seen[:, layers] = differences[items][:, layers]
         return seen
 
-    return race.run(setting, tokens, LAYERS, measure, seed), asked
+    return race.run(setting, tokens, differences.shape[1], measure, seed), asked
 
 
 @pytest.mark.parametrize("gap", [0.02, 0.15])
@@ -71,6 +72,42 @@ def test_boundary_covers_at_all_times_at_once() -> None:
     assert float(radius[99]) < 2.5 * 1.645 * math.sqrt((1 / 100) * (300 / 400))
 
 
+def test_only_what_is_proven_is_decided() -> None:
+    """Two layers that nothing tells apart, one surely below them and one surely above: these two leave the race, the others do not."""
+    differences, tokens = corpus(0.0)
+    differences = differences[:, :4] + tokens[:, None] * torch.tensor([-5.0, 0.001, 0.0, 5.0])
+    outcome, _ = replay(Race(k=2, regret=0.0), differences, tokens, 0)
+    assert outcome.layers == (0, 2) and outcome.items == ITEMS and outcome.bound == 0
+    assert outcome.measured[1:3] == (ITEMS, ITEMS) and max(outcome.measured[0], outcome.measured[3]) < ITEMS
+
+
+def test_bounds_are_those_of_a_regression_on_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences, tokens = corpus(0.05)
+    values, mean = differences[:60, :2] * (ITEMS / float(tokens.sum())), float(tokens.mean())
+    means, upper = race.upper_bounds(values, tokens[:60], ITEMS, mean, 0.01)
+    design = torch.stack([torch.ones(60, dtype=torch.float64), tokens[:60]], 1)
+    fitted = torch.linalg.lstsq(design, values).solution
+    torch.testing.assert_close(means, fitted[0] + mean * fitted[1])
+    deviation = ((values - design @ fitted) @ torch.tensor([1.0, -1.0]).double()).square().sum().div(60 - 2).sqrt()
+    torch.testing.assert_close(upper[0, 1], means[0] - means[1] + race.boundary(60, ITEMS, 0.01) * deviation)
+    looks, bounds = [], race.upper_bounds
+    monkeypatch.setattr(race, "upper_bounds", lambda *given: looks.append(given) or bounds(*given))
+    replay(Race(confidence=0.9), differences, tokens, 0)
+    torch.testing.assert_close(looks[0][0], differences[race.item_order(ITEMS, 0)[:32]] * (ITEMS / float(tokens.sum())))
+    assert {round(look[-1] * LAYERS * (LAYERS - 1), 12) for look in looks} == {0.1}, "each ordered pair has its share of the error"
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1e-4])
+@pytest.mark.parametrize("measured", [10, 100, 390])
+def test_boundary_is_where_the_mixture_reaches_one_over_alpha(measured: int, alpha: float) -> None:
+    """The half-normal mixture over Gaussian drifts, 2 sqrt(r / (v + r)) exp(s^2 / (2 (v + r))) Phi(s / sqrt(v + r)), a supermartingale."""
+    variance, sum_ = measured / (400 * (400 - measured)), race.boundary(measured, 400, alpha) * measured / (400 - measured)
+    mixed = 1 / (3 * 400) / (2 * math.log(1 / alpha) + math.log1p(2 * math.log(1 / alpha)))
+    grown = variance + mixed
+    normal = 0.5 * (1 + math.erf(sum_ / math.sqrt(2 * grown)))
+    assert 0.99 <= alpha * 2 * math.sqrt(mixed / grown) * math.exp(sum_**2 / (2 * grown)) * normal <= 1 + 2 * alpha
+
+
 def test_bound_on_regret_holds_for_every_exchange() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
@@ -80,6 +117,11 @@ def test_bound_on_regret_holds_for_every_exchange() -> None:
         worst = max(sum(float(gains[i, j]) for i, j in zip(chosen, to, strict=True)) for to in itertools.permutations(others, 3))
         assert worst <= race.regret_bound(upper, chosen, others) + 1e-12
     assert race.regret_bound(upper, (), others) == 0
+    one_partner = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+    for gains, exchanges in ((one_partner, ((0, 1), (2,))), (torch.tensor([[1.0, 1.0], [0.0, 0.0]]), ((0, 1), (2, 3)))):
+        upper = torch.zeros(4, 4, dtype=torch.float64)
+        upper[:2, 2 : 2 + gains.shape[1]] = gains
+        assert race.regret_bound(upper, *exchanges) == 1, "a layer is exchanged once"
 
 
 def test_regression_on_tokens_narrows_and_the_end_is_exact() -> None:
@@ -93,6 +135,12 @@ def test_regression_on_tokens_narrows_and_the_end_is_exact() -> None:
     without = race.upper_bounds(half, same, ITEMS, 7.0, 0.01)[1]
     width = with_tokens + with_tokens.T  # the estimates cancel
     assert float(width.sum()) < 0.5 * float((without + without.T).sum())
+
+
+def test_an_item_counts_for_the_layers_that_were_measured_on_it() -> None:
+    sums = torch.tensor([[1.0, 2.0], [3.0, torch.nan]], dtype=torch.float64)
+    value, low, high = bootstrap(sums, torch.tensor([1.0, 3.0]))
+    assert value.tolist() == [1.0, 2.0] and (low[1], high[1]) == (2.0, 2.0)
 
 
 def test_scores_of_a_race(tmp_path) -> None:
