@@ -77,6 +77,8 @@ def test_conflict_is_the_cosine_of_momentum_and_probe_gradient_in_fp64() -> None
 
     cosine = products(momenta, gradients) / (products(momenta, momenta) * products(gradients, gradients)).sqrt()
     torch.testing.assert_close(found.conflict, (-cosine).clamp(min=0), rtol=1e-3, atol=1e-5)
+    still = score_units(model, items, units, quiet=True, momenta={name: torch.zeros_like(value) for name, value in momenta.items()})
+    assert torch.equal(still.conflict, torch.zeros(len(units), dtype=torch.float64)), "no momentum opposes nothing"
     rates, slowed = (RateRule(conflict=conflict).rates(RateRule().spread_out(found), found) for conflict in (False, True))
     opposing = found.conflict > 0
     assert 0.3 < float(opposing.double().mean()) < 0.7
