@@ -14,8 +14,6 @@ from adept_fast.workspace import Workspace
 def check_model(work: Workspace) -> Any:
     """The model without its weights, whose layers the recipe must fit."""
     skeleton, expand, score = checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code), work.recipe.expand, work.recipe.score
-    if work.earlier is not None and score.regret is not None:
-        raise InputError("score.regret: a race would count the copies that this model has already: score it without one")
     layers = len(decoder_layers(skeleton))
     check_choice(layers if expand.layers is not None else len(_originals(work, layers)), expand.k, expand.placement, expand.layers)
     if expand.budget is not None:
@@ -33,7 +31,8 @@ def check_model(work: Workspace) -> Any:
 def race(work: Workspace) -> Race | None:
     """For the expand.k lowest layers, where the recipe asks for one."""
     score = work.recipe.score
-    return None if score.regret is None else Race(work.recipe.expand.k, score.regret, score.confidence)
+    among = None if work.earlier is None else tuple(work.earlier.originals)
+    return None if score.regret is None else Race(work.recipe.expand.k, score.regret, score.confidence, among=among)
 
 
 def by_scores(work: Workspace) -> bool:

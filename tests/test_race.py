@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 
+from adept_fast import expand_model
 from adept_fast.errors import InputError
 from adept_fast.importance import LayerScores, Race, race, score_layers, select_layers, undecided
 from adept_fast.intervals import bootstrap
@@ -182,6 +183,24 @@ def test_a_race_that_has_to_see_everything_is_exact() -> None:
 def test_settings_that_cannot_be(change: dict) -> None:
     with pytest.raises(InputError, match="a race"):
         dataclasses.replace(Race(k=2), **change).check(6)
+
+
+def test_a_race_among_some_layers_chooses_of_them_and_bounds_the_regret_among_them() -> None:
+    model, items = expand_model(tiny_models.model(num_hidden_layers=6), [1, 3]), tiny_models.items(60)
+    originals = model.adept_config.originals
+    assert originals == [0, 1, 3, 4, 6, 7]
+    exact = score_layers(model, items, quiet=True).among(originals)
+    scores = score_layers(model, items, race=Race(k=2, regret=0.2, first=8, among=tuple(originals)), quiet=True)
+    proof, places = scores.certificate, select_layers(scores.among(originals), 2)
+    assert proof["among"] == originals and [originals[place] for place in places] == proof["layers"]
+    regret = sum(exact.values[place] for place in places) - sum(sorted(exact.values)[:2])
+    assert regret <= proof["regret_bound"] <= 0.2
+    assert [proof["measured_items"][copy] for copy in (2, 5)] == [8, 8] and [scores.values[copy] for copy in (2, 5)] == [0, 0]
+    assert undecided(scores.among(originals), places) == [originals.index(layer) for layer in undecided(scores, proof["layers"])]
+    with pytest.raises(InputError, match="k from 1 to 2"):
+        Race(k=3, among=(0, 2, 4)).check(8)
+    with pytest.raises(InputError, match="among layers from 0 to 7, each once"):
+        Race(k=1, among=(0, 8)).check(8)
 
 
 def test_a_race_measures_one_loss_by_masking() -> None:

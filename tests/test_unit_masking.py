@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny_families
 import tiny_models
 import torch
 from torch.nn import functional
 
 from adept_fast import mask_units
+from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
 from adept_fast.importance import UnitScores, forwards, masked_units
@@ -91,11 +93,51 @@ def test_model_is_left_as_it_was_and_a_killed_call_resumes(tmp_path) -> None:
     assert loaded == whole and torch.equal(loaded.per_item["answer"].sums, whole.per_item["answer"].sums)
 
 
-def test_a_module_that_is_not_called_is_refused_and_the_model_left_as_it_was() -> None:
+@pytest.mark.parametrize("family, module", [("mamba", "mixer.dt_proj"), ("jamba", "mamba.dt_proj")])
+def test_weights_that_are_read_without_a_call_are_masked_too(family: str, module: str) -> None:
+    model, items = tiny_families.model(family).train(), [in_small_vocabulary(item) for item in tiny_models.items(3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = mask_units(model, items, layers=[0, 2], quiet=True)
+    assert model.training and all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    values = dict(zip(zip(found.layers, found.kinds, strict=True), found.values, strict=True))
+    model.eval()
+    tokens, base = sum(item.supervised for item in items), sum(losses(model, items))
+    for layer in (0, 2):
+        with torch.no_grad():
+            for parameter in decoder_layers(model)[layer].get_submodule(module).parameters():
+                parameter.zero_()
+        wanted = (sum(losses(model, items)) - base) / tokens
+        model.load_state_dict(before)
+        assert abs(wanted) > 1e-4 and abs(values[layer, module] - wanted) <= 1e-5 + 1e-4 * abs(wanted)
+
+
+def in_small_vocabulary(item: Item) -> Item:
+    ids = tuple(token % tiny_families.VOCABULARY for token in item.input_ids)
+    return Item(ids, tuple(label if label < 0 else ids[at] for at, label in enumerate(item.labels)))
+
+
+def test_heads_of_a_state_space_model_are_masked_as_by_hand() -> None:
+    model, items = tiny_families.model("mamba2"), [in_small_vocabulary(item) for item in tiny_models.items(3)]
+    found = mask_units(model, items, "head", layers=[1], quiet=True)
+    assert len(found.values) == model.config.num_heads == 8
+    tokens, base, weight = sum(item.supervised for item in items), sum(losses(model, items)), decoder_layers(model)[1].mixer.out_proj.weight
+    kept = weight.detach().clone()
+    for head, value in enumerate(found.values):
+        with torch.no_grad():
+            weight.view(len(weight), 8, -1)[:, head] = 0
+        assert value == pytest.approx((sum(losses(model, items)) - base) / tokens, rel=1e-4, abs=1e-5)
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert max(map(abs, found.values)) > 1e-3
+
+
+def test_a_module_that_takes_no_part_loses_nothing_and_the_model_is_left_as_it_was() -> None:
     model = tiny_models.model().train()
-    decoder_layers(model)[1].spare = torch.nn.Linear(3, 3)
-    with pytest.raises(InputError, match="1.spare: the model does not call this module"):
-        mask_units(model, tiny_models.items(2), layers=[1], quiet=True)
+    spare = decoder_layers(model)[1].spare = torch.nn.Linear(3, 3)
+    before = spare.weight.clone()
+    found = mask_units(model, tiny_models.items(2), layers=[1], quiet=True)
+    values = dict(zip(found.kinds, found.values, strict=True))
+    assert values.pop("spare") == pytest.approx(0, abs=1e-6) and min(map(abs, values.values())) > 1e-6 and spare.weight.equal(before)
     assert model.training and all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
 
 

@@ -33,7 +33,8 @@ from adept_fast.errors import InputError
 class Race:
     """Stop when the chosen k layers lose at most `regret` nats a token more than the best k (sum over layers), at `confidence`.
 
-    first: items of the first part; growth: how many times as many items each later look has.
+    first: items of the first part; growth: how many times as many items each later look has. among: the layers to choose from (none:
+    all; AdeptConfig.originals of an expanded model, whose copies cannot be copied); others are measured on the first part alone.
     """
 
     k: int = 4
@@ -41,8 +42,13 @@ class Race:
     confidence: float = 0.95
     first: int = 32
     growth: float = 1.25
+    among: tuple[int, ...] | None = None
 
     def check(self, layers: int) -> None:
+        if self.among is not None:
+            if len(set(self.among)) != len(self.among) or not all(0 <= layer < layers for layer in self.among):
+                raise InputError(f"a race is among layers from 0 to {layers - 1}, each once, found {list(self.among)}")
+            layers = len(self.among)
         if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k < layers:
             raise InputError(f"a race needs a k from 1 to {layers - 1}, one below the number of layers, found {self.k!r}")
         if not self.regret >= 0:
@@ -113,14 +119,16 @@ def run(race: Race, tokens: Tensor, layers: int, measure: Callable[[Sequence[int
     race.check(layers)
     items, total = len(tokens), float(tokens.sum())
     order = item_order(items, seed)
-    alpha = (1 - race.confidence) / (layers * (layers - 1))
+    racing = sorted(range(layers) if race.among is None else race.among)
+    candidates = len(racing)
+    alpha = (1 - race.confidence) / (candidates * (candidates - 1))
     upper = torch.full((layers, layers), torch.inf, dtype=torch.float64)
     inside: list[int] = []
-    racing, measured = list(range(layers)), [0] * layers
+    measured = [min(race.first, items)] * layers
     done, look = 0, min(race.first, items)
     found = torch.empty(0, layers, dtype=torch.float64)
     while True:
-        found = torch.cat([found, measure(order[done:look], racing)])
+        found = torch.cat([found, measure(order[done:look], racing if done else range(layers))])
         done = look
         values = found[:, racing] * (items / total)
         means, bounds = upper_bounds(values, tokens[order[:done]], items, total / items, alpha)
@@ -132,7 +140,7 @@ def run(race: Race, tokens: Tensor, layers: int, measure: Callable[[Sequence[int
         ranked = [racing[place] for place in means.argsort(stable=True).tolist()]
         places = race.k - len(inside)
         lowest, higher = ranked[:places], ranked[places:]
-        chosen = [layer for layer in lowest if int(below[layer].sum()) < layers - race.k]  # the others are surely in
+        chosen = [layer for layer in lowest if int(below[layer].sum()) < candidates - race.k]  # the others are surely in
         others = [layer for layer in higher if int(below[:, layer].sum()) < race.k]  # the others are surely out
         inside += [layer for layer in lowest if layer not in chosen]
         racing = sorted([*chosen, *others])
@@ -152,6 +160,7 @@ def certificate(race: Race, outcome: Outcome, tokens: Tensor, seed: int, cost_sh
     order = item_order(len(tokens), seed)[: outcome.items]
     return {
         "k": race.k,
+        "among": None if race.among is None else sorted(race.among),
         "layers": list(outcome.layers),
         "regret_asked": race.regret,
         "regret_bound": outcome.bound,

@@ -134,7 +134,12 @@ class LayerScores(Profiled):
             return tuple(values[layer] for layer in layers)
 
         kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
-        return replace(self, profiles=kept, per_item={}, costs=self.costs and self.costs.among(layers), analysis={})
+        proof = self.certificate and {
+            **self.certificate,
+            **{key: [layers.index(layer) for layer in self.certificate[key]] for key in ("layers", "undecided")},
+        }
+        costs = self.costs and self.costs.among(layers)
+        return replace(self, profiles=kept, per_item={}, costs=costs, analysis={}, certificate=proof)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:

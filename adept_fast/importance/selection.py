@@ -33,6 +33,7 @@ def select_layers(
     "lowest_per_band": the lowest of each of k equal depth bands. Scores of a race give the layers that it is the proof of.
 
     budget: instead of k, {"parameters": 0.15} or {"time": 0.5} or both, shares of full training: as many layers as it allows (budget.py).
+    Of a model that has copies, choose from scores.among(model.adept_config.originals): places in that list.
     Raises InputError for a k below 1 or above the number of layers, for another choice than was raced for, for a budget that allows none.
     """
     if budget is not None:

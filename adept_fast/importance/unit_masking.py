@@ -5,13 +5,14 @@
              the branch reads from the group is 0, so its contribution to the residual stream is
 
 One forward of the model as it is, then for each layer one from there up for a batch of its units: sum over units of (layers - layer) layer
-calls a token. What a family computes without calling a module (fused experts) is no unit. Extends stage 1 of ADEPT (arXiv 2510.10071).
+calls a token. A module whose weights a family reads without calling it (dt_proj of Mamba) is masked by setting them to 0, one forward a
+unit. What is no module (fused experts) is no unit. Extends stage 1 of ADEPT (arXiv 2510.10071).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,7 +36,7 @@ from adept_fast.inputs import digest
 from adept_fast.units import OUTPUTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GRANULARITIES = ("tensor", "head")
 FFN_GROUPS = 8
@@ -77,15 +78,22 @@ def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[in
                 found.append(MaskedUnit(layer, path, path))
             elif path.rpartition(".")[2] in OUTPUTS or f"{path}.weight" in silent[layer]:
                 branch = path.rpartition(".")[0]
-                width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
-                attends = any(hasattr(modules[layer].get_submodule(branch), mark) for mark in ATTENTION_MARKS)
-                groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads if attends else FFN_GROUPS
+                width = weight.shape[_inputs(module)]
+                groups = _head_groups(modules[layer].get_submodule(branch), config) or FFN_GROUPS
                 for group in range(groups):
                     kind = f"{branch or path}[{group}]"
                     found.append(MaskedUnit(layer, path, kind, group * width // groups, (group + 1) * width // groups))
     if not found:
         raise InputError(f"{model.config.model_type}: its layers {wanted} have no projections to mask")
     return found
+
+
+def _head_groups(branch: nn.Module, config: PretrainedConfig) -> int | None:
+    """Into how many groups of heads a branch is cut, if it has heads."""
+    if not any(hasattr(branch, mark) for mark in ATTENTION_MARKS):
+        return None
+    given = (getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))  # a state-space config has neither
+    return next((count for count in given if count), None) or getattr(branch, "num_heads", None)
 
 
 def forwards(units: Sequence[MaskedUnit], layers: int) -> float:
@@ -111,7 +119,7 @@ def mask_units(
     """Importance of each unit of the chosen layers (none: all), nats per supervised token, with 95 % bootstrap intervals over items.
 
     granularity: "tensor" or "head"; loss, losses, probe, sweep_tokens, journal: as of `score_layers`. Where torch.distributed is
-    initialised each process measures a part of the items. Raises InputError for what is unknown, and where a unit's module is not called.
+    initialised each process measures a part of the items. Raises InputError for what is unknown.
     """
     for name in (loss, *losses):
         if name not in LOSSES:
@@ -179,11 +187,13 @@ class UnitMasks:
         with ExitStack() as stack:
             for module, output in zip(modules[:layer], outputs, strict=False):
                 stack.enter_context(replaced_forward(module, lambda *_, output=output, **__: _copied(output)))
-            called = _mask(stack, modules[layer], units)
-            found = row_hidden(self.model, pack)
-        for unit in units:
-            if unit.module not in called:
-                raise InputError(f"{unit.name}: the model does not call this module, so it cannot be masked: leave its layer out")
+            with ExitStack() as masks:
+                called = _mask(masks, modules[layer], units)
+                found = row_hidden(self.model, pack)
+            for row, unit in zip(found, units, strict=True):
+                if unit.module not in called:
+                    with replaced_forward(modules[layer], _without_weights(modules[layer], unit)):
+                        row.copy_(row_hidden(self.model, pack)[0])
         return found
 
 
@@ -232,3 +242,29 @@ def _hook(module: nn.Module, path: str, units: Sequence[MaskedUnit], called: set
     if units[0].stop is None:
         return module.register_forward_hook(lambda _, __, output: cleared(output))
     return module.register_forward_pre_hook(lambda _, args: (cleared(args[0]), *args[1:]))
+
+
+def _without_weights(layer: nn.Module, unit: MaskedUnit) -> Callable[..., Any]:
+    """The layer's forward with the unit's weights 0: of a module whose weights the family reads without calling it."""
+    own, module = layer.forward, layer.get_submodule(unit.module)
+    if unit.stop is None:
+        weights = [parameter.data for parameter in module.parameters(recurse=False)]
+    else:
+        weights = [module.weight.data.narrow(_inputs(module), unit.start, unit.stop - unit.start)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kept = [weight.clone() for weight in weights]
+        try:
+            for weight in weights:
+                weight.zero_()
+            return own(*args, **kwargs)
+        finally:
+            for weight, values in zip(weights, kept, strict=True):
+                weight.copy_(values)
+
+    return run
+
+
+def _inputs(module: nn.Module) -> int:
+    """The dimension of its weight that its inputs are along."""
+    return 0 if type(module).__name__ == "Conv1D" else 1
