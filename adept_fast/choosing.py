@@ -59,20 +59,19 @@ def selection(work: Workspace, layers: list[int], scores: LayerScores | None) ->
     placement = work.recipe.expand.placement
     if scores is None or not by_scores(work):
         return {"placement": "uniform" if work.method.uniform else "given", "k": len(layers), "notes": []}
-    copies = work.earlier.copies if work.earlier else ()
-    rivals = [layer for layer in undecided(scores, layers, placement) if layer not in copies]
-    names = ", ".join(map(str, rivals))
+    places = _originals(work, len(scores.values))
+    among, chosen = scores.among(places), [places.index(layer) for layer in layers]
+    rivals = ", ".join(str(places[layer]) for layer in undecided(among, chosen, placement))
     found: dict[str, Any] = {
         "placement": placement,
         "k": len(layers),
-        "notes": [f"the intervals do not part the chosen layers from {names}: more probe items might"] if rivals else [],
+        "notes": [f"the intervals do not part the chosen layers from {rivals}: more probe items might"] if rivals else [],
         "method": scores.method,
         "loss": scores.loss,
         "scores": [scores.values[layer] for layer in layers],
     }
     if scores.costs is not None:
-        places = _originals(work, len(scores.values))
-        following = next_layer(scores.among(places), [places.index(layer) for layer in layers], placement)
+        following = next_layer(among, chosen, placement)
         found["next"] = following and {**following, **{key: [places[layer] for layer in following[key]] for key in ("layers", "joins")}}
         found["shares"] = scores.costs.shares(layers)
     return found

@@ -48,9 +48,8 @@ def base_against_tuned(
             _tell(work, result)
             return result
     started = time.perf_counter()
-    models: dict[str, Any] = {}
-    found: dict[str, Any] = {}
-    models["base"], argmax = evaluate(work.load(work.source), general, domain, (), "base", work.quiet)
+    base, argmax = evaluate(work.load(work.source), general, domain, (), "base", work.quiet)
+    models, found = {"base": base}, {}
     if work.expanded.exists() and PRESERVING[AdeptConfig.load(work.expanded).initialisation]:
         models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
     elif work.expanded.exists():
