@@ -81,6 +81,8 @@ def _gathered(
         raise InputError("no supervised token to take gradients from: give items with text, or with instruction and output")
     model = bare(model)
     parameters = {name: model.get_parameter(name) for name in dims}
+    if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise InputError(f"{offloaded[0]}: offloaded, and its importance needs it in memory: give a device_map that keeps it there")
     batches = [items[start : start + at_once] for start in range(0, len(items), at_once)]
     share = share and not any(map(is_sharded, model.parameters()))
     hooks = GradientSums(parameters, dims, not corpus, corpus)

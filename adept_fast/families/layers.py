@@ -125,6 +125,10 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its inputs go: the device of its first weights that are there (others may be offloaded, which accelerate marks as meta)."""
+    """Where its inputs go: the device of its first weights that are there (others may be offloaded, which accelerate marks as meta); where
+    all are offloaded, the one that accelerate runs it on."""
     devices = [parameter.device for parameter in model.parameters()]
-    return next((device for device in devices if device.type != "meta"), devices[0])
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    runs_on = (getattr(hook, "execution_device", None) for hook in hooks)
+    there = next((device for device in devices if device.type != "meta"), None)
+    return there or next((torch.device(device) for device in runs_on if device is not None), devices[0])

@@ -38,8 +38,8 @@ CHEAP = ("gate", "cumulative", "rank", "fisher", "block_influence")
 
 def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str, quiet: bool = False) -> ItemScores:
     """Scores of each item by `method`, shared out over processes. loss: "answer" or "all". Leaves the model as it was."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(f"{method} needs all weights in memory, and some of this model's are offloaded: score by masking")
+    if method != "block_influence" and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{method} needs all weights in memory, and some are offloaded: score by masking or block_influence")
     if loss == "all":
         items = [Item(item.input_ids, item.input_ids) for item in items]
     layers = decoder_layers(model)
