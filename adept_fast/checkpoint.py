@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from adept_fast.artefacts import read_json
 from adept_fast.errors import InputError, UnsupportedFamilyError
-from adept_fast.families import check_kind
+from adept_fast.families import check_kind, require_causal, vocabulary_of
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import INDEX, WEIGHTS, open_shards
@@ -106,6 +106,7 @@ def load_model(
     record = AdeptConfig.find(folder)
     if record is not None:
         model.adept_config = record
+    require_causal(model)
     return model.eval()
 
 
@@ -165,7 +166,7 @@ def carry_files(source: Path, target: Path) -> None:
 
 def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Raise InputError for a tokenizer with tokens that the model has no embedding of."""
-    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, vocabulary_of(model)
     if tokens > rows:
         raise InputError(
             f"{folder}: its tokenizer has {tokens} tokens, its embeddings {rows}: copies cannot learn new tokens, because embeddings are "

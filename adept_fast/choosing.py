@@ -7,7 +7,18 @@ from typing import Any
 from adept_fast import checkpoint
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
-from adept_fast.importance import CHEAP, LayerScores, Race, check_budget, check_choice, evenly, next_layer, select_layers, undecided
+from adept_fast.importance import (
+    LayerCosts,
+    LayerScores,
+    Race,
+    check_budget,
+    check_choice,
+    check_scoring,
+    evenly,
+    next_layer,
+    select_layers,
+    undecided,
+)
 from adept_fast.workspace import Workspace
 
 
@@ -15,16 +26,14 @@ def check_model(work: Workspace) -> Any:
     """The model without its weights, whose layers the recipe must fit."""
     skeleton, expand, score = checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code), work.recipe.expand, work.recipe.score
     layers = len(decoder_layers(skeleton))
+    check_scoring(score, layers)
     check_choice(layers if expand.layers is not None else len(_originals(work, layers)), expand.k, expand.placement, expand.layers)
     if expand.budget is not None:
-        check_budget(expand.budget.shares)
+        check_budget(expand.budget.shares, LayerCosts.of(skeleton))
         if score.regret is not None:
             raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
     if (raced := race(work)) is not None:
         raced.check(layers)
-    for method in score.compare:
-        if method not in CHEAP:
-            raise InputError(f"score.compare takes {', '.join(CHEAP)}, found {method!r}")
     return skeleton
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from adept_fast import checkpoint
 from adept_fast.choosing import by_scores, check_model
+from adept_fast.data.items import tokenize_item
 from adept_fast.evaluating import base_against_tuned, evaluation_corpora, report
 from adept_fast.evaluation import check_limit
 from adept_fast.expanding import expand, verify
 from adept_fast.expansion import check_initialisation
-from adept_fast.families import describe
+from adept_fast.families import describe, vocabulary_of
 from adept_fast.scoring import kept_scores, score
 from adept_fast.training import training_text, tune, tuning_settings
 from adept_fast.workspace import Workspace
@@ -41,7 +42,7 @@ def run(work: Workspace) -> dict[str, Any]:
 
 def _check(work: Workspace) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
-    from adept_fast.tuning import check_settings
+    from adept_fast.tuning import check_rank, check_settings
 
     check_settings(tuning_settings(work))
     check_initialisation(work.recipe.expand.initialisation)
@@ -49,8 +50,12 @@ def _check(work: Workspace) -> None:
         check_limit(work.recipe.eval.general_limit)
     skeleton = check_model(work)
     describe(skeleton)
+    if work.recipe.method == "lora":
+        check_rank(skeleton, work.recipe.tune.lora_rank)
     checkpoint.require_vocabulary(work.source, work.tokenizer, skeleton)
-    _ = work.corpora.probe
+    for record in (*work.corpora.probe.scoring, *work.corpora.probe.steering):
+        if "input_ids" in record.content:
+            tokenize_item(record, None, vocabulary=vocabulary_of(skeleton))
 
 
 STAGES: dict[str, Callable[[Workspace], Any]] = {

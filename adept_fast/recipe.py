@@ -16,6 +16,10 @@ from adept_fast.overrides import KINDS, Count, number, numbers, settings, unknow
 
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps")
+LEAST = {
+    "save_total_limit": 1,
+    **dict.fromkeys(("logging_steps", "max_grad_norm", "dataloader_num_workers", "neftune_noise_alpha", "label_smoothing_factor"), 0),
+}
 TRAINING = {
     "learning_rate": 2.0e-4,
     "num_train_epochs": 1,
@@ -188,6 +192,9 @@ def check_method(recipe: Recipe) -> None:
         raise InputError(f"method={recipe.method} spaces the copies evenly: leave expand.layers out")
     if recipe.method == "replay" and recipe.tune.replay is None:
         raise InputError("method=replay needs a corpus to replay: set tune.replay, with a share or weight")
+    if recipe.expand.budget is not None and (method.uniform or recipe.expand.layers is not None):
+        given = f"method={recipe.method} takes expand.k" if method.uniform else "expand.layers says which"
+        raise InputError(f"expand.budget chooses how many layers to copy, but {given}: leave one out")
     for key in ("anchor_weight", "general_limit"):
         if not method.copies and getattr(recipe.tune, key) is not None:
             raise InputError(f"method={recipe.method} keeps no base inside the model to measure against: leave tune.{key} out")
@@ -214,6 +221,10 @@ def _training_arguments(key: str, value: Any) -> dict[str, Any]:
     fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (kind or object, int))
     if kind and not fits and not (value is None and NoneType in get_args(hint)):
         raise InputError(f"tune.{key} must be {KINDS[kind]}, found {value!r}")
+    if key in LEAST and value is not None and value < LEAST[key]:
+        raise InputError(f"tune.{key} must be {LEAST[key]} or more, found {value!r}")
+    if key == "optim_args" and value is not None:
+        raise InputError("tune.optim_args: unit-wise rates need adept_fast.AdamW, which takes tune.adam_beta1 and its like: leave it out")
     if key == "num_train_epochs" and value <= 0:
         raise InputError(f"tune.{key} must be above 0, found {value!r}")
     if value is False and key.endswith("_strategy"):

@@ -21,6 +21,7 @@ from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.families import vocabulary_of
 from adept_fast.gradient_sums import GradientSums
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import is_sharded
@@ -158,5 +159,5 @@ def score_units(
     exp_avg of all parameters of `units`, to see where they conflict with the probe. Raises InputError for a probe with nothing
     supervised."""
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
-    items = load_items(probe, tokenizer)
+    items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))
     return unit_importance(units, parameter_sums(model, items, dims, "unit importance", quiet, share, momenta))

@@ -45,7 +45,7 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
 
 def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | StreamedText | None = None) -> None:
     """tuned/ of expanded/, whose record it is, or of the base where there is none. text: what to train on, where it is at hand already."""
-    from adept_fast.tuning import Bookkeeping, tune_baseline, tune_checkpoint
+    from adept_fast.tuning import Bookkeeping, check_settings, tune_baseline, tune_checkpoint
 
     distributed.join()
     keys, inputs = work.recipe.tune, _inputs(work, record)
@@ -53,6 +53,8 @@ def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | 
         work.require_same(work.tuned, work.inputs_of(work.tuned), inputs)
         work.say(f"{work.tuned}: up to date")
         return
+    settings = tuning_settings(work)
+    check_settings(settings)
     text = training_text(work) if text is None else text
     batch = distributed.processes() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
     given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
@@ -60,17 +62,19 @@ def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | 
     if books.started.exists():
         work.require_same(work.checkpoints, read_json(books.started), given)
     limit = min(work.positions, keys.block_size)
-    held = corpus("held-out domain documents", work.corpora.held_out(keys.max_items), work.tokenizer, limit)
+    records = work.corpora.held_out(keys.max_items)
+    held = corpus("held-out domain documents", records, work.tokenizer, limit, work.vocabulary(records))
     monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
-    settings = tuning_settings(work)
     if record is not None:
         metering = work.items(records) if (records := work.corpora.metering()) else ()
         steering = work.items(work.corpora.steering())
-        tune_checkpoint(work.expanded, work.tuned, text, steering, monitors, settings, books, metering=metering, **work.loading)
+        with books.nothing_left_by_a_refusal():
+            tune_checkpoint(work.expanded, work.tuned, text, steering, monitors, settings, books, metering=metering, **work.loading)
         work.say(f"{work.tuned}: tuned; every original tensor is bit-equal to {work.expanded.name}/")
     else:
         method, rank = work.recipe.method, keys.lora_rank
-        tune_baseline(work.source, work.tuned, method, text, monitors, settings, books, rank=rank, **work.loading)
+        with books.nothing_left_by_a_refusal():
+            tune_baseline(work.source, work.tuned, method, text, monitors, settings, books, rank=rank, **work.loading)
         work.say(f"{work.tuned}: tuned by {method}, without copies")
 
 

@@ -17,6 +17,7 @@ from adept_fast.corpora import Corpora
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
+from adept_fast.families import vocabulary_of
 from adept_fast.fingerprint import fingerprint
 from adept_fast.inputs import require_same
 from adept_fast.methods import METHODS, Method
@@ -41,8 +42,13 @@ class Workspace:
         A folder that was made for nothing, as where the run is refused, does not stay."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
+        if (self.folder / "config.json").exists():
+            raise InputError(f"{self.folder}: output_dir holds a model: choose another")
         missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not folder.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder}: output_dir cannot be made ({error.strerror}): choose another") from None
         try:
             with self._locked() if distributed.leads() else nullcontext():
                 yield
@@ -89,6 +95,14 @@ class Workspace:
         """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
         return AdeptConfig.find(self.source)
 
+    def vocabulary(self, records: Iterable[Record]) -> int | None:
+        """How many tokens the model has, where some of these records are tokenised already."""
+        return self._embeddings if any("input_ids" in record.content for record in records) else None
+
+    @cached_property
+    def _embeddings(self) -> int:
+        return vocabulary_of(checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code))
+
     @property
     def method(self) -> Method:
         return METHODS[self.recipe.method]
@@ -133,7 +147,9 @@ class Workspace:
     def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
         """Tokenised items that fit the model; those that do not are left out and counted."""
         limit = self.positions
-        items = [tokenize_item(record, self.tokenizer, style, self.recipe.probe.column) for record in records]
+        records = list(records)
+        vocabulary = self.vocabulary(records)
+        items = [tokenize_item(record, self.tokenizer, style, self.recipe.probe.column, vocabulary) for record in records]
         fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
         if not fitting:
             raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")

@@ -16,7 +16,9 @@ import tiny_models
 
 from adept_fast.cli import COMMANDS, main
 from adept_fast.corpora import Corpora
-from adept_fast.data.sources import Source
+from adept_fast.data.sources import Source, read
+from adept_fast.data.splits import split_probe
+from adept_fast.errors import InputError
 from adept_fast.recipe import load
 
 
@@ -71,6 +73,39 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["score.probe_format=Chat"], "score.probe_format must be one of"),
         (["tune.save_only_model=true"], "tune.save_only_model"),
         (["tune.eval_strategy=steps"], "tune.eval_strategy"),
+        (["tune.report_to=foo"], "tune: foo is not supported"),
+        (["tune.dataloader_num_workers=-1"], "tune.dataloader_num_workers must be 0 or more"),
+        (["tune.dataloader_prefetch_factor=2"], "tune: "),
+        (["tune.save_strategy=best"], "metric_for_best_model"),
+        (["tune.save_total_limit=0"], "tune.save_total_limit must be 1 or more"),
+        (["tune.logging_steps=-1"], "tune.logging_steps must be 0 or more"),
+        (["tune.neftune_noise_alpha=-5"], "tune.neftune_noise_alpha must be 0 or more"),
+        (["tune.max_grad_norm=-1"], "tune.max_grad_norm must be 0 or more"),
+        (["tune.optim_args=a=1"], "tune.optim_args"),
+        (["tune.ignore_data_skip=true"], "tune.ignore_data_skip"),
+        (["tune.train_sampling_strategy=sorted"], "tune.train_sampling_strategy must be one of random"),
+        (["tune.label_smoothing_factor=2"], "tune.label_smoothing_factor must be below 1"),
+        (["tune.torch_compile_backend=foo"], "tune: 'FOO' is not a valid DynamoBackend"),
+        (["tune.dataloader_persistent_workers=true"], "tune: persistent_workers option needs num_workers > 0"),
+        (["tune.gradient_checkpointing=true", "tune.gradient_checkpointing_kwargs={use_reentrant: true}"], "use_reentrant: false"),
+        (["tune.gradient_checkpointing=true", "tune.gradient_checkpointing_kwargs={foo: 1}"], "tune: Unexpected keyword arguments: foo"),
+        (["tune.parallelism_config=foo"], "tune: "),
+        (["tune.log_level=foo"], "tune: "),
+        (["output_dir=model"], "model: output_dir holds a model: choose another"),
+        (["output_dir=/proc/none"], "/proc/none: output_dir cannot be made"),
+        (["tune.fsdp=full_shard"], "tune: Using fsdp only works in distributed training"),
+        (["tune.deepspeed=none.json"], "tune: "),
+        (["method=lora", "tune.lora_rank=33"], "tune.lora_rank must be from 1 to 32, the model's width, found 33"),
+        (["method=lora", "tune.lora_rank=0"], "tune.lora_rank must be 1 or more"),
+        (["score.loss=best"], "score.loss must be one of answer, kl, all, found 'best'"),
+        (["score.compare=[gate,gate]"], "score.compare takes gate, cumulative, rank, fisher, block_influence, each once"),
+        (["score.seed=-1"], "score.seed must be from 0"),
+        (["score.units=layer"], "score.units must be one of tensor, head"),
+        (["score.unit_layers=[1]"], "score.unit_layers: no units are masked"),
+        (["score.units=head", "score.unit_layers=[4]"], "score.unit_layers must be indices from 0 to 3, each once, found [4]"),
+        (["expand.budget={parameters: 1e-4}"], "expand.budget.parameters=0.0001 allows no copy: that of one layer takes 0."),
+        (["expand.budget={parameters: 0.5}", "expand.layers=[1]"], "expand.layers says which: leave one out"),
+        (["expand.budget={parameters: 0.5}", "method=uniform"], "method=uniform takes expand.k: leave one out"),
         (["tune.restore_callback_states_from_checkpoint=true"], "leave it at false"),
         (["tune.learning_rate=-1"], "Invalid learning rate"),
         (["tune.per_device_train_batch_size=0"], "tune.per_device_train_batch_size must be a whole number"),
@@ -102,6 +137,17 @@ def test_bad_corpora(here: Path, capsys: pytest.CaptureFixture, name: str, conte
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize("part", ["scoring", "steering", "reporting"])
+def test_tokens_that_the_model_lacks_are_refused_before_anything_is_scored(here: Path, capsys: pytest.CaptureFixture, part: str) -> None:
+    for shift in range(99):  # until record 4 falls to that part
+        rows = [{"input_ids": [5, shift, 300 if number == 3 else number]} for number in range(9)]
+        (here / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if any(record.where.endswith(":4") for record in getattr(split_probe(read(Source("probe.jsonl")), "probe"), part)):
+            break
+    assert "probe.jsonl:4: token 300, but the model has 300" in fails(capsys, "run")
+    assert not (here / "out").exists()
+
+
 def test_damaged_model_and_unsupported_family(here: Path, capsys: pytest.CaptureFixture) -> None:
     weights = here / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -130,6 +176,24 @@ def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: py
     before = {*(here / "out").rglob("*")}
     assert "too small to hold items back" in fails(capsys, "tune", "tune.general_limit=0.1")
     assert {*(here / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("where", ["callback.AdeptCallback.on_train_begin", "trainer.AdeptTrainer.train"])
+def test_a_refusal_once_training_began_leaves_neither_folder_nor_log(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
+    before = {*(here / "out").rglob("*")}
+
+    def refused(*given: object, **named: object) -> None:
+        assert (here / "out" / "checkpoints").is_dir() and (here / "out" / "trainer_log.jsonl").is_file()
+        raise InputError("refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"adept_fast.tuning.{where}", refused)
+        assert fails(capsys, "tune") == "adept-fast: refused"
+    assert {*(here / "out").rglob("*")} == before
+    assert main(["tune", *BASE, "expand.layers=[1]"]) == 0
 
 
 def test_another_model_is_not_taken_for_the_one_that_was_expanded(here: Path, capsys: pytest.CaptureFixture) -> None:

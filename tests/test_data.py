@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from adept_fast import score_layers
 from adept_fast.artefacts import staged_file
 from adept_fast.data.documents import tokenize_documents
 from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
@@ -167,6 +168,12 @@ def test_probe_forms(tmp_path: Path) -> None:
         load_items([{"text": "a"}])
     with pytest.raises(InputError, match="no supervised token"):
         load_items([{"input_ids": [5, 6], "labels": [-100, -100]}])
+    assert load_items(path, vocabulary=8) == load_items(path)
+    with pytest.raises(InputError, match=f"^{path}:1: token 7, but the model has 7: tokenise it with the model's own tokenizer$"):
+        load_items(path, vocabulary=7)
+    for beyond in ({"input_ids": [5, 6], "labels": [5, 300]}, Item((300, 6), (5, 6))):
+        with pytest.raises(InputError, match="^probe item 2: token 300, but the model has 300"):
+            score_layers(tiny_models.model(), [{"input_ids": [5, 6, 299]}, beyond])
 
 
 def test_questions() -> None:

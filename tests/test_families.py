@@ -23,7 +23,7 @@ from adept_fast.units import GRANULARITIES, Units
 
 SUPPORTED = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
-cohere_compass_text cpmant ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe
+cohere_compass_text ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe
 exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text
 gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
 granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
@@ -44,6 +44,7 @@ REFUSED = {
     "blenderbot-small": "an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models",
     "blt": "no list of None decoder layers found",
     "camembert": "layer 0: its output is not its input plus branches (found NativeLayerNorm on the way)",
+    "cpmant": "reads ahead: hidden states depend on later tokens, so next-token losses mean nothing: adept_fast is for causal models",
     "data2vec-text": "layer 0: its output is not its input plus branches (found NativeLayerNorm on the way)",
     "dbrx": "what it computes depends on values, not on shapes alone",
     "deepseek_v4": "layer 0: its output is not its input plus branches (found Bmm on the way)",

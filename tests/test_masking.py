@@ -154,8 +154,7 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
     ],
 )
 def test_family_that_differs_from_the_others(family: str, cut: tuple[str, ...] | None) -> None:
-    changes = {"is_decoder": True} if "roberta" in family else {}
-    model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY, **changes), tiny_models.items(3)
+    model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY), tiny_models.items(3)
     assert sweep.plan(model, items).cut == cut
     scores = score_layers(model, items, quiet=True)
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)

@@ -98,8 +98,14 @@ def check_item(record: Record, column: str | None = None) -> None:
         document_text(record, column)
 
 
-def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, style: str = "plain", column: str | None = None) -> Item:
-    """Tokens and labels of a text, an instruction with output, or a record that is tokenised already."""
+def tokenize_item(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase | None,
+    style: str = "plain",
+    column: str | None = None,
+    vocabulary: int | None = None,
+) -> Item:
+    """Tokens and labels of a text, an instruction with output, or a record that is tokenised already, each token below `vocabulary`."""
     check_item(record, column)
     if style not in STYLES:
         raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {style!r}")
@@ -113,7 +119,7 @@ def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, sty
             raise InputError(f"{record.where}: {len(ids)} input_ids but {len(labels)} labels")
         if any(token < 0 for token in ids) or any(label < 0 and label != IGNORE for label in labels):
             raise InputError(f"{record.where}: input_ids must be 0 or more, labels too or {IGNORE} where they are not supervised")
-        return Item(ids, labels)
+        return _known(Item(ids, labels), record.where, vocabulary)
     if tokenizer is None:
         raise InputError(f"{record.where}: a tokenizer is needed for items that are not tokenised: pass tokenizer=")
     if column is None and {"instruction", "output"} <= content.keys():
@@ -123,6 +129,13 @@ def tokenize_item(record: Record, tokenizer: PreTrainedTokenizerBase | None, sty
         return _answer_item(prompt, answer, tokenizer)
     ids = tuple(tokenizer(document_text(record, column))["input_ids"])
     return Item(ids, ids)
+
+
+def _known(item: Item, where: str, vocabulary: int | None) -> Item:
+    highest = max((*item.input_ids, *item.labels), default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise InputError(f"{where}: token {highest}, but the model has {vocabulary}: tokenise it with the model's own tokenizer")
+    return item
 
 
 def _answer_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Item:
@@ -168,15 +181,21 @@ def load_items(
     probe: str | PathLike[str] | Source | Mapping[str, Any] | Iterable[Mapping[str, Any] | Item],
     tokenizer: PreTrainedTokenizerBase | None = None,
     style: str = "plain",
+    vocabulary: int | None = None,
 ) -> list[Item]:
-    """Items of a probe given as a path, dataset name, source, or list of records or Items. Raises InputError when none is supervised."""
+    """Items of a probe given as a path, dataset name, source, or list of records or Items.
+
+    Raises InputError when none is supervised, or for tokens from `vocabulary` on.
+    """
     if isinstance(probe, (str, PathLike, Mapping, Source)):
         source = Source.of(str(probe) if isinstance(probe, PathLike) else probe)
-        items = [tokenize_item(record, tokenizer, style, source.column) for record in read(source)]
+        items = [tokenize_item(record, tokenizer, style, source.column, vocabulary) for record in read(source)]
     else:
         items = [
-            entry if isinstance(entry, Item) else tokenize_item(Record(entry, f"probe item {number}"), tokenizer, style)
-            for number, entry in enumerate(probe, 1)
+            _known(entry, where, vocabulary)
+            if isinstance(entry, Item)
+            else tokenize_item(Record(entry, where), tokenizer, style, vocabulary=vocabulary)
+            for entry, where in ((entry, f"probe item {number}") for number, entry in enumerate(probe, 1))
         ]
     if not any(item.supervised for item in items):
         raise InputError("the probe holds no supervised token: give items with text, or with instruction and output")

@@ -25,14 +25,19 @@ class EvaluationCorpus:
     answers: tuple[int, ...] = ()
 
 
-def corpus(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EvaluationCorpus:
-    """Tokenise records, all questions or none. Texts are cut to `max_length` tokens; questions that are longer are left out."""
+def corpus(
+    name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None = None
+) -> EvaluationCorpus:
+    """Tokenise records, all questions or none. Texts are cut to `max_length` tokens; questions that are longer are left out.
+
+    vocabulary: what the tokens of records that are tokenised already must be below.
+    """
     questions = [record for record in records if is_choice(record)]
     if questions and len(questions) < len(records):
         other = next(record for record in records if not is_choice(record))
         raise InputError(f"{other.where}: no 'choices', as other records of {name} have: keep questions and texts in separate files")
     if not questions:
-        items = [_cut(tokenize_item(record, tokenizer), max_length) for record in records]
+        items = [_cut(tokenize_item(record, tokenizer, vocabulary=vocabulary), max_length) for record in records]
         items = [item for item in items if item.supervised]
         if not items:
             raise InputError(f"{name}: no supervised token within the model's {max_length} positions")

@@ -16,7 +16,7 @@ from torch import nn
 
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import check_initialisation, fills, initial
-from adept_fast.families import Family, decoder_layers, describe, expanded_config, layers_path, same_layers
+from adept_fast.families import Family, decoder_layers, describe, expanded_config, layers_path, require_causal, same_layers
 from adept_fast.record import KEY, AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
@@ -83,10 +83,11 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     The model is built from the expanded config, so that indices, caches and per-layer settings are those of a freshly loaded one.
     Tensors of the original layers are shared with `model`, not copied. `adept_config` of the result names the copies, those of earlier
     expansions too; call freeze_original before training. initialisation: see initialise.py; all but zero_output and zero_gate_up give
-    copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent.
+    copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent, or that reads ahead.
     """
     check_initialisation(initialisation)
     family, earlier = describe(model), AdeptConfig.of(model)
+    require_causal(model)
     count = len(family.silent)
     made = arrange_copies(layers, count, earlier)
     expanded = _built(model, [made.sources[index] for index in made.new])

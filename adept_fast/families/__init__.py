@@ -3,6 +3,7 @@
 Nothing outside this package knows one family from another, and nothing in it knows one by name where its structure tells.
 """
 
+from adept_fast.families.causality import require_causal
 from adept_fast.families.config import broken_periods, expanded_config
 from adept_fast.families.family import Family, describe
 from adept_fast.families.fused import FUSED_ATTENTION, Part, fused_rows
@@ -19,6 +20,7 @@ from adept_fast.families.layers import (
     layers_path,
     replaced_forward,
     text_config,
+    vocabulary_of,
     with_hidden,
 )
 from adept_fast.families.same import same_layers
@@ -42,7 +44,9 @@ __all__ = [
     "layer_configs",
     "layers_path",
     "replaced_forward",
+    "require_causal",
     "same_layers",
     "text_config",
+    "vocabulary_of",
     "with_hidden",
 ]

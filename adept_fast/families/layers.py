@@ -124,6 +124,11 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens it has embeddings of; meta tensors are enough."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where its inputs go: the device of its first weights that are there (others may be offloaded, which accelerate marks as meta); where
     all are offloaded, the one that accelerate runs it on."""

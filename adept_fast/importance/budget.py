@@ -61,12 +61,15 @@ class LayerCosts:
         return {"parameters": parameters, "time": (forward + backward) / (3 * (sum(self.weights) + self.head))}
 
 
-def check_budget(budget: Mapping[str, float]) -> None:
+def check_budget(budget: Mapping[str, float], costs: LayerCosts | None = None) -> None:
+    """Raise InputError for a budget that is none, or, with costs, that no single layer fits."""
     if not budget or not all(name in BUDGETS for name in budget):
         raise InputError(f"expand.budget takes {' and '.join(BUDGETS)}, shares of full training, found {dict(budget)}")
     for name, share in budget.items():
         if not 0 < share <= 1:
             raise InputError(f"expand.budget.{name} must be a share of full training above 0 and at most 1, found {share!r}")
+        if costs is not None and share < (least := min(costs.shares([layer])[name] for layer in range(len(costs.weights)))):
+            raise InputError(f"expand.budget.{name}={share:g} allows no copy: that of one layer takes {least:.4g} of full training")
 
 
 def within(budget: Mapping[str, float], costs: LayerCosts, select: Callable[[int], list[int]]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import evaluating
+from adept_fast.families import evaluating, vocabulary_of
 from adept_fast.importance.budget import LayerCosts
 from adept_fast.importance.cheap import CHEAP, cheap_scores
 from adept_fast.importance.masking import LOSSES, LayerMasks
@@ -62,7 +62,7 @@ def score_layers(
                 raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
-    items = [item for item in load_items(probe, tokenizer) if item.supervised]
+    items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     domain = [Item(item.input_ids, item.input_ids) for item in domain]
     started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adept_fast.families import decoder_layers, device_of, hidden_of, last_hidden, layer_configs, replaced_forward, text_config, with_hidden
+from adept_fast.families import (
+    decoder_layers,
+    device_of,
+    hidden_of,
+    last_hidden,
+    layer_configs,
+    replaced_forward,
+    require_causal,
+    text_config,
+    with_hidden,
+)
 from adept_fast.importance.packs import Pack, packed
 from adept_fast.importance.rows import cut_modules, cut_to
 
@@ -180,7 +190,11 @@ def _matrices(module: nn.Module) -> int:
 
 @torch.no_grad()
 def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = None) -> SweepPlan:
-    """Try the sweep on the first tokens of two items: alone against one forward a layer, and packed against alone."""
+    """Try the sweep on the first tokens of two items: alone against one forward a layer, and packed against alone.
+
+    Raises UnsupportedFamilyError for a model that reads ahead.
+    """
+    require_causal(model)
     device = device_of(model)
     tokens = tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
     count = len(decoder_layers(model))

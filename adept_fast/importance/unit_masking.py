@@ -26,7 +26,17 @@ from torch.utils.hooks import RemovableHandle
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers, describe, device_of, evaluating, hidden_of, layer_configs, replaced_forward, with_hidden
+from adept_fast.families import (
+    decoder_layers,
+    describe,
+    device_of,
+    evaluating,
+    hidden_of,
+    layer_configs,
+    replaced_forward,
+    vocabulary_of,
+    with_hidden,
+)
 from adept_fast.importance.masking import LOSSES, item_losses
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.packs import Pack
@@ -124,7 +134,7 @@ def mask_units(
     for name in (loss, *losses):
         if name not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}, found {name!r}")
-    items = [item for item in load_items(probe, tokenizer) if item.supervised]
+    items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     started, units = time.perf_counter(), masked_units(model, granularity, layers)
     with evaluating(model):
         masks = UnitMasks(model, plan(model, items, sweep_tokens), units)

@@ -1,7 +1,7 @@
 """Stage 2: the copies are tuned, each unit at a learning rate of its own."""
 
 from adept_fast.tuning.anchor import Anchor
-from adept_fast.tuning.baselines import tune_baseline
+from adept_fast.tuning.baselines import check_rank, tune_baseline
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.groups import rate_groups
 from adept_fast.tuning.plan import plan
@@ -21,6 +21,7 @@ __all__ = [
     "Bookkeeping",
     "TuningSettings",
     "apply_rates",
+    "check_rank",
     "check_settings",
     "fast_step",
     "plan",

@@ -16,6 +16,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
+from adept_fast.families import text_config
 from adept_fast.record import versions
 from adept_fast.tuning import sharded
 from adept_fast.tuning.monitor import Monitor
@@ -37,6 +38,12 @@ class Prepared:
     merged: Callable[[], PreTrainedModel]
     may_change: Callable[[str], bool]
     settings: Mapping[str, Any]
+
+
+def check_rank(model: PreTrainedModel, rank: int) -> None:
+    """Raise InputError for a rank above the model's width, at which LoRA is no longer low."""
+    if rank > (width := text_config(model).hidden_size):
+        raise InputError(f"tune.lora_rank must be from 1 to {width}, the model's width, found {rank}")
 
 
 def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepared:
@@ -73,6 +80,8 @@ def tune_baseline(
     Raises ExpansionError when a tensor changed that the method must not touch, or none did.
     """
     model = checkpoint.load_model(source, **loading)
+    if method == "lora":
+        check_rank(model, rank)
     run = Run.begin(model, source, corpus, settings, books)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.families import vocabulary_of
 from adept_fast.optim import AdamW
 from adept_fast.probing import bare
 from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
@@ -89,7 +90,7 @@ class AdeptCallback(Monitor, ExportableState):
         model = bare(model)
         self._open_log(state)
         tokenizer = self.tokenizer or kwargs.get("processing_class")
-        self._items = load_items(self.probe, tokenizer)
+        self._items = load_items(self.probe, tokenizer, vocabulary=vocabulary_of(model))
         inner = rated(optimizer)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
         self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)

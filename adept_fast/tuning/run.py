@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import remove_leftovers, write_json
+from adept_fast.artefacts import discard, remove_leftovers, write_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
@@ -53,6 +54,18 @@ class Bookkeeping:
     @property
     def started(self) -> Path:
         return self.work / "inputs.json"
+
+    @contextmanager
+    def nothing_left_by_a_refusal(self) -> Iterator[None]:
+        """Where a training is refused before its first checkpoint, neither folder nor log stays that was not there before."""
+        made = [path for path in (self.work, self.log) if not path.exists()]
+        try:
+            yield
+        except InputError:
+            if distributed.leads() and not (self.work.is_dir() and get_last_checkpoint(str(self.work))):
+                for path in filter(Path.exists, made):
+                    discard(path) if path.is_dir() else path.unlink()
+            raise
 
 
 @dataclass(frozen=True)

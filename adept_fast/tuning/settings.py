@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, TrainingArguments, default_data_collator, get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 from adept_fast.errors import InputError
 from adept_fast.tuning.meter import ACTIONS
@@ -45,7 +48,9 @@ class TuningSettings:
         return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
+SAMPLING = ("random", "sequential", "group_by_length")
 WSD = "warmup_stable_decay"
+REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # of transformers, for what it is given
 DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
 
 
@@ -71,8 +76,8 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
     }
     try:
         return TrainingArguments(output_dir=str(folder), **given)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"tune: {str(error).splitlines()[0]}") from None
+    except REFUSALS as error:
+        raise InputError(f"tune: {str(error).strip().splitlines()[0]}") from None
 
 
 def check_settings(settings: TuningSettings) -> None:
@@ -92,9 +97,29 @@ def check_settings(settings: TuningSettings) -> None:
         raise InputError("tune.eval_strategy: held-out losses are logged every tune.eval_steps: leave it at no")
     if args.restore_callback_states_from_checkpoint:
         raise InputError("tune.restore_callback_states_from_checkpoint: a resumed run restores them itself: leave it at false")
+    if args.ignore_data_skip:
+        raise InputError("tune.ignore_data_skip: a resumed run would train again on what it began with: leave it at false")
+    if args.train_sampling_strategy not in SAMPLING:
+        raise InputError(f"tune.train_sampling_strategy must be one of {', '.join(SAMPLING)}, found {args.train_sampling_strategy!r}")
+    if args.label_smoothing_factor >= 1:
+        raise InputError(f"tune.label_smoothing_factor must be below 1, found {args.label_smoothing_factor}")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
+    if args.gradient_checkpointing and not settings.equal_rates and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
+    args.push_to_hub = False  # a Trainer would make the repository
     try:
         stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
         get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"tune: {error}") from None
+        with TemporaryDirectory() as folder:
+            args.output_dir = folder
+            model = torch.nn.Linear(1, 1)
+            model.config = PretrainedConfig()
+            StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
+        if args.gradient_checkpointing:
+            checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})})
+    except InputError:
+        raise
+    except REFUSALS as error:
+        raise InputError(f"tune: {str(error).strip().splitlines()[0]}") from None
