@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,7 +78,7 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
     try:
         return TrainingArguments(output_dir=str(folder), **given)
     except REFUSALS as error:
-        raise InputError(f"tune: {str(error).strip().splitlines()[0]}") from None
+        raise _refused(error) from None
 
 
 def check_settings(settings: TuningSettings) -> None:
@@ -90,7 +91,15 @@ def check_settings(settings: TuningSettings) -> None:
         value = getattr(settings, key)
         if value is not None and not value >= 0:
             raise InputError(f"tune.{key} must be 0 or more, found {value}")
-    args = arguments(settings, Path("unused"), quiet=True)
+    _check_arguments(arguments(settings, Path("unused"), quiet=True), not settings.equal_rates)
+
+
+def _refused(error: Exception) -> InputError:
+    return InputError(f"tune: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+
+
+def _check_arguments(args: TrainingArguments, measured: bool) -> None:
+    """The rest by trying them on a model of one weight. measured: whether importances are."""
     if args.save_only_model:
         raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
@@ -105,7 +114,11 @@ def check_settings(settings: TuningSettings) -> None:
         raise InputError(f"tune.label_smoothing_factor must be below 1, found {args.label_smoothing_factor}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
-    if args.gradient_checkpointing and not settings.equal_rates and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    options = args.gradient_checkpointing_kwargs or {}
+    known = {"preserve_rng_state", *(name for name, entry in signature(checkpoint).parameters.items() if entry.kind is entry.KEYWORD_ONLY)}
+    if args.gradient_checkpointing and not known.issuperset(options):
+        raise InputError(f"tune.gradient_checkpointing_kwargs takes {', '.join(sorted(known))}, found {', '.join(options)}")
+    if args.gradient_checkpointing and measured and options.get("use_reentrant"):
         raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
     args.push_to_hub = False  # a Trainer would make the repository
@@ -117,9 +130,7 @@ def check_settings(settings: TuningSettings) -> None:
             model = torch.nn.Linear(1, 1)
             model.config = PretrainedConfig()
             StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
-        if args.gradient_checkpointing:
-            checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})})
     except InputError:
         raise
     except REFUSALS as error:
-        raise InputError(f"tune: {str(error).strip().splitlines()[0]}") from None
+        raise _refused(error) from None
