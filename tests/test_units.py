@@ -131,6 +131,9 @@ def test_rates_by_rank_have_mean_one_within_a_kind_and_fall_with_importance() ->
     pair = Units.of(expanded())
     assert unit_rates(importance([1.0] * 9 + [2.0] * 9, pair)).tolist() == [1.5] * 9 + [0.5] * 9
     assert unit_rates(importance([1.0] * 18, pair)).tolist() == [1.0] * 18
+    three = Units.of(expand_model(tiny_models.model(), [0, 1, 2]))
+    shared = unit_rates(importance([1.0] * 18 + [2.0] * 9, three))
+    assert shared.tolist() == pytest.approx([4 / 3] * 18 + [1 / 3] * 9), "ties share their mean rank"
 
 
 def test_the_paper_s_map_and_the_one_that_preserves_the_mean() -> None:
