@@ -35,7 +35,7 @@ def test_the_parts_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     tiny_models.checkpoint(tmp_path / "MODEL", num_hidden_layers=5)
     (tmp_path / "my.txt").write_text("\n\n".join(tiny_models.SENTENCES[:4]))
-    monkeypatch.setattr("adept_fast.data.items.load_items", lambda *given: load_items(*given)[:12])
+    monkeypatch.setattr("adept_fast.data.items.load_items", lambda *given, **named: load_items(*given, **named)[:12])
     made = run(0)
     before = dict(made["expand_model"](made["model"], made["select_layers"](made["scores"], k=4)).named_parameters())
     changed = {name for name, parameter in made["expanded"].named_parameters() if not parameter.equal(before[name])}
