@@ -168,6 +168,11 @@ def test_setting_reading_removing() -> None:
     for dim in (0, 1):
         optimizer.set_unit_lr(square, torch.tensor([0.5, 1.0]), dim)
         assert optimizer.unit_lr(square)[1] == dim, "as many multipliers, along another dimension"
+    optimizer.set_unit_lr(square, None)
+    own = torch.ones(2)
+    optimizer.set_unit_lr(square, own)
+    own.zero_()
+    assert optimizer.unit_lr(square)[0].min() == 1, "the caller's tensor is kept"
     optimizer.set_unit_lr(p, None)
     assert optimizer.unit_lr(p) is None and optimizer.unit_lr(other) is not None
     optimizer.set_unit_lr(other, None)

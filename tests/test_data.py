@@ -246,3 +246,12 @@ def test_weights_are_passes_over_a_document() -> None:
     assert (counts[:10] == 2).all() and (counts[-10:] == 1).all() and 430 < counts[10:1010].sum() < 570
     assert np.array_equal(order, document_order(len(weights), weights, seed=3))
     assert not np.array_equal(order, document_order(len(weights), weights, seed=4))
+
+
+def test_a_weight_above_one_adds_its_fraction_by_chance() -> None:
+    times = np.bincount(document_order(2000, np.full(2000, 1.25), seed=0))
+    assert set(times.tolist()) == {1, 2} and 0.2 < (times == 2).mean() < 0.3
+
+
+def test_a_document_is_left_to_train_on() -> None:
+    assert len(hold_out(["one", "two", "three"], "texts", share=1.0)) == 2
