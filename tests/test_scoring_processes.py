@@ -112,7 +112,7 @@ def test_error_of_one_process_ends_all(on_two: tuple[Path, subprocess.CompletedP
 
 
 def test_score_command_survives_a_kill(settings: list[str], tmp_path: Path) -> None:
-    given = [*settings, "score.regret=0.05", "score.loss=all", "score.compare=[gate]", "score.units=null"]
+    given = [*settings, "score.regret=0.05", "score.loss=all", "score.compare=[gate]", "score.units=null", "score.unit_layers=null"]
     with Attempts({"PYTHONPATH": str(HERE.parent)}) as attempts:
 
         def score(output: str, **kill: Any) -> tuple[int, str]:
