@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from adept_fast import checkpoint
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
 from adept_fast.importance import (
@@ -22,26 +21,24 @@ from adept_fast.importance import (
 from adept_fast.workspace import Workspace
 
 
-def check_model(work: Workspace) -> Any:
-    """The model without its weights, whose layers the recipe must fit."""
-    skeleton, expand, score = checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code), work.recipe.expand, work.recipe.score
-    layers = len(decoder_layers(skeleton))
+def check_layers(work: Workspace) -> None:
+    """Raise InputError where what the recipe says of layers does not fit those of its model."""
+    expand, score = work.recipe.expand, work.recipe.score
+    layers, candidates = len(decoder_layers(work.skeleton)), _candidates(work)
     check_scoring(score, layers)
-    check_choice(layers if expand.layers is not None else len(_originals(work, layers)), expand.k, expand.placement, expand.layers)
+    check_choice(layers if expand.layers is not None else len(candidates), expand.k, expand.placement, expand.layers)
     if expand.budget is not None:
-        check_budget(expand.budget.shares, LayerCosts.of(skeleton))
+        check_budget(expand.budget.shares, LayerCosts.of(work.skeleton), candidates)
         if score.regret is not None:
             raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
     if (raced := race(work)) is not None:
-        raced.check(layers)
-    return skeleton
+        raced.check(len(candidates))
 
 
 def race(work: Workspace) -> Race | None:
     """For the expand.k lowest layers, where the recipe asks for one."""
     score = work.recipe.score
-    among = None if work.earlier is None else tuple(work.earlier.originals)
-    return None if score.regret is None else Race(work.recipe.expand.k, score.regret, score.confidence, among=among)
+    return None if score.regret is None else Race(work.recipe.expand.k, score.regret, score.confidence)
 
 
 def by_scores(work: Workspace) -> bool:
@@ -54,13 +51,11 @@ def choose(work: Workspace, scores: LayerScores | None) -> list[int]:
     if expand.layers is not None:
         return sorted(expand.layers)
     if work.method.uniform:
-        places = _originals(work, len(decoder_layers(checkpoint.load_skeleton(work.source, work.recipe.trust_remote_code))))
-        return [places[layer] for layer in evenly(len(places), expand.k)]
+        return evenly(_candidates(work), expand.k)
     if scores is None:
         raise InputError(f"{work.scores_path}: no scores yet: run adept-fast score first, or set expand.layers")
-    places = _originals(work, len(scores.values))
     how = {"k": expand.k} if expand.budget is None else {"budget": expand.budget.shares}
-    return [places[layer] for layer in select_layers(scores.among(places), placement=expand.placement, **how)]
+    return select_layers(scores, placement=expand.placement, **how)
 
 
 def selection(work: Workspace, layers: list[int], scores: LayerScores | None) -> dict[str, Any]:
@@ -68,9 +63,7 @@ def selection(work: Workspace, layers: list[int], scores: LayerScores | None) ->
     placement = work.recipe.expand.placement
     if scores is None or not by_scores(work):
         return {"placement": "uniform" if work.method.uniform else "given", "k": len(layers), "notes": []}
-    places = _originals(work, len(scores.values))
-    among, chosen = scores.among(places), [places.index(layer) for layer in layers]
-    rivals = ", ".join(str(places[layer]) for layer in undecided(among, chosen, placement))
+    rivals = ", ".join(map(str, undecided(scores, layers, placement)))
     found: dict[str, Any] = {
         "placement": placement,
         "k": len(layers),
@@ -80,12 +73,10 @@ def selection(work: Workspace, layers: list[int], scores: LayerScores | None) ->
         "scores": [scores.values[layer] for layer in layers],
     }
     if scores.costs is not None:
-        following = next_layer(among, chosen, placement)
-        found["next"] = following and {**following, **{key: [places[layer] for layer in following[key]] for key in ("layers", "joins")}}
-        found["shares"] = scores.costs.shares(layers)
+        found |= {"next": next_layer(scores, layers, placement), "shares": scores.costs.shares(layers)}
     return found
 
 
-def _originals(work: Workspace, layers: int) -> list[int]:
-    """Where the layers stand that may be copied, of so many."""
-    return list(range(layers)) if work.earlier is None else work.earlier.originals
+def _candidates(work: Workspace) -> list[int]:
+    copies = work.earlier.copies if work.earlier else ()
+    return [layer for layer in range(len(decoder_layers(work.skeleton))) if layer not in copies]

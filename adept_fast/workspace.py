@@ -5,24 +5,26 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import read_json, remove_leftovers, write_text
+from adept_fast.artefacts import remove_leftovers, write_text
 from adept_fast.corpora import Corpora
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 from adept_fast.families import vocabulary_of
 from adept_fast.fingerprint import fingerprint
-from adept_fast.inputs import require_same
+from adept_fast.inputs import inputs_of, require_same
 from adept_fast.methods import METHODS, Method
 from adept_fast.recipe import Recipe
 from adept_fast.record import AdeptConfig
+
+T = TypeVar("T")
 
 
 class Workspace:
@@ -97,11 +99,12 @@ class Workspace:
 
     def vocabulary(self, records: Iterable[Record]) -> int | None:
         """How many tokens the model has, where some of these records are tokenised already."""
-        return self._embeddings if any("input_ids" in record.content for record in records) else None
+        return vocabulary_of(self.skeleton) if any("input_ids" in record.content for record in records) else None
 
     @cached_property
-    def _embeddings(self) -> int:
-        return vocabulary_of(checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code))
+    def skeleton(self) -> Any:
+        """The model without its weights."""
+        return checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code)
 
     @property
     def method(self) -> Method:
@@ -123,25 +126,25 @@ class Workspace:
         how = self.recipe.expand.initialisation
         return {"expand.layers": list(layers), **({} if how == "zero_output" else {"expand.initialisation": how})}
 
-    @staticmethod
-    def inputs_of(folder: Path) -> Mapping[str, Any]:
-        """What an expanded or tuned checkpoint was made from, whatever method made it."""
-        plain = folder / "baseline.json"
-        return read_json(plain).get("inputs", {}) if plain.is_file() else AdeptConfig.load(folder).inputs
-
-    def require_same(self, path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        require_same(path, recorded, now, self.recipe.model_name_or_path)
-
-    def require_ours(self, path: Path, recorded: Mapping[str, Any]) -> None:
-        """Raise InputError for an artefact that was made from another model than the recipe's."""
-        self.require_same(path, {"model": recorded.get("model")}, {"model": self.identity})
+    def kept(self, path: Path, read: Callable[[Path], T], inputs: dict[str, Any] | None = None) -> T | None:
+        """The artefact at `path`; None where there is none. Raises InputError, naming what differs, for one that was made from others than
+        `inputs` (none: than the recipe's model)."""
+        if not path.exists():
+            return None
+        found = read(path)
+        recorded, model = inputs_of(found), self.recipe.model_name_or_path
+        if inputs is None:
+            require_same(path, {"model": recorded.get("model")}, {"model": self.identity}, model)
+        else:
+            require_same(path, recorded, inputs, model)
+            self.say(f"{path}: up to date")
+        return found
 
     def copies(self) -> AdeptConfig:
         """The record of expanded/."""
-        if not self.expanded.exists():
+        record = self.kept(self.expanded, AdeptConfig.load)
+        if record is None:
             raise InputError(f"{self.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages")
-        record = AdeptConfig.load(self.expanded)
-        self.require_ours(self.expanded, record.inputs)
         return record
 
     def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:

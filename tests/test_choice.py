@@ -25,6 +25,7 @@ from adept_fast.importance import LayerScores, UnitScores, next_layer
 from adept_fast.importance.scores import ItemScores
 from adept_fast.pipeline import STAGES
 from adept_fast.recipe import load
+from adept_fast.record import AdeptConfig
 from adept_fast.workspace import Workspace
 
 CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}
@@ -80,8 +81,8 @@ def test_budget_of_a_model_with_copies_counts_it_as_it_is() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     first = expand_model(tiny_models.model(**CHANGES), [1, 4])
-    originals = first.adept_config.originals
-    scores = score_layers(first, tiny_models.items(8), quiet=True).among(originals)
+    scores = score_layers(first, tiny_models.items(8), quiet=True)
+    assert scores.copies == (2, 6) and scores.candidates == [0, 1, 3, 4, 5, 7]
     ids = torch.randint(3, tiny_models.VOCABULARY, (16, 2))
 
     def flops(trained: torch.nn.Module) -> int:
@@ -93,8 +94,8 @@ def test_budget_of_a_model_with_copies_counts_it_as_it_is() -> None:
     for k in (1, 2, 3):
         layers = select_layers(scores, k, "lowest_per_band")
         shares = scores.costs.shares(layers)
-        assert select_layers(scores, placement="lowest_per_band", budget=shares) == layers and max(layers) < 6
-        second = expand_model(first, [originals[layer] for layer in layers])
+        assert select_layers(scores, placement="lowest_per_band", budget=shares) == layers
+        second = expand_model(first, layers)
         assert shares["parameters"] == freeze_original(second).trainable / parameters
         assert shares["time"] == pytest.approx(flops(second) / whole, rel=0.03)
 
@@ -113,8 +114,11 @@ def test_budget_takes_as_many_layers_as_it_allows(scored: tuple) -> None:
     assert following["layers"] == select_layers(scores, len(both) + 1) and following["joins"] == sorted({*following["layers"]} - {*both})
     assert following["shares"]["parameters"] > scores.costs.shares(both)["parameters"]
     assert next_layer(scores, list(range(6))) is None
-    with pytest.raises(InputError, match="allows no copy: the cheapest choice takes"):
+    with pytest.raises(InputError, match="allows no copy: that of one layer takes"):
         select_layers(scores, budget={"parameters": 0.01})
+    rising = dataclasses.replace(made(torch.arange(6.0).double().expand(8, 6)), costs=scores.costs)  # the lowest takes most time
+    with pytest.raises(InputError, match="allows no copy: the cheapest choice takes"):
+        select_layers(rising, budget={"time": 0.99 * scores.costs.shares([0])["time"]})
     with pytest.raises(InputError, match="above 0 and at most 1"):
         select_layers(scores, budget={"time": 1.5})
     with pytest.raises(InputError, match="takes parameters and time"):
@@ -261,3 +265,25 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     assert any(line.endswith("probe items by fisher") for line in said)
     assert any(line.startswith("chosen layers (fisher, sum of squared gradients): ") for line in said)
     assert "Score (fisher, sum of squared gradients)" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("how", ["method=adept", "method=uniform"])
+def test_a_second_expansion_copies_layers_that_are_no_copies(tmp_path: Path, how: str) -> None:
+    tiny_models.checkpoint(tmp_path / "model", **CHANGES)
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps({"text": f"The fox counts {number} stones"}) + "\n" for number in range(9)))
+    given = [f"probe={tmp_path / 'probe.jsonl'}", "score.method=fisher", "score.loss=all", "expand.placement=lowest_per_band"]
+
+    def expanded(model: str, output: str, *more: str) -> tuple[AdeptConfig, list[str]]:
+        said: list[str] = []
+        places = [f"model_name_or_path={tmp_path / model}", f"output_dir={tmp_path / output}"]
+        work = Workspace(load(None, [*given, *places, *more], ("model_name_or_path",)), said.append, quiet=True)
+        with work.held():
+            STAGES["score"](work)
+            return STAGES["expand"](work), said
+
+    expanded("model", "first", "expand.layers=[1,4]")
+    record, said = expanded("first/expanded", "second", "expand.k=6", how)
+    assert [entry.copied_from for entry in record.inserted if entry.round] == [0, 1, 2, 3, 4, 5]
+    assert any("chosen layers" in line for line in said) and any("would choose the same" in line for line in said)
+    with pytest.raises(InputError, match="from 1 to 6, the number of layers"):
+        expanded("first/expanded", "third", "expand.k=7", how)

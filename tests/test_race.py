@@ -12,7 +12,7 @@ import torch
 
 from adept_fast import expand_model
 from adept_fast.errors import InputError
-from adept_fast.importance import LayerScores, Race, race, score_layers, select_layers, undecided
+from adept_fast.importance import LayerScores, Race, race, score_layers, select_layers, selection_stability, undecided
 from adept_fast.intervals import bootstrap
 
 LAYERS, ITEMS = 10, 200
@@ -185,22 +185,23 @@ def test_settings_that_cannot_be(change: dict) -> None:
         dataclasses.replace(Race(k=2), **change).check(6)
 
 
-def test_a_race_among_some_layers_chooses_of_them_and_bounds_the_regret_among_them() -> None:
+def test_copies_are_no_candidates_and_a_race_bounds_the_regret_among_the_others() -> None:
     model, items = expand_model(tiny_models.model(num_hidden_layers=6), [1, 3]), tiny_models.items(60)
-    originals = model.adept_config.originals
-    assert originals == [0, 1, 3, 4, 6, 7]
-    exact = score_layers(model, items, quiet=True).among(originals)
-    scores = score_layers(model, items, race=Race(k=2, regret=0.2, first=8, among=tuple(originals)), quiet=True)
-    proof, places = scores.certificate, select_layers(scores.among(originals), 2)
-    assert proof["among"] == originals and [originals[place] for place in places] == proof["layers"]
-    regret = sum(exact.values[place] for place in places) - sum(sorted(exact.values)[:2])
+    exact = score_layers(model, items, quiet=True)
+    scores = score_layers(model, items, race=Race(k=2, regret=0.2, first=8), quiet=True)
+    proof, chosen = scores.certificate, select_layers(scores, 2)
+    assert scores.candidates == [0, 1, 3, 4, 6, 7] and chosen == proof["layers"] and not {2, 5} & {*chosen, *proof["undecided"]}
+    regret = sum(exact.values[layer] for layer in chosen) - sum(sorted(exact.values[layer] for layer in scores.candidates)[:2])
     assert regret <= proof["regret_bound"] <= 0.2
     assert [proof["measured_items"][copy] for copy in (2, 5)] == [8, 8] and [scores.values[copy] for copy in (2, 5)] == [0, 0]
-    assert undecided(scores.among(originals), places) == [originals.index(layer) for layer in undecided(scores, proof["layers"])]
-    with pytest.raises(InputError, match="k from 1 to 2"):
-        Race(k=3, among=(0, 2, 4)).check(8)
-    with pytest.raises(InputError, match="among layers from 0 to 7, each once"):
-        Race(k=1, among=(0, 8)).check(8)
+    assert not {2, 5} & {*undecided(scores, chosen), *undecided(exact, select_layers(exact, 2))}
+    assert select_layers(exact, 2, "uniform") == [3, 7] and max(select_layers(exact, 6)) == 7
+    stability = selection_stability(exact, chosen)["sizes"][-1]
+    assert sum(stability["frequency"]) == pytest.approx(2) and stability["frequency"][2] == stability["frequency"][5] == 0
+    with pytest.raises(InputError, match="from 1 to 6, the number"):
+        select_layers(exact, 7)
+    with pytest.raises(InputError, match="k from 1 to 5"):
+        score_layers(model, items, race=Race(k=6), quiet=True)
 
 
 def test_a_race_measures_one_loss_by_masking() -> None:

@@ -6,12 +6,11 @@ from adept_fast.importance.comparison import compare_scores
 from adept_fast.importance.layers import METHODS, score_layers
 from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.race import Race, certified
-from adept_fast.importance.scores import LayerScores, Profile
+from adept_fast.importance.scores import LayerScores, Profile, UnitScores
 from adept_fast.importance.selection import PLACEMENTS, check_choice, evenly, next_layer, select_layers, undecided
 from adept_fast.importance.settings import check_scoring
 from adept_fast.importance.stability import corpus_conflicts, selection_stability
 from adept_fast.importance.unit_masking import GRANULARITIES, forwards, mask_units, masked_units
-from adept_fast.importance.unit_scores import UnitScores
 
 __all__ = [
     "CHEAP",

@@ -11,8 +11,8 @@ model, not a measurement: it counts no attention products, no element-wise work 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adept_fast.errors import InputError
@@ -26,14 +26,12 @@ BUDGETS = ("parameters", "time")
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head;
-    places: where the layers stand that are chosen from, where not all are."""
+    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head."""
 
     parameters: tuple[int, ...]
     weights: tuple[int, ...]
     total: int
     head: int
-    places: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LayerCosts:
@@ -47,13 +45,8 @@ class LayerCosts:
             0 if head is None else head.weight.numel(),
         )
 
-    def among(self, layers: Sequence[int]) -> LayerCosts:
-        """The same, where layer 0 of a choice is layers[0], and so on."""
-        return replace(self, places=tuple(layers))
-
     def shares(self, layers: Sequence[int]) -> dict[str, float]:
         """Shares of full CPT that copies of `layers` take: {"parameters": ..., "time": ...}."""
-        layers = [self.places[layer] for layer in layers] if self.places else layers
         copies = sum(self.weights[layer] for layer in layers)
         forward = sum(self.weights) + copies + self.head
         backward = self.head + sum(self.weights[min(layers) + 1 :]) + 2 * copies if layers else 0
@@ -61,26 +54,20 @@ class LayerCosts:
         return {"parameters": parameters, "time": (forward + backward) / (3 * (sum(self.weights) + self.head))}
 
 
-def check_budget(budget: Mapping[str, float], costs: LayerCosts | None = None) -> None:
-    """Raise InputError for a budget that is none, or, with costs, that no single layer fits."""
+def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Sequence[int]) -> None:
+    """Raise InputError for a budget that is none, or that not one of `candidates` fits."""
     if not budget or not all(name in BUDGETS for name in budget):
         raise InputError(f"expand.budget takes {' and '.join(BUDGETS)}, shares of full training, found {dict(budget)}")
     for name, share in budget.items():
         if not 0 < share <= 1:
             raise InputError(f"expand.budget.{name} must be a share of full training above 0 and at most 1, found {share!r}")
-        if costs is not None and share < (least := min(costs.shares([layer])[name] for layer in range(len(costs.weights)))):
+        if share < (least := min(costs.shares([layer])[name] for layer in candidates)):
             raise InputError(f"expand.budget.{name}={share:g} allows no copy: that of one layer takes {least:.4g} of full training")
 
 
-def within(budget: Mapping[str, float], costs: LayerCosts, select: Callable[[int], list[int]]) -> list[int]:
-    """The choice select(k) of the largest k whose shares are all within the budget. Raises InputError where none is."""
-    check_budget(budget)
-
-    def fits(layers: Sequence[int]) -> bool:
-        return all(costs.shares(layers)[name] <= share for name, share in budget.items())
-
-    choices = [select(k) for k in range(1, len(costs.places or costs.weights) + 1)]
-    fitting = [layers for layers in choices if fits(layers)]
+def within(budget: Mapping[str, float], costs: LayerCosts, choices: Sequence[list[int]]) -> list[int]:
+    """The last of `choices`, of one layer each more, whose shares are all within the budget. Raises InputError where none is."""
+    fitting = [layers for layers in choices if all(costs.shares(layers)[name] <= share for name, share in budget.items())]
     if not fitting:
         cheapest = {name: round(min(costs.shares(layers)[name] for layers in choices), 4) for name in budget}
         raise InputError(f"expand.budget {dict(budget)} allows no copy: the cheapest choice takes {cheapest} of full training")

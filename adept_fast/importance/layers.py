@@ -20,6 +20,7 @@ from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.race import Race, certificate, run
 from adept_fast.importance.scores import ItemScores, LayerScores
 from adept_fast.importance.sweep import plan
+from adept_fast.record import AdeptConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def score_layers(
     call, that is on memory (none: 1,280 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
     domain: items of another corpus, measured beside the probe: their loss on all tokens is the profile "domain".
     race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
-    certificate, and the values of layers that were dropped rest on fewer items.
+    certificate, and the values of layers that were dropped, or are copies, rest on fewer items.
     Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
     Raises InputError for an unknown method or loss, or a probe with nothing supervised.
     """
@@ -64,6 +65,7 @@ def score_layers(
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     domain = [Item(item.input_ids, item.input_ids) for item in domain]
+    copies = record.copies if (record := AdeptConfig.of(model)) else ()
     started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:
         loss, per_item = _cheap(model, items, method, loss, wanted, quiet)
@@ -76,7 +78,7 @@ def score_layers(
                 notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
             with Measuring(masks, items, wanted, journal, inputs, quiet) as measuring:
                 if race:
-                    proof = _raced(measuring, race, loss, seed)
+                    proof = _raced(measuring, race, loss, seed, copies)
                 else:
                     measuring.measure("scoring")
                 per_item = {name: measuring.item_scores(name) for name in measuring.names}
@@ -97,6 +99,7 @@ def score_layers(
         inputs=dict(inputs or {}),
         certificate=proof,
         costs=LayerCosts.of(model),
+        copies=copies,
         per_item=per_item,
     )
 
@@ -112,12 +115,12 @@ def _cheap(
     return loss, {name: cheap_scores(model, items, method, name, quiet) for name in LOSSES if name in wanted}
 
 
-def _raced(measuring: Measuring, race: Race, loss: str, seed: int) -> dict[str, Any]:
+def _raced(measuring: Measuring, race: Race, loss: str, seed: int, copies: Collection[int]) -> dict[str, Any]:
     tokens = measuring.item_scores(loss).weights
 
     def measure(items: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
         measuring.measure(f"racing {len(layers)} layers", items, layers)
         return measuring.item_scores(loss).sums[list(items)]
 
-    outcome = run(race, tokens, measuring.masks.count, measure, seed)
+    outcome = run(race, tokens, measuring.masks.count, measure, seed, copies)
     return certificate(race, outcome, tokens, seed, measuring.cost / measuring.whole_cost())

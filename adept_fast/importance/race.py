@@ -19,7 +19,7 @@ for others as n grows, which is why the first part has 32 items. The regret is m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,7 @@ from adept_fast.errors import InputError
 class Race:
     """Stop when the chosen k layers lose at most `regret` nats a token more than the best k (sum over layers), at `confidence`.
 
-    first: items of the first part; growth: how many times as many items each later look has. among: the layers to choose from (none:
-    all; AdeptConfig.originals of an expanded model, whose copies cannot be copied); others are measured on the first part alone.
+    first: items of the first part; growth: how many times as many items each later look has.
     """
 
     k: int = 4
@@ -42,15 +41,10 @@ class Race:
     confidence: float = 0.95
     first: int = 32
     growth: float = 1.25
-    among: tuple[int, ...] | None = None
 
-    def check(self, layers: int) -> None:
-        if self.among is not None:
-            if len(set(self.among)) != len(self.among) or not all(0 <= layer < layers for layer in self.among):
-                raise InputError(f"a race is among layers from 0 to {layers - 1}, each once, found {list(self.among)}")
-            layers = len(self.among)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k < layers:
-            raise InputError(f"a race needs a k from 1 to {layers - 1}, one below the number of layers, found {self.k!r}")
+    def check(self, candidates: int) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k < candidates:
+            raise InputError(f"a race needs a k from 1 to {candidates - 1}, one below the layers to choose from, found {self.k!r}")
         if not self.regret >= 0:
             raise InputError(f"a race's regret must be 0 or more nats per token, found {self.regret!r}")
         if not 0.5 <= self.confidence < 1:
@@ -111,16 +105,23 @@ def regret_bound(upper: Tensor, chosen: Sequence[int], others: Sequence[int]) ->
     return min(float(gains.amax(1).sum()), float(best.sum()))
 
 
-def run(race: Race, tokens: Tensor, layers: int, measure: Callable[[Sequence[int], Sequence[int]], Tensor], seed: int) -> Outcome:
-    """Race `layers` layers over a corpus of items with so many tokens each.
+def run(
+    race: Race,
+    tokens: Tensor,
+    layers: int,
+    measure: Callable[[Sequence[int], Sequence[int]], Tensor],
+    seed: int,
+    copies: Collection[int] = (),
+) -> Outcome:
+    """Race `layers` layers over a corpus of items with so many tokens each; of them `copies` are no candidates: measured at first alone.
 
     measure(items, layers): the summed loss differences of those items, fp64 [items, all layers], of which only `layers` are read.
     """
-    race.check(layers)
+    racing = [layer for layer in range(layers) if layer not in copies]
+    candidates = len(racing)
+    race.check(candidates)
     items, total = len(tokens), float(tokens.sum())
     order = item_order(items, seed)
-    racing = sorted(range(layers) if race.among is None else race.among)
-    candidates = len(racing)
     alpha = (1 - race.confidence) / (candidates * (candidates - 1))
     upper = torch.full((layers, layers), torch.inf, dtype=torch.float64)
     inside: list[int] = []
@@ -160,7 +161,6 @@ def certificate(race: Race, outcome: Outcome, tokens: Tensor, seed: int, cost_sh
     order = item_order(len(tokens), seed)[: outcome.items]
     return {
         "k": race.k,
-        "among": None if race.among is None else sorted(race.among),
         "layers": list(outcome.layers),
         "regret_asked": race.regret,
         "regret_bound": outcome.bound,

@@ -1,11 +1,11 @@
-"""The result of scoring layers: one importance per layer, with its uncertainty, for each loss that was measured."""
+"""The results of scoring: one importance per layer, or per unit, with its uncertainty, for each loss that was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,11 +27,6 @@ class Profile:
     low: tuple[float, ...]
     high: tuple[float, ...]
     base_loss: float | None
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Profile:
-        """From JSON."""
-        return cls(tuple(entry["values"]), tuple(entry["low"]), tuple(entry["high"]), entry["base_loss"])
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weigh
 
 
 class Profiled:
-    """What results of scoring share: the profile of their primary loss, and how they are written."""
+    """What results of scoring share: the profile of their primary loss, and how they are written and read."""
 
     loss: str
     profiles: Mapping[str, Profile]
@@ -98,13 +93,28 @@ class Profiled:
         content = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "per_item"}
         write_json(Path(path), content)
 
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; no per_item where it is missing. Raises InputError for a malformed file, or one of another schema."""
+        content = read_json(Path(path))
+        if content.get("schema") != SCHEMA:
+            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
+        try:
+            content["profiles"] = {name: Profile(**_tuples(entry)) for name, entry in content["profiles"].items()}
+            if content.get("costs"):
+                content["costs"] = LayerCosts(**_tuples(content["costs"]))
+            return cls(per_item=load_items(items_path(path)), **_tuples(content))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not {cls.__name__} ({error}): delete it to score again") from None
+
 
 @dataclass(frozen=True)
 class LayerScores(Profiled):
     """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by.
 
-    certificate: what a race has proven (see race.py). costs: what copies of layers take. analysis: what was computed from the scores of
-    single items, "stability" of the choice and "conflicts" of two corpora. per_item: those scores, kept beside scores.json.
+    certificate: what a race has proven (see race.py). costs: what copies of layers take. copies: layers that are copies already, which are
+    not copied again. analysis: what was computed from the scores of single items, "stability" of the choice and "conflicts" of two
+    corpora. per_item: those scores, kept beside scores.json.
     """
 
     method: str
@@ -119,6 +129,7 @@ class LayerScores(Profiled):
     confidence: float = CONFIDENCE
     certificate: Mapping[str, Any] | None = None
     costs: LayerCosts | None = None
+    copies: tuple[int, ...] = ()
     analysis: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
@@ -127,33 +138,35 @@ class LayerScores(Profiled):
     def base_loss(self) -> float | None:
         return self.profiles[self.loss].base_loss
 
-    def among(self, layers: Sequence[int]) -> LayerScores:
-        """The same of these layers alone, in this order, without single items. Costs remain those of the whole model."""
+    @property
+    def candidates(self) -> list[int]:
+        """The layers that may be copied."""
+        return [layer for layer in range(len(self.values)) if layer not in self.copies]
 
-        def of(values: Sequence[float]) -> tuple[float, ...]:
-            return tuple(values[layer] for layer in layers)
 
-        kept = {name: Profile(of(each.values), of(each.low), of(each.high), each.base_loss) for name, each in self.profiles.items()}
-        proof = self.certificate and {
-            **self.certificate,
-            **{key: [layers.index(layer) for layer in self.certificate[key]] for key in ("layers", "undecided")},
-        }
-        costs = self.costs and self.costs.among(layers)
-        return replace(self, profiles=kept, per_item={}, costs=costs, analysis={}, certificate=proof)
+@dataclass(frozen=True)
+class UnitScores(Profiled):
+    """Profiles by loss name as of LayerScores, whose values are those of units; unit i is the part `kinds[i]` of layer `layers[i]`."""
 
-    @classmethod
-    def load(cls, path: str | Path) -> LayerScores:
-        """Read scores.json, and per_item where it lies beside it. Raises InputError when it is missing, malformed or of another schema."""
-        content = read_json(Path(path))
-        if content.get("schema") != SCHEMA:
-            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
-        try:
-            profiles = {name: Profile.of(entry) for name, entry in content.pop("profiles").items()}
-            costs = content.pop("costs", None)
-            costs = costs and LayerCosts(**{key: tuple(value) if isinstance(value, list) else value for key, value in costs.items()})
-            return cls(profiles=profiles, costs=costs, notes=tuple(content.pop("notes")), per_item=load_items(items_path(path)), **content)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not layer scores ({error}): delete it to score again") from None
+    granularity: str
+    loss: str
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    profiles: Mapping[str, Profile]
+    items: int
+    tokens: int
+    seconds: float
+    model: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    confidence: float = CONFIDENCE
+    method: str = "unit_masking"
+    schema: int = SCHEMA
+    per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists for tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -48,15 +48,15 @@ def selection_stability(
     {"layers", "placement", "draws", "sizes": [{"items", "same": share of draws, "frequency": share of draws [layers]}]}. sizes: items of
     the random corpora, None for all there are; those that are not below the number of items are left out.
     """
-    count, k = len(scores.values), len(layers)
-    check_choice(count, k, placement)
+    candidates, k = scores.candidates, len(layers)
+    check_choice(len(candidates), k, placement)
     available = int(complete(scores, scores.loss).sum())
-    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen = torch.zeros(len(scores.values), dtype=torch.bool)
     chosen[list(layers)] = True
     entries = []
     for size in dict.fromkeys(size for size in sizes if size is None or size < available):
         values = resampled_values(scores, scores.loss, size, seed=seed)
-        picked = torch.zeros(values.shape, dtype=torch.bool).scatter_(1, by_placement(values, k, placement), True)
+        picked = torch.zeros(values.shape, dtype=torch.bool).scatter_(1, by_placement(values, candidates, k, placement), True)
         same = (picked == chosen).all(1).double().mean()
         entries.append({"items": size or available, "same": float(same), "frequency": picked.double().mean(0).tolist()})
     return {"layers": list(layers), "placement": placement, "draws": DRAWS, "sizes": entries}

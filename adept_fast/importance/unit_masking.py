@@ -40,8 +40,8 @@ from adept_fast.families import (
 from adept_fast.importance.masking import LOSSES, item_losses
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.packs import Pack
+from adept_fast.importance.scores import UnitScores
 from adept_fast.importance.sweep import SweepPlan, call_flops, plan, row_hidden
-from adept_fast.importance.unit_scores import UnitScores
 from adept_fast.inputs import digest
 from adept_fast.units import OUTPUTS
 
