@@ -11,9 +11,10 @@ from adept_fast.artefacts import read_json, read_yaml, write_json
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate, largest_alpha
 from adept_fast.expansion import PRESERVING
-from adept_fast.inputs import changed, digest
+from adept_fast.inputs import changed, digest, inputs_of
 from adept_fast.record import AdeptConfig, versions
 from adept_fast.report import write_report
+from adept_fast.training import tuned_record
 from adept_fast.workspace import Workspace
 
 
@@ -31,37 +32,29 @@ def base_against_tuned(
     work: Workspace, general: EvaluationCorpus, domain: EvaluationCorpus | None, digests: Mapping[str, str]
 ) -> dict[str, Any]:
     """eval.json: base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again."""
-    limit = work.recipe.eval.general_limit
-    inputs = {**work.base_inputs(), **digests, "eval.general_limit": limit}
-    for path in (work.expanded, work.tuned):
-        if path.exists():
-            work.require_ours(path, work.inputs_of(path))
-    if work.tuned.exists():
-        inputs["tuned"] = digest(work.inputs_of(work.tuned))
-    inputs["expanded"] = work.expanded.exists()
-    if work.eval_path.exists():
-        result = read_json(work.eval_path)
-        recorded = result.get("inputs", {})
-        work.require_ours(work.eval_path, recorded)
-        if not changed(recorded, inputs):
-            work.say(f"{work.eval_path}: up to date")
-            _tell(work, result)
-            return result
-    started = time.perf_counter()
-    base, argmax = evaluate(work.load(work.source), general, domain, (), "base", work.quiet)
-    models, found = {"base": base}, {}
-    if work.expanded.exists() and PRESERVING[AdeptConfig.load(work.expanded).initialisation]:
-        models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
-    elif work.expanded.exists():
-        models["expanded"], _ = evaluate(work.load(work.expanded), general, domain, argmax, "expanded", work.quiet)
-    if work.tuned.exists():
-        tuned = work.load(work.tuned)
-        models["tuned"], _ = evaluate(tuned, general, domain, argmax, "tuned", work.quiet)
-        if limit is not None and work.method.copies:
-            found = {"dial": largest_alpha(tuned, general, domain, limit, work.quiet)}
-    seconds = time.perf_counter() - started
-    result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
-    write_json(work.eval_path, result)
+    limit, expanded, tuned = work.recipe.eval.general_limit, work.kept(work.expanded, AdeptConfig.load), work.kept(work.tuned, tuned_record)
+    inputs = {**work.base_inputs(), **digests, "eval.general_limit": limit, "expanded": expanded is not None}
+    if tuned is not None:
+        inputs["tuned"] = digest(inputs_of(tuned))
+    result = work.kept(work.eval_path, read_json)
+    if result is not None and not changed(inputs_of(result), inputs):
+        work.say(f"{work.eval_path}: up to date")
+    else:
+        started = time.perf_counter()
+        base, argmax = evaluate(work.load(work.source), general, domain, (), "base", work.quiet)
+        models, found = {"base": base}, {}
+        if expanded is not None and PRESERVING[expanded.initialisation]:
+            models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
+        elif expanded is not None:
+            models["expanded"], _ = evaluate(work.load(work.expanded), general, domain, argmax, "expanded", work.quiet)
+        if tuned is not None:
+            model = work.load(work.tuned)
+            models["tuned"], _ = evaluate(model, general, domain, argmax, "tuned", work.quiet)
+            if limit is not None and work.method.copies:
+                found = {"dial": largest_alpha(model, general, domain, limit, work.quiet)}
+        seconds = time.perf_counter() - started
+        result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
+        write_json(work.eval_path, result)
     _tell(work, result)
     return result
 

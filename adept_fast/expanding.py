@@ -10,18 +10,16 @@ from adept_fast.record import AdeptConfig
 from adept_fast.workspace import Workspace
 
 
-def expand(work: Workspace, scores: LayerScores | None) -> AdeptConfig:
-    """expanded/ and its record. scores: by which layers are chosen, where the recipe does not say which."""
+def expand(work: Workspace) -> AdeptConfig:
+    """expanded/ and its record."""
     if not work.method.copies:
         raise InputError(f"method={work.recipe.method} trains no copies: there is nothing to expand")
+    scores = work.kept(work.scores_path, LayerScores.load)
     layers = choose(work, scores)
     steering = work.corpora.steering()
     inputs = {**work.base_inputs(), **work.copies_inputs(layers), "steering items": work.corpora.digest(steering)}
-    if work.expanded.exists():
-        record = AdeptConfig.load(work.expanded)
-        work.require_same(work.expanded, record.inputs, inputs)
-        work.say(f"{work.expanded}: up to date")
-        return record
+    if kept := work.kept(work.expanded, AdeptConfig.load, inputs):
+        return kept
     how = selection(work, layers, scores)
     if "shares" in how:
         work.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**how["shares"]))
@@ -45,8 +43,9 @@ def expand(work: Workspace, scores: LayerScores | None) -> AdeptConfig:
     return record
 
 
-def verify(work: Workspace, record: AdeptConfig) -> None:
+def verify(work: Workspace) -> None:
     """Fresh loads of base and expanded: bit-equal logits, or how far they differ where the initialisation is to change them."""
+    record = work.copies()
     base, expanded, name = work.load(work.source), work.load(work.expanded), work.recipe.model_name_or_path
     if not PRESERVING[record.initialisation]:
         far = f"by up to {largest_difference(base, expanded):.3g} from those of {name}"

@@ -16,6 +16,11 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def inputs_of(record: Any) -> Mapping[str, Any]:
+    """What a record says of them: an object, or a table as it was read."""
+    return record.get("inputs", {}) if isinstance(record, Mapping) else record.inputs
+
+
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the inputs that differ."""
     now = json.loads(json.dumps(now, default=str))

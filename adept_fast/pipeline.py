@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from adept_fast import checkpoint
-from adept_fast.choosing import by_scores, check_model
+from adept_fast.choosing import by_scores, check_layers
 from adept_fast.data.items import tokenize_item
 from adept_fast.evaluating import base_against_tuned, evaluation_corpora, report
 from adept_fast.evaluation import check_limit
 from adept_fast.expanding import expand, verify
 from adept_fast.expansion import check_initialisation
 from adept_fast.families import describe, vocabulary_of
-from adept_fast.scoring import kept_scores, score
+from adept_fast.scoring import score
 from adept_fast.training import training_text, tune, tuning_settings
 from adept_fast.workspace import Workspace
 
@@ -29,11 +29,11 @@ def run(work: Workspace) -> dict[str, Any]:
     _check(work)
     evaluated = evaluation_corpora(work)
     text = None if work.tuned.exists() else training_text(work)
-    record = None
+    if by_scores(work):
+        score(work)
     if work.method.copies:
-        scores = score(work) if by_scores(work) else kept_scores(work)
-        record = expand(work, scores)
-    tune(work, record, text)
+        expand(work)
+    tune(work, text)
     work.keep_recipe()
     result = base_against_tuned(work, *evaluated)
     report(work)
@@ -48,21 +48,21 @@ def _check(work: Workspace) -> None:
     check_initialisation(work.recipe.expand.initialisation)
     if work.recipe.eval.general_limit is not None:
         check_limit(work.recipe.eval.general_limit)
-    skeleton = check_model(work)
-    describe(skeleton)
+    check_layers(work)
+    describe(work.skeleton)
     if work.recipe.method == "lora":
-        check_rank(skeleton, work.recipe.tune.lora_rank)
-    checkpoint.require_vocabulary(work.source, work.tokenizer, skeleton)
+        check_rank(work.skeleton, work.recipe.tune.lora_rank)
+    checkpoint.require_vocabulary(work.source, work.tokenizer, work.skeleton)
     for record in (*work.corpora.probe.scoring, *work.corpora.probe.steering):
         if "input_ids" in record.content:
-            tokenize_item(record, None, vocabulary=vocabulary_of(skeleton))
+            tokenize_item(record, None, vocabulary=vocabulary_of(work.skeleton))
 
 
 STAGES: dict[str, Callable[[Workspace], Any]] = {
     "score": score,
-    "expand": lambda work: expand(work, kept_scores(work)),
-    "verify": lambda work: verify(work, work.copies()),
-    "tune": lambda work: tune(work, work.copies() if work.method.copies else None),
+    "expand": expand,
+    "verify": verify,
+    "tune": tune,
     "eval": lambda work: base_against_tuned(work, *evaluation_corpora(work)),
     "run": run,
     "report": report,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from adept_fast import distributed
 from adept_fast.artefacts import read_json
-from adept_fast.choosing import check_model, choose, race
+from adept_fast.choosing import check_layers, choose, race
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.families import decoder_layers, text_config
 from adept_fast.importance import (
@@ -35,20 +35,11 @@ APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of t
 DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 
 
-def kept_scores(work: Workspace) -> LayerScores | None:
-    """scores.json as it lies there, of the recipe's model; nothing where there is none."""
-    if not work.scores_path.exists():
-        return None
-    scores = LayerScores.load(work.scores_path)
-    work.require_ours(work.scores_path, scores.inputs)
-    return scores
-
-
 def score(work: Workspace) -> LayerScores:
     """scores.json, and unit_scores.json where the recipe asks for it."""
     distributed.join()
     scoring = Scoring(work)
-    scores = scoring.layers()
+    scores = scoring.made(work.scores_path, LayerScores, scoring.layers)
     others = [scoring.other(method, scores) for method in work.recipe.score.compare]
     if distributed.leads():
         scores = _shown(work, scores, others)
@@ -86,17 +77,10 @@ class Scoring:
     def loss(self) -> str:
         return self.keys.loss or ("kl" if self.work.tokenizer.chat_template else "answer")
 
-    def layers(self) -> LayerScores:
-        """scores.json."""
-        path = self.work.scores_path
-        kept, scores = path.exists(), self._kept(path, LayerScores, self._layers)
-        if kept:
-            self.work.say(f"{path}: up to date")
-        return scores
-
-    def _layers(self, **how: Any) -> LayerScores:
+    def layers(self, **how: Any) -> LayerScores:
+        """Of scores.json."""
         keys = self.keys
-        check_model(self.work)
+        check_layers(self.work)
         count = text_config(self.model).num_hidden_layers
         by = self.loss if keys.method == "masking" else keys.method
         self.work.say(f"scoring {count} layers on {len(self.items)} probe items by {by}")
@@ -122,14 +106,14 @@ class Scoring:
         """scores.METHOD.json: the same items by a cheap method."""
         path = self.work.scores_path.with_name(f"scores.{method}.json")
         loss = scores.loss if scores.loss in ("answer", "all") else "answer"
-        return self._kept(
+        return self.made(
             path, LayerScores, lambda **how: score_layers(self.model, self.items, method, loss, **how), {"score.method": method}
         )
 
     def units(self) -> None:
         """unit_scores.json and its picture."""
         path, units, layers = self.work.folder / "unit_scores.json", self.keys.units, self.keys.unit_layers
-        self._kept(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
+        self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
         if distributed.leads():
             save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
 
@@ -140,15 +124,12 @@ class Scoring:
         self.work.say(f"masking {len(units)} units on {len(self.items)} probe items: the work of about {cost:.0f} forwards of the probe")
         return mask_units(self.model, self.items, granularity, self.loss, layers=layers, **how)
 
-    def _kept(self, path: Path, kind: type[Scores], measure: Callable[..., Scores], more: dict[str, Any] | None = None) -> Scores:
-        """What lies at `path`, or what `measure` finds, which is written there. more: inputs beside those of all scores."""
-        inputs, journal = {**self.inputs, **(more or {})}, path.with_name(f".{path.stem}.journal")
-        if path.exists():
-            found = kind.load(path)
-            self.work.require_same(path, found.inputs, inputs)
-            return found
-        seed, sweep_tokens = self.keys.seed, self.keys.sweep_tokens
-        found = measure(sweep_tokens=sweep_tokens, seed=seed, journal=journal, inputs=inputs, quiet=self.work.quiet)
+    def made(self, path: Path, kind: type[Scores], measure: Callable[..., Scores], more: Mapping[str, Any] | None = None) -> Scores:
+        """The artefact at `path`, or what `measure` finds, which is written there. more: inputs beside those of all scores."""
+        inputs, journal, keys = {**self.inputs, **(more or {})}, path.with_name(f".{path.stem}.journal"), self.keys
+        if kept := self.work.kept(path, kind.load, inputs):
+            return kept
+        found = measure(sweep_tokens=keys.sweep_tokens, seed=keys.seed, journal=journal, inputs=inputs, quiet=self.work.quiet)
         distributed.wait()
         if distributed.leads():
             found.save(path)
@@ -176,7 +157,7 @@ def _analysed(work: Workspace, scores: LayerScores, chosen: list[int], others: l
     if not scores.per_item:
         return scores
     expand, found = work.recipe.expand, {}
-    if expand.layers is None and work.earlier is None:
+    if expand.layers is None:
         found["stability"] = selection_stability(scores, chosen, expand.placement)
         whole = found["stability"]["sizes"][-1]
         work.say(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_fast import distributed
@@ -12,6 +13,7 @@ from adept_fast.artefacts import read_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.stream import StreamedText
 from adept_fast.evaluation import corpus
+from adept_fast.inputs import require_same
 from adept_fast.record import AdeptConfig
 from adept_fast.workspace import Workspace
 
@@ -43,15 +45,14 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     return text
 
 
-def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | StreamedText | None = None) -> None:
-    """tuned/ of expanded/, whose record it is, or of the base where there is none. text: what to train on, where it is at hand already."""
+def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) -> None:
+    """tuned/ of expanded/, or of the base by a method without copies. text: what to train on, where it is at hand already."""
     from adept_fast.tuning import Bookkeeping, check_settings, tune_baseline, tune_checkpoint
 
     distributed.join()
-    keys, inputs = work.recipe.tune, _inputs(work, record)
-    if work.tuned.exists():
-        work.require_same(work.tuned, work.inputs_of(work.tuned), inputs)
-        work.say(f"{work.tuned}: up to date")
+    keys, record = work.recipe.tune, work.copies() if work.method.copies else None
+    inputs = _inputs(work, record)
+    if work.kept(work.tuned, tuned_record, inputs):
         return
     settings = tuning_settings(work)
     check_settings(settings)
@@ -60,7 +61,7 @@ def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | 
     given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
     books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
     if books.started.exists():
-        work.require_same(work.checkpoints, read_json(books.started), given)
+        require_same(work.checkpoints, read_json(books.started), given, work.recipe.model_name_or_path)
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.tokenizer, limit, work.vocabulary(records))
@@ -76,6 +77,12 @@ def tune(work: Workspace, record: AdeptConfig | None, text: WeightedDocuments | 
         with books.nothing_left_by_a_refusal():
             tune_baseline(work.source, work.tuned, method, text, monitors, settings, books, rank=rank, **work.loading)
         work.say(f"{work.tuned}: tuned by {method}, without copies")
+
+
+def tuned_record(folder: Path) -> AdeptConfig | dict[str, Any]:
+    """What says how a checkpoint was tuned, by whatever method."""
+    baseline = folder / "baseline.json"
+    return read_json(baseline) if baseline.is_file() else AdeptConfig.load(folder)
 
 
 def _inputs(work: Workspace, record: AdeptConfig | None) -> dict[str, Any]:
