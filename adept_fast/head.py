@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 256  # rows of logits held at once where they are held
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # config fields of families: what logits are divided by
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _scales: WeakKeyDictionary[nn.Module, tuple[nn.Module, tuple[float, float] | None]] = WeakKeyDictionary()  # of models seen
 
 
@@ -41,8 +43,10 @@ def projection(model: PreTrainedModel, hidden: Tensor) -> Projection | None:
 
 def _scale_and_softcap(model: PreTrainedModel, layer: nn.Linear, row: Tensor) -> tuple[float, float] | None:
     config = text_config(model)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    for name in DIVISORS:
+        scale /= float(getattr(config, name, None) or 1.0)
+    softcap = next((float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))), 0.0)
     largest = logits(row, Projection(layer.weight, layer.bias)).abs().amax().clamp_min(1e-6)
     rows = torch.cat([row, (row * (100 / largest)).to(row.dtype)])  # large ones, which a cap would change
     expected = head_logits(model, rows).float()

@@ -48,10 +48,20 @@ def gradients(model: nn.Module, fast: bool, **inputs: object) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("items", [None, 11, torch.tensor(11)])
-@pytest.mark.parametrize("family, changes", [("llama", {}), ("cohere", {"logit_scale": 0.3}), ("gemma2", {"final_logit_softcapping": 3.0})])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("recurrent_gemma", {"logits_soft_cap": 3.0, "lru_width": 32, "num_hidden_layers": 3}),
+        ("xlstm", {"output_logit_soft_cap": 3.0, "hidden_size": 64, "num_heads": 2, "num_blocks": 4}),
+    ],
+)
 def test_loss_and_gradients_are_as_near_to_the_truth_as_the_models_own(family: str, changes: dict, items: object) -> None:
     model = expanded(family, **changes)
-    inputs = {**batch(), **({} if items is None else {"num_items_in_batch": items})}
+    inputs = {**batch(), "use_cache": False, **({} if items is None else {"num_items_in_batch": items})}  # xlstm's backward takes no cache
     ours, own = gradients(model, True, **inputs), gradients(model, False, **inputs)
     loss, truth = gradients(model.double(), False, **inputs)
     assert (ours[0] - loss).abs() <= (own[0] - loss).abs() + 1e-6 * loss
