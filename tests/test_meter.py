@@ -118,6 +118,18 @@ def test_a_limit_cuts_all_rates(tmp_path: Path) -> None:
     assert scale < 1
 
 
+def test_a_second_training_measures_from_its_own_start(tmp_path: Path) -> None:
+    meter = Meter(ITEMS, 1e-4, "cut")
+    _, trainer, entries = train(tmp_path, {"meter": meter, "refresh_steps": 3}, learning_rate=0.3)
+    last = readings(entries)[-1]
+    assert last["meter_rise"] != 0 and meter.scale < 1
+    trainer.train()
+    log = (tmp_path / "log.jsonl").read_text().splitlines()[len(entries) :]
+    first, *others = readings([json.loads(line) for line in log])
+    assert (first["step"], first["meter_rise"], first["meter_rate_scale"]) == (0, 0, 1) and "meter_predicted" not in first
+    assert first["meter_loss"] == pytest.approx(last["meter_loss"], rel=1e-6) and "meter_predicted" in others[0]
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_resumed_run_reads_the_same(tmp_path: Path, stop: int) -> None:
     """Checkpoints every 2 steps, readings every 3: gradients and copies of the last reading come out of the checkpoint."""

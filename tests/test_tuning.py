@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_families
 import tiny_models
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from adept_fast import AdamW
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
-from adept_fast.errors import InputError
+from adept_fast.errors import InputError, UnsupportedFamilyError
 from adept_fast.expansion import expand_model, freeze_original
 from adept_fast.tuning import AdeptCallback, AdeptTrainer
 from adept_fast.tuning.log import TrainerLog
@@ -165,6 +166,20 @@ def test_any_trainer_takes_the_callback(tmp_path: Path) -> None:
     multipliers, dim = trainer.optimizer.optimizer.unit_lr(model.get_parameter("model.layers.2.mlp.down_proj.weight"))
     assert multipliers.shape == (48,) and dim == 1 and len(multipliers.unique()) > 10
     trainer.train()  # again, with the same callback
+
+
+def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
+    causal = expand_model(tiny_families.model("roberta-prelayernorm", vocab_size=tiny_models.VOCABULARY), [1])
+    causal.config.is_decoder = False
+    model = type(causal)(causal.config)
+    model.adept_config = causal.adept_config
+    freeze_original(model)
+    args, late, early = arguments(tmp_path), *(AdeptCallback(tiny_models.items(2), quiet=True) for _ in range(2))
+    made = Trainer(model, args, train_dataset=blocks(), optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2}))
+    made.add_callback(late)
+    for refused in (made.train, lambda: AdeptTrainer(model, args, adept=early, train_dataset=blocks())):
+        with pytest.raises(UnsupportedFamilyError, match="reads ahead"):
+            refused()
 
 
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:

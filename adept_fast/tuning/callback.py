@@ -14,8 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.families import vocabulary_of
+from adept_fast.families import require_causal, vocabulary_of
 from adept_fast.optim import AdamW
+from adept_fast.optim.shards import is_sharded
 from adept_fast.probing import bare
 from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
@@ -76,11 +77,16 @@ class AdeptCallback(Monitor, ExportableState):
         self._anchored: Tensor | None = None
         self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
         self._items: list[Item] = []
+        self._causal = False  # whether the model was found so
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
-        """Cuts the model into units before an engine wraps it."""
+        """Cuts the model into units before an engine wraps it; refuses one that reads ahead."""
+        model = bare(model)
+        if not self._causal and not any(map(is_sharded, model.parameters())):
+            require_causal(model)
+            self._causal = True
         if isinstance(self.units, str):
-            self.units = Units.of(bare(model), self.units)
+            self.units = Units.of(model, self.units)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -94,8 +100,10 @@ class AdeptCallback(Monitor, ExportableState):
         inner = rated(optimizer)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
         self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
-        if self.meter and state.global_step:
-            self.meter.load(Path(self.resumed_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), model)
+        if self.meter:
+            self.meter.restart()
+            if state.global_step:
+                self.meter.load(Path(self.resumed_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), model)
         if not state.global_step:
             self._read(model, 0, control)
             self._set(inner, model, self._first_importance(model), 0)

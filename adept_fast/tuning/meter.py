@@ -77,6 +77,10 @@ class Meter:
     def stopped(self) -> bool:
         return self._state.stopped
 
+    def restart(self) -> None:
+        """Forget all readings: the next one is the first of a run."""
+        self._state, self._before = _State(), {}
+
     @torch.no_grad()
     def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:
         """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. Processes that hold the
