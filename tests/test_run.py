@@ -137,6 +137,10 @@ def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: P
     code, said = attempts.run(["run", *settings(folder, "undisturbed"), *given], folder / "said")
     seconds = time.perf_counter() - started
     assert code == 0, said
+    drawn = [entry for entry in artefacts(folder / "undisturbed")["log"] if entry["event"] == "sources"]
+    shares = dict(zip(("first.txt", "second.txt", "replay.jsonl"), (0.35, 0.45, 0.2), strict=True))
+    assert [entry["step"] for entry in drawn] == [*range(1, 8)]
+    assert drawn[-1]["shares"] == {str(folder / name): pytest.approx(share, abs=0.05) for name, share in shares.items()}
     random, kills, runs = Random(6), 0, 0
     left = {False: random.sample(MOMENTS, len(MOMENTS)), True: random.sample(RESUMING, len(RESUMING))}
     while kills < KILLS or left[False] or left[True]:

@@ -112,10 +112,12 @@ def test_any_state_goes_on_to_the_same_blocks(tmp_path: Path, ahead: int) -> Non
         running[min(block + 2, 59)]  # read ahead
         state = json.loads(json.dumps(running.state(block)))
         assert state["block"] <= block and (ahead == 3 or state["block"] == block)
+        assert sum(state["drawn"]) == 32 * state["block"] + len(state["rest"])
         if block % 7 == 0:
             resumed = stream(made)
             resumed.load(state)
             assert all(torch.equal(resumed[index]["input_ids"], expected[index]) for index in range(block, min(block + 9, 60))), block
+            assert ahead == 3 or resumed.drawn(block + 9) == whole.drawn(block + 9)
     assert torch.equal(running[4]["input_ids"], expected[4])  # backwards
 
 
@@ -140,10 +142,12 @@ def test_shares_are_met_and_annealed(tmp_path: Path) -> None:
     one, other = write(tmp_path / "a", "jsonl", end("a")), write(tmp_path / "b", "jsonl", end("b"))
     fixed = stream(text(tmp_path, Source(one), Source(other, share=0.25)), blocks=200)
     assert parts(fixed, slice(None)) == pytest.approx(0.25, abs=0.005)
+    assert fixed.drawn(200) == {one: pytest.approx(0.75, abs=0.005), other: pytest.approx(0.25, abs=0.005)}
     annealed = stream(text(tmp_path, Source(one), Source(other, share=0.1, share_end=0.7)), blocks=200)
     assert parts(annealed, slice(0, 40)) == pytest.approx(0.1 + 0.6 * 0.1, abs=0.02)
     assert parts(annealed, slice(160, 200)) == pytest.approx(0.1 + 0.6 * 0.9, abs=0.02)
     assert parts(annealed, slice(None)) == pytest.approx(0.4, abs=0.01)
+    assert annealed.drawn(40)[other] == pytest.approx(0.1 + 0.6 * 0.1, abs=0.02)
 
 
 def test_shares_must_make_one() -> None:

@@ -4,7 +4,7 @@ Documents of a source are shuffled within windows (as many documents as fit in m
 window). Sources are interleaved by their share of the tokens, without chance: each document comes from the source that is furthest
 behind, credit_i += share_i * n for the n tokens of the document, credit_chosen -= n; so every share is met to within one document.
 Blocks are cut from the documents in that order. The state behind block b is, per source, (position at the window's start, pass, window,
-index in the window), the credits, and the tokens of the last document that are still to be packed.
+index in the window), the credits, the tokens drawn, and those of the last document that are still to be packed.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Stream(Dataset):
         self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
         self._sources = [_Shuffled(source, number, text, tokenizer, seed) for number, source in enumerate(text.sources)]
-        self._credit = np.zeros(len(self._sources))
+        self._credit, self._drawn = np.zeros(len(self._sources)), np.zeros(len(self._sources), np.int64)
         self._rest, self._at = np.zeros(0, np.int32), 0
         self._begin = self._snapshot()
         self._kept: deque[dict[str, Any]] = deque([self._begin], maxlen=ahead + 1)
@@ -197,6 +197,15 @@ class Stream(Dataset):
         """A JSON-like state from which the stream goes on with `block` (which may lie a few blocks past it)."""
         return json.loads(json.dumps({**(kept := self._before(block)), "rest": np.asarray(kept["rest"]).tolist()}))
 
+    def drawn(self, block: int) -> dict[str, float]:
+        """What share of the tokens drawn for the blocks before `block` each source gave, by path (and split, where given)."""
+        tokens = self._before(block)["drawn"]
+        shares: dict[str, float] = {}
+        for shuffled, count in zip(self._sources, tokens, strict=True):
+            name = ":".join(filter(None, (shuffled.source.path, shuffled.source.split)))
+            shares[name] = shares.get(name, 0) + count / max(1, sum(tokens))
+        return shares
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises InputError for one that was kept from other sources."""
         if len(state["sources"]) != len(self._sources):
@@ -218,14 +227,16 @@ class Stream(Dataset):
     def _go_to(self, state: Mapping[str, Any]) -> None:
         for source, kept in zip(self._sources, state["sources"], strict=True):
             source.load(kept)
-        self._credit, self._rest, self._at = np.array(state["credit"]), np.array(state["rest"], dtype=np.int32), int(state["block"])
+        self._credit, self._drawn = np.array(state["credit"]), np.array(state["drawn"], np.int64)
+        self._rest, self._at = np.array(state["rest"], np.int32), int(state["block"])
 
     def _before(self, block: int) -> dict[str, Any]:
         return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)
 
     def _snapshot(self) -> dict[str, Any]:
         sources = [source.state() for source in self._sources]
-        return {"block": self._at, "sources": sources, "credit": self._credit.tolist(), "rest": self._rest}
+        counts = {"credit": self._credit.tolist(), "drawn": self._drawn.tolist()}
+        return {"block": self._at, "sources": sources, **counts, "rest": self._rest}
 
     def _next_document(self) -> np.ndarray:
         progress = self._at / max(1, self._blocks - 1)
@@ -234,6 +245,7 @@ class Stream(Dataset):
         document = self._sources[chosen].next()
         self._credit += share * len(document)
         self._credit[chosen] -= len(document)
+        self._drawn[chosen] += len(document)
         return document
 
     def _next_block(self) -> list[np.ndarray]:

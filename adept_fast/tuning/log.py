@@ -12,7 +12,7 @@ from adept_fast.artefacts import write_text
 
 
 class TrainerLog:
-    """Append-only JSON lines, each with "step" and "event": plan, step, refresh, evaluation, end."""
+    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -127,7 +127,7 @@ class Run:
             self.log.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
             write_json(self.books.started, self.books.given)
         if isinstance(self.blocks, Stream):
-            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last))
+            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last, self.log))
         for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())
