@@ -157,7 +157,8 @@ def _analysed(work: Workspace, scores: LayerScores, chosen: list[int], others: l
     if not scores.per_item:
         return scores
     expand, found = work.recipe.expand, {}
-    if expand.layers is None:
+    others_may_be = expand.placement != "uniform" and len(chosen) < len(scores.candidates)
+    if expand.layers is None and others_may_be:
         found["stability"] = selection_stability(scores, chosen, expand.placement)
         whole = found["stability"]["sizes"][-1]
         work.say(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")

@@ -258,10 +258,18 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
         STAGES["score"](race)
     assert not (tmp_path / "out").exists(), "something was measured first"
     said: list[str] = []
-    work = Workspace(load(None, [*given, "score.method=fisher", "expand.k=2"], ("model_name_or_path",)), said.append, quiet=True)
-    with work.held():
+
+    def work(*choice: str) -> Workspace:
+        return Workspace(load(None, [*given, "score.method=fisher", *choice], ("model_name_or_path",)), said.append, quiet=True)
+
+    for choice in (["expand.k=6"], ["expand.k=2", "expand.placement=uniform"]):
+        with work(*choice).held():
+            STAGES["score"](work(*choice))
+        assert not any("choose the same" in line for line in said), "nothing else could have been chosen"
+    with work("expand.k=2").held():
         for stage in ("score", "expand", "report"):
-            STAGES[stage](work)
+            STAGES[stage](work("expand.k=2"))
+    assert any(line.endswith("would choose the same layers") for line in said)
     assert any(line.endswith("probe items by fisher") for line in said)
     assert any(line.startswith("chosen layers (fisher, sum of squared gradients): ") for line in said)
     assert "Score (fisher, sum of squared gradients)" in (tmp_path / "out" / "report.html").read_text()
