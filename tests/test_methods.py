@@ -43,6 +43,7 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
     return folder / output, log
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepar
         raise InputError("method=lora needs PEFT: pip install peft") from None
     torch.manual_seed(seed)  # LoRA's first matrices are random
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # PEFT asks by a name that transformers 5 deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped = peft.get_peft_model(model, config)
     adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     settings = {"rank": rank, "alpha": 2 * rank, "modules": sorted(adapted)}
     return Prepared(wrapped.get_base_model(), wrapped.merge_and_unload, lambda name: name.removesuffix(".weight") in adapted, settings)
