@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adept_fast.data.documents import WeightedDocuments, tokenize_documents
 from adept_fast.data.items import check_item, content_hash, document_text, is_choice
-from adept_fast.data.readers import reader
-from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.readers import read, reader
+from adept_fast.data.sources import Record, Source
 from adept_fast.data.splits import HELD_OUT, ProbeParts, by_hash, falls_out, hold_out, split_probe
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
@@ -127,8 +126,7 @@ class Corpora:
             raise InputError("tune.streaming=false: a source's share of the tokens needs a stream: leave streaming out, or give weights")
         if wanted is not None or mixed:
             return wanted or mixed
-        files = [Path(source.path).expanduser() for source in self._sources]
-        return sum(file.stat().st_size for file in files if file.is_file()) > STREAM_ABOVE
+        return sum(source.file.stat().st_size for source in self._sources if source.file.is_file()) > STREAM_ABOVE
 
     @property
     def _sources(self) -> tuple[Source, ...]:

@@ -16,7 +16,8 @@ import tiny_models
 
 from adept_fast.cli import COMMANDS, main
 from adept_fast.corpora import Corpora
-from adept_fast.data.sources import Source, read
+from adept_fast.data.readers import read
+from adept_fast.data.sources import Source
 from adept_fast.data.splits import split_probe
 from adept_fast.errors import InputError
 from adept_fast.recipe import load

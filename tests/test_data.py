@@ -16,8 +16,8 @@ from adept_fast.artefacts import staged_file
 from adept_fast.data.documents import tokenize_documents
 from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
 from adept_fast.data.packing import document_order
-from adept_fast.data.readers import reader
-from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.readers import read, reader
+from adept_fast.data.sources import Record, Source
 from adept_fast.data.splits import by_hash, hold_out, split_probe
 from adept_fast.errors import InputError
 

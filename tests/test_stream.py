@@ -14,8 +14,8 @@ import tiny_models
 import torch
 
 from adept_fast.data.documents import document_tokens
-from adept_fast.data.readers import reader
-from adept_fast.data.sources import Source, read
+from adept_fast.data.readers import read, reader
+from adept_fast.data.sources import Source
 from adept_fast.data.stream import Stream, StreamedText, shares
 from adept_fast.errors import InputError
 

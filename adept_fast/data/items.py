@@ -14,7 +14,8 @@ from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from adept_fast.data.sources import Record, Source, read
+from adept_fast.data.readers import read
+from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
 
 if TYPE_CHECKING:

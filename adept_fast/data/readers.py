@@ -1,4 +1,4 @@
-"""Readers of sources larger than memory: records one after another, and a position from which reading goes on exactly.
+"""Readers of sources: records one after another, all at once or from a position from which reading goes on exactly.
 
 A position is a small JSON-like dict: a byte offset of a text file, a row of a parquet file, datasets' own state of a streamed dataset
 (exact without datasets' shuffle buffer, which is lost on resume; shuffling is data/stream.py's).
@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import gzip
 import hashlib
+import json
 import zlib
-from collections.abc import Iterator
-from importlib import resources
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from adept_fast.data.sources import GENERAL, LINES_PER_PIECE, Record, Source, kind_of, parse_line, without_nulls
+from adept_fast.data.sources import Record, Source, kind_of
 from adept_fast.errors import InputError
 
+LINES_PER_PIECE = 20  # a text without blank lines is cut into pieces of so many lines, so that some can be held out
 ROWS = 1024  # of a parquet file read at once
+UNREADABLE = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
 BUFFER = 1 << 24
 
 
@@ -32,16 +34,62 @@ class Reader(Protocol):
     def identity(self) -> str: ...
 
 
+def read(source: Source) -> list[Record]:
+    """All records of a source, in file order. Raises InputError naming file and line; an empty source is an error too."""
+    kind = kind_of(source)
+    if kind is None:
+        rows = _dataset(source, "load_dataset", split=source.split or "train")
+        records = [Record(_without_nulls(row), f"{source.path} row {number}") for number, row in enumerate(rows, 1)]
+    else:
+        records = _array(source.file) if kind == ".json" else list(reader(source).records())
+    if not records:
+        raise InputError(f"{source.path}: holds no records")
+    return records
+
+
 def reader(source: Source) -> Reader:
     """The reader of a source, at its beginning. Raises InputError for a source that cannot be streamed."""
-    if source.path == GENERAL:
-        return Lines(Path(str(resources.files("adept_fast") / "data" / "general_probe.jsonl")))
-    path, kind = Path(source.path).expanduser(), kind_of(source)
+    kind, path = kind_of(source), source.file
     if kind is None:
         return Streamed(source)
     if kind == ".json":
         raise InputError(f"{path}: a JSON array cannot be streamed: write one object a line (.jsonl), or set tune.streaming=false")
     return {".jsonl": Lines, ".txt": Paragraphs, ".parquet": Rows}[kind](path)
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+
+
+def _array(path: Path) -> list[Record]:
+    """The objects of a JSON array."""
+    try:
+        with _opened(path) as file:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); for one object a line use .jsonl") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:  # numbers beyond what Python reads, too deeply nested
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: expected a JSON array of objects; for one object a line use .jsonl")
+    return [Record(row, f"{path} item {number}") for number, row in enumerate(rows, 1)]
+
+
+def _dataset(source: Source, how: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return getattr(datasets, how)(source.path, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables give every row every column: what a row does not have is null there."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 class _File:
@@ -59,20 +107,16 @@ class _File:
                 digest.update(part)
             return digest.hexdigest()
 
-    def _open(self) -> BinaryIO:
-        file = gzip.open(self.path) if self.path.name.endswith(".gz") else self.path.open("rb")
-        file.seek(self.position["byte"])
-        return file
-
     def _lines(self) -> Iterator[tuple[str, int]]:
         """Lines from the position on, and the offset behind each."""
         try:
-            with self._open() as file:
+            with _opened(self.path) as file:
+                file.seek(self.position["byte"])
                 encoding = "utf-8" if self.position["byte"] else "utf-8-sig"
                 while line := file.readline():
                     yield line.decode(encoding), file.tell()
                     encoding = "utf-8"
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path}: cannot be read ({error})") from None
 
 
@@ -83,10 +127,23 @@ class Lines(_File):
         number = self.position["record"]
         for line, behind in self._lines():
             number += 1
-            record = parse_line(line, f"{self.path}:{number}")
+            where = f"{self.path}:{number}"
+            content = _parsed(line, where) if line.strip() else None
             self.position = {"byte": behind, "record": number}
-            if record is not None:
-                yield record
+            if content is not None:
+                yield Record(content, where)
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 class Paragraphs(_File):
@@ -154,7 +211,7 @@ class Rows(_File):
             for content in batch.slice(skipped).to_pylist():
                 row += 1
                 self.position = {"row": row}
-                yield Record(without_nulls(content), f"{self.path} row {row}")
+                yield Record(_without_nulls(content), f"{self.path} row {row}")
 
 
 class Streamed:
@@ -166,24 +223,15 @@ class Streamed:
 
     def identity(self) -> str:
         """What datasets knows its files by: names, sizes, times or etags."""
-        builder = self._loaded("load_dataset_builder")
+        builder = _dataset(self.source, "load_dataset_builder")
         return f"{builder.config_id} {builder.hash} {self.source.split}"
 
-    def _loaded(self, how: str, **options: Any) -> Any:
-        import datasets
-
-        try:
-            return getattr(datasets, how)(self.source.path, **options)
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
-
     def records(self) -> Iterator[Record]:
-        rows = self._loaded("load_dataset", split=self.source.split or "train", streaming=True)
+        rows = _dataset(self.source, "load_dataset", split=self.source.split or "train", streaming=True)
         if self.position["dataset"] is not None:
             rows.load_state_dict(copy.deepcopy(self.position["dataset"]))
         number = self.position["row"]
         for content in rows:
             number += 1
             self.position = {"row": number, "dataset": rows.state_dict()}
-            yield Record(without_nulls(content), f"{self.source.path} row {number}")
+            yield Record(_without_nulls(content), f"{self.source.path} row {number}")
