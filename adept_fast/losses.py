@@ -15,7 +15,7 @@ from torch import Tensor
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import device_of, evaluating, head_logits, last_hidden
 from adept_fast.head import token_losses, token_predictions
-from adept_fast.optim.shards import is_sharded
+from adept_fast.optim.shards import in_shards
 from adept_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def corpus_loss(
     sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
     best: list[Tensor] = [torch.empty(0)] * len(items)
     picked = [-1] * len(items)
-    sharded = any(map(is_sharded, model.parameters()))
+    sharded = in_shards(model)
     with evaluating(model), Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
         for batch in _batches(items):
             if sharded:
@@ -121,7 +121,7 @@ def batch_loss(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
     labels = [(row, at, label) for row, item in enumerate(items) for at, label in enumerate(item.labels[1:]) if label != IGNORE]
     device = device_of(model)
     rows, positions, targets = torch.tensor(labels, device=device).unbind(1)  # found on the host: a mask would wait for the device
-    if any(map(is_sharded, model.parameters())):  # only a call of the whole model gathers them
+    if in_shards(model):  # only a call of the whole model gathers them
         logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits[rows, positions]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return token_losses(model, last_hidden(model, torch.tensor(ids, device=device))[rows, positions], targets).sum()

@@ -62,15 +62,6 @@ class AdeptConfig:
             at += copy <= at
         return at
 
-    @property
-    def originals(self) -> list[int]:
-        """Where all layers of the source stand in the expanded model."""
-        return [self.original(index) for index in range(int(self.source.get("num_hidden_layers", 0)))]
-
-    def source_index(self, entry: Inserted) -> int:
-        """Where the layer that `entry` was copied from stands in the expanded model."""
-        return self.original(entry.copied_from)
-
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self), default=str))
 

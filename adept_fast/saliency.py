@@ -24,7 +24,7 @@ from adept_fast.errors import InputError
 from adept_fast.families import vocabulary_of
 from adept_fast.gradient_sums import GradientSums
 from adept_fast.losses import batch_loss
-from adept_fast.optim.shards import is_sharded
+from adept_fast.optim.shards import in_shards
 from adept_fast.probing import bare, only_these_require_grad
 from adept_fast.progress import Progress
 from adept_fast.units import Dims, Units
@@ -85,7 +85,7 @@ def _gathered(
     if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
         raise InputError(f"{offloaded[0]}: offloaded, and its importance needs it in memory: give a device_map that keeps it there")
     batches = [items[start : start + at_once] for start in range(0, len(items), at_once)]
-    share = share and not any(map(is_sharded, model.parameters()))
+    share = share and not in_shards(model)
     hooks = GradientSums(parameters, dims, not corpus, corpus)
     with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums:
         mine = distributed.share(batches) if share else batches

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SPARE = 1 << 24  # bytes left free for headers, config and record
 Plan = dict[str, list[Piece]]  # file name -> its tensors
+Made = TypeVar("Made", bound=AdeptConfig | None)  # a record; None where no copy is left
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,11 @@ def write_checkpoint(
     source: OnDisk,
     plan: Plan,
     config: Mapping[str, Any],
-    record: Callable[[], AdeptConfig | None],
+    record: Callable[[], Made],
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     quiet: bool = False,
-) -> AdeptConfig | None:
+) -> Made:
     """Write `plan` and all that goes along with it to the new folder `target`; returns the record.
 
     record: called when the weights are written. extra: further safetensors files. prove: called with the written folder before it gets its

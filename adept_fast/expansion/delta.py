@@ -70,6 +70,4 @@ def apply_copies(
     held = read_json(folder / "config.json")
     config = config_file(held, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
     source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": held}
-    made = write_remade(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)
-    assert made is not None
-    return made
+    return write_remade(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)

@@ -61,9 +61,7 @@ def dial(
     layers = [Layer(index, make if index in record.copies else None) for index in range(on_disk.count)]
     share = alpha * record.selection.get("alpha", 1.0)
     turned = replace(record, selection={**record.selection, "alpha": share})
-    made = write_remade(target, on_disk, layers, source_config(on_disk, record, record.inserted), turned, record.source, verify, quiet)
-    assert made is not None
-    return made
+    return write_remade(target, on_disk, layers, source_config(on_disk, record, record.inserted), turned, record.source, verify, quiet)
 
 
 def _turned(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:

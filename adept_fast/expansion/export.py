@@ -52,11 +52,8 @@ def export_tuned(
 
     layers = [Layer(index, make if index in trained else None) for index in range(on_disk.count)]
     config = read_json(on_disk.folder / "config.json")
-    made = write_remade(
-        target, on_disk, layers, config, replace(record, inputs=dict(inputs or {})), record.source, verify=True, quiet=quiet
-    )
-    assert made is not None
-    return made
+    made = replace(record, inputs=dict(inputs or {}))
+    return write_remade(target, on_disk, layers, config, made, record.source, verify=True, quiet=quiet)
 
 
 class _OnDiskNames:

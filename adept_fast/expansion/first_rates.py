@@ -36,8 +36,9 @@ def first_importance(
     dims: dict[str, list[Dims]] = {}
     copy_name: dict[str, str] = {}
     for entry in (entry for entry in record.inserted if entry.layer in record.trained):
-        for name, parameter in model.get_submodule(f"{path}.{record.source_index(entry)}").named_parameters():
-            source = f"{path}.{record.source_index(entry)}.{name}"
+        original = f"{path}.{record.original(entry.copied_from)}"
+        for name, parameter in model.get_submodule(original).named_parameters():
+            source = f"{original}.{name}"
             copy_name[source] = f"{path}.{entry.layer}.{name}"
             dims[source] = [*range(parameter.ndim), *([(0, 1)] if parameter.ndim == 3 else [])]
     sums = parameter_sums(model, items, dims, "first importances", quiet, share)

@@ -16,7 +16,7 @@ from torch import nn
 
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import check_initialisation, fills, initial
-from adept_fast.families import Family, decoder_layers, describe, expanded_config, layers_path, require_causal, same_layers
+from adept_fast.families import Family, decoder_layers, describe, expanded_config, layer_indices, layers_path, require_causal, same_layers
 from adept_fast.record import KEY, AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
@@ -27,17 +27,6 @@ if TYPE_CHECKING:
 class ParameterCounts:
     total: int
     trainable: int
-
-
-def check_layers(layers: Iterable[int], count: int) -> list[int]:
-    """The chosen layers, ascending. Raises InputError for an index outside the model, a repeated one, or none."""
-    chosen = list(layers)
-    for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-            raise InputError(f"layers must be indices from 0 to {count - 1}, found {layer!r}")
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise InputError(f"layers must name one layer at least, each once, found {chosen}")
-    return sorted(chosen)
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ def arrange_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | Non
 
     A new copy comes right after its layer and that layer's earlier copies. Raises InputError for bad indices, or a copy's.
     """
-    chosen = check_layers(layers, count)
+    chosen = layer_indices(layers, count)
     held = {entry.layer: entry for entry in earlier.inserted} if earlier else {}
     if copied := [layer for layer in chosen if layer in held]:
         raise InputError(f"layer {copied[0]} is itself a copy (of layer {copied[0] - 1} or an earlier one): copy what it was copied from")

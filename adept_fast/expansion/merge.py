@@ -62,9 +62,7 @@ def merge_copies(
         if not all(bool(logits.isfinite().all()) for _, logits in observe(model, random_inputs(model))):
             raise ExpansionError(f"{target}: the merged model's logits are not finite")
 
-    made = write_remade(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, quiet, prove)
-    assert made is not None
-    return made
+    return write_remade(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, quiet, prove)
 
 
 def _averaged(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptConfig, weights: Sequence[float]) -> list[Layer]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from adept_fast import checkpoint
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion.arrange import Layer, OnDisk, arrange, prove_bytes, write_checkpoint
+from adept_fast.expansion.arrange import Layer, Made, OnDisk, arrange, prove_bytes, write_checkpoint
 from adept_fast.expansion.config import config_file
 from adept_fast.fingerprint import kind_of
 from adept_fast.pieces import Piece
@@ -52,12 +52,12 @@ def write_remade(
     on_disk: OnDisk,
     layers: Sequence[Layer],
     config: Mapping[str, Any],
-    record: AdeptConfig | None,
+    record: Made,
     source: Mapping[str, Any],
     verify: bool,
     quiet: bool,
     prove: Callable[[Path], None] | None = None,
-) -> AdeptConfig | None:
+) -> Made:
     """Write the checkpoint and prove, before it gets its name, that the source is in it: its tensors have the digest that the record has.
 
     record: of the result, None where no copy is left; source: of the source. verify False: no proof, and the record says so.

@@ -92,9 +92,7 @@ def expand_checkpoint(
                 model = checkpoint.load_model(written, **loading)
                 compare(seen, observe(model, random_inputs(model)))
 
-        written = write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
-    assert written is not None
-    return written
+        return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
 
 
 def _proof(initialisation: str, dtype: str | None) -> dict[str, Any]:

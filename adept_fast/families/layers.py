@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adept_fast.errors import UnsupportedFamilyError
+from adept_fast.errors import InputError, UnsupportedFamilyError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,6 +49,15 @@ def layers_path(model: PreTrainedModel) -> str:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(layers_path(model))
+
+
+def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> list[int]:
+    """`given`, ascending. Raises InputError under `name` unless they are layers of a model of `count`, each once, one at least."""
+    layers = list(given)
+    known = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in layers)
+    if not layers or not known or len(set(layers)) < len(layers):
+        raise InputError(f"{name} must be indices from 0 to {count - 1}, each once, found {layers}")
+    return sorted(layers)
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:

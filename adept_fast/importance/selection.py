@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
+from adept_fast.families import layer_indices
 from adept_fast.importance.budget import check_budget, within
 from adept_fast.importance.scores import LayerScores
 
@@ -20,8 +21,7 @@ def check_choice(layers: int, k: int, placement: str, given: tuple[int, ...] | N
     if placement not in PLACEMENTS:
         raise InputError(f"expand.placement must be one of {', '.join(PLACEMENTS)}, found {placement!r}")
     if given is not None:
-        if not given or len(set(given)) != len(given) or not all(0 <= layer < layers for layer in given):
-            raise InputError(f"expand.layers must be indices from 0 to {layers - 1}, each once, found {list(given)}")
+        layer_indices(given, layers, "expand.layers")
     elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layers:
         raise InputError(f"expand.k must be a whole number from 1 to {layers}, the number of layers, found {k!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adept_fast.errors import InputError
+from adept_fast.families import layer_indices
 from adept_fast.importance.cheap import CHEAP
 from adept_fast.importance.layers import METHODS
 from adept_fast.importance.masking import LOSSES
@@ -22,8 +23,7 @@ def check_scoring(score: Any, layers: int) -> None:
             raise InputError(f"score.compare takes {', '.join(CHEAP)}, each once, found {', '.join(score.compare)}")
     if not 0 <= score.seed < 2**32:
         raise InputError(f"score.seed must be from 0 to {2**32 - 1}, found {score.seed}")
-    given = score.unit_layers
-    if given is not None and score.units is None:
-        raise InputError("score.unit_layers: no units are masked: set score.units too, or leave it out")
-    if given is not None and (not given or len(set(given)) != len(given) or not all(0 <= layer < layers for layer in given)):
-        raise InputError(f"score.unit_layers must be indices from 0 to {layers - 1}, each once, found {list(given)}")
+    if score.unit_layers is not None:
+        if score.units is None:
+            raise InputError("score.unit_layers: no units are masked: set score.units too, or leave it out")
+        layer_indices(score.unit_layers, layers, "score.unit_layers")

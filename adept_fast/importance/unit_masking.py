@@ -33,6 +33,7 @@ from adept_fast.families import (
     evaluating,
     hidden_of,
     layer_configs,
+    layer_indices,
     replaced_forward,
     vocabulary_of,
     with_hidden,
@@ -73,9 +74,7 @@ def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[in
     if granularity not in GRANULARITIES:
         raise InputError(f"units to mask must be one of {', '.join(GRANULARITIES)}, found {granularity!r}")
     modules, configs = decoder_layers(model), layer_configs(model)
-    wanted = sorted(range(len(modules)) if layers is None else set(layers))
-    if not wanted or wanted[0] < 0 or wanted[-1] >= len(modules):
-        raise InputError(f"layers must be from 0 to {len(modules) - 1}, found {wanted}")
+    wanted = layer_indices(range(len(modules)) if layers is None else layers, len(modules))
     silent = describe(model).silent if granularity == "head" else ()
     found: list[MaskedUnit] = []
     for layer in wanted:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from adept_fast.errors import InputError
 
@@ -54,6 +54,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, of whatever placements; imports nothing to find out."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor without it
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def in_shards(model: Module) -> bool:
+    """Whether processes hold parts of a model."""
+    return any(map(is_sharded, model.parameters()))
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:

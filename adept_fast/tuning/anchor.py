@@ -21,7 +21,7 @@ from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
 from adept_fast.families import device_of, head_logits, last_hidden
-from adept_fast.optim.shards import is_sharded
+from adept_fast.optim.shards import in_shards
 from adept_fast.probing import in_eval_mode
 from adept_fast.tuning.step import embeddings_apart
 
@@ -53,7 +53,7 @@ class Anchor:
         takes, is the whole gradient. Of a sharded model (FSDP2) all run all items, whatever `share` says."""
         items = self._groups[step // self.every % len(self._groups)]
         tokens = sum(len(item.input_ids) for item in items)
-        share = share and not any(map(is_sharded, model.parameters()))
+        share = share and not in_shards(model)
         mine = distributed.share(items) if share else items
         kl = torch.zeros((), device=device_of(model))
         if mine:
@@ -74,7 +74,7 @@ def divergence_from_base(model: PreTrainedModel, items: Sequence[Item]) -> Tenso
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
     """fp32 [rows, vocabulary]."""
-    if any(map(is_sharded, model.parameters())):  # only a call of the whole model gathers them
+    if in_shards(model):  # only a call of the whole model gathers them
         logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]
     else:
         logits = head_logits(model, last_hidden(model, ids).flatten(0, 1)[rows])

@@ -18,6 +18,7 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.families import text_config
+from adept_fast.optim.shards import in_shards
 from adept_fast.record import versions
 from adept_fast.tuning import sharded
 from adept_fast.tuning.monitor import Monitor
@@ -93,7 +94,7 @@ def tune_baseline(
     if trainer.is_fsdp_enabled and method == "lora":
         raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
     run.finish(trainer)
-    if sharded.shards(trainer.model):
+    if in_shards(trainer.model):
         merged = checkpoint.load_model(source, **loading)
         merged.load_state_dict(sharded.gathered(trainer.model), strict=False)
     else:

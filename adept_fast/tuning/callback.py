@@ -16,7 +16,7 @@ from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.families import require_causal, vocabulary_of
 from adept_fast.optim import AdamW
-from adept_fast.optim.shards import is_sharded
+from adept_fast.optim.shards import in_shards
 from adept_fast.probing import bare
 from adept_fast.saliency import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.tuning.anchor import Anchor
@@ -82,7 +82,7 @@ class AdeptCallback(Monitor, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Cuts the model into units before an engine wraps it; refuses one that reads ahead."""
         model = bare(model)
-        if not self._causal and not any(map(is_sharded, model.parameters())):
+        if not self._causal and not in_shards(model):
             require_causal(model)
             self._causal = True
         if isinstance(self.units, str):

@@ -24,7 +24,7 @@ from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.gradient_sums import whole_sums
 from adept_fast.losses import batch_loss
-from adept_fast.optim.shards import is_sharded, local, shard_of, whole
+from adept_fast.optim.shards import in_shards, local, shard_of, whole
 from adept_fast.probing import only_these_require_grad
 from adept_fast.progress import Progress
 from adept_fast.units import Units
@@ -106,7 +106,7 @@ class Meter:
         """Mean loss and its gradient, fp32, of this process's part of each parameter."""
         parameters = {name: model.get_parameter(name) for name in units.slices}
         tokens, total = sum(item.supervised for item in self.items), torch.zeros((), dtype=torch.float64)
-        share = not any(map(is_sharded, model.parameters()))
+        share = not in_shards(model)
         items = distributed.share(self.items) if share else self.items
         sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
         with only_these_require_grad(model, parameters.values()):

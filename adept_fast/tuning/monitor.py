@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from adept_fast import distributed
 from adept_fast.data.items import Item
 from adept_fast.losses import corpus_loss
-from adept_fast.optim.shards import is_sharded
+from adept_fast.optim.shards import in_shards
 from adept_fast.probing import bare
 from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.memory import peak_memory
@@ -108,7 +108,7 @@ class Monitor(TrainerCallback):
 
 def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool) -> float:
     """Mean loss of items, shared out over processes that hold the whole model."""
-    if any(map(is_sharded, model.parameters())):
+    if in_shards(model):
         return corpus_loss(model, items, title=title, quiet=quiet).mean
     found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
     loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))

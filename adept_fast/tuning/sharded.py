@@ -31,10 +31,6 @@ FOLDER = "sharded"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def shards(model: nn.Module) -> bool:
-    return any(map(is_sharded, model.parameters()))
-
-
 def save(model: nn.Module, optimizer: AdamW, folder: Path) -> None:
     """Write folder/sharded; every process of the run must call this."""
     dcp.save({**_copies(model), **_moments(model, optimizer)}, checkpoint_id=folder / FOLDER)

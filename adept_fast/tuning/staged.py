@@ -17,6 +17,7 @@ from adept_fast import distributed
 from adept_fast.artefacts import discard
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
+from adept_fast.optim.shards import in_shards
 from adept_fast.tuning import sharded
 from adept_fast.tuning.groups import refusal
 from adept_fast.tuning.order import WholeSteps
@@ -80,14 +81,14 @@ class StagedTrainer(Trainer):
             self._save_trained(folder)
 
     def _save_trained(self, folder: Path) -> None:
-        if not sharded.shards(self.model):
+        if not in_shards(self.model):
             save_file({name: parameter.detach().contiguous() for name, parameter in self._trained().items()}, folder / TRAINED)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not sharded.shards(self.model):
+        if not in_shards(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         sharded.save(self.model, self.stepped, Path(output_dir))
@@ -110,7 +111,7 @@ class StagedTrainer(Trainer):
         if not path.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        if sharded.shards(self.model):
+        if in_shards(self.model):
             raise InputError(f"{folder}: of a run that sharded nothing: resume it without FSDP, or delete it to start again")
         parameters, saved = self._trained(), load_file(path)
         if set(saved) != set(parameters):

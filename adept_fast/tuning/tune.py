@@ -12,6 +12,7 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import export_tuned, load_first_importance
+from adept_fast.optim.shards import in_shards
 from adept_fast.tuning import sharded
 from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
@@ -63,7 +64,7 @@ def tune_checkpoint(
     )
     trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks, data_collator=run.collate)
     run.finish(trainer)
-    state = sharded.gathered(trainer.model) if sharded.shards(trainer.model) else model.state_dict()
+    state = sharded.gathered(trainer.model) if in_shards(trainer.model) else model.state_dict()
     if distributed.rank() == 0:
         remote = bool(loading.get("trust_remote_code", False))
         export_tuned(expanded, target, state, inputs=books.inputs, quiet=books.quiet, trust_remote_code=remote)
