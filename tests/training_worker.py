@@ -22,6 +22,7 @@ from adept_fast.data.sources import Source
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
+from adept_fast.optim.shards import in_shards
 from adept_fast.pipeline import STAGES
 from adept_fast.recipe import Recipe, load
 from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, meter, sharded
@@ -194,7 +195,7 @@ def equals_one_process(folder: Path, engine: str) -> None:
     meter.batch_loss = lambda model, items: metered.append(items) or run(model, items)
     for units in GRANULARITIES:
         trainer, log = trained(folder / f"{engine}-{dist.get_world_size()}-{units}", ENGINES[engine], units)
-        assert sharded.shards(trainer.model) == (engine == "fsdp2")
+        assert in_shards(trainer.model) == (engine == "fsdp2")
         check(trainer, log, folder / f"alone-{units}")
     readings = 2 * 6  # of the runs by head and by neuron
     assert len(metered) == readings * METERED // (1 if engine == "fsdp2" else dist.get_world_size())
