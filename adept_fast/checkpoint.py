@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from adept_fast.artefacts import read_json
+from adept_fast.declared import require
 from adept_fast.errors import InputError, UnsupportedFamilyError
 from adept_fast.families import check_kind, require_causal, vocabulary_of
+from adept_fast.keys import DTYPES
 from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import INDEX, WEIGHTS, open_shards
@@ -84,8 +86,10 @@ def load_model(
     """Load a causal language model in eval mode, in the checkpoint's dtype unless told; its adept_config, if any, is attached."""
     from transformers import AutoModelForCausalLM
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype must be a torch dtype such as float32 or bfloat16, found {dtype!r}")
+    if dtype is not None:
+        require("dtype", dtype, str, DTYPES)
+    if attn_implementation is not None:
+        load_skeleton(folder, trust_remote_code, attn_implementation)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -110,19 +114,26 @@ def load_model(
     return model.eval()
 
 
-def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights (meta tensors): enough to see its layers."""
+def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model without its weights (meta tensors): enough to see its layers, and whether it has the implementation of attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_kind(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except UnsupportedFamilyError:
         raise
     except _refusals() as error:
         raise _cannot_be_loaded(folder, error) from None
+    if attn_implementation is not None:
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
+        except _refusals() as error:
+            raise InputError(f"attn_implementation={attn_implementation} cannot be had: {_reason(error)}") from None
+    return skeleton
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -134,9 +145,12 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _cannot_be_loaded(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: cannot be loaded ({_reason(error)}): correct its config.json, or fetch it again")
+
+
+def _reason(error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
-    return InputError(f"{folder}: cannot be loaded ({reason}): correct its config.json, or fetch it again")
+    return reason if len(reason) <= 300 else f"{reason[:297]}..."
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from adept_fast.errors import InputError
-from adept_fast.families import decoder_layers
+from adept_fast.families import decoder_layers, layer_indices
 from adept_fast.importance import (
     LayerCosts,
     LayerScores,
     Race,
     check_budget,
     check_choice,
-    check_scoring,
     evenly,
     next_layer,
     select_layers,
@@ -23,14 +22,14 @@ from adept_fast.workspace import Workspace
 
 def check_layers(work: Workspace) -> None:
     """Raise InputError where what the recipe says of layers does not fit those of its model."""
-    expand, score = work.recipe.expand, work.recipe.score
-    layers, candidates = len(decoder_layers(work.skeleton)), _candidates(work)
-    check_scoring(score, layers)
-    check_choice(layers if expand.layers is not None else len(candidates), expand.k, expand.placement, expand.layers)
+    expand, layers, candidates = work.recipe.expand, len(decoder_layers(work.skeleton)), _candidates(work)
+    for name, given in (("score.unit_layers", work.recipe.score.unit_layers), ("expand.layers", expand.layers)):
+        if given is not None:
+            layer_indices(given, layers, name)
+    if expand.layers is None:
+        check_choice(len(candidates), expand.k, expand.placement)
     if expand.budget is not None:
         check_budget(expand.budget.shares, LayerCosts.of(work.skeleton), candidates)
-        if score.regret is not None:
-            raise InputError("a race is for a given number of layers: give expand.k and no expand.budget, or no score.regret")
     if (raced := race(work)) is not None:
         raced.check(len(candidates))
 

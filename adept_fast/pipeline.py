@@ -15,9 +15,7 @@ from adept_fast import checkpoint
 from adept_fast.choosing import by_scores, check_layers
 from adept_fast.data.items import tokenize_item
 from adept_fast.evaluating import base_against_tuned, evaluation_corpora, report
-from adept_fast.evaluation import check_limit
 from adept_fast.expanding import expand, verify
-from adept_fast.expansion import check_initialisation
 from adept_fast.families import describe, vocabulary_of
 from adept_fast.scoring import score
 from adept_fast.training import training_text, tune, tuning_settings
@@ -45,9 +43,6 @@ def _check(work: Workspace) -> None:
     from adept_fast.tuning import check_rank, check_settings
 
     check_settings(tuning_settings(work))
-    check_initialisation(work.recipe.expand.initialisation)
-    if work.recipe.eval.general_limit is not None:
-        check_limit(work.recipe.eval.general_limit)
     check_layers(work)
     describe(work.skeleton)
     if work.recipe.method == "lora":

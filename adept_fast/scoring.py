@@ -14,7 +14,6 @@ from adept_fast.choosing import check_layers, choose, race
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.families import decoder_layers, text_config
 from adept_fast.importance import (
-    LOSSES,
     LayerScores,
     UnitScores,
     certified,
@@ -26,6 +25,7 @@ from adept_fast.importance import (
     score_layers,
     selection_stability,
 )
+from adept_fast.keys import LOSSES
 from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.workspace import Workspace
 

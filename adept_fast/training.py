@@ -14,6 +14,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.stream import StreamedText
 from adept_fast.evaluation import corpus
 from adept_fast.inputs import require_same
+from adept_fast.keys import Tuning
 from adept_fast.record import AdeptConfig
 from adept_fast.workspace import Workspace
 
@@ -28,7 +29,7 @@ def tuning_settings(work: Workspace) -> TuningSettings:
     from adept_fast.tuning import TuningSettings
 
     tune = work.recipe.tune
-    shared = {entry.name: getattr(tune, entry.name) for entry in fields(TuningSettings) if hasattr(tune, entry.name)}
+    shared = {entry.name: getattr(tune, entry.name) for entry in fields(Tuning)}
     return TuningSettings(**shared, equal_rates=not work.method.rates, seed=work.recipe.seed)
 
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adept_fast.errors import InputError
+from adept_fast.declared import check
 from adept_fast.families import FUSED_ATTENTION, Part, describe, fused_rows, text_config
+from adept_fast.keys import Tuning
 from adept_fast.record import record_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-GRANULARITIES = ("tensor", "head", "neuron")
 OUTPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense_4h_to_h"})  # by columns in post-norm copies too
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", *FUSED_ATTENTION})
 
@@ -73,8 +73,7 @@ class Units:
     @classmethod
     def of(cls, model: PreTrainedModel, granularity: str = "tensor") -> Units:
         """The units of an expanded model's copies. Raises InputError for an unknown granularity or a model without copies."""
-        if granularity not in GRANULARITIES:
-            raise InputError(f"units must be one of {', '.join(GRANULARITIES)}, found {granularity!r}")
+        check(Tuning, units=granularity)
         record, family, config = record_of(model), describe(model), text_config(model)
         layers = model.get_submodule(family.layers)
         names: list[tuple[str, str]] = []

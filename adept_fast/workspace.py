@@ -104,7 +104,7 @@ class Workspace:
     @cached_property
     def skeleton(self) -> Any:
         """The model without its weights."""
-        return checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code)
+        return checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code, self.recipe.attn_implementation)
 
     @property
     def method(self) -> Method:

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, and docs/recipe.md has every key with its default."""
+"""The README's Python examples run as they stand, and docs/recipe.md has every key as it is declared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipe_keys
 import tiny_models
 import torch
 import yaml
@@ -53,7 +54,8 @@ def test_the_optimizer_alone() -> None:
     assert not rows[0] and rows[8:].all()
 
 
-def test_every_key_of_a_recipe_stands_in_its_page_with_its_default() -> None:
+def test_the_keys_of_a_recipe_stand_in_its_page_as_they_are_declared() -> None:
+    assert recipe_keys.page(RECIPE) == RECIPE, "run python tests/recipe_keys.py"
     page = yaml.safe_load(re.findall(BLOCK.format("yaml"), RECIPE, re.DOTALL)[0])
     given = [f"model_name_or_path={page['model_name_or_path']}", f"domain={page['domain']}"]
     recipe = json.loads(json.dumps(load(None, given).as_dict()))

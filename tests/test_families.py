@@ -18,8 +18,9 @@ from adept_fast.checkpoint import load_skeleton
 from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.expansion import copies, expand_model, freeze_original, verify_expansion
 from adept_fast.families import decoder_layers, describe, hidden_of, layers_path
+from adept_fast.keys import GRANULARITIES
 from adept_fast.optim import AdamW
-from adept_fast.units import GRANULARITIES, Units
+from adept_fast.units import Units
 
 SUPPORTED = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe

@@ -8,7 +8,8 @@ import pytest
 
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.recipe import TRAINING, load
+from adept_fast.recipe import load
+from adept_fast.training_arguments import DEFAULTS
 
 NEEDED = ["model_name_or_path=M", "domain=d.txt"]
 
@@ -16,7 +17,7 @@ NEEDED = ["model_name_or_path=M", "domain=d.txt"]
 def test_defaults_need_no_yaml() -> None:
     recipe = load(None, NEEDED)
     assert recipe.domain == (Source("d.txt"),) and recipe.probe == Source("general")
-    assert (recipe.expand.k, recipe.tune.refresh_steps, recipe.tune.training) == (4, 500, TRAINING)
+    assert (recipe.expand.k, recipe.tune.refresh_steps, recipe.tune.training) == (4, 500, DEFAULTS)
 
 
 def test_yaml_with_overrides(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_yaml_with_overrides(tmp_path: Path) -> None:
     )
     recipe = load(str(path), ["tune.max_steps=7", "tune.learning_rate=2e-5", "expand.layers=[3, 1]", "score.loss=kl", "score.regret=4e-2"])
     assert recipe.domain == (Source("a.jsonl", column="body", weight=2), Source("b.txt"))
-    assert recipe.tune.units == "head" and recipe.tune.training == {**TRAINING, "weight_decay": 0.1, "max_steps": 7, "learning_rate": 2e-5}
+    assert recipe.tune.units == "head" and recipe.tune.training == {**DEFAULTS, "weight_decay": 0.1, "max_steps": 7, "learning_rate": 2e-5}
     assert recipe.expand.layers == (3, 1) and (recipe.score.loss, recipe.score.regret) == ("kl", 0.04)
 
 
@@ -61,8 +62,8 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.learning_rates=1"], "unknown key tune.learning_rates: did you mean tune.learning_rate"),
         (["tune.refresh=1"], "did you mean tune.refresh_steps"),
         (["tune.output_dir=x"], "set by the recipe's output_dir"),
-        (["expand.k=two"], "expand.k must be a whole number, found 'two'"),
-        (["expand.k=0"], "expand.k must be 1 or more"),
+        (["expand.k=two"], "expand.k must be a whole number of 1 or more, found 'two'"),
+        (["expand.k=0"], "expand.k must be a whole number of 1 or more, found 0"),
         (["score.regret=low"], "score.regret must be a number"),
         (["score.max_items=true"], "must be a whole number"),
         (["score=3"], "score must be a table"),
@@ -71,13 +72,13 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
         (["tune.gradient_checkpointing=ture"], "tune.gradient_checkpointing must be true or false, found 'ture'"),
         (["tune.bf16=None"], "tune.bf16 must be true or false"),
-        (["tune.learning_rate=true"], "tune.learning_rate must be a number, found True"),
-        (["tune.weight_decay=null"], "tune.weight_decay must be a number, found None"),
+        (["tune.learning_rate=true"], "tune.learning_rate must be a number of 0 or more, found True"),
+        (["tune.weight_decay=null"], "tune.weight_decay must be a number of 0 or more, found None"),
         (["tune.save_total_limit=1.5"], "tune.save_total_limit must be a whole number"),
-        (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a finite number"),
-        (["tune.num_train_epochs=0"], "tune.num_train_epochs must be above 0"),
-        (["tune.anchor_weight=.inf"], "tune.anchor_weight must be a finite number"),
-        (["domain="], "domain must not be empty"),
+        (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a number above 0, found nan"),
+        (["tune.num_train_epochs=0"], "tune.num_train_epochs must be a number above 0, found 0"),
+        (["tune.anchor_weight=.inf"], "tune.anchor_weight must be a number of 0 or more, found inf"),
+        (["domain="], "domain must be a list, found None"),
         (["domain={path: null}"], "a source's path must be text"),
     ],
 )
@@ -98,3 +99,39 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("domain:\n- {path: a}\ntune: {k: 1}\nexpand:\n  k: 2\ntune:\n  block_size: 3\n")
     with pytest.raises(InputError, match="twice.yaml: not valid YAML .tune stands there twice, first in line 3"):
         load(str(tmp_path / "twice.yaml"))
+
+
+def test_the_names_that_a_key_may_have_are_those_that_there_are() -> None:
+    from adept_fast.keys import RATE_MAPS
+    from adept_fast.tuning import MAPS
+
+    assert RATE_MAPS == tuple(MAPS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["score.regret=0.1", "score.method=gate"],
+        ["score.regret=0.1", "expand.placement=lowest_per_band"],
+        ["score.regret=0.1", "expand.budget={time: 0.5}"],
+        ["score.loss=kl", "score.method=fisher"],
+        ["score.unit_layers=[1]"],
+        ["expand.budget={}"],
+    ],
+)
+def test_settings_that_do_not_go_together_name_the_key(settings: list[str]) -> None:
+    with pytest.raises(InputError, match=settings[0].partition("=")[0]):
+        load(None, [*NEEDED, *settings])
+    assert all(load(None, [*NEEDED, *settings[at : at + 1]]) for at in range(len(settings)) if len(settings) > 1)
+
+
+def test_what_takes_the_same_values_from_python_refuses_the_same() -> None:
+    from adept_fast import Anchor, Race
+    from adept_fast.tuning import TuningSettings
+
+    for given in ({"refresh_steps": 0}, {"units": "layer"}, {"rate_average": 1.0}, {"training": {"weight_decay": -1}}, {"seed": -1}):
+        with pytest.raises(InputError, match=f"tune.{'weight_decay' if 'training' in given else next(iter(given))} must be"):
+            TuningSettings(**given)
+    for refused in (lambda: Anchor([], weight=None), lambda: Race(regret=None).check(9), lambda: Source.of({"path": "a", "weight": True})):
+        with pytest.raises(InputError, match="must be a number"):
+            refused()

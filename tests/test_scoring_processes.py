@@ -17,7 +17,8 @@ from attempts import Attempts
 
 from adept_fast import mask_units
 from adept_fast.cli import main
-from adept_fast.importance import CHEAP, LayerScores, Race, UnitScores, score_layers
+from adept_fast.importance import LayerScores, Race, UnitScores, score_layers
+from adept_fast.keys import CHEAP
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,8 @@ import torch
 from sharded_worker import in_processes
 from training_worker import GLOBAL_BATCH, check, equals_one_process, refresh_changes_nothing, resumes, streamed, streams, trained
 
+from adept_fast.keys import GRANULARITIES
 from adept_fast.tuning import AdeptTrainer, sharded
-from adept_fast.units import GRANULARITIES
 
 ENGINES = ("ddp", "fsdp2")
 

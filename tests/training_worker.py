@@ -22,6 +22,7 @@ from adept_fast.data.sources import Source
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
+from adept_fast.keys import GRANULARITIES
 from adept_fast.optim.shards import in_shards
 from adept_fast.pipeline import STAGES
 from adept_fast.recipe import Recipe, load
@@ -30,7 +31,7 @@ from adept_fast.tuning.log import TrainerLog
 from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.position import IN_ORDER, StreamPosition
 from adept_fast.tuning.staged import StagedTrainer
-from adept_fast.units import GRANULARITIES, Units
+from adept_fast.units import Units
 from adept_fast.workspace import Workspace
 
 GLOBAL_BATCH = 4

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast.data.readers import read
 from adept_fast.data.sources import Record, Source
+from adept_fast.declared import require
 from adept_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ def tokenize_item(
 ) -> Item:
     """Tokens and labels of a text, an instruction with output, or a record that is tokenised already, each token below `vocabulary`."""
     check_item(record, column)
-    if style not in STYLES:
-        raise InputError(f"score.probe_format must be one of {', '.join(STYLES)}, found {style!r}")
+    require("score.probe_format", style, str, STYLES)
     content = record.content
     if "input_ids" in content:
         try:

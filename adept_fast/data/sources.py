@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
+from adept_fast.declared import Range, check, declare, shown
 from adept_fast.errors import InputError
 
 GENERAL = "general"  # the name of the bundled general probe
@@ -24,29 +23,19 @@ class Source:
     path: str
     split: str | None = None
     column: str | None = None
-    weight: float = 1.0
-    share: float | None = None
-    share_end: float | None = None
+    weight: float = declare(1.0, Range(0, above=True))
+    share: float | None = declare(None, Range(0, 1))
+    share_end: float | None = declare(None, Range(0, 1))
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Source) -> Source:
         if isinstance(value, Source):
             return value
-        if isinstance(value, str):
-            return cls(value)
-        known = {field.name for field in fields(cls)}
-        if not isinstance(value, Mapping) or "path" not in value or set(value) - known:
-            raise InputError(f"a source is a path or {{path, split, column, weight, share, share_end}}, found {value!r}")
-        source = cls(**value)
-        for key, wanted in (("path", str), ("split", (str, NoneType)), ("column", (str, NoneType))):
-            if not isinstance(getattr(source, key), wanted):
-                raise InputError(f"a source's {key} must be text, found {getattr(source, key)!r}")
-        if isinstance(source.weight, bool) or not isinstance(source.weight, (int, float)) or not 0 < source.weight < math.inf:
-            raise InputError(f"{source.path}: weight must be a number above 0, found {source.weight!r}")
-        for key in ("share", "share_end"):
-            share = getattr(source, key)
-            if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
-                raise InputError(f"{source.path}: {key} must be a number from 0 to 1, found {share!r}")
+        table, known = {"path": value} if isinstance(value, str) else value, [entry.name for entry in fields(cls)]
+        if not isinstance(table, Mapping) or "path" not in table or set(table) - set(known):
+            raise InputError(f"a source is a path or {{{', '.join(known)}}}, found {shown(value)}")
+        check(cls, "a source's ", **table)
+        source = cls(**table)
         if source.share is None and source.share_end is not None:
             raise InputError(f"{source.path}: share_end needs share, the part that it starts from")
         return source

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adept_fast.errors import InputError
+from adept_fast.declared import check
 from adept_fast.evaluation.corpora import EvaluationCorpus
 from adept_fast.expansion import dialled_model
 from adept_fast.intervals import bootstrap
+from adept_fast.keys import Eval
 from adept_fast.losses import CorpusLoss, corpus_loss
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ class Tried:
     high: float
 
 
-def check_limit(limit: float) -> None:
-    if not math.isfinite(limit) or limit < 0:
-        raise InputError(f"eval.general_limit must be 0 or more nats per token, found {limit}")
-
-
 def largest_alpha(
     model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool = False
 ) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def largest_alpha(
 
     Loss need not rise evenly with alpha: eighths are tried from 1 down to the first within the limit, then the steps above it by halving.
     """
-    check_limit(limit)
+    check(Eval, "eval.", needed=True, general_limit=limit)
     base = _measured(model, general, 0, quiet)
     tried: dict[int, Tried] = {}
 

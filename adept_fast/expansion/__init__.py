@@ -5,7 +5,7 @@ from adept_fast.expansion.delta import apply_copies, extract_copies
 from adept_fast.expansion.dial import dial, dialled_model
 from adept_fast.expansion.export import export_tuned
 from adept_fast.expansion.first_rates import first_importance, load_first_importance
-from adept_fast.expansion.initialise import PRESERVING, check_initialisation
+from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.insert import ParameterCounts, copies, expand_model, freeze_original
 from adept_fast.expansion.merge import merge_copies
 from adept_fast.expansion.remove import remove_copies
@@ -17,7 +17,6 @@ __all__ = [
     "ParameterCounts",
     "apply_copies",
     "bypassed",
-    "check_initialisation",
     "copies",
     "dial",
     "dialled_model",

@@ -6,7 +6,6 @@ becomes alpha w + (1 - alpha) v: each branch adds alpha times what it computes f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adept_fast.errors import InputError
+from adept_fast.declared import Range, require
 from adept_fast.expansion.arrange import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.expansion.remade import open_expanded, source_config, write_remade
 from adept_fast.families import describe
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 
 def check_alpha(alpha: float) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
-        raise InputError(f"alpha must be a number of 0 or more (0 is the base, 1 the tuned model), found {alpha!r}")
+    require("alpha", alpha, float, Range(0))
     return float(alpha)
 
 

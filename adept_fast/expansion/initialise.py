@@ -14,17 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.families import Family
+from adept_fast.keys import PRESERVING
 
-PRESERVING = {"zero_output": True, "zero_gate_up": True, "small_random": False, "scaled_source": False}
 NOISE, SHARE = 0.02, 0.1
 UP = ".up_proj.weight"
-
-
-def check_initialisation(how: str) -> None:
-    if how not in PRESERVING:
-        raise InputError(f"expand.initialisation must be one of {', '.join(PRESERVING)}, found {how!r}")
 
 
 def fills(family: Family, layer: int, names: Mapping[str, object], how: str) -> Mapping[str, float]:

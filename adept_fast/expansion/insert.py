@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from adept_fast.declared import check
 from adept_fast.errors import InputError
-from adept_fast.expansion.initialise import check_initialisation, fills, initial
+from adept_fast.expansion.initialise import fills, initial
 from adept_fast.families import Family, decoder_layers, describe, expanded_config, layer_indices, layers_path, require_causal, same_layers
+from adept_fast.keys import Expand
 from adept_fast.record import KEY, AdeptConfig, Inserted, record_of, versions
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def arrange_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | Non
     return Arrangement(tuple(sources), tuple(inserted), tuple(new))
 
 
-def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: str = "zero_output") -> PreTrainedModel:
+def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: str = Expand.initialisation) -> PreTrainedModel:
     """A new model with a silent copy of each chosen layer right after it; `model` stays as it is.
 
     The model is built from the expanded config, so that indices, caches and per-layer settings are those of a freshly loaded one.
@@ -74,7 +76,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     expansions too; call freeze_original before training. initialisation: see initialise.py; all but zero_output and zero_gate_up give
     copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent, or that reads ahead.
     """
-    check_initialisation(initialisation)
+    check(Expand, "expand.", initialisation=initialisation)
     family, earlier = describe(model), AdeptConfig.of(model)
     require_causal(model)
     count = len(family.silent)

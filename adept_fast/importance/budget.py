@@ -12,16 +12,16 @@ model, not a measurement: it counts no attention products, no element-wise work 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
+from adept_fast.keys import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BUDGETS = ("parameters", "time")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class LayerCosts:
 
 def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Sequence[int]) -> None:
     """Raise InputError for a budget that is none, or that not one of `candidates` fits."""
-    if not budget or not all(name in BUDGETS for name in budget):
-        raise InputError(f"expand.budget takes {' and '.join(BUDGETS)}, shares of full training, found {dict(budget)}")
+    known = [entry.name for entry in fields(Budget)]
+    if not budget or not set(known).issuperset(budget):
+        raise InputError(f"expand.budget takes {' and '.join(known)}, shares of full training, found {dict(budget)}")
+    check(Budget, "expand.budget.", needed=True, **budget)
     for name, share in budget.items():
-        if not 0 < share <= 1:
-            raise InputError(f"expand.budget.{name} must be a share of full training above 0 and at most 1, found {share!r}")
         if share < (least := min(costs.shares([layer])[name] for layer in candidates)):
             raise InputError(f"expand.budget.{name}={share:g} allows no copy: that of one layer takes {least:.4g} of full training")
 

@@ -33,8 +33,6 @@ from adept_fast.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHEAP = ("gate", "cumulative", "rank", "fisher", "block_influence")
-
 
 def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str, quiet: bool = False) -> ItemScores:
     """Scores of each item by `method`, shared out over processes. loss: "answer" or "all". Leaves the model as it was."""

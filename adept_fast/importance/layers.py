@@ -11,27 +11,27 @@ import torch
 
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.families import evaluating, vocabulary_of
 from adept_fast.importance.budget import LayerCosts
-from adept_fast.importance.cheap import CHEAP, cheap_scores
-from adept_fast.importance.masking import LOSSES, LayerMasks
+from adept_fast.importance.cheap import cheap_scores
+from adept_fast.importance.masking import LayerMasks
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.race import Race, certificate, run
 from adept_fast.importance.scores import ItemScores, LayerScores
 from adept_fast.importance.sweep import plan
+from adept_fast.keys import CHEAP, LOSSES, Score
 from adept_fast.record import AdeptConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METHODS = ("masking", *CHEAP)
-
 
 def score_layers(
     model: PreTrainedModel,
     probe: str | Source | Iterable[Mapping[str, Any] | Item],
-    method: str = "masking",
+    method: str = Score.method,
     loss: str = "answer",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -39,7 +39,7 @@ def score_layers(
     domain: Iterable[Item] = (),
     race: Race | None = None,
     sweep_tokens: int | None = None,
-    seed: int = 0,
+    seed: int = Score.seed,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -57,10 +57,9 @@ def score_layers(
     Raises InputError for an unknown method or loss, or a probe with nothing supervised.
     """
     wanted = {loss, *losses}
-    for name, values, known in (("method", [method], METHODS), ("loss", [loss], LOSSES), ("losses", losses, LOSSES)):
-        for value in values:
-            if value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+    check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
+    for name in (loss, *losses):
+        check(Score, needed=True, loss=name)
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]

@@ -17,11 +17,10 @@ from adept_fast.families import decoder_layers, device_of
 from adept_fast.head import token_losses, variant_losses
 from adept_fast.importance.packs import Pack
 from adept_fast.importance.sweep import SweepPlan, flops, one_by_one, sweep
+from adept_fast.keys import LOSSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOSSES = ("answer", "kl", "all")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from adept_fast import distributed
 from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item
 from adept_fast.importance.journal import Journal
-from adept_fast.importance.masking import LOSSES
 from adept_fast.importance.packs import Pack, pack
 from adept_fast.importance.scores import ItemScores
 from adept_fast.importance.sweep import SweepPlan
 from adept_fast.inputs import digest
+from adept_fast.keys import LOSSES
 from adept_fast.progress import Progress
 
 if TYPE_CHECKING:

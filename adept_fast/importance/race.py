@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast.errors import InputError
+from adept_fast.declared import Range, check, require
+from adept_fast.keys import Expand, Score
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,17 @@ class Race:
     first: items of the first part; growth: how many times as many items each later look has.
     """
 
-    k: int = 4
+    k: int = Expand.k
     regret: float = 0.04
-    confidence: float = 0.95
+    confidence: float = Score.confidence
     first: int = 32
     growth: float = 1.25
 
     def check(self, candidates: int) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k < candidates:
-            raise InputError(f"a race needs a k from 1 to {candidates - 1}, one below the layers to choose from, found {self.k!r}")
-        if not self.regret >= 0:
-            raise InputError(f"a race's regret must be 0 or more nats per token, found {self.regret!r}")
-        if not 0.5 <= self.confidence < 1:
-            raise InputError(f"a race's confidence must be from 0.5 to below 1, found {self.confidence!r}")
-        if self.first < 8 or not self.growth > 1:
-            raise InputError(f"a race needs a first part of 8 items or more and a growth above 1, found {self.first} and {self.growth}")
+        require("a race's k", self.k, int, Range(1, candidates - 1, why="one below the layers to choose from"))
+        check(Score, "a race's ", needed=True, regret=self.regret, confidence=self.confidence)
+        require("a race's first", self.first, int, Range(8))
+        require("a race's growth", self.growth, float, Range(1, above=True))
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adept_fast.declared import Range, check, require
 from adept_fast.errors import InputError
-from adept_fast.families import layer_indices
 from adept_fast.importance.budget import check_budget, within
 from adept_fast.importance.scores import LayerScores
+from adept_fast.keys import Expand
 
-PLACEMENTS = ("lowest", "uniform", "lowest_per_band")
 
-
-def check_choice(layers: int, k: int, placement: str, given: tuple[int, ...] | None = None) -> None:
-    """Raise InputError for a k, placement or list of layers that a model of `layers` layers cannot have."""
-    if placement not in PLACEMENTS:
-        raise InputError(f"expand.placement must be one of {', '.join(PLACEMENTS)}, found {placement!r}")
-    if given is not None:
-        layer_indices(given, layers, "expand.layers")
-    elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layers:
-        raise InputError(f"expand.k must be a whole number from 1 to {layers}, the number of layers, found {k!r}")
+def check_choice(layers: int, k: int, placement: str) -> None:
+    """Raise InputError for a k or placement that a model of `layers` layers cannot have."""
+    check(Expand, "expand.", placement=placement)
+    require("expand.k", k, int, Range(1, layers, why="the number of layers to choose from"))
 
 
 def select_layers(
-    scores: LayerScores, k: int | None = None, placement: str = "lowest", budget: Mapping[str, float] | None = None
+    scores: LayerScores, k: int | None = None, placement: str = Expand.placement, budget: Mapping[str, float] | None = None
 ) -> list[int]:
     """k layers (4 by default) that are no copies, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth
     bands (LLaMA Pro); "lowest_per_band": the lowest of each. Scores of a race give the layers that it is the proof of.
@@ -42,7 +37,7 @@ def select_layers(
             raise InputError("a budget chooses k itself, from scores with costs and without a race: give no k, and score without one")
         check_budget(budget, scores.costs, candidates)
         return within(budget, scores.costs, [select_layers(scores, 1 + more, placement) for more in range(len(candidates))])
-    k = 4 if k is None else k
+    k = Expand.k if k is None else k
     check_choice(len(candidates), k, placement)
     if scores.certificate and placement != "uniform":
         if (k, placement) != (scores.certificate["k"], "lowest"):

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.families import (
     decoder_layers,
@@ -38,18 +39,18 @@ from adept_fast.families import (
     vocabulary_of,
     with_hidden,
 )
-from adept_fast.importance.masking import LOSSES, item_losses
+from adept_fast.importance.masking import item_losses
 from adept_fast.importance.measuring import Measuring
 from adept_fast.importance.packs import Pack
 from adept_fast.importance.scores import UnitScores
 from adept_fast.importance.sweep import SweepPlan, call_flops, plan, row_hidden
 from adept_fast.inputs import digest
+from adept_fast.keys import Score
 from adept_fast.units import OUTPUTS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-GRANULARITIES = ("tensor", "head")
 FFN_GROUPS = 8
 ATTENTION_MARKS = ("head_dim", "head_size", "num_heads", "num_attention_heads")
 
@@ -71,8 +72,7 @@ class MaskedUnit:
 
 def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[int] | None = None) -> list[MaskedUnit]:
     """The units of some layers (none: of all), by layer. Raises InputError for an unknown granularity, a wrong layer, or no units."""
-    if granularity not in GRANULARITIES:
-        raise InputError(f"units to mask must be one of {', '.join(GRANULARITIES)}, found {granularity!r}")
+    check(Score, needed=True, units=granularity)
     modules, configs = decoder_layers(model), layer_configs(model)
     wanted = layer_indices(range(len(modules)) if layers is None else layers, len(modules))
     silent = describe(model).silent if granularity == "head" else ()
@@ -120,7 +120,7 @@ def mask_units(
     losses: Collection[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     sweep_tokens: int | None = None,
-    seed: int = 0,
+    seed: int = Score.seed,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -130,9 +130,9 @@ def mask_units(
     granularity: "tensor" or "head"; loss, losses, probe, sweep_tokens, journal: as of `score_layers`. Where torch.distributed is
     initialised each process measures a part of the items. Raises InputError for what is unknown.
     """
+    check(Score, sweep_tokens=sweep_tokens, seed=seed)
     for name in (loss, *losses):
-        if name not in LOSSES:
-            raise InputError(f"loss must be one of {', '.join(LOSSES)}, found {name!r}")
+        check(Score, needed=True, loss=name)
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     started, units = time.perf_counter(), masked_units(model, granularity, layers)
     with evaluating(model):

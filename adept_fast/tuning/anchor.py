@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from adept_fast import distributed
 from adept_fast.data.items import IGNORE, Item
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
 from adept_fast.families import device_of, head_logits, last_hidden
+from adept_fast.keys import Tuning
 from adept_fast.optim.shards import in_shards
 from adept_fast.probing import in_eval_mode
 from adept_fast.tuning.step import embeddings_apart
@@ -32,10 +34,8 @@ if TYPE_CHECKING:
 class Anchor:
     """items: the general corpus, gone through in order, again and again. Which of them a step takes depends on its number alone."""
 
-    def __init__(self, items: Sequence[Item], weight: float, every: int = 4, tokens: int = 256) -> None:
-        for name, value, low in (("weight", weight, 0), ("every", every, 1), ("tokens", tokens, 1)):
-            if not value >= low:
-                raise InputError(f"tune.anchor_{name} must be {low} or more, found {value}")
+    def __init__(self, items: Sequence[Item], weight: float, every: int = Tuning.anchor_every, tokens: int = Tuning.anchor_tokens) -> None:
+        check(Tuning, "tune.", needed=True, anchor_weight=weight, anchor_every=every, anchor_tokens=tokens)
         if not items:
             raise InputError("an anchor needs items to compare the model with the base on")
         self.weight, self.every = weight, every

@@ -16,6 +16,7 @@ from adept_fast.artefacts import read_json, staged_folder, write_json
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
+from adept_fast.declared import Range, require
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.families import text_config
 from adept_fast.optim.shards import in_shards
@@ -44,8 +45,7 @@ class Prepared:
 
 def check_rank(model: PreTrainedModel, rank: int) -> None:
     """Raise InputError for a rank above the model's width, at which LoRA is no longer low."""
-    if rank > (width := text_config(model).hidden_size):
-        raise InputError(f"tune.lora_rank must be from 1 to {width}, the model's width, found {rank}")
+    require("tune.lora_rank", rank, int, Range(1, text_config(model).hidden_size, why="the model's width"))
 
 
 def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepared:

@@ -13,8 +13,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.families import require_causal, vocabulary_of
+from adept_fast.keys import Tuning
 from adept_fast.optim import AdamW
 from adept_fast.optim.shards import in_shards
 from adept_fast.probing import bare
@@ -51,9 +53,9 @@ class AdeptCallback(Monitor, ExportableState):
     def __init__(
         self,
         probe: str | Source | Iterable[Mapping[str, Any] | Item],
-        units: str | Units = "tensor",
-        refresh_steps: int = 500,
-        rate_map: str | RateMap | RateRule = "rank",
+        units: str | Units = Tuning.units,
+        refresh_steps: int = Tuning.refresh_steps,
+        rate_map: str | RateMap | RateRule = Tuning.rate_map,
         *,
         first: Mapping[tuple[str, int], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
@@ -66,8 +68,7 @@ class AdeptCallback(Monitor, ExportableState):
         say: Callable[[str], None] | None = None,
         quiet: bool = False,
     ) -> None:
-        if refresh_steps < 1:
-            raise InputError(f"tune.refresh_steps must be 1 or more, found {refresh_steps}")
+        check(Tuning, "tune.", refresh_steps=refresh_steps, **({"units": units} if isinstance(units, str) else {}))
         super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps

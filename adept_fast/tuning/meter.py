@@ -21,8 +21,10 @@ from torch import Tensor
 
 from adept_fast import distributed
 from adept_fast.data.items import Item
+from adept_fast.declared import check
 from adept_fast.errors import InputError
 from adept_fast.gradient_sums import whole_sums
+from adept_fast.keys import Tuning
 from adept_fast.losses import batch_loss
 from adept_fast.optim.shards import in_shards, local, shard_of, whole
 from adept_fast.probing import only_these_require_grad
@@ -32,7 +34,6 @@ from adept_fast.units import Units
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ACTIONS = ("stop", "cut")
 FILE = "adept_meter.safetensors"
 
 
@@ -58,12 +59,11 @@ class Meter:
     training there, "cut" halves all unit rates at each reading above it. Between readings the gradient and the copies as they were (fp32
     and their own dtype) lie in host memory, and in checkpoints."""
 
-    def __init__(self, items: Sequence[Item], limit: float | None = None, action: str = "stop") -> None:
+    def __init__(self, items: Sequence[Item], limit: float | None = None, action: str = Tuning.general_action) -> None:
         self.items = [item for item in items if item.supervised]
         if not self.items:
             raise InputError("a forgetting meter needs items with a supervised token")
-        if action not in ACTIONS:
-            raise InputError(f"tune.general_action must be one of {', '.join(ACTIONS)}, found {action!r}")
+        check(Tuning, "tune.", general_limit=limit, general_action=action)
         self.limit, self.action = limit, action
         self._state = _State()
         self._before: dict[str, Tensor] = {}  # "theta.NAME" and "gradient.NAME"

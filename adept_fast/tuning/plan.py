@@ -62,8 +62,6 @@ def plan(
     one_per_row: bool = False,
 ) -> tuple[Plan, Blocks | Stream]:
     """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
-    if settings.block_size < 2:
-        raise InputError(f"tune.block_size must be 2 or more, found {settings.block_size}")
     block_size, padding = min(settings.block_size, positions), tokenizer.pad_token_id or 0
     args = arguments(settings, Path("unused"), quiet=True)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

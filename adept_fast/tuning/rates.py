@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adept_fast.declared import check
 from adept_fast.errors import InputError
+from adept_fast.keys import Tuning
 from adept_fast.optim import AdamW
 from adept_fast.saliency import UnitImportance
 from adept_fast.tuning.groups import set_group_rates
@@ -96,18 +98,14 @@ class RateRule:
     Raises InputError for an unknown map and for numbers out of range.
     """
 
-    map: str | RateMap = "rank"
-    floor: float = 0.0
-    average: float = 0.0
-    conflict: bool = False
+    map: str | RateMap = Tuning.rate_map
+    floor: float = Tuning.rate_floor
+    average: float = Tuning.rate_average
+    conflict: bool = Tuning.rate_conflict
 
     def __post_init__(self) -> None:
-        if isinstance(self.map, str) and self.map not in MAPS:
-            raise InputError(f"tune.rate_map must be one of {', '.join(MAPS)}, found {self.map!r}")
-        if not 0 <= self.floor <= 1:
-            raise InputError(f"tune.rate_floor must be from 0 to 1, found {self.floor}")
-        if not 0 <= self.average < 1:
-            raise InputError(f"tune.rate_average must be from 0 to below 1, found {self.average}")
+        named = {} if callable(self.map) else {"rate_map": self.map}
+        check(Tuning, "tune.", **named, rate_floor=self.floor, rate_average=self.average, rate_conflict=self.conflict)
 
     def spread_out(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
         """2 (1 - I_norm), averaged with `before`, the result of the last refresh: fp64 [units].
@@ -135,7 +133,7 @@ class RateRule:
         return torch.where(gates, rates.clamp(min=1), rates.clamp(min=self.floor))
 
 
-def unit_rates(importance: UnitImportance, map: str | RateMap = "rank", floor: float = 0.0) -> Tensor:
+def unit_rates(importance: UnitImportance, map: str | RateMap = Tuning.rate_map, floor: float = Tuning.rate_floor) -> Tensor:
     """Multipliers of the base learning rate, one per unit, fp64 [units], finite and >= 0.
 
     map: a name, or a callable (abs_taylor fp64 [units], units) -> [units]. Raises InputError as RateRule does.

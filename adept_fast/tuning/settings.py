@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, TrainingArguments, default_data_collator, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from adept_fast.declared import check, declare
 from adept_fast.errors import InputError
-from adept_fast.tuning.meter import ACTIONS
+from adept_fast.keys import SEEDS, Tuning
+from adept_fast.training_arguments import checked
 from adept_fast.tuning.rates import RateRule
 from adept_fast.tuning.staged import StagedTrainer
-from adept_fast.units import GRANULARITIES
 
 
 @dataclass(frozen=True)
-class TuningSettings:
-    """What steers a run beside TrainingArguments (`training`: their names and values). equal_rates: every unit at the same rate."""
+class TuningSettings(Tuning):
+    """What steers a run; `training`: TrainingArguments by name. equal_rates: every unit at the same rate. Raises InputError for values
+    that are none of their key's."""
 
-    units: str = "tensor"
-    rate_map: str = "rank"
-    rate_floor: float = 0.0
-    rate_average: float = 0.0
-    rate_conflict: bool = False
-    equal_rates: bool = False
-    refresh_steps: int = 500
-    block_size: int = 1024
-    seed: int = 0
-    anchor_weight: float | None = None
-    anchor_every: int = 4
-    anchor_tokens: int = 256
-    general_limit: float | None = None
-    general_action: str = "stop"
-    training: Mapping[str, Any] = field(default_factory=dict)
+    equal_rates: bool = declare(False)
+    seed: int = declare(0, SEEDS)
+
+    def __post_init__(self) -> None:
+        check(TuningSettings, "tune.", **vars(self))
+        for name, value in self.training.items():
+            checked(name, value)
 
     @property
     def rates(self) -> RateRule:
@@ -49,7 +41,6 @@ class TuningSettings:
         return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
-SAMPLING = ("random", "sequential", "group_by_length")
 WSD = "warmup_stable_decay"
 REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # of transformers, for what it is given
 DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
@@ -83,14 +74,6 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
 
 def check_settings(settings: TuningSettings) -> None:
     """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
-    for key, value, known in (("units", settings.units, GRANULARITIES), ("general_action", settings.general_action, ACTIONS)):
-        if value not in known:
-            raise InputError(f"tune.{key} must be one of {', '.join(known)}, found {value!r}")
-    _ = settings.rates
-    for key in ("anchor_weight", "general_limit"):
-        value = getattr(settings, key)
-        if value is not None and not value >= 0:
-            raise InputError(f"tune.{key} must be 0 or more, found {value}")
     _check_arguments(arguments(settings, Path("unused"), quiet=True), not settings.equal_rates)
 
 
@@ -100,18 +83,6 @@ def _refused(error: Exception) -> InputError:
 
 def _check_arguments(args: TrainingArguments, measured: bool) -> None:
     """The rest by trying them on a model of one weight. measured: whether importances are."""
-    if args.save_only_model:
-        raise InputError("tune.save_only_model: a killed run could not go on with its rates and moments: leave it at false")
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        raise InputError("tune.eval_strategy: held-out losses are logged every tune.eval_steps: leave it at no")
-    if args.restore_callback_states_from_checkpoint:
-        raise InputError("tune.restore_callback_states_from_checkpoint: a resumed run restores them itself: leave it at false")
-    if args.ignore_data_skip:
-        raise InputError("tune.ignore_data_skip: a resumed run would train again on what it began with: leave it at false")
-    if args.train_sampling_strategy not in SAMPLING:
-        raise InputError(f"tune.train_sampling_strategy must be one of {', '.join(SAMPLING)}, found {args.train_sampling_strategy!r}")
-    if args.label_smoothing_factor >= 1:
-        raise InputError(f"tune.label_smoothing_factor must be below 1, found {args.label_smoothing_factor}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
     options = args.gradient_checkpointing_kwargs or {}
@@ -121,7 +92,6 @@ def _check_arguments(args: TrainingArguments, measured: bool) -> None:
     if args.gradient_checkpointing and measured and options.get("use_reentrant"):
         raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
-    args.push_to_hub = False  # a Trainer would make the repository
     try:
         stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
         get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)

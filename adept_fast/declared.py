@@ -1,0 +1,96 @@
+"""A setting is declared once: default, bounds and meaning, beside its type. Whoever takes its value checks it against that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from adept_fast.errors import InputError
+
+KINDS = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
+LONGEST = 1 << 63  # what a whole number must be below, to be one outside of Python too
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, which are among them unless `above` or `below` say not. why: what `high` is."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    why: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low}" if self.above else f"of {self.low} or more"
+        if self.above:
+            return f"above {self.low} and {'below' if self.below else 'at most'} {self.high}"
+        return f"from {self.low} to {'below ' * self.below}{self.high}" + (f", {self.why}" if self.why else "")
+
+
+COUNT = Range(1)
+Bounds = Range | Collection[str]
+"""A range, or the names that a text may be."""
+
+
+def declare(default: Any = MISSING, bounds: Bounds | None = None, meaning: str = "") -> Any:
+    """A dataclass field. bounds: of the value, or of each entry of a tuple, which must differ then."""
+    return field(default=default, metadata={"bounds": bounds, "meaning": meaning})
+
+
+def options(hint: Any) -> tuple[Any, bool]:
+    """(the type, whether None is allowed too) of a type hint."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
+
+
+def check(declared: type, prefix: str = "", /, needed: bool = False, **given: Any) -> None:
+    """Raise InputError for a value that the field of its name, of the dataclass `declared`, cannot have. prefix: of names in messages;
+    needed: None is no value here, where the field may have it too."""
+    hints = get_type_hints(declared)
+    for entry in fields(declared):
+        kind, optional = options(hints[entry.name])
+        if entry.name in given and (needed or not optional or given[entry.name] is not None):
+            require(prefix + entry.name, given[entry.name], kind, entry.metadata.get("bounds"))
+
+
+def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
+    """Raise InputError for a value that is not of `kind` (a float must be finite, a text not empty), or out of its bounds."""
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)) and (bounds is None or len(set(value)) == len(value)):
+        for index, entry in enumerate(value):
+            require(f"{name}[{index}]", entry, get_args(kind)[0], bounds)
+    elif not _is(value, kind) or (bounds is not None and value not in bounds):
+        raise InputError(f"{name} must be {described(kind, bounds)}, found {shown(value)}")
+
+
+def described(kind: Any, bounds: Bounds | None = None) -> str:
+    """In words: "a whole number of 1 or more", "one of stop, cut"."""
+    if get_origin(kind) is tuple:
+        return "a list" if bounds is None else f"a list of {', '.join(bounds)}, each once"
+    if isinstance(bounds, Range):
+        return f"{KINDS[kind]} {bounds}"
+    return KINDS.get(kind, "a table of settings") if bounds is None else f"one of {', '.join(bounds)}"
+
+
+def shown(value: Any) -> str:
+    """On one line, and not longer than that."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple or (kind in (int, float) and isinstance(value, bool)):
+        return False
+    if kind is int:
+        return isinstance(value, Integral) and abs(value) < LONGEST
+    if kind is float:
+        return isinstance(value, Real) and -math.inf < value < math.inf
+    return isinstance(value, kind if isinstance(kind, type) else Mapping) and (kind is not str or bool(value.strip()))
