@@ -76,12 +76,10 @@ def parser() -> argparse.ArgumentParser:
         elif name == "compare":
             command.add_argument("settings", nargs="+", metavar="FOLDER | output_dir=FOLDER", help="runs, and where to write")
         elif name != "info":
-            command.add_argument(
-                "settings",
-                nargs="*",
-                metavar="recipe.yaml | key.sub=value",
-                help="a recipe, and settings that override it (all of them: docs/recipe.md)",
-            )
+            given, what = "recipe.yaml | ", "a recipe, and settings that override it"
+            if name == "demo":
+                given, what = "", "settings that override the demo's"
+            command.add_argument("settings", nargs="*", metavar=f"{given}key.sub=value", help=f"{what} (all of them: docs/recipe.md)")
     return top
 
 
@@ -145,7 +143,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
         keys = [setting for setting in settings if setting.startswith("output_dir=")]
         target = keys[-1].partition("=")[2] if keys else "comparison"
-        _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target)}")
+        _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target, _say)}")
         return
     from adept_fast import recipe
     from adept_fast.pipeline import STAGES

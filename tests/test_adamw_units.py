@@ -192,9 +192,12 @@ def test_setting_reading_removing() -> None:
         (torch.tensor([1.0, -1.0, 1.0, 1.0]), 0, "finite"),
         (torch.tensor([1.0, float("nan"), 1.0, 1.0]), 0, "finite"),
         (float("inf"), 0, "finite"),
+        ("half", 0, r"multipliers: no numbers for a parameter of shape \(4, 3\)"),
+        ([1.0, None], 0, r"multipliers: no numbers for a parameter of shape \(4, 3\)"),
+        (torch.ones(4), "rows", "dim: 'rows' is not a dimension"),
     ],
 )
-def test_bad_multipliers(multipliers: Tensor | float, dim: int, message: str) -> None:
+def test_bad_multipliers(multipliers: object, dim: object, message: str) -> None:
     p = Parameter(torch.zeros(4, 3))
     optimizer = AdamW([p], **HYPER)
     with pytest.raises(InputError, match=message):
@@ -205,7 +208,7 @@ def test_bad_multipliers(multipliers: Tensor | float, dim: int, message: str) ->
 def test_strangers_raise() -> None:
     p = Parameter(torch.zeros(4, 3))
     optimizer = AdamW([p], **HYPER)
-    for stranger in (Parameter(torch.zeros(4, 3)), p.detach()):
+    for stranger in (Parameter(torch.zeros(4, 3)), p.detach(), "weight"):
         with pytest.raises(InputError, match="groups"):
             optimizer.set_unit_lr(stranger, 1.0)
         with pytest.raises(InputError, match="groups"):

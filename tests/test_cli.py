@@ -52,6 +52,10 @@ def test_every_subcommand_has_help_with_an_example(capsys: pytest.CaptureFixture
     assert main([]) == 2 and main(["tun"]) == 2
 
 
+def test_demo_offers_no_recipe(capsys: pytest.CaptureFixture) -> None:
+    assert main(["demo", "--help"]) == 0 and "recipe.yaml" not in capsys.readouterr().out
+
+
 def test_info(capsys: pytest.CaptureFixture) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
@@ -73,6 +77,8 @@ def test_info(capsys: pytest.CaptureFixture) -> None:
         (["dtype=int8"], "dtype must be one of bfloat16, float16, float32, float64, found 'int8'"),
         (["attn_implementation=flash"], "attn_implementation=flash cannot be had: "),
         (["score.probe_format=Chat"], "score.probe_format must be one of"),
+        (["tune.warmup_steps=3"], "tune.warmup_steps=3 is more than the run's 2 steps"),
+        (["tune.per_device_train_batch_size=100000"], "a step takes 100,000 blocks, the corpus has"),
         (["tune.save_only_model=true"], "tune.save_only_model"),
         (["tune.eval_strategy=steps"], "tune.eval_strategy"),
         (["tune.report_to=foo"], "tune: foo is not supported"),

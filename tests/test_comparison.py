@@ -39,7 +39,10 @@ def test_seeds_of_a_recipe_are_one_row(tmp_path: Path, monkeypatch: pytest.Monke
         run(tmp_path / "f", "full<&", 1, 3.9, 1.8),
     ]
     assert main(["compare", *map(str, folders), "output_dir=~/out"]) == 0
-    assert str(tmp_path / "out" / "compare.html") in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "base: general loss 3.000, domain loss 4.000 nats per token"
+    assert said[1].startswith("adept tune.learning_rate=0.1: general loss 3.200 \N{PLUS-MINUS SIGN} 0.141, domain loss 2.200 ")
+    assert said[4] == f"comparison: {tmp_path / 'out' / 'compare.html'}" and len(said) == 5
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert list(rows) == ["base", "adept tune.learning_rate=0.1", "adept tune.learning_rate=0.2", "full<&"]
     adept = rows["adept tune.learning_rate=0.1"]

@@ -152,7 +152,8 @@ class AdamW(Rows):
             for position, candidate in enumerate(group["params"]):
                 if candidate is param:
                     return group, position
-        raise InputError(f"param: in none of this optimizer's groups (shape {tuple(param.shape)}); add it with add_param_group")
+        found = f"shape {tuple(param.shape)}" if isinstance(param, Tensor) else f"{param!r}, not a Tensor"
+        raise InputError(f"param: in none of this optimizer's groups ({found}); give the parameter itself, add it with add_param_group")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure`, called first with gradients enabled, returns."""

@@ -70,11 +70,14 @@ def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
 
 def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int) -> tuple[Tensor, int]:
     """(fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
-    values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
+    try:
+        values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"multipliers: no numbers for a parameter of shape {tuple(param.shape)} ({error})") from None
     if values.ndim == 0:
         dim = 0
-    elif not -param.ndim <= dim < param.ndim:
-        raise InputError(f"dim: {dim} is not a dimension of a parameter of shape {tuple(param.shape)}")
+    elif not isinstance(dim, int) or not -param.ndim <= dim < param.ndim:
+        raise InputError(f"dim: {dim!r} is not a dimension of a parameter of shape {tuple(param.shape)}")
     else:
         dim %= param.ndim
     expected = param.shape[dim : dim + values.ndim]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -67,8 +67,8 @@ class Spread:
         return {"mean": self.mean, "spread": self.spread, "values": list(self.values)}
 
 
-def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
-    """Write compare.json and compare.html of evaluated output_dirs to the folder `target`; returns the page.
+def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write compare.json and compare.html of evaluated output_dirs to the folder `target`; returns the page. say: hears the losses.
 
     Runs whose recipes differ in the seed only are one row. Raises InputError for a folder without a result, fewer than two runs, and
     runs that were measured on different items.
@@ -101,6 +101,9 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
         }
         for name, members in zip(names, groups.values(), strict=True)
     }
+    for name, row in rows.items():
+        losses = zip(MEASURES[:2], _cells(row), strict=False)
+        say(f"{name}: {', '.join(' '.join(filter(None, (title, *cell))) for (title, *_), cell in losses)} nats per token")
     target = Path(target).expanduser()
     content = {name: details.get(name, {}) | {title: spread.as_dict() for title, spread in row.items()} for name, row in rows.items()}
     write_json(target / "compare.json", {"schema": 1, "rows": content})

@@ -11,10 +11,10 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks, document_order
 from adept_fast.data.stream import Stream, StreamedText, shares
 from adept_fast.errors import InputError
-from adept_fast.tuning.settings import TuningSettings, arguments
+from adept_fast.tuning.settings import TuningSettings, arguments, check_warmup
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 MANY_EPOCHS = 4  # repeated text beyond this teaches little and is memorised
 
@@ -72,8 +72,7 @@ def plan(
         blocks = Blocks(documents, order, block_size, padding, one_per_row)
         if not len(blocks):
             raise InputError("domain: its weights leave no document of two tokens or more to train on")
-        in_epoch = math.ceil(len(blocks) / per_step)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
+        steps, in_epoch = _steps(args, per_step, len(blocks))
         return Plan(len(documents), blocks.tokens, len(blocks), block_size, steps, tokens_per_step, steps / in_epoch, one_per_row), blocks
     counts = _counted(corpus, tokenizer, args.max_steps <= 0)
     mixture = shares(corpus.sources, counts and [tokens for _, tokens in counts])
@@ -83,8 +82,7 @@ def plan(
         size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
         part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
         blocks_of_rest = size[1] / block_size + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
-        in_epoch = math.ceil(blocks_of_rest / part / per_step)
-        steps = steps if steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
+        steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
         epochs, size = steps / in_epoch, tuple(map(round, size))
     stream = Stream(
         corpus,
@@ -98,6 +96,19 @@ def plan(
         ahead=4 * per_step,
     )
     return Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True), stream
+
+
+def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, int]:
+    """Steps of the run and of an epoch of so many blocks. Raises InputError for batches or a warmup that do not fit them."""
+    if per_step > MANY_EPOCHS * blocks:
+        raise InputError(
+            f"tune.per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {per_step:,} blocks, the corpus has "
+            f"{math.ceil(blocks):,}: give a smaller one, or a smaller tune.block_size"
+        )
+    in_epoch = math.ceil(blocks / per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
+    check_warmup(args, steps)
+    return steps, in_epoch
 
 
 def _counted(corpus: StreamedText, tokenizer: PreTrainedTokenizerBase, needed: bool) -> list[tuple[int, int]] | None:

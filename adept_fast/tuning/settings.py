@@ -74,7 +74,16 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
 
 def check_settings(settings: TuningSettings) -> None:
     """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
-    _check_arguments(arguments(settings, Path("unused"), quiet=True), not settings.equal_rates)
+    args = arguments(settings, Path("unused"), quiet=True)
+    _check_arguments(args, not settings.equal_rates)
+    if args.max_steps > 0:
+        check_warmup(args, args.max_steps)
+
+
+def check_warmup(args: TrainingArguments, steps: int) -> None:
+    """Raise InputError for a warmup that a run of so many steps would not see the end of."""
+    if args.warmup_steps > steps:
+        raise InputError(f"tune.warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps: give fewer, or a share below 1")
 
 
 def _refused(error: Exception) -> InputError:
