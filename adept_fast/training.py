@@ -67,17 +67,16 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.tokenizer, limit, work.vocabulary(records))
     monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
-    if record is not None:
-        metering = work.items(records) if (records := work.corpora.metering()) else ()
-        steering = work.items(work.corpora.steering())
-        with books.nothing_left_by_a_refusal():
+    with books.nothing_left_by_a_refusal():
+        if record is not None:
+            metering = work.items(records) if (records := work.corpora.metering()) else ()
+            steering = work.items(work.corpora.steering())
             tune_checkpoint(work.expanded, work.tuned, text, steering, monitors, settings, books, metering=metering, **work.loading)
-        work.say(f"{work.tuned}: tuned; every original tensor is bit-equal to {work.expanded.name}/")
-    else:
-        method, rank = work.recipe.method, keys.lora_rank
-        with books.nothing_left_by_a_refusal():
+            work.say(f"{work.tuned}: tuned; every original tensor is bit-equal to {work.expanded.name}/")
+        else:
+            method, rank = work.recipe.method, keys.lora_rank
             tune_baseline(work.source, work.tuned, method, text, monitors, settings, books, rank=rank, **work.loading)
-        work.say(f"{work.tuned}: tuned by {method}, without copies")
+            work.say(f"{work.tuned}: tuned by {method}, without copies")
 
 
 def tuned_record(folder: Path) -> AdeptConfig | dict[str, Any]:

@@ -6,7 +6,7 @@ from adept_fast.expansion.dial import dial, dialled_model
 from adept_fast.expansion.export import export_tuned
 from adept_fast.expansion.first_rates import first_importance, load_first_importance
 from adept_fast.expansion.initialise import PRESERVING
-from adept_fast.expansion.insert import ParameterCounts, copies, expand_model, freeze_original
+from adept_fast.expansion.insert import copies, expand_model, freeze_original
 from adept_fast.expansion.merge import merge_copies
 from adept_fast.expansion.remove import remove_copies
 from adept_fast.expansion.verify import largest_difference, verify_expansion
@@ -14,7 +14,6 @@ from adept_fast.expansion.write import expand_checkpoint
 
 __all__ = [
     "PRESERVING",
-    "ParameterCounts",
     "apply_copies",
     "bypassed",
     "copies",

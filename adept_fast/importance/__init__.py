@@ -4,7 +4,7 @@ from adept_fast.importance.budget import LayerCosts, check_budget
 from adept_fast.importance.comparison import compare_scores
 from adept_fast.importance.layers import score_layers
 from adept_fast.importance.race import Race, certified
-from adept_fast.importance.scores import LayerScores, Profile, UnitScores
+from adept_fast.importance.scores import LayerScores, UnitScores
 from adept_fast.importance.selection import check_choice, evenly, next_layer, select_layers, undecided
 from adept_fast.importance.stability import corpus_conflicts, selection_stability
 from adept_fast.importance.unit_masking import forwards, mask_units, masked_units
@@ -12,7 +12,6 @@ from adept_fast.importance.unit_masking import forwards, mask_units, masked_unit
 __all__ = [
     "LayerCosts",
     "LayerScores",
-    "Profile",
     "Race",
     "UnitScores",
     "certified",

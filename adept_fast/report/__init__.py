@@ -18,12 +18,8 @@ PICTURES = {
 __all__ = [
     "PICTURES",
     "compare",
-    "conflicts",
-    "layer_profile",
     "measure_of",
-    "method_comparison",
     "save_png",
-    "stability",
     "unit_profile",
     "write_report",
 ]

@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style
+from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, over_depth, style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def _depth(axes: Axes, layers: int) -> None:
-    axes.set_xlabel("layer (0 is next to the input)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlim(-0.8, layers - 0.2)
 
 
 def stability(scores: Mapping[str, Any]) -> Figure | None:
@@ -39,7 +32,7 @@ def stability(scores: Mapping[str, Any]) -> Figure | None:
             axes.set_ylim(0, 100)
             axes.set_title(f"{entry['items']} items: the same layers in {100 * entry['same']:.0f} % of {found['draws']:,} draws")
             axes.set_ylabel("chosen (%)")
-        _depth(panels[-1], layers)
+        over_depth(panels[-1], layers)
         return figure
 
 
@@ -65,7 +58,7 @@ def conflicts(scores: Mapping[str, Any]) -> Figure | None:
         apart = ", ".join(map(str, sorted(found["layers"]))) or "none"
         axes.set_title(f"Ranked apart beyond the intervals: {apart}; Spearman {found['spearman']:.2f}", wrap=True)
         axes.set_ylabel("rank (0: least important)")
-        _depth(axes, len(rank))
+        over_depth(axes, len(rank))
         figure.legend(loc="outside lower left", ncols=2)
         return figure
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adept_fast.errors import InputError
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, style
+from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, over_depth, style, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +61,7 @@ def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
             title += ", primary" if name == scores.get("loss") else ""
             title += f"; base {base:.3f}" if base is not None else ""
             _profile(axes, profiles[name], set(chosen), title, unit)
-        panels[-1].set_xlabel("layer (0 is next to the input)")
-        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        over_depth(panels[-1], len(profiles[names[0]]["values"]))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, [label.format(100 * scores.get("confidence", 0.95)) for label in labels], loc="outside upper left", ncols=2)
         return figure
@@ -87,7 +86,6 @@ def _profile(axes: Axes, profile: Mapping[str, Any], chosen: set[int], title: st
     threshold = _scale(axes, np.concatenate([values, low, high]), values)
     axes.set_title(title + (f"; linear up to {threshold:g}, logarithmic above" if threshold else ""))
     axes.set_ylabel(unit)
-    axes.set_xlim(-0.8, layers - 0.2)
 
 
 def _scale(axes: Axes, drawn: np.ndarray, values: np.ndarray) -> float | None:
@@ -137,6 +135,5 @@ def losses(log: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_ylabel("loss (nats/token)")
             axes.margins(y=0.15)
         upper.legend(loc="upper right")
-        lower.set_xlabel("optimizer step")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(lower, "optimizer step")
         return figure

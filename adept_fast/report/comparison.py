@@ -7,14 +7,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_fast.artefacts import read_json, read_yaml, write_json, write_text
 from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
-from adept_fast.report.page import flat, read_log
+from adept_fast.report.page import filled, flat, read_log
 from adept_fast.report.results import number
 
 if TYPE_CHECKING:
@@ -183,14 +182,11 @@ def trade_off(rows: Mapping[str, Mapping[str, Spread]]) -> Figure:
 
 
 def _page(rows: Mapping[str, Mapping[str, Spread]], details: Mapping[str, Mapping[str, Any]]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     shown = [index for index, (title, *_) in enumerate(MEASURES) if any(title in row for row in rows.values())]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files(__package__).joinpath("compare.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        titles=[MEASURES[index][0] for index in shown],
-        rows=[(name, [list(_cells(row))[index] for index in shown], details.get(name)) for name, row in rows.items()],
-        picture=to_svg(trade_off(rows)),
-        tokens=sorted({detail["tokens"] for detail in details.values() if detail["tokens"]}),
-    )
+    context = {
+        "titles": [MEASURES[index][0] for index in shown],
+        "rows": [(name, [list(_cells(row))[index] for index in shown], details.get(name)) for name, row in rows.items()],
+        "picture": to_svg(trade_off(rows)),
+        "tokens": sorted({detail["tokens"] for detail in details.values() if detail["tokens"]}),
+    }
+    return filled("compare.html", context)

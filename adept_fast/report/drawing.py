@@ -17,6 +17,7 @@ import numpy as np
 from adept_fast.artefacts import staged_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 6.5  # inches
@@ -45,6 +46,17 @@ def style() -> AbstractContextManager[None]:
     from matplotlib import rc_context
 
     return rc_context(STYLE)
+
+
+def whole_numbers(axes: Axes, label: str) -> None:
+    """What a figure's lowest x axis counts."""
+    axes.set_xlabel(label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def over_depth(axes: Axes, layers: int) -> None:
+    whole_numbers(axes, "layer (0 is next to the input)")
+    axes.set_xlim(-0.8, layers - 0.2)
 
 
 def finite(values: Sequence[float | None] | None, length: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, style
+from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, style, whole_numbers
 from adept_fast.report.rates import kind_and_layer
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def forgetting(readings: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_ylabel("rise (nats/token)")
             axes.margins(y=0.15)
         upper.legend(loc="upper left")
-        lower.set_xlabel("optimizer step")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(lower, "optimizer step")
         return figure
 
 

@@ -42,8 +42,6 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     A section whose artefact is absent is left out; the page names it and the command that makes it. The page refers to nothing outside
     itself, and all text in it is escaped. Raises InputError for an artefact that is there but malformed.
     """
-    from jinja2 import Environment, StrictUndefined
-
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
     found = {name: _read(path) for name, path in files.items() if path.suffix == ".json" and path.is_file()}
@@ -83,11 +81,17 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     target = output_dir / "report.html"
-    write_text(target, environment.from_string(page).render(context))
+    write_text(target, filled("page.html", context))
     return target
+
+
+def filled(template: str, context: Mapping[str, Any]) -> str:
+    """A page from a template of this folder; all text in it is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files(__package__).joinpath(template).read_text(encoding="utf-8")).render(context)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from adept_fast.losses import corpus_loss
 from adept_fast.optim.shards import in_shards
 from adept_fast.probing import bare
 from adept_fast.tuning.log import TrainerLog
-from adept_fast.tuning.memory import peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
@@ -63,7 +63,7 @@ class Monitor(TrainerCallback):
             now, steps = time.perf_counter(), state.global_step - self._timed[1]
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
-                content["peak_memory"] = peak_memory(args.device)
+                content["peak_memory"] = _peak_memory(args.device)
             self.log.write("step", state.global_step, **content, **self._of_step())
         self._start_timer(state.global_step)
 
@@ -113,3 +113,13 @@ def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet:
     found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
     loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
     return float(loss / tokens)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had allocated on a CUDA device; elsewhere the most that was resident since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
