@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
+from adept_fast.reference import Update
 
 SHAPES = ((5, 7), (3, 4, 2), (11,))
 
@@ -42,6 +44,12 @@ def narrower_gradient(opt: AdamW) -> None:
     first.grad = first.grad.to(torch.bfloat16)
 
 
+def wider_gradient(opt: AdamW) -> None:
+    first = opt.param_groups[0]["params"][0]
+    first.grad_dtype = None
+    first.grad = first.grad.double() / 3
+
+
 def gradient_in_another_order(opt: AdamW) -> None:
     first = opt.param_groups[0]["params"][0]
     first.grad = first.grad.t().contiguous().t()
@@ -61,6 +69,14 @@ def other_rates(opt: AdamW) -> None:
 
 def column_rates(opt: AdamW) -> None:
     opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(0.0, 1.8, 7), dim=1)
+
+
+def rates_of_elements(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(0.1, 1.9, 35).view(7, 5).t())
+
+
+def other_rates_of_elements(opt: AdamW) -> None:
+    opt.set_unit_lr(opt.param_groups[0]["params"][0], torch.linspace(1.9, 0.1, 35).view(7, 5).t())
 
 
 def no_rates(opt: AdamW) -> None:
@@ -83,6 +99,29 @@ def another_moment(opt: AdamW) -> None:
 def moment_in_place(opt: AdamW) -> None:
     state = opt.state[opt.param_groups[0]["params"][0]]
     state["exp_avg_sq"].data = 2 * state["exp_avg_sq"]
+
+
+def in_another_order(opt: AdamW, key: str) -> None:
+    state = opt.state[opt.param_groups[0]["params"][0]]
+    if key in state:
+        state[key] = state[key].t().contiguous().t()
+
+
+def moment_in_another_order(opt: AdamW) -> None:
+    in_another_order(opt, "exp_avg")
+
+
+def second_moment_in_another_order(opt: AdamW) -> None:
+    in_another_order(opt, "exp_avg_sq")
+
+
+def largest_moment_in_another_order(opt: AdamW) -> None:
+    in_another_order(opt, "max_exp_avg_sq")
+
+
+def step_as_another_tensor(opt: AdamW) -> None:
+    state = opt.state[opt.param_groups[0]["params"][0]]
+    state["step"] = state["step"] + 3
 
 
 def second_moment_gone(opt: AdamW) -> None:
@@ -111,8 +150,10 @@ def swapped(opt: AdamW) -> None:
 
 
 CHANGES = [
-    moved, transposed, narrower_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates, column_rates, no_rates,
-    amsgrad, another_rate, another_moment, moment_in_place, second_moment_gone, plain_backend, reloaded, another_group, swapped,
+    moved, transposed, narrower_gradient, wider_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates,
+    column_rates, rates_of_elements, other_rates_of_elements, no_rates, amsgrad, another_rate, another_moment, moment_in_place,
+    moment_in_another_order, second_moment_in_another_order, largest_moment_in_another_order, step_as_another_tensor,
+    second_moment_gone, plain_backend, reloaded, another_group, swapped,
 ]  # fmt: skip
 
 
@@ -137,6 +178,97 @@ def test_changes_between_steps_do_what_they_do_without_plans(first: Callable[[Ad
 
 def _kept(opt: AdamW, param: Tensor) -> list[Tensor]:
     return [param, *(value for value in opt.state[param].values() if isinstance(value, Tensor))]
+
+
+def stepped(params: list[Parameter], **options: object) -> AdamW:
+    """An optimizer whose plans are made, with gradients for the next step."""
+    opt = AdamW(params, **{"lr": 0.02, "weight_decay": 0.1, **options})
+    for step in range(3):
+        give_gradients(params, step)
+        if step < 2:
+            opt.step()
+    return opt
+
+
+def test_a_plan_knows_the_master_the_mode_and_the_device_that_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(torch.bfloat16)
+    opt = stepped(params, master_weights="copy")
+    kept = opt.state[params[0]]["master"].clone()
+    opt.state[params[0]]["master"] = kept.t().contiguous().t()
+    opt.step()
+    other = parameters(torch.bfloat16)
+    stepped(other, master_weights="copy").step()
+    assert all(map(torch.equal, params, other)) and not torch.equal(opt.state[params[0]]["master"], kept)
+
+    params = parameters()
+    opt = stepped(params, master_weights="copy")
+    params[0].data = params[0].data.to(torch.bfloat16)
+    opt.step()
+    assert opt.state[params[0]].keys() - opt.state[params[1]].keys() == {"master"}
+    plan, options = opt._plans[0][1][1], opt.param_groups[0]
+    given = params[1], params[1].grad, opt.state[params[1]], None, options
+    assert plan.update(*given) is not None and plan._replace(place=(torch.device("cuda"), "cpu")).update(*given) is None
+
+    params = parameters(torch.bfloat16)
+    opt = stepped(params)
+    opt.master_weights = "kahan"
+    opt.step()
+    assert all("compensation" in opt.state[param] for param in params)
+    updates: list[Update] = []
+    params[0].grad_dtype = None
+    params[0].grad = params[0].grad.double()
+    with monkeypatch.context() as patch:
+        patch.setattr("adept_fast.optim.adamw.launch", lambda backend, given, *scales: updates.extend(given))
+        opt.step()
+    assert {update.grad.dtype for update in updates} == {torch.float32, torch.bfloat16}
+    monkeypatch.setenv("ADEPT_FAST_BACKEND", "no such backend")
+    with pytest.raises(InputError, match="no such backend"):
+        opt.step()
+
+
+def test_what_no_longer_fits_is_refused_though_it_was_planned() -> None:
+    params = parameters()
+    opt = stepped(params)
+    opt.set_unit_lr(params[0], torch.linspace(0.5, 1.5, 5))
+    opt.step()
+    for tensor in (params[0], params[0].grad, *(value for key, value in opt.state[params[0]].items() if key != "step")):
+        tensor.data = tensor.data[:4]
+    with pytest.raises(InputError, match="no longer fit"):
+        opt.step()
+    for params in (parameters(), [Parameter(torch.tensor(0.5))]):  # without strides, too
+        opt = stepped(params)
+        params[0].grad = params[0].grad.to_sparse()
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            opt.step()
+
+
+def test_random_bits_go_by_the_place_among_all_parameters() -> None:
+    """Of stochastic rounding: two groups draw what one does; after a parameter has left, as if it had never been there."""
+    start, grad = (torch.randn(5000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    ends = []
+    for groups in ([4], [1, 3], [2, 2]):
+        params = [Parameter(start.clone()) for _ in range(4)]
+        made = iter(params)
+        opt = AdamW([{"params": [next(made) for _ in range(size)]} for size in groups], lr=1e-3, master_weights="stochastic")
+        for param in params:
+            param.grad = grad
+        opt.step()
+        ends.append([param.detach().clone() for param in params])
+        if groups == [1, 3]:
+            opt.add_param_group({"params": [Parameter(start.clone())]})
+            late = opt.param_groups[2]["params"][0]
+            late.grad = grad
+            for drop in (False, True):
+                late.data.copy_(start)
+                for tensor in opt.state[late].values():
+                    tensor.zero_()
+                if drop:
+                    del opt.param_groups[1]["params"][0]
+                opt.step()
+                ends.append([late.detach().clone()])
+    one, two, four, three, again = ends
+    assert all(map(torch.equal, one, two)) and all(map(torch.equal, one, again))
+    assert len({tuple(param.tolist()) for param in one}) == 4 and torch.equal(three[0], one[3]) and not torch.equal(four[0], one[3])
 
 
 @pytest.mark.parametrize("mode", ["remainder", "kahan"])

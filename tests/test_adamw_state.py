@@ -190,6 +190,18 @@ def test_a_master_that_torch_trained_past_starts_again(mode: str) -> None:
     assert same(train(back, 6, 8), train(clean, 6, 8))
 
 
+def test_a_master_of_another_mode_is_dropped() -> None:
+    keys = {None: None, "copy": "master", "remainder": "remainder", "kahan": "compensation", "stochastic": None}
+    for mode in keys:
+        ours = build(AdamW, torch.bfloat16, master_weights=mode)
+        train(ours, 1, 3)
+        for other, key in keys.items():
+            loaded = build(AdamW, like=ours, master_weights=other)
+            loaded.load_state_dict(ours.state_dict())
+            kept = loaded.state[every(loaded)[0]].keys() & set(keys.values())
+            assert kept == ({key} if key and mode == other else set()), (mode, other)
+
+
 def test_moments_take_the_dtype_asked_for_on_load() -> None:
     theirs = build(torch.optim.AdamW, torch.bfloat16)
     train(theirs, 1, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def test_divergence_and_gradient_are_those_of_two_models() -> None:
     for name, parameter in exact.named_parameters():
         assert (parameter.grad is None) == (name not in found)
         assert parameter.grad is None or (found[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+def test_the_items_are_gone_through_in_order_again_and_again() -> None:
+    base, model, items = tiny_models.model(), expanded().eval(), tiny_models.items(4, seed=7)
+    lengths = [len(item.input_ids) for item in items]
+    longest = max(lengths[0] + lengths[1], *lengths[2:])
+    groups = [[items[0], items[1]], [items[2]], [items[3]]]
+    assert longest < lengths[1] + lengths[2] and longest < lengths[2] + lengths[3]
+
+    def mean(group: list) -> object:
+        return pytest.approx(float(truth(model, base, group).detach()), rel=1e-4)
+
+    anchor = Anchor(items, weight=1.0, every=2, tokens=longest)
+    assert [step for step in range(9) if anchor.due(step)] == [2, 4, 6, 8]
+    for step, group in zip((2, 4, 6, 8), (1, 2, 0, 1), strict=True):
+        assert float(anchor.backward(model, step)) == mean(groups[group])
+    short = Anchor(items, weight=1.0, every=1, tokens=7)
+    cut = [replace(items[1], input_ids=items[1].input_ids[:7])]
+    assert float(short.backward(model, 1)) == mean(cut)
 
 
 def test_it_comes_in_once_a_step_whatever_is_accumulated(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from adept_fast import (
     selection_stability,
 )
 from adept_fast.errors import InputError
-from adept_fast.importance import LayerScores, UnitScores, next_layer
-from adept_fast.importance.scores import ItemScores
+from adept_fast.importance import LayerScores, UnitScores, next_layer, undecided
+from adept_fast.importance.scores import ItemScores, Profile, mean_rank
 from adept_fast.pipeline import STAGES
 from adept_fast.recipe import load
 from adept_fast.record import AdeptConfig
@@ -142,7 +142,22 @@ def test_methods_that_are_no_plain_means_are_resampled_by_their_own_statistic() 
     several = [score_layers(tiny_models.model(**CHANGES), tiny_models.items(6), method, quiet=True) for method in ("rank", "cumulative")]
     found = compare_scores(several)
     assert 0 < found["low"][0][1] <= found["spearman"][0][1] <= found["high"][0][1] <= 1
-    assert selection_stability(several[0], select_layers(several[0], 2))["sizes"][-1]["same"] > 0
+    means = torch.tensor([[100.0, 1.0], [1.0, 2.0], [2.0, 3.0]]).double()  # by their mean layers 1 and 2 are the lowest
+    found = selection_stability(made(means.expand(20, 3, 2), "rank"), [0, 1])
+    assert [entry["same"] for entry in found["sizes"]] == [1, 1]
+
+
+def test_a_kind_that_a_layer_lacks_takes_no_part_in_its_mean_rank() -> None:
+    lacking = float("nan")
+    found = mean_rank(torch.tensor([[[3.0, lacking], [1.0, 0.0], [2.0, 7.0]]]).double())
+    assert found.tolist() == [pytest.approx([1 - 1 / 3, 1 - (3 + 2) / 2 / 3, 1 - (2 + 1) / 2 / 3])]
+
+
+def test_undecided_are_those_whose_interval_reaches_below_the_highest_end_of_the_chosen() -> None:
+    profile = Profile((1.0, 2.0, 3.6, 5.0, 3.7), (0.5, 1.8, 3.4, 3.5, 3.6), (3.5, 2.2, 3.8, 6.0, 3.8), None)
+    scores = LayerScores("masking", "answer", {"answer": profile}, 9, 9, 1.0)
+    assert undecided(scores, [0, 1]) == [2] and undecided(scores, [0, 1], "uniform") == []
+    assert undecided(dataclasses.replace(scores, copies=(2,)), [0, 1]) == []
 
 
 def test_stability_is_the_share_of_random_probes_that_choose_alike() -> None:

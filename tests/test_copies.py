@@ -17,7 +17,7 @@ from adept_fast import checkpoint
 from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion import apply_copies, dial, expand_checkpoint, export_tuned, extract_copies, merge_copies, remove_copies
-from adept_fast.expansion.dial import dialled_model
+from adept_fast.expansion.dial import dialled, dialled_model
 from adept_fast.fingerprint import tensors_digest
 from adept_fast.record import AdeptConfig
 from adept_fast.shards import open_shards
@@ -138,6 +138,13 @@ def test_copies_of_other_bases_are_not_merged(made: Path, tmp_path: Path) -> Non
     expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False, quiet=True)
     with pytest.raises(InputError, match="different bases"):
         merge_copies(made / "a", tmp_path / "other", tmp_path / "no")
+
+
+def test_a_share_lies_between_the_silent_value_and_the_tuned_one() -> None:
+    tuned = torch.tensor([0.5, -1.0, 2.0]).bfloat16()
+    for silent, quarter in ((-1.0, [-0.625, -1.0, -0.25]), (0.0, [0.125, -0.25, 0.5])):
+        found = [dialled(tuned, silent, alpha).tolist() for alpha in (0, 0.25, 1)]
+        assert found == [[silent] * 3, quarter, tuned.tolist()]
 
 
 def test_the_dial(made: Path, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_predictions_and_divergence(name: str, shape: tuple) -> None:
     kl = (logs[0].exp() * (logs[0] - logs)).sum(-1)
     there = targets != IGNORE
     truth = -logs[:, there].gather(-1, targets[there].expand(3, -1)[..., None])[..., 0]
+    assert bool((losses[~there] == 0).all())
     assert distance(losses[there], truth[0]) <= 2e-7 * float(truth.abs().max())
     assert distance(found.losses[:, there], truth) <= 2e-7 * float(truth.abs().max())
     assert bool((found.kl[0] == 0).all()) and bool((found.kl[:, ~there] == 0).all()) and bool((found.losses[:, ~there] == 0).all())

@@ -118,6 +118,16 @@ def test_a_limit_cuts_all_rates(tmp_path: Path) -> None:
     assert scale < 1
 
 
+def test_each_reading_above_the_limit_halves_the_rates_again() -> None:
+    model, meter = expanded(), Meter(ITEMS, 1e-3, "cut")
+    units, scales = Units.of(model, "tensor"), []
+    for size, above in ((0, False), (0.3, True), (0, True), (-0.3, False)):
+        nudge(model, size)
+        assert (meter.read(model, units, quiet=True).rise > 1e-3) == above
+        scales.append(meter.scale)
+    assert scales == [1, 0.5, 0.25, 0.25] and not meter.stopped
+
+
 def test_a_second_training_measures_from_its_own_start(tmp_path: Path) -> None:
     meter = Meter(ITEMS, 1e-4, "cut")
     _, trainer, entries = train(tmp_path, {"meter": meter, "refresh_steps": 3}, learning_rate=0.3)

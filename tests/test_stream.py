@@ -88,6 +88,20 @@ def test_a_pass_holds_every_kept_document_once_shuffled_and_the_next_another_ord
         assert set(first[start : start + 9]) == set(expected[start : start + 9])
 
 
+def test_windows_are_permuted_by_seed_source_pass_and_window(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl")
+    made = text(tmp_path, Source(path, share=0.0), Source(path, share=1.0))
+    documents = document_tokens([entry for entry in TEXTS if made.keep(entry)], tiny_models.tokenizer())
+    expected = []
+    for number in (0, 1):
+        for window, start in enumerate(range(0, len(documents), 9)):
+            these = documents[start : start + 9]
+            order = np.random.default_rng([5, 1, number, window]).permutation(len(these))
+            expected += [these[index] for index in order]
+    expected = np.concatenate(expected)
+    assert np.array_equal(ids(stream(made, blocks=len(expected) // 32)), expected[: len(expected) // 32 * 32])
+
+
 def test_every_block_is_packed_and_isolated_like_blocks_in_memory(tmp_path: Path) -> None:
     made = stream(text(tmp_path, Source(write(tmp_path, "jsonl"))))
     alone, head = made[3], made.head(20)

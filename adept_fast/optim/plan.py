@@ -42,17 +42,17 @@ class Plan(NamedTuple):
     Nothing here keeps a parameter or a state tensor alive: whoever moves the state away wants its memory.
     """
 
-    of: tuple[ref[Tensor] | None, ...]  # the tensors: param, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step
+    of: tuple[ref[Tensor] | None, ...]  # the tensors whose form is not looked at: exp_avg, exp_avg_sq, max_exp_avg_sq, master
     rest: tuple[Any, ...]  # the fields of Update from multipliers to seed
     place: tuple[torch.device, str]  # device, backend
     master_key: str | None
     rates: Rates | None
     form: tuple[Any, ...]  # dtype, shape and strides of the parameter
-    grad_form: tuple[Any, ...]  # layout, dtype and strides of the gradient
+    grad_form: tuple[Any, ...]  # dtype and strides of the gradient, which is dense
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates | None, options: AdamWOptions) -> Update | None:
         """The update, or None where the plan does not hold any more."""
-        of_param, of_exp_avg, of_exp_avg_sq, of_max, of_master, of_step = self.of
+        of_exp_avg, of_exp_avg_sq, of_max, of_master = self.of
         exp_avg, exp_avg_sq, step = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
         max_exp_avg_sq = None if of_max is None else state.get("max_exp_avg_sq")
         master = None if of_master is None else state.get(self.master_key)
@@ -60,16 +60,15 @@ class Plan(NamedTuple):
             exp_avg is None  # a reference to what is gone gives None too
             or exp_avg_sq is None
             or step is None
-            or param is not of_param()
             or rates is not self.rates
             or exp_avg is not of_exp_avg()
             or exp_avg_sq is not of_exp_avg_sq()
-            or step is not of_step()
             or (of_max is not None and (max_exp_avg_sq is None or max_exp_avg_sq is not of_max()))
             or (of_master is not None and (master is None or master is not of_master()))
             or param.device != self.place[0]
             or (param.dtype, param.shape, param.stride()) != self.form
-            or (grad.layout, grad.dtype, grad.stride()) != self.grad_form
+            or grad.layout != torch.strided
+            or (grad.dtype, grad.stride()) != self.grad_form
         ):
             return None
         return Update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, *self.rest, options)
@@ -83,6 +82,6 @@ def plan_of(param: Tensor, row: Row, update: Update, master_key: str | None, rat
     if rates is not None and (update.multipliers is None or update.multipliers.data_ptr() != rates[0].data_ptr()):
         return None
     form = (param.dtype, param.shape, param.stride())
-    grad_form = (torch.strided, row.grad.dtype, row.grad.stride())
-    of = tuple(None if tensor is None else ref(tensor) for tensor in (param, *row[2:7]))
+    grad_form = (row.grad.dtype, row.grad.stride())
+    of = tuple(None if tensor is None else ref(tensor) for tensor in row[2:6])
     return Plan(of, update[7:12], (param.device, row.backend), master_key, rates, form, grad_form)

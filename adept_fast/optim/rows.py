@@ -35,8 +35,7 @@ class Rows(torch.optim.Optimizer):
 
     def _planned(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
         """(update, copies to write back, mesh, (device, backend)) of each parameter with a gradient, by its plan where that still holds."""
-        flags = (group["amsgrad"], group["capturable"], group["fused"])
-        settings = (self.backend, os.environ.get(backends.OVERRIDE), self.state_dtype, self.master_weights, first, flags)
+        settings = (self.backend, os.environ.get(backends.OVERRIDE), self.master_weights, group["amsgrad"], first)
         if number not in self._plans or self._plans[number][0] != settings:
             self._plans[number] = settings, {}
         plans = self._plans[number][1]
