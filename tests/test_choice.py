@@ -44,7 +44,8 @@ def made(sums: torch.Tensor, method: str = "masking", loss: str = "answer", othe
     if other is not None:
         per_item["domain"] = ItemScores(other, torch.ones(len(other), dtype=torch.float64))
     profiles = {name: scores.profile(method) for name, scores in per_item.items()}
-    return LayerScores(method, loss, profiles, len(sums), len(sums), 1.0, per_item=per_item)
+    made = {"method": method, "loss": loss, "profiles": profiles, "items": len(sums), "tokens": len(sums), "seconds": 1.0}
+    return LayerScores(**made, per_item=per_item)
 
 
 def test_parameter_share_is_what_trains(scored: tuple) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,12 +68,23 @@ def mean_rank(means: Tensor) -> Tensor:
 STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weighted means; the other methods are the means themselves
 
 
+@dataclass(frozen=True, kw_only=True)
 class Profiled:
-    """What results of scoring share: the profile of their primary loss, and how they are written and read."""
+    """What results of scoring share. profiles: by loss name ("answer", "kl", "all"), of which `loss` names the primary one; items, tokens:
+    how many were measured, supervised ones; inputs: what they were made from; per_item: the scores of single items, kept in a file beside.
+    """
 
+    method: str
     loss: str
     profiles: Mapping[str, Profile]
-    per_item: Mapping[str, ItemScores]
+    items: int
+    tokens: int
+    seconds: float
+    model: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    confidence: float = CONFIDENCE
+    schema: int = SCHEMA
+    per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -87,10 +98,20 @@ class Profiled:
     def high(self) -> tuple[float, ...]:
         return self.profiles[self.loss].high
 
+    @property
+    def base_loss(self) -> float | None:
+        return self.profiles[self.loss].base_loss
+
     def save(self, path: str | Path) -> None:
-        """Write PATH (scores.json, say), and per_item beside it as scores.items.safetensors."""
-        save_items(items_path(path), self.per_item)
-        content = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "per_item"}
+        """Write PATH (scores.json, say), and per_item, where there is any, beside it as scores.items.safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{name}.{key}": value for name, scores in self.per_item.items() for key, value in vars(scores).items()}
+        if tensors:
+            with staged_file(_items_path(path)) as staging:
+                save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
+        content = asdict(replace(self, per_item={}))
+        del content["per_item"]
         write_json(Path(path), content)
 
     @classmethod
@@ -103,40 +124,24 @@ class Profiled:
             content["profiles"] = {name: Profile(**_tuples(entry)) for name, entry in content["profiles"].items()}
             if content.get("costs"):
                 content["costs"] = LayerCosts(**_tuples(content["costs"]))
-            return cls(per_item=load_items(items_path(path)), **_tuples(content))
+            return cls(per_item=_load_items(_items_path(path)), **_tuples(content))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not {cls.__name__} ({error}): delete it to score again") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerScores(Profiled):
-    """Profiles by loss name ("answer", "kl", "all"); `loss` names the primary one, that layers are selected by.
+    """Importance of each layer; layers are selected by the primary profile.
 
     certificate: what a race has proven (see race.py). costs: what copies of layers take. copies: layers that are copies already, which are
-    not copied again. analysis: what was computed from the scores of single items, "stability" of the choice and "conflicts" of two
-    corpora. per_item: those scores, kept beside scores.json.
+    not copied again. analysis: what was computed from per_item, "stability" of the choice and "conflicts" of two corpora.
     """
 
-    method: str
-    loss: str
-    profiles: Mapping[str, Profile]
-    items: int
-    tokens: int
-    seconds: float
-    model: str = ""
     notes: tuple[str, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    confidence: float = CONFIDENCE
     certificate: Mapping[str, Any] | None = None
     costs: LayerCosts | None = None
     copies: tuple[int, ...] = ()
     analysis: Mapping[str, Any] = field(default_factory=dict)
-    schema: int = SCHEMA
-    per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
-
-    @property
-    def base_loss(self) -> float | None:
-        return self.profiles[self.loss].base_loss
 
     @property
     def candidates(self) -> list[int]:
@@ -144,24 +149,14 @@ class LayerScores(Profiled):
         return [layer for layer in range(len(self.values)) if layer not in self.copies]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UnitScores(Profiled):
-    """Profiles by loss name as of LayerScores, whose values are those of units; unit i is the part `kinds[i]` of layer `layers[i]`."""
+    """Importance of each unit; unit i is the part `kinds[i]` of layer `layers[i]`."""
 
+    method: str = "unit_masking"
     granularity: str
-    loss: str
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
-    profiles: Mapping[str, Profile]
-    items: int
-    tokens: int
-    seconds: float
-    model: str = ""
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    confidence: float = CONFIDENCE
-    method: str = "unit_masking"
-    schema: int = SCHEMA
-    per_item: Mapping[str, ItemScores] = field(default_factory=dict, compare=False)
 
 
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,30 +164,12 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return asdict(value) if is_dataclass(value) else value
-
-
-def items_path(path: str | Path) -> Path:
-    """Where the scores of single items lie: scores.json -> scores.items.safetensors."""
+def _items_path(path: str | Path) -> Path:
+    """scores.json -> scores.items.safetensors."""
     return Path(path).with_suffix(".items.safetensors")
 
 
-def save_items(path: Path, per_item: Mapping[str, ItemScores]) -> None:
-    """Write the scores of single items, where there are any."""
-    if not per_item:
-        return
-    from safetensors.torch import save_file
-
-    tensors = {f"{name}.{key}": value for name, scores in per_item.items() for key, value in vars(scores).items()}
-    with staged_file(path) as staging:
-        save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
-
-
-def load_items(path: Path) -> dict[str, ItemScores]:
-    """What `save_items` wrote; nothing where there is no file."""
+def _load_items(path: Path) -> dict[str, ItemScores]:
     if not path.is_file():
         return {}
     from safetensors.torch import load_file
