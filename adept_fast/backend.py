@@ -128,6 +128,11 @@ def status() -> dict[str, Status]:
     return {name: find() for name, find in _FIND.items()}
 
 
+def native_on_cpu() -> bool:
+    """Whether adept_fast._C may do on the CPU what a model's own modules do otherwise."""
+    return os.environ.get(OVERRIDE) in (None, "", "cpu") and _cpu().found
+
+
 def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
     """The backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
 

@@ -116,6 +116,41 @@ void gradient(std::int64_t param, std::int64_t param_format, std::int64_t grad, 
     }
 }
 
+template <class Work>
+void work(const char* (*pass)(const Work&, int, const RowKernels&), const Work& given, int threads, const std::string& set) {
+    const RowKernels& kernels = row_kernels(chosen(set).name);
+    const char* wrong = nullptr;
+    {
+        py::gil_scoped_release unlocked;
+        wrong = pass(given, threads, kernels);
+    }
+    if (wrong != nullptr) {
+        throw py::value_error(wrong);
+    }
+}
+
+void norm(std::int64_t input, std::int64_t weight, std::int64_t output, std::int64_t rows, std::int64_t width, float epsilon, int threads,
+          const std::string& set) {
+    work(&rms_norm,
+         {reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weight), reinterpret_cast<float*>(output), rows, width,
+          epsilon},
+         threads, set);
+}
+
+void activation(std::int64_t gate, std::int64_t up, std::int64_t count, int threads, const std::string& set) {
+    work(&gated_activation, {reinterpret_cast<float*>(gate), reinterpret_cast<const float*>(up), count}, threads, set);
+}
+
+void attend(std::int64_t queries, std::int64_t keys, std::int64_t values, std::int64_t cosines, std::int64_t sines, std::int64_t output,
+            std::int64_t sequences, std::int64_t tokens, std::int64_t heads, std::int64_t key_heads, std::int64_t width,
+            const std::vector<std::int64_t>& ends, float scale, int threads, const std::string& set) {
+    const auto at = [](std::int64_t address) { return reinterpret_cast<const float*>(address); };
+    work(&attention,
+         {at(queries), at(keys), at(values), at(cosines), at(sines), reinterpret_cast<float*>(output), sequences, tokens, heads, key_heads,
+          width, ends.data(), static_cast<std::int64_t>(ends.size()), scale},
+         threads, set);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -133,4 +168,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("saliency", &gradient, py::arg("param"), py::arg("param_format"), py::arg("grad"), py::arg("grad_format"), py::arg("rows"),
                py::arg("columns"), py::arg("running"), py::arg("row_sums"), py::arg("column_sums"), py::arg("threads"), py::arg("set") = "",
                "Adds sums of g^2, |theta g| and theta g over rows and columns to fp64 memory: csrc/cpu_rows.h. 0 for what is left out.");
+    module.def("rms_norm", &norm, py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("rows"), py::arg("width"),
+               py::arg("epsilon"), py::arg("threads"), py::arg("set") = "", "csrc/cpu_layer.h. Addresses of fp32 memory.");
+    module.def("gated_activation", &activation, py::arg("gate"), py::arg("up"), py::arg("count"), py::arg("threads"), py::arg("set") = "",
+               "csrc/cpu_layer.h. Addresses of fp32 memory.");
+    module.def("attention", &attend, py::arg("queries"), py::arg("keys"), py::arg("values"), py::arg("cosines"), py::arg("sines"),
+               py::arg("output"), py::arg("sequences"), py::arg("tokens"), py::arg("heads"), py::arg("key_heads"), py::arg("width"),
+               py::arg("ends"), py::arg("scale"), py::arg("threads"), py::arg("set") = "", "csrc/cpu_layer.h. Addresses of fp32 memory.");
 }

@@ -119,7 +119,7 @@ const InstructionSet* const* instruction_sets() {
             __builtin_cpu_supports("avx512dq")) {
             found[i++] = &kAvx512;
         }
-        if (__builtin_cpu_supports("avx2")) {
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             found[i++] = &kAvx2;
         }
 #endif

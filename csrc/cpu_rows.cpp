@@ -9,16 +9,6 @@
 
 namespace adept_fast {
 
-namespace {
-
-// Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
-template <class F>
-void in_ranges(std::int64_t total, std::int64_t step, int threads, const F& body) {
-    for_each((total + step - 1) / step, threads, [&](std::int64_t i) { body(i * step, std::min(step, total - i * step)); });
-}
-
-}  // namespace
-
 const RowKernels& row_kernels(const char* set) {
 #if defined(__x86_64__)
     if (std::strcmp(set, "avx512") == 0) return kAvx512Rows;
@@ -29,7 +19,6 @@ const RowKernels& row_kernels(const char* set) {
 }
 
 const char* softmax(const LogitBlock& block, int threads, const RowKernels& kernels) {
-    constexpr std::int64_t kElements = 16384;  // that a thread takes at a time
     const std::int64_t group = std::max<std::int64_t>(block.variants, 1);
     if (block.count < 1 || block.count > kLongestBlock || block.stride < block.count || block.stride % 16 != 0) {
         return "a block of logits is too long, or its stride is no multiple of 16";
@@ -43,13 +32,13 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
 }
 
 const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels) {
-    constexpr std::int64_t kElements = 65536, kBands = 64;  // of a band at least, as each has sums of columns; bands at most
+    constexpr std::int64_t kElementsOfABand = 65536, kBands = 64;  // of a band at least, as each has sums of columns; bands at most
     if (pass.rows < 0 || pass.columns < 0 || pass.param_format > kFp16 || pass.grad_format > kFp16) {
         return "a gradient has a negative size, or a format that is not fp32, bf16 or fp16";
     }
     if (pass.rows * pass.columns == 0) return nullptr;
     // By the shape alone, so that sums do not depend on the number of threads.
-    const std::int64_t fewest = (pass.rows + kBands - 1) / kBands, height = std::max({fewest, kElements / pass.columns, std::int64_t{1}});
+    const std::int64_t fewest = (pass.rows + kBands - 1) / kBands, height = std::max({fewest, kElementsOfABand / pass.columns, std::int64_t{1}});
     const std::int64_t bands = (pass.rows + height - 1) / height, kinds = pass.param == nullptr ? 1 : 3, width = kinds * pass.columns;
     std::vector<double> partials(pass.column_sums == nullptr || bands == 1 ? 0 : static_cast<std::size_t>(bands * width));
     in_ranges(pass.rows, height, threads, [&](std::int64_t first, std::int64_t rows) {

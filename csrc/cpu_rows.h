@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu_layer.h"
+
 namespace adept_fast {
 
 // What is known of a row of logits after some blocks of the vocabulary. One array of `rows` fp64 for each, one after the other.
@@ -38,12 +40,18 @@ struct GradientPass {
 struct RowKernels {
     void (*softmax)(const LogitBlock& block, std::int64_t first_row, std::int64_t rows);
     void (*saliency)(const GradientPass& pass, std::int64_t first_row, std::int64_t rows, double* column_sums);
+    void (*rms_norm)(const RootMeanSquareNorm& norm, std::int64_t first_row, std::int64_t rows);
+    void (*gated_activation)(const GatedActivation& activation, std::int64_t first, std::int64_t count);
+    void (*attend)(const Attention& attention, std::int64_t sequence, std::int64_t first, std::int64_t tokens, std::int64_t key_head);
 };
 
 extern const RowKernels kGenericRows;
 #if defined(__x86_64__)
 extern const RowKernels kAvx2Rows, kAvx512Rows;
 #endif
+
+// That a thread takes at a time.
+constexpr std::int64_t kElements = 16384;
 
 // Columns that one block may have.
 constexpr std::int64_t kLongestBlock = 4096;

@@ -1,14 +1,19 @@
 // Standard headers come before the target changes: what they define may be shared with code for older CPUs.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 #define ADEPT_FAST_ROWS kAvx2Rows
 #define ADEPT_FAST_VECTOR 32

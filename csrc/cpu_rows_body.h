@@ -1,11 +1,13 @@
 // Included by one source file per instruction set, with ADEPT_FAST_ROWS its name: everything here is compiled for that set.
 #pragma once
 
+#include "cpu_attention_body.h"
+#include "cpu_layer_body.h"
 #include "cpu_saliency_body.h"
 #include "cpu_softmax_body.h"
 
 namespace adept_fast {
 
-const RowKernels ADEPT_FAST_ROWS = {&softmax_rows, &saliency_band};
+const RowKernels ADEPT_FAST_ROWS = {&softmax_rows, &saliency_band, &rms_norm_rows, &gated_activation_range, &attend};
 
 }  // namespace adept_fast

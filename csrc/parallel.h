@@ -39,6 +39,12 @@ void for_each(std::int64_t count, int threads, const F& body) {
     run_on_threads(static_cast<int>(shares), drain, &work);
 }
 
+// Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
+template <class F>
+void in_ranges(std::int64_t total, std::int64_t step, int threads, const F& body) {
+    for_each((total + step - 1) / step, threads, [&](std::int64_t i) { body(i * step, std::min(step, total - i * step)); });
+}
+
 // The file of the OpenMP runtime that is used, or "" where none was found and threads are started for each call.
 const char* openmp_runtime();
 

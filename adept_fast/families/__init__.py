@@ -24,6 +24,7 @@ from adept_fast.families.layers import (
     vocabulary_of,
     with_hidden,
 )
+from adept_fast.families.native import has_native_layers, native_layers
 from adept_fast.families.same import same_layers
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "evaluating",
     "expanded_config",
     "fused_rows",
+    "has_native_layers",
     "head_logits",
     "headless",
     "hidden_of",
@@ -45,6 +47,7 @@ __all__ = [
     "layer_configs",
     "layer_indices",
     "layers_path",
+    "native_layers",
     "replaced_forward",
     "require_causal",
     "same_layers",

@@ -50,7 +50,7 @@ def measure(model: PreTrainedModel, pack: Pack, layers: Sequence[int], losses: C
     over the supervised positions, 0 for the baseline itself.
     """
     pack = pack.to(device_of(model))
-    hidden = sweep(model, pack, layers, plan.tokens, plan.cut) if plan.swept else one_by_one(model, pack, layers)
+    hidden = sweep(model, pack, layers, plan) if plan.swept else one_by_one(model, pack, layers)
     return item_losses(model, hidden, pack, losses)
 
 

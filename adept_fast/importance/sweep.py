@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from adept_fast.families import (
     decoder_layers,
     device_of,
+    has_native_layers,
     hidden_of,
     last_hidden,
     layer_configs,
+    native_layers,
     replaced_forward,
     require_causal,
     text_config,
     with_hidden,
 )
-from adept_fast.importance.packs import Pack, packed
+from adept_fast.importance.packs import Pack, packed, swept_length
 from adept_fast.importance.rows import cut_modules, cut_to
 
 if TYPE_CHECKING:
@@ -36,20 +38,23 @@ if TYPE_CHECKING:
 
     from adept_fast.data.items import Item
 
-CPU_TOKENS, GPU_TOKENS = 1280, 16384  # of one layer call
+CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of one layer call
 PACK_SHARE = 16  # a pack fills this part of a layer call, which some layers on holds as many variants of it
+NATIVE_SHARE = 8  # where items of a pack need no mask to be told apart
 
 
 @dataclass(frozen=True)
 class SweepPlan:
     """How a model is swept. tokens: bound on variants times tokens of one layer call (a single longer item goes alone); pack: bound on the
     tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward; cut:
-    modules within the last layer that run on the rows of the head alone, None where the model wants all tokens from its last layer."""
+    modules within the last layer that run on the rows of the head alone, None where the model wants all tokens from its last layer; native:
+    layers run as families/native.py has them."""
 
     tokens: int
     pack: int
     swept: bool = True
     cut: tuple[str, ...] | None = ()
+    native: bool = False
 
 
 def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
@@ -89,7 +94,8 @@ class _Wavefront:
             found = hidden_of(output)
             if found.device != self.buffer.device:  # a model spread over devices
                 self.buffer = self.buffer.to(found.device)
-            self.buffer[part] = found
+            if found.data_ptr() != self.buffer[part].data_ptr():
+                self.buffer[part] = found
         self.live += joins
         states = self.buffer[: self.live]
         return with_hidden(output, states[:, self.rows.to(states.device)] if layer == self.last else states)
@@ -117,19 +123,18 @@ def row_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     return hidden[:, pack.rows.to(hidden.device)]  # a model spread over devices
 
 
-def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], tokens: int, cut: Sequence[str] | None = ()) -> Tensor:
-    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden].
-
-    tokens, cut: see SweepPlan.
-    """
-    modules = decoder_layers(model)
-    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, tokens // pack.tokens))
+def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: SweepPlan) -> Tensor:
+    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden]."""
+    modules, cut = decoder_layers(model), plan.cut
+    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
 
     def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         with cut_to(modules[-1], cut, pack.rows.to(hidden.device)):  # for no longer: layers may share modules
             return forward(hidden, *args, **kwargs)
 
     with ExitStack() as stack:
+        if plan.native:
+            stack.enter_context(native_layers(model, pack.lengths))
         if cut and len(pack.rows) < pack.tokens:
             stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
@@ -203,24 +208,41 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
     alone = [packed(short, [index], True).to(device) for index in range(len(short))]
     expected = [one_by_one(model, pack, layers) for pack in alone]
 
-    def agrees(indices: Sequence[int], cut: Sequence[str] | None = None) -> bool:
+    def agrees(indices: Sequence[int], plan: SweepPlan) -> bool:
         """The sweep of these items in one pack, on all tokens, or on the supervised ones where they are picked in the last layer."""
-        pack = packed(short, indices, cut is None).to(device)
+        pack = packed(short, indices, plan.cut is None).to(device)
         wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
-            found = sweep(model, pack, layers, 2 * pack.tokens, cut)  # in several parts
+            found = sweep(model, pack, layers, replace(plan, tokens=2 * pack.tokens))  # in several parts
         except (RuntimeError, ValueError):  # shapes that do not broadcast over variants
             return False
-        tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
-        return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+        return _close(found, wanted)
 
     every = range(len(short))
-    if not all(agrees([index]) for index in every):
+    plain = SweepPlan(tokens, 0, cut=None)
+    if not all(agrees([index], plain) for index in every):
         return SweepPlan(tokens, 0, swept=False)
-    together = len(short) > 1 and agrees(every)
+    together = len(short) > 1 and agrees(every, plain)
+    groups = [every] if together else [[index] for index in every]
+    plain = replace(plain, pack=tokens // PACK_SHARE if together else 0)
     cut = _cut(model, packed(short, [0], False).to(device))
-    ways = (way for way in (cut, ()) if all(agrees(indices, way) for indices in ([every] if together else [[index] for index in every])))
-    return SweepPlan(tokens, tokens // PACK_SHARE if together else 0, cut=next(ways, None))
+    ways = (replace(plain, cut=way) for way in (cut, ()))
+    found = next((way for way in ways if all(agrees(indices, way) for indices in groups)), plain)
+    native = replace(found, native=True, pack=tokens // NATIVE_SHARE if together else 0)
+    if has_native_layers(model) and all(agrees(indices, native) for indices in groups) and _agree_at_length(model, items, found, native):
+        return native
+    return found
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def _agree_at_length(model: PreTrainedModel, items: Sequence[Item], *plans: SweepPlan) -> bool:
+    """On the longest item, where windows of attention end and positions are scaled, if they are at all."""
+    pack = packed(items, [max(range(len(items)), key=lambda index: swept_length(items[index], False))], False)
+    return _close(*(sweep(model, pack, (), plan) for plan in plans))
 
 
 def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:

@@ -1,0 +1,152 @@
+"""Decoder layers of the plain kind, run on the CPU by torch's products with adept_fast._C between them, in fp32 and without gradients.
+
+    h = h + o(attention(turned q(n), turned k(n), v(n)))     n = RMS norm of h; causal within segments; turned by rotary positions
+    h = h + down(silu(gate(n)) up(n))                        n = RMS norm of h
+
+q, k, v may have a bias, q and k a norm of each head. A layer is taken for one by its modules alone, which is no proof: who uses this
+compares it with the layer's own forward on the texts at hand. Two residual additions, two norms, the rotation, the scores and the gated
+activation each pass over memory once at most, where modules pass about thirty times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adept_fast.backend import native_on_cpu
+from adept_fast.families.layers import decoder_layers, replaced_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LANES = 16  # csrc/cpu_lanes.h
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_PROBE = torch.linspace(-8, 8, LANES)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor, into: Tensor) -> Tensor:
+        """Of rows of x, which has as many elements in one piece as `into`."""
+        from adept_fast import _C
+
+        width, threads = len(self.weight), torch.get_num_threads()
+        _C.rms_norm(x.data_ptr(), self.weight.data_ptr(), into.data_ptr(), x.numel() // width, width, self.epsilon, threads)
+        return into
+
+
+@dataclass(frozen=True)
+class _PlainLayer:
+    module: nn.Module
+    before_attention: _Norm
+    before_mlp: _Norm
+    head_norms: tuple[_Norm, ...]
+    width: int
+    scale: float
+
+    def __call__(self, hidden: Tensor, turns: Sequence[Tensor], ends: Sequence[int]) -> None:
+        """Update hidden [sequences, tokens, width] in place. turns: cosines and sines [1, tokens, head width]; ends: of segments."""
+        from adept_fast import _C
+
+        attention, mlp, threads = self.module.self_attn, self.module.mlp, torch.get_num_threads()
+        sequences, tokens, _ = hidden.shape
+        rows = hidden.view(sequences * tokens, -1)
+        normed = self.before_attention(rows, torch.empty_like(rows))
+        queries, keys, values = (functional.linear(normed, at.weight, at.bias) for at in (attention.q_proj, attention.k_proj, attention.v_proj))
+        for norm, heads in zip(self.head_norms, (queries, keys), strict=False):
+            norm(heads, heads)
+        attended = torch.empty_like(queries)
+        addresses = (x.data_ptr() for x in (queries, keys, values, *turns, attended))
+        counts = (x.shape[1] // self.width for x in (queries, keys))
+        _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, self.scale, threads)
+        _add_product(rows, attended, attention.o_proj)
+        self.before_mlp(rows, normed)
+        gate, up = (functional.linear(normed, at.weight, at.bias) for at in (mlp.gate_proj, mlp.up_proj))
+        _C.gated_activation(gate.data_ptr(), up.data_ptr(), gate.numel(), threads)
+        _add_product(rows, gate, mlp.down_proj)
+
+
+def _add_product(rows: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
+    rows.addmm_(inputs, linear.weight.T)
+    if linear.bias is not None:
+        rows.add_(linear.bias)
+
+
+def _plain(layer: nn.Module) -> _PlainLayer | None:
+    """None for a layer of other modules, weights that are not at hand in fp32, or hooks and forwards in the way of its modules' own."""
+    if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or _children(layer.self_attn) - _HEAD_NORMS != _ATTENTION:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *heads]
+    linears = [getattr(branch, name) for branch, names in ((attention, _ATTENTION), (mlp, _MLP - {"act_fn"})) for name in names]
+    weights = [x for module in (*norms, *linears) for x in module.parameters(recurse=False)]
+    width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
+    if (
+        any(type(linear) is not nn.Linear for linear in linears)
+        or any(map(_touched, (attention, mlp, mlp.act_fn, *norms, *linears)))
+        or any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in weights)
+        or not torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
+        or width is None
+        or scale is None
+        or width % (2 * LANES)
+        or len(heads) == 1
+        or any(norm.weight.shape != (width,) for norm in heads)
+    ):
+        return None
+    found = [_Norm(norm.weight, getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))) for norm in norms]
+    return _PlainLayer(layer, found[0], found[1], tuple(found[2:]), width, scale)
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _touched(module: nn.Module) -> bool:
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def native_layers(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
+    """For the time being, layers of the plain kind run so, on sequences of segments of `lengths` tokens, and update their input in place:
+    for one who gives them a buffer of his own."""
+    ends = list(accumulate(lengths))
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(replaced_forward(layer, _native(layer, ends)))
+        yield
+
+
+def _native(layer: nn.Module, ends: Sequence[int]) -> Any:
+    own = layer.forward
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        turns, plain = kwargs.get("position_embeddings"), _plain(layer)
+        if plain is None or not _fit(turns, hidden, plain.width):
+            return own(hidden, *args, **kwargs)
+        plain(hidden, [each.contiguous() for each in turns], ends)
+        return hidden
+
+    return run
+
+
+def _fit(turns: Any, hidden: Tensor, width: int) -> bool:
+    """Whether positions are turns of whole heads, the same for all sequences."""
+    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and x.shape == (1, hidden.shape[1], width) for x in turns)
+
+
+def has_native_layers(model: PreTrainedModel) -> bool:
+    """Whether any layer may run so."""
+    return native_on_cpu() and any(_plain(layer) is not None for layer in decoder_layers(model))
