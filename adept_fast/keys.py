@@ -40,7 +40,7 @@ class Score:
     )
     confidence: float = declare(0.95, Range(0.5, 1, below=True), "of the race's bound")
     sweep_tokens: int | None = declare(
-        None, COUNT, "bound on the tokens of one layer call, that is on memory; null: 1280 on a CPU, 16384 on a GPU"
+        None, COUNT, "bound on the tokens of one layer call, that is on memory; null: 2048 on a CPU, 16384 on a GPU"
     )
     domain_items: int | None = declare(
         None, COUNT, "documents of the domain (256 tokens of each) scored beside the probe: where do the two conflict?"

@@ -51,7 +51,7 @@ void gated_activation_range(const GatedActivation& activation, std::int64_t firs
         const Lanes gate = load_some(activation.gate + j, n), up = load_some(activation.up + j, n);
         const Lanes e = exponential<true>(all(0.0f) - absolute(gate));
         const Lanes upper = where_less(gate, all(0.0f), e, all(1.0f));  // of the sigmoid's fraction
-        store_some(activation.gate + j, gate * up * (upper / (all(1.0f) + e)), n);
+        store_some(activation.gate + j, gate * (upper / (all(1.0f) + e)) * up, n);
     }
 }
 

@@ -64,7 +64,7 @@ class _PlainLayer:
         sequences, tokens, _ = hidden.shape
         rows = hidden.view(sequences * tokens, -1)
         normed = self.before_attention(rows, torch.empty_like(rows))
-        queries, keys, values = (functional.linear(normed, at.weight, at.bias) for at in (attention.q_proj, attention.k_proj, attention.v_proj))
+        queries, keys, values = (_product(normed, at) for at in (attention.q_proj, attention.k_proj, attention.v_proj))
         for norm, heads in zip(self.head_norms, (queries, keys), strict=False):
             norm(heads, heads)
         attended = torch.empty_like(queries)
@@ -73,9 +73,13 @@ class _PlainLayer:
         _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, self.scale, threads)
         _add_product(rows, attended, attention.o_proj)
         self.before_mlp(rows, normed)
-        gate, up = (functional.linear(normed, at.weight, at.bias) for at in (mlp.gate_proj, mlp.up_proj))
+        gate, up = _product(normed, mlp.gate_proj), _product(normed, mlp.up_proj)
         _C.gated_activation(gate.data_ptr(), up.data_ptr(), gate.numel(), threads)
         _add_product(rows, gate, mlp.down_proj)
+
+
+def _product(inputs: Tensor, linear: nn.Linear) -> Tensor:
+    return functional.linear(inputs, linear.weight, linear.bias)
 
 
 def _add_product(rows: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
@@ -90,24 +94,29 @@ def _plain(layer: nn.Module) -> _PlainLayer | None:
         return None
     attention, mlp = layer.self_attn, layer.mlp
     heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm, *heads]
+    modules = [layer.input_layernorm, layer.post_attention_layernorm, *heads]
+    norms = [_norm(module) for module in modules]
     linears = [getattr(branch, name) for branch, names in ((attention, _ATTENTION), (mlp, _MLP - {"act_fn"})) for name in names]
-    weights = [x for module in (*norms, *linears) for x in module.parameters(recurse=False)]
+    weights = [x for module in (*modules, *linears) for x in module.parameters(recurse=False)]
     width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if (
-        any(type(linear) is not nn.Linear for linear in linears)
-        or any(map(_touched, (attention, mlp, mlp.act_fn, *norms, *linears)))
-        or any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in weights)
-        or not torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
-        or width is None
-        or scale is None
+        None in (*norms, width, scale)
         or width % (2 * LANES)
         or len(heads) == 1
-        or any(norm.weight.shape != (width,) for norm in heads)
+        or any(norm.weight.shape != (width,) for norm in norms[2:])
+        or any(type(linear) is not nn.Linear for linear in linears)
+        or any(map(_touched, (attention, mlp, mlp.act_fn, *modules, *linears)))
+        or any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in weights)
+        or not torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     ):
         return None
-    found = [_Norm(norm.weight, getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))) for norm in norms]
-    return _PlainLayer(layer, found[0], found[1], tuple(found[2:]), width, scale)
+    return _PlainLayer(layer, norms[0], norms[1], tuple(norms[2:]), width, scale)
+
+
+def _norm(module: nn.Module) -> _Norm | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    return None if epsilon is None or weight is None else _Norm(weight, epsilon)
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -144,7 +153,8 @@ def _native(layer: nn.Module, ends: Sequence[int]) -> Any:
 
 def _fit(turns: Any, hidden: Tensor, width: int) -> bool:
     """Whether positions are turns of whole heads, the same for all sequences."""
-    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and x.shape == (1, hidden.shape[1], width) for x in turns)
+    shape = (1, hidden.shape[1], width)
+    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.shape == shape for x in turns)
 
 
 def has_native_layers(model: PreTrainedModel) -> bool:

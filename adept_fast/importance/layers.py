@@ -49,7 +49,7 @@ def score_layers(
     loss: the primary profile: "answer" (supervised tokens), "kl" (KL(base || masked) on them, never negative), "all" (all tokens). losses:
     profiles to measure beside it, in the same pass; "all" costs the head on every token.
     probe: records, a path or a dataset name (with tokenizer), or tokenised items. sweep_tokens: bound on variants times tokens of one layer
-    call, that is on memory (none: 1,280 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
+    call, that is on memory (none: 2,048 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
     domain: items of another corpus, measured beside the probe: their loss on all tokens is the profile "domain".
     race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
     certificate, and the values of layers that were dropped, or are copies, rest on fewer items.

@@ -1,0 +1,199 @@
+"""Plain decoder layers run natively: each kernel against its formula in fp64, whole sweeps against each layer's own forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from test_masking import by_hooks
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adept_fast import _C as native
+from adept_fast.families import decoder_layers, has_native_layers
+from adept_fast.importance import masking, score_layers, sweep
+
+SETS = native.features()["instruction_sets"]
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+SHAPES = {"qwen2": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}}  # its heads divide the hidden size
+
+
+def no_further_than_torch(found: Tensor, formula: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """From fp64 truth, but for twice its distance."""
+    truth = formula(*(x.double() for x in inputs))
+    mine, its = ((x.double() - truth).abs().max() for x in (found, formula(*inputs)))
+    assert its > 0, "fp32 that is exact measures nothing"
+    assert mine <= 2 * its
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * weight
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(("rows", "width", "threads"), [(1, 1, 1), (7, 33, 1), (300, 70, 3), (5, 576, 2)])
+def test_norm(rows: int, width: int, threads: int, instructions: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, weight = torch.randn(rows, width, generator=generator) * 3, torch.randn(width, generator=generator)
+    apart, placed = torch.full((rows + 1, width), 7.0), x.clone()
+    for into in (apart, placed):
+        source = placed if into is placed else x
+        native.rms_norm(source.data_ptr(), weight.data_ptr(), into.data_ptr(), rows, width, 1e-3, threads, instructions)
+    no_further_than_torch(placed, rms, x, weight)
+    assert torch.equal(apart[:rows], placed)
+    assert (apart[rows] == 7).all()
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(("count", "threads"), [(31, 2), (40_003, 3)])
+def test_gated_activation(count: int, threads: int, instructions: str) -> None:
+    generator = torch.Generator().manual_seed(count)
+    gate, up = torch.randn(count, generator=generator) * 20, torch.randn(count, generator=generator)
+    found = torch.cat([gate, torch.full((3,), 7.0)])
+    native.gated_activation(found.data_ptr(), up.data_ptr(), count, threads, instructions)
+    no_further_than_torch(found[:count], lambda gate, up: functional.silu(gate) * up, gate, up)
+    assert (found[count:] == 7).all()
+    far, ones = torch.tensor([-200.0, 200.0, 0.0]), torch.ones(3)
+    native.gated_activation(far.data_ptr(), ones.data_ptr(), 3, 1, instructions)
+    assert far.tolist() == [0.0, 200.0, 0.0]
+
+
+def causal(lengths: list[int], heads: int, key_heads: int, scale: float) -> Callable[..., Tensor]:
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        def split(x: Tensor, count: int, turned: bool) -> Tensor:
+            x = x.view(*x.shape[:2], count, -1).transpose(1, 2)
+            if turned:
+                a, b = x.chunk(2, -1)
+                x = x * cosines + torch.cat([-b, a], -1) * sines
+            return x.repeat_interleave(heads // count, 1)
+
+        scores = scale * split(queries, heads, True) @ split(keys, key_heads, True).mT
+        item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        seen = (item[:, None] == item[None]).tril()
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ split(values, key_heads, False)).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "key_heads", "width"),
+    [([1], 1, 1, 32), ([6, 1, 17], 4, 2, 32), ([33, 7], 3, 1, 64), ([50], 2, 2, 96), ([12, 100], 3, 3, 128)],
+)
+def test_attention(lengths: list[int], heads: int, key_heads: int, width: int, instructions: str) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    sequences, tokens = 3, sum(lengths)
+    queries, keys, values = (torch.randn(sequences, tokens, n * width, generator=generator) for n in (heads, key_heads, key_heads))
+    cosines, sines = torch.randn(2, tokens, width, generator=generator)  # no turns, so that each half has factors of its own
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    given = [queries, keys, values, cosines, sines]
+    found = [torch.full_like(queries, torch.nan) for _ in (1, 3)]
+    for threads, output in zip((1, 3), found, strict=True):
+        addresses = (x.data_ptr() for x in (*given, output))
+        native.attention(*addresses, sequences, tokens, heads, key_heads, width, ends, 0.3, threads, instructions)
+    assert torch.equal(*found), "threads change bits"
+    if tokens > 1:
+        no_further_than_torch(found[0], causal(lengths, heads, key_heads, 0.3), *given)
+    else:
+        assert torch.equal(found[0], values.expand_as(queries))
+
+
+def test_attention_of_large_scores() -> None:
+    """Of scores in the hundreds the largest takes all, without an overflow."""
+    queries, keys, values = (torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    ones, zeros, found = torch.ones(20, 32), torch.zeros(20, 32), torch.empty(1, 20, 32)
+    given = [queries * 30, keys * 30, values, ones, zeros]
+    native.attention(*(x.data_ptr() for x in (*given, found)), 1, 20, 1, 1, 32, [20], 1.0, 1)
+    torch.testing.assert_close(found, causal([20], 1, 1, 1.0)(*given))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"width": 40}, "no multiple of 16"),
+        ({"heads": 3, "key_heads": 2}, "no whole groups"),
+        ({"ends": [3]}, "does not end"),
+        ({"ends": [4, 4]}, "do not ascend"),
+    ],
+)
+def test_wrong_shapes_are_refused(change: dict, says: str) -> None:
+    sizes = {"sequences": 1, "tokens": 4, "heads": 2, "key_heads": 2, "width": 32, "ends": [4], "scale": 1.0, "threads": 1, **change}
+    with pytest.raises(ValueError, match=says):
+        native.attention(0, 0, 0, 0, 0, 0, **sizes)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_native_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
+    bias = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model, items = tiny_models.model(family, **SHAPES.get(family, WIDE), **bias), tiny_models.items(5)
+    plan = sweep.plan(model, items)
+    assert plan.native and plan.pack > 0
+    scores = score_layers(model, items, loss="all", losses=masking.LOSSES, quiet=True)
+    for name, values in by_hooks(model, items).items():
+        assert max(map(abs, values)) > 0.01, "a bypass that changes nothing tests nothing"
+        torch.testing.assert_close(torch.tensor(scores.profiles[name].values), torch.tensor(values), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"head_dim": 24}),
+        ("granite", {"residual_multiplier": 0.3}),
+        ("gemma", {}),
+        ("olmo2", {}),
+        ("mistral", {"sliding_window": 8}),  # seen on the longest item alone
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ],
+)
+def test_other_layers_keep_their_own_forward(family: str, changes: dict) -> None:
+    model, items = tiny_models.model(family, **{**SHAPES.get(family, WIDE), **changes}), tiny_models.items(5)
+    plan = sweep.plan(model, items)
+    assert plan.swept and not plan.native
+
+
+def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
+    """A hook, a forward put in the way and another kind of projection all have their say."""
+    model = tiny_models.model(**WIDE)
+    assert has_native_layers(model)
+    for layer, place in zip(decoder_layers(model), ("self_attn.q_proj", "mlp", "input_layernorm", "mlp.down_proj"), strict=True):
+        layer.get_submodule(place).register_forward_hook(lambda _, __, output: output * 0.5)
+    assert not has_native_layers(model)
+    model = tiny_models.model(**WIDE, num_hidden_layers=1)
+    mlp = decoder_layers(model)[0].mlp
+    mlp.forward = mlp.forward
+    assert not has_native_layers(model)
+    del mlp.forward
+    assert has_native_layers(model)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    mlp.up_proj.__class__ = Doubled
+    assert not has_native_layers(model)
+    assert not has_native_layers(tiny_models.model(dtype=torch.bfloat16, **WIDE))
+
+
+def test_native_layers_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, items = tiny_models.model(**WIDE), tiny_models.items(3)
+    plan = sweep.plan(model, items)
+    monkeypatch.setenv("ADEPT_FAST_BACKEND", "torch")
+    assert sweep.plan(model, items) == replace(plan, native=False, pack=plan.tokens // sweep.PACK_SHARE)
+
+
+def test_hidden_states_of_a_sweep_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bound, natively and not, gives the same hidden states to rounding."""
+    model, items = tiny_models.model(**WIDE), tiny_models.items(4)
+    plan = sweep.plan(model, items)
+    whole = replace(plan, tokens=10**6, pack=10**6)
+    packed = sweep.packed(items, range(4), False)
+    expected = sweep.sweep(model, packed, range(4), replace(whole, native=False)).detach()
+    for tokens, wanted in itertools.product((1, 2 * packed.tokens), (True, False)):
+        found = sweep.sweep(model, packed, range(4), replace(whole, tokens=tokens, native=wanted)).detach()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
