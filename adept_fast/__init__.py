@@ -73,36 +73,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "apply_copies": "adept_fast.expansion",
-    "dial": "adept_fast.expansion",
-    "extract_copies": "adept_fast.expansion",
-    "merge_copies": "adept_fast.expansion",
-    "remove_copies": "adept_fast.expansion",
-    "AdamW": "adept_fast.optim",
-    "apply_rates": "adept_fast.tuning",
-    "AdeptCallback": "adept_fast.tuning",
-    "AdeptTrainer": "adept_fast.tuning",
-    "Anchor": "adept_fast.tuning",
-    "ExpansionError": "adept_fast.errors",
-    "InputError": "adept_fast.errors",
-    "LayerScores": "adept_fast.importance",
-    "Race": "adept_fast.importance",
-    "UnitScores": "adept_fast.importance",
-    "Units": "adept_fast.units",
-    "UnsupportedFamilyError": "adept_fast.errors",
-    "compare_scores": "adept_fast.importance",
-    "corpus_conflicts": "adept_fast.importance",
-    "expand_checkpoint": "adept_fast.expansion",
-    "expand_model": "adept_fast.expansion",
-    "fast_step": "adept_fast.tuning",
-    "freeze_original": "adept_fast.expansion",
-    "mask_units": "adept_fast.importance",
-    "score_layers": "adept_fast.importance",
-    "score_units": "adept_fast.saliency",
-    "select_layers": "adept_fast.importance",
-    "selection_stability": "adept_fast.importance",
-    "unit_rates": "adept_fast.tuning",
-    "verify_expansion": "adept_fast.expansion",
+    name: module
+    for module, names in {
+        "adept_fast.errors": "ExpansionError InputError UnsupportedFamilyError",
+        "adept_fast.expansion": (
+            "apply_copies dial expand_checkpoint expand_model extract_copies freeze_original merge_copies remove_copies "
+            "verify_expansion"
+        ),
+        "adept_fast.importance": (
+            "LayerScores Race UnitScores compare_scores corpus_conflicts mask_units score_layers select_layers "
+            "selection_stability"
+        ),
+        "adept_fast.optim": "AdamW",
+        "adept_fast.saliency": "score_units",
+        "adept_fast.tuning": "AdeptCallback AdeptTrainer Anchor apply_rates fast_step unit_rates",
+        "adept_fast.units": "Units",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -22,7 +22,6 @@ from adept_fast.report.rates import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
 from adept_fast.report.units import unit_profile
 
-SCHEMAS = {"adept_config.json": (1, 2)}  # and 1 alone of every other artefact
 MAKERS = {
     "eval.json": ("the results", "eval"),
     "scores.json": ("the layer profile", "score"),
@@ -98,10 +97,8 @@ def _read(path: Path) -> dict[str, Any]:
     if path.name == RECORD:
         return AdeptConfig.load(path.parent).as_dict()
     content = read_json(path)
-    known = SCHEMAS.get(path.name, (1,))
-    if content.get("schema") not in known:
-        found = content.get("schema")
-        raise InputError(f"{path}: schema {found!r} is not the known {known[-1]}: use the version of adept_fast that wrote it")
+    if content.get("schema") != 1:
+        raise InputError(f"{path}: schema {content.get('schema')!r} is not the known 1: use the version of adept_fast that wrote it")
     return content
 
 
