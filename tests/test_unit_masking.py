@@ -12,7 +12,7 @@ from adept_fast import mask_units
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.families import decoder_layers
-from adept_fast.importance import UnitScores, forwards, masked_units
+from adept_fast.importance import UnitScores, forwards, masked_units, sweep
 from adept_fast.report import unit_profile
 
 
@@ -58,9 +58,13 @@ def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "mixtral"])
-def test_units_are_masked_as_by_hand(family: str, granularity: str) -> None:
-    model, items = tiny_models.model(family, **({"num_local_experts": 4} if family == "mixtral" else {})), tiny_models.items(5)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("llama", {"head_dim": 32}), ("phi3", {}), ("gpt_neox", {}), ("mixtral", {"num_local_experts": 4})],
+)
+def test_units_are_masked_as_by_hand(family: str, changes: dict, granularity: str) -> None:
+    model, items = tiny_models.model(family, **changes), tiny_models.items(5)
+    assert sweep.plan(model, items).native == ("head_dim" in changes)
     layers = [0, 2, 3]
     wanted = by_hand(model, items, granularity, layers)
     found = mask_units(model, items, granularity, layers=layers, losses=("kl",), sweep_tokens=150, quiet=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +35,7 @@ from adept_fast.families import (
     hidden_of,
     layer_configs,
     layer_indices,
+    native_layers,
     replaced_forward,
     vocabulary_of,
     with_hidden,
@@ -180,15 +181,16 @@ class UnitMasks:
         pack = pack.to(device_of(self.model))
         modules = decoder_layers(self.model)
         outputs: list[Any] = []
-        with ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(replaced_forward(module, _keeping(module.forward, outputs)))
-            hidden = [row_hidden(self.model, pack)]
         most = max(1, self.plan.tokens // pack.tokens) if self.plan.swept else 1
-        for layer, group in groupby((self.units[part] for part in parts), key=lambda unit: unit.layer):
-            together = list(group)
-            for start in range(0, len(together), most):
-                hidden.append(self._masked(pack, modules, outputs, layer, together[start : start + most]))
+        with native_layers(self.model, pack.lengths) if self.plan.native else nullcontext():
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(replaced_forward(module, _keeping(module.forward, outputs)))
+                hidden = [row_hidden(self.model, pack)]
+            for layer, group in groupby((self.units[part] for part in parts), key=lambda unit: unit.layer):
+                together = list(group)
+                for start in range(0, len(together), most):
+                    hidden.append(self._masked(pack, modules, outputs, layer, together[start : start + most]))
         return item_losses(self.model, torch.cat(hidden), pack, losses)
 
     def _masked(self, pack: Pack, modules: Sequence[nn.Module], outputs: Sequence[Any], layer: int, units: Sequence[MaskedUnit]) -> Tensor:
