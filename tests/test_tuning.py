@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_families
 import tiny_models
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adept_fast import AdamW
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
 from adept_fast.errors import InputError, UnsupportedFamilyError
-from adept_fast.expansion import expand_model, freeze_original
+from adept_fast.expansion import expand_model, first_importance, freeze_original
+from adept_fast.saliency import Sums
 from adept_fast.tuning import AdeptCallback, AdeptTrainer
 from adept_fast.tuning.log import TrainerLog
+from adept_fast.tuning.monitor import Monitor
 
 
 def blocks() -> Blocks:
@@ -92,6 +95,41 @@ def test_only_copies_change_and_every_unit_has_its_rate(tmp_path: Path) -> None:
         assert float(multiplier) == pytest.approx(rate)
     steps = [entry for entry in entries if entry["event"] == "step"]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6] and all(entry["loss"] > 0 for entry in steps)
+
+
+def test_first_importances_that_are_given_are_taken(tmp_path: Path) -> None:
+    own = train(tmp_path / "own", max_steps=1)[2]
+    sums = first_importance(expand_model(tiny_models.model(), [0, 2]), tiny_models.items(3), quiet=True)
+    given = {key: Sums(2 * found.abs_taylor, found.fisher) for key, found in sums.items()}
+    doubled = train(tmp_path / "given", {"first": given}, max_steps=1)[2]
+    found, expected = (next(entry["importance"] for entry in entries if entry["event"] == "refresh") for entries in (doubled, own))
+    assert found == {unit: pytest.approx(2 * value, rel=1e-5) for unit, value in expected.items()}
+
+
+def test_a_log_is_cut_behind_a_step_and_holds_no_number_that_json_lacks(tmp_path: Path) -> None:
+    log = TrainerLog(tmp_path / "log.jsonl")
+    log.write("step", 1, loss=float("inf"), rates={"unit": float("nan"), "other": -float("inf")})
+    log.write("step", 2, loss=0.5)
+    log.write("end", 2)
+    log.write("refresh", 3, rates={})
+    with log.path.open("a") as file:
+        file.write('{"event": "step", "st')
+    log.cut(2)
+    first, second = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert first == {"event": "step", "step": 1, "loss": None, "rates": {"unit": None, "other": None}}
+    assert second == {"event": "step", "step": 2, "loss": 0.5}
+
+
+def test_tokens_per_second_leave_out_what_callbacks_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TrainerLog(tmp_path / "log.jsonl")
+    monitor, args, control = Monitor(None, 100, log, tokens_per_step=64), arguments(tmp_path), TrainerControl()
+    clock = iter([10.0, 13.0, 18.0, 20.0])  # training begins; a callback from 13 to 18; the log
+    monkeypatch.setattr("adept_fast.tuning.monitor.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monitor._start_timer(4)
+    monitor.on_step_end(args, TrainerState(global_step=7), control, torch.nn.Linear(1, 1))
+    monkeypatch.setattr(monitor, "_start_timer", lambda step: None)
+    monitor.on_log(args, TrainerState(global_step=9), control, {"loss": 1.0})
+    assert json.loads(log.path.read_text())["tokens_per_second"] == 64 * 5 / (20 - 10 - (18 - 13))
 
 
 def test_a_zero_rate_freezes_its_unit(tmp_path: Path) -> None:

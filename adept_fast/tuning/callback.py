@@ -133,11 +133,11 @@ class AdeptCallback(Monitor, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        model, step, last = bare(model), state.global_step, state.global_step >= state.max_steps
+        model, step = bare(model), state.global_step
         with self._untimed():
-            if step % self.refresh_steps == 0 or last:
+            if step % self.refresh_steps == 0 or control.should_training_stop:  # by what came before: the last step, too
                 self._read(model, step, control)
-            if step % self.refresh_steps == 0 and not (last or control.should_training_stop):
+            if step % self.refresh_steps == 0 and not control.should_training_stop:
                 inner = rated(optimizer)
                 momenta = self._momenta(inner, model) if self.rule.conflict else None
                 self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)

@@ -93,7 +93,7 @@ class Monitor(TrainerCallback):
 
     def _monitor_where_due(self, model: PreTrainedModel, state: TrainerState, control: TrainerControl) -> None:
         step = state.global_step
-        if step % self.monitor_steps == 0 or step >= state.max_steps or control.should_training_stop:
+        if step % self.monitor_steps == 0 or control.should_training_stop:
             self._monitor(model, step)
 
     def _monitor(self, model: PreTrainedModel, step: int) -> None:
