@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,15 +12,16 @@ import datasets
 import numpy as np
 import pytest
 import tiny_models
+from tokenizers.processors import TemplateProcessing
 
 from adept_fast import score_layers
 from adept_fast.artefacts import staged_file
-from adept_fast.data.documents import tokenize_documents
+from adept_fast.data.documents import document_tokens, tokenize_documents
 from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
 from adept_fast.data.packing import document_order
 from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Record, Source
-from adept_fast.data.splits import by_hash, hold_out, split_probe
+from adept_fast.data.splits import by_hash, falls_out, hold_out, split_probe
 from adept_fast.errors import InputError
 
 ROWS = [{"text": f"document {number}", "extra": number} for number in range(5)]
@@ -131,6 +134,17 @@ def test_answer_tokens_and_nothing_else_are_supervised() -> None:
     assert text.labels == text.input_ids and text.supervised == len(text.input_ids) - 1
 
 
+def test_a_tokenizer_without_offsets_tokenises_prompt_and_answer_apart() -> None:
+    class Letters:
+        is_fast = False
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    item = tokenize_item(Record({"instruction": "ab", "output": " c"}, "here"), Letters())
+    assert item == Item((1, 97, 98, 32, 99), (IGNORE, IGNORE, IGNORE, 32, 99))
+
+
 def test_chat_items_follow_the_template() -> None:
     tokenizer = tiny_models.tokenizer()
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -182,6 +196,8 @@ def test_questions() -> None:
     choices = tokenize_choices(Record(content, "here"), tokenizer)
     assert choices.answer == 1 and tokenizer.decode(choices.options[2].input_ids).endswith("Answer: C. heron")
     assert tokenize_choices(Record({**content, "answer": "b"}, "here"), tokenizer) == choices
+    with pytest.raises(InputError, match="found 'D'"):
+        tokenize_choices(Record({**content, "answer": "D"}, "here"), tokenizer)
     for change in ({"answer": 3}, {"answer": None}, {"choices": ["one"]}, {"question": None}):
         with pytest.raises(InputError, match="^here: "):
             tokenize_choices(Record({**content, **change}, "here"), tokenizer)
@@ -196,6 +212,13 @@ def test_splits_depend_on_content_only() -> None:
     held = hold_out(texts + texts[:2], "domain")
     assert len(held) == 2 and held < set(texts) and held == hold_out(texts[::-1], "domain")
     assert by_hash(records, seed=1) != by_hash(records, seed=2) and len(by_hash(records, seed=1)) == 100
+
+
+def test_the_lowest_hashes_are_held_out() -> None:
+    texts = sorted((f"text {number}" for number in range(500)), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    assert hold_out(texts[::-1], "domain") == set(texts[:10])
+    fallen = [falls_out(text, 0.1) for text in texts]
+    assert fallen == sorted(fallen, reverse=True) and 30 < sum(fallen) < 70
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7])
@@ -227,6 +250,17 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_bytes(b"broken")
     assert np.array_equal(tokenize_documents(texts, tokenizer, quiet=True).ids, first.ids)
     assert tokenize_documents(texts[:5], tokenizer, quiet=True).tokens < first.tokens
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<pad>"
+    assert tokenizer.decode(tokenize_documents(texts, other, quiet=True)[3]) == texts[3] + "<pad>"
+
+
+def test_the_end_of_a_text_stands_once() -> None:
+    closing, plain = copy.deepcopy(tiny_models.tokenizer()), tiny_models.tokenizer()
+    closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", plain.eos_token_id)])
+    texts = tiny_models.SENTENCES[:2]
+    assert closing(texts[0])["input_ids"][-1] == plain.eos_token_id != plain(texts[0])["input_ids"][-1]
+    assert all(map(np.array_equal, document_tokens(texts, closing), document_tokens(texts, plain)))
 
 
 def test_nodes_whose_processes_have_the_same_number_may_write_one_file(tmp_path: Path) -> None:
@@ -244,7 +278,7 @@ def test_weights_are_passes_over_a_document() -> None:
     order = document_order(len(weights), weights, seed=3)
     counts = np.bincount(order, minlength=len(weights))
     assert (counts[:10] == 2).all() and (counts[-10:] == 1).all() and 430 < counts[10:1010].sum() < 570
-    assert np.array_equal(order, document_order(len(weights), weights, seed=3))
+    assert np.array_equal(order, document_order(len(weights), weights, seed=3)) and (np.diff(order) < 0).mean() > 0.4
     assert not np.array_equal(order, document_order(len(weights), weights, seed=4))
 
 

@@ -10,7 +10,7 @@ from transformers import default_data_collator
 
 from adept_fast.data.documents import Documents
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.data.packing import Blocks
+from adept_fast.data.packing import Blocks, packed
 from adept_fast.losses import corpus_loss
 from adept_fast.tuning.isolation import keeps_documents_apart
 
@@ -78,6 +78,11 @@ def test_the_check_finds_a_family_that_leaks() -> None:
 
 def test_blocks_with_nothing_to_predict_are_left_out() -> None:
     assert len(Blocks(documents([65]), np.arange(1), 64)) == 1 and len(Blocks(documents([1, 1]), np.arange(2), 8)) == 0
+
+
+def test_padding_is_a_document_of_its_own() -> None:
+    block = {name: tensor.tolist() for name, tensor in packed([np.array([5, 6]), np.array([7])], 6, 9).items()}
+    assert block == {"input_ids": [5, 6, 7, 9, 9, 9], "labels": [-100, 6, *[-100] * 4], "position_ids": [0, 1, 0, 0, 1, 2]}
 
 
 def test_one_document_a_row_needs_no_isolation() -> None:

@@ -164,6 +164,15 @@ def test_shares_are_met_and_annealed(tmp_path: Path) -> None:
     assert annealed.drawn(40)[other] == pytest.approx(0.1 + 0.6 * 0.1, abs=0.02)
 
 
+@pytest.mark.parametrize("start", [0.1, 0.5, 0.9])
+def test_a_source_whose_share_has_gone_to_nothing_gives_nothing(tmp_path: Path, start: float) -> None:
+    path = write(tmp_path, "jsonl")
+    for blocks in range(2, 30):
+        made = stream(text(tmp_path, Source(path, share=start, share_end=0.0), Source(path)), blocks=blocks)
+        made[blocks - 1]
+        assert made.state(blocks - 1)["drawn"][0] == made.state(blocks)["drawn"][0], blocks
+
+
 def test_shares_must_make_one() -> None:
     mixture = shares([Source("a", weight=2), Source("b"), Source("c", share=0.4, share_end=0.1)], [100, 400, 7])
     assert np.array(mixture) == pytest.approx(np.array([(0.2, 0.3), (0.4, 0.6), (0.4, 0.1)]))

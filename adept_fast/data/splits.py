@@ -34,8 +34,8 @@ def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
     ordered = by_hash(records)
     if len(ordered) < 3:
         raise InputError(f"{name}: a probe needs at least 3 different items (to score, to steer, to report), found {len(ordered)}")
-    scoring = max(1, min(round(len(ordered) * SCORING), len(ordered) - 2))
-    steering = scoring + max(1, min(round(len(ordered) * STEERING), len(ordered) - scoring - 1))
+    scoring = min(round(len(ordered) * SCORING), len(ordered) - 2)
+    steering = scoring + round(len(ordered) * STEERING)
     return ProbeParts(ordered[:scoring], ordered[scoring:steering], ordered[steering:])
 
 
