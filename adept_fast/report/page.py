@@ -12,7 +12,6 @@ from typing import Any
 from adept_fast.artefacts import read_json, write_text
 from adept_fast.errors import InputError
 from adept_fast.methods import METHODS
-from adept_fast.record import FILE as RECORD
 from adept_fast.record import AdeptConfig
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses, measure_of
@@ -22,10 +21,11 @@ from adept_fast.report.rates import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
 from adept_fast.report.units import unit_profile
 
+RECORD = "expanded/adept_config.json"
 MAKERS = {
     "eval.json": ("the results", "eval"),
     "scores.json": ("the layer profile", "score"),
-    "expanded/adept_config.json": ("what was inserted", "expand"),
+    RECORD: ("what was inserted", "expand"),
     "trainer_log.jsonl": ("rates and losses over training", "tune"),
 }
 CERTAINTY = (
@@ -43,19 +43,18 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     """
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
-    found = {name: _read(path) for name, path in files.items() if path.suffix == ".json" and path.is_file()}
-    units = output_dir / "unit_scores.json"
+    evaluation, scores, units = (_read(output_dir / name) for name in ("eval.json", "scores.json", "unit_scores.json"))
+    record = AdeptConfig.load(files[RECORD].parent) if files[RECORD].is_file() else None
     log = read_log(files["trainer_log.jsonl"])
-    scores, record = found.get("scores.json"), found.get("expanded/adept_config.json")
-    models = (found.get("eval.json") or {}).get("models") or {}
+    models = (evaluation or {}).get("models") or {}
     refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
     measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
     readings = [entry for entry in log if entry.get("event") == "forgetting"]
-    chosen = [entry["copied_from"] for entry in (record or {}).get("inserted") or []]
-    names = recipe.get("model_name_or_path"), ((record or {}).get("source") or {}).get("name_or_path"), (scores or {}).get("model")
+    chosen = [entry.copied_from for entry in record.inserted] if record else []
+    names = recipe.get("model_name_or_path"), record and record.source.get("name_or_path"), (scores or {}).get("model")
     model = str(next(filter(None, names), "model"))
     method = METHODS.get(recipe.get("method", "adept"), METHODS["adept"])
-    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else ["expanded/adept_config.json"])}
+    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
         "verdict": verdict(models),
@@ -67,8 +66,8 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "scores": scores,
         "profile": to_svg(layer_profile(scores, chosen)) if scores else None,
         "certainty": [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None],
-        "units": to_svg(unit_profile(_read(units))) if units.is_file() else None,
-        "next": next_copy((record or {}).get("selection") or {}),
+        "units": to_svg(unit_profile(units)) if units else None,
+        "next": next_copy(record.selection if record else {}),
         "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
         "refreshes": len(refreshes),
         "forgetting": to_svg(forgetting(readings)) if readings else None,
@@ -76,7 +75,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "record": record,
         "inserted": _inserted(record, scores),
         "measure": measure_of(scores) if scores else None,
-        "costs": list(_costs(scores, log, found.get("eval.json"))),
+        "costs": list(_costs(scores, log, evaluation)),
         "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
@@ -93,9 +92,9 @@ def filled(template: str, context: Mapping[str, Any]) -> str:
     return environment.from_string(resources.files(__package__).joinpath(template).read_text(encoding="utf-8")).render(context)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.name == RECORD:
-        return AdeptConfig.load(path.parent).as_dict()
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
     content = read_json(path)
     if content.get("schema") != 1:
         raise InputError(f"{path}: schema {content.get('schema')!r} is not the known 1: use the version of adept_fast that wrote it")
@@ -125,7 +124,7 @@ def _corpora(models: Mapping[str, Any]) -> list[str]:
     return [f"{corpus}: {items:,} items, {tokens:,} tokens" for corpus, (items, tokens) in sizes.items() if items and tokens]
 
 
-def _inserted(record: Mapping[str, Any] | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:
+def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:
     """(copied from, new index, primary score, its interval) of each copy."""
     profile = ((scores or {}).get("profiles") or {}).get((scores or {}).get("loss")) or {}
 
@@ -133,7 +132,7 @@ def _inserted(record: Mapping[str, Any] | None, scores: Mapping[str, Any] | None
         values = profile.get(key) or []
         return values[layer] if layer < len(values) else None
 
-    copies = [(entry["copied_from"], entry["layer"]) for entry in (record or {}).get("inserted") or []]
+    copies = [(entry.copied_from, entry.layer) for entry in (record.inserted if record else ())]
     return [(old, new, number(at("values", old)), interval(at("low", old), at("high", old))) for old, new in copies]
 
 
