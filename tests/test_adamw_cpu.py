@@ -114,6 +114,15 @@ def test_writes_are_seen_by_autograd() -> None:
     AdamW([p], backend="cpu").step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
+    low = Parameter(torch.ones(5, dtype=torch.bfloat16))
+    for backend in ("cpu", "torch"):
+        optimizer = AdamW([low], amsgrad=True, master_weights="remainder", backend=backend)
+        versions = []
+        for _ in range(2):
+            low.grad = torch.ones_like(low)
+            optimizer.step()
+            versions.append({key: tensor._version for key, tensor in {"param": low, **optimizer.state[low]}.items()})
+        assert all(versions[1][key] > version for key, version in versions[0].items()) and len(versions[0]) == 6, backend
 
 
 def test_rows_out_of_range_are_refused() -> None:

@@ -271,8 +271,9 @@ def test_random_bits_go_by_the_place_among_all_parameters() -> None:
     assert len({tuple(param.tolist()) for param in one}) == 4 and torch.equal(three[0], one[3]) and not torch.equal(four[0], one[3])
 
 
+@pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("mode", ["remainder", "kahan"])
-def test_an_edit_resets_what_a_plan_would_keep(mode: str) -> None:
+def test_an_edit_resets_what_a_plan_would_keep(mode: str, idle: bool) -> None:
     params = parameters(torch.bfloat16)
     opt = AdamW(params, lr=1e-4, master_weights=mode)
     for step in range(3):
@@ -283,6 +284,10 @@ def test_an_edit_resets_what_a_plan_would_keep(mode: str) -> None:
         params[0].mul_(2)
     for group in opt.param_groups:
         group["lr"] = 0.0
+    if idle:
+        give_gradients(params, 8)
+        params[0].grad = None
+        opt.step()
     give_gradients(params, 9)
     opt.step()
     after = [_kept(opt, param)[-1] for param in params]

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
+from adept_fast.optim.layout import in_one_order
 
 HYPER = {"lr": 3e-3, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.13}
 CASES = {  # shape of the parameter, shape of the multipliers, dim
@@ -78,6 +79,29 @@ def test_units_equal_split_tensors(case: str, options: dict) -> None:
     truth = split_run(torch.optim.AdamW, case, torch.float64, **options)
     theirs = split_run(torch.optim.AdamW, case, torch.float32, **options)
     assert (ours.double() - truth).abs().max() <= (theirs.double() - truth).abs().max() + 1e-8
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_units_are_the_same_in_any_order_of_memory(case: str) -> None:
+    shape, wanted, dim = CASES[case]
+    backwards = tuple(reversed(range(len(shape))))
+    expected = whole_run(case, torch.float32)[0]
+    for start in (draw(shape, 0).permute(backwards).contiguous().permute(backwards), draw(shape, 0).repeat_interleave(2, -1)[..., ::2]):
+        p = Parameter(start)
+        optimizer = AdamW([p], **HYPER)
+        optimizer.set_unit_lr(p, rates(wanted), dim)
+        for step in range(1, 5):
+            p.grad = draw(shape, step)
+            optimizer.step()
+        assert torch.equal(p, expected) and (p.ndim == 1 or not p.is_contiguous())
+
+
+def test_what_lies_in_one_order_is_not_copied() -> None:
+    tensors = [draw((4, 3), 0).t(), None, draw((4, 3), 1).t()]
+    for row_major, copied in ((False, []), (True, [0, 2])):
+        ordered, copies = in_one_order(tensors, row_major)
+        assert [next(i for i, x in enumerate(tensors) if x is original) for original, _ in copies] == copied
+        assert all(x is None or (torch.equal(x, y) and x.is_contiguous() == row_major) for x, y in zip(ordered, tensors, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["copy", "remainder", "kahan"])

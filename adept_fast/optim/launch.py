@@ -40,7 +40,7 @@ def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
     length, inner = walk or (1, 1)
     if param.is_complex():
         tensors = [x if x is None else torch.view_as_real(x) for x in tensors]
-        inner = inner * 2 if length > 1 else 1
+        inner *= 2
     if multipliers is not None:
         multipliers = multipliers.reshape(-1)
     copies = [(original, copy) for original, copy in copies if original is not grad]

@@ -14,24 +14,16 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 
 
-def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
 def in_one_order(tensors: list[Tensor | None], row_major: bool) -> tuple[list[Tensor | None], list[Pair]]:
-    """The tensors, all in the memory order of the first (row-major where asked for, or where that one is not dense), and the pairs (tensor,
-    copy) of those that had to be copied."""
+    """The tensors, all dense and in the order of dimensions of the first (row-major where asked for), and the pairs (tensor, copy) of
+    those that had to be copied."""
     first = tensors[0]
     if all(x is None or x.is_contiguous() for x in tensors):
         return tensors, []
-    if row_major or not dense(first):
-        like = torch.empty(first.shape, device="meta")
-    else:
-        like = torch.empty_like(first, device="meta")
+    like = torch.empty(first.shape, device="meta") if row_major else torch.empty_like(first, device="meta")
     ordered, copies = [], []
     for x in tensors:
-        if x is not None and not (x.stride() == like.stride() or x.numel() == 0):
+        if x is not None and x.stride() != like.stride():
             copy = torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
             copies.append((x, copy))
             x = copy
