@@ -143,11 +143,12 @@ void activation(std::int64_t gate, std::int64_t up, std::int64_t count, int thre
 
 void attend(std::int64_t queries, std::int64_t keys, std::int64_t values, std::int64_t cosines, std::int64_t sines, std::int64_t output,
             std::int64_t sequences, std::int64_t tokens, std::int64_t heads, std::int64_t key_heads, std::int64_t width,
-            const std::vector<std::int64_t>& ends, float scale, int threads, const std::string& set) {
+            const std::vector<std::int64_t>& ends, std::int64_t askers, std::int64_t asking, float scale, int threads,
+            const std::string& set) {
     const auto at = [](std::int64_t address) { return reinterpret_cast<const float*>(address); };
     work(&attention,
          {at(queries), at(keys), at(values), at(cosines), at(sines), reinterpret_cast<float*>(output), sequences, tokens, heads, key_heads,
-          width, ends.data(), static_cast<std::int64_t>(ends.size()), scale},
+          width, ends.data(), static_cast<std::int64_t>(ends.size()), reinterpret_cast<const std::int64_t*>(askers), asking, scale},
          threads, set);
 }
 
@@ -174,5 +175,6 @@ PYBIND11_MODULE(_C, module) {
                "csrc/cpu_layer.h. Addresses of fp32 memory.");
     module.def("attention", &attend, py::arg("queries"), py::arg("keys"), py::arg("values"), py::arg("cosines"), py::arg("sines"),
                py::arg("output"), py::arg("sequences"), py::arg("tokens"), py::arg("heads"), py::arg("key_heads"), py::arg("width"),
-               py::arg("ends"), py::arg("scale"), py::arg("threads"), py::arg("set") = "", "csrc/cpu_layer.h. Addresses of fp32 memory.");
+               py::arg("ends"), py::arg("askers"), py::arg("asking"), py::arg("scale"), py::arg("threads"), py::arg("set") = "",
+               "csrc/cpu_layer.h. Addresses of fp32 memory, and of int64 askers.");
 }

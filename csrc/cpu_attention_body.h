@@ -86,11 +86,15 @@ ADEPT_FAST_INLINE float softened(float* scores, std::int64_t at, std::int64_t pa
     return sum_of(sum);
 }
 
-// Tokens first to first + count of one sequence, which is a segment, and the query heads of one key head.
+// Of one sequence the segment of tokens first to first + count, with the query heads of one key head.
 void attend(const Attention& given, std::int64_t sequence, std::int64_t first, std::int64_t count, std::int64_t key_head) {
     const std::int64_t width = given.width, group = given.heads / given.key_heads;
     const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     const std::int64_t row = given.heads * width, key_row = given.key_heads * width, start = sequence * given.tokens + first;
+    const std::int64_t* askers = std::lower_bound(given.askers, given.askers + given.asking, first);
+    const std::int64_t asking = std::lower_bound(askers, given.askers + given.asking, first + count) - askers;
+    const std::int64_t asked = sequence * given.asking + (askers - given.askers);  // row of the first of them
+    if (asking == 0) return;
     thread_local std::vector<float> scratch;
     scratch.resize(static_cast<std::size_t>(width * padded + kLanes * width + kQueries * (width + padded + width)));
     float* transposed = scratch.data();  // keys, each kLanes of them [width, kLanes]
@@ -109,18 +113,21 @@ void attend(const Attention& given, std::int64_t sequence, std::int64_t first, s
     }
     const float* values = given.values + start * key_row + key_head * width;
     for (std::int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-        for (std::int64_t i = 0; i < count; i += kQueries) {
-            const std::int64_t n = std::min(kQueries, count - i), seen = i + n, seen_padded = (seen + kLanes - 1) / kLanes * kLanes;
+        for (std::int64_t i = 0; i < asking; i += kQueries) {
+            const std::int64_t n = std::min(kQueries, asking - i), seen = askers[i + n - 1] - first + 1;
+            const std::int64_t seen_padded = (seen + kLanes - 1) / kLanes * kLanes;
             for (std::int64_t q = 0; q < kQueries; ++q) {
-                const std::int64_t token = i + std::min(q, n - 1);
-                turn(given, given.queries + (start + token) * row + head * width, first + token, given.scale, queries + q * width);
+                const std::int64_t at = i + std::min(q, n - 1);
+                turn(given, given.queries + (asked + at) * row + head * width, askers[at], given.scale, queries + q * width);
             }
             multiply(queries, width, {transposed, kLanes, width * kLanes}, scores, padded, width, seen_padded);
             float sums[kQueries];
-            for (std::int64_t q = 0; q < kQueries; ++q) sums[q] = softened(scores + q * padded, i + std::min(q, n - 1), seen_padded);
+            for (std::int64_t q = 0; q < kQueries; ++q) {
+                sums[q] = softened(scores + q * padded, askers[i + std::min(q, n - 1)] - first, seen_padded);
+            }
             multiply(scores, padded, {values, key_row, kLanes}, output, width, seen, width);
             for (std::int64_t q = 0; q < n; ++q) {
-                float* to = given.output + (start + i + q) * row + head * width;
+                float* to = given.output + (asked + i + q) * row + head * width;
                 const Lanes share = all(1.0f / sums[q]);
                 for (std::int64_t d = 0; d < width; d += kLanes) store(to + d, load(output + q * width + d) * share);
             }

@@ -21,12 +21,15 @@ const char* gated_activation(const GatedActivation& activation, int threads, con
 }
 
 const char* attention(const Attention& given, int threads, const RowKernels& kernels) {
-    if (given.width < 16 || given.width % 16 != 0) return "the width of a head is no multiple of 16";
+    if (given.width < 32 || given.width % 32 != 0) return "the width of a head is no multiple of 32";
     if (given.key_heads < 1 || given.heads % given.key_heads != 0) return "heads are no whole groups of key heads";
     for (std::int64_t s = 0; s < given.segments; ++s) {
         if (given.ends[s] <= (s == 0 ? 0 : given.ends[s - 1])) return "segments do not ascend";
     }
     if (given.segments < 1 || given.ends[given.segments - 1] != given.tokens) return "the last segment does not end with the tokens";
+    for (std::int64_t i = 0; i < given.asking; ++i) {
+        if (given.askers[i] >= given.tokens || given.askers[i] < (i == 0 ? 0 : given.askers[i - 1] + 1)) return "tokens that ask do not ascend";
+    }
     for_each(given.sequences * given.segments * given.key_heads, threads, [&](std::int64_t i) {
         const std::int64_t key_head = i % given.key_heads, segment = i / given.key_heads % given.segments;
         const std::int64_t first = segment == 0 ? 0 : given.ends[segment - 1];

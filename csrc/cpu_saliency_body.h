@@ -75,6 +75,9 @@ ADEPT_FAST_INLINE Lanes take(const TileRow& row, std::int64_t j) {
 
 // Sums of each of `n` lanes, as sum_of: together, because each step waits for the one before it.
 ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
+#ifdef ADEPT_FAST_TURNED
+    for (int k = 0; k < n; ++k) totals[k] = sum_of(lanes[k]);
+#else
     float x[kAtOnce * 3][kLanes];
     for (int k = 0; k < n; ++k) store(x[k], lanes[k]);
     for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -83,6 +86,7 @@ ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
         }
     }
     for (int k = 0; k < n; ++k) totals[k] = x[k][0];
+#endif
 }
 
 // Adds g^2, and with kProducts |theta g| and theta g, of kRows rows of a tile to the sums of its columns, in the order of the rows, and

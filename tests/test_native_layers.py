@@ -92,11 +92,15 @@ def test_attention(lengths: list[int], heads: int, key_heads: int, width: int, i
     cosines, sines = torch.randn(2, tokens, width, generator=generator)  # no turns, so that each half has factors of its own
     ends = torch.tensor(lengths).cumsum(0).tolist()
     given = [queries, keys, values, cosines, sines]
-    found = [torch.full_like(queries, torch.nan) for _ in (1, 3)]
-    for threads, output in zip((1, 3), found, strict=True):
-        addresses = (x.data_ptr() for x in (*given, output))
-        native.attention(*addresses, sequences, tokens, heads, key_heads, width, ends, 0.3, threads, instructions)
-    assert torch.equal(*found), "threads change bits"
+    found = []
+    for threads, askers in ((1, torch.arange(tokens)), (3, torch.arange(tokens)), (2, torch.arange(tokens // 2, tokens, 2))):
+        asking = queries[:, askers].contiguous()
+        found.append(torch.full_like(asking, torch.nan))
+        addresses = (x.data_ptr() for x in (asking, *given[1:], found[-1]))
+        sizes = sequences, tokens, heads, key_heads, width, ends, askers.data_ptr(), len(askers)
+        native.attention(*addresses, *sizes, 0.3, threads, instructions)
+    assert torch.equal(*found[:2]), "threads change bits"
+    torch.testing.assert_close(found[2], found[0][:, askers], rtol=1e-5, atol=1e-5)
     if tokens > 1:
         no_further_than_torch(found[0], causal(lengths, heads, key_heads, 0.3), *given)
     else:
@@ -107,24 +111,27 @@ def test_attention_of_large_scores() -> None:
     """Of scores in the hundreds the largest takes all, without an overflow."""
     queries, keys, values = (torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     ones, zeros, found = torch.ones(20, 32), torch.zeros(20, 32), torch.empty(1, 20, 32)
-    given = [queries * 30, keys * 30, values, ones, zeros]
-    native.attention(*(x.data_ptr() for x in (*given, found)), 1, 20, 1, 1, 32, [20], 1.0, 1)
+    given, askers = [queries * 30, keys * 30, values, ones, zeros], torch.arange(20)
+    native.attention(*(x.data_ptr() for x in (*given, found)), 1, 20, 1, 1, 32, [20], askers.data_ptr(), 20, 1.0, 1)
     torch.testing.assert_close(found, causal([20], 1, 1, 1.0)(*given))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"width": 40}, "no multiple of 16"),
+        ({"width": 40}, "no multiple of 32"),
         ({"heads": 3, "key_heads": 2}, "no whole groups"),
         ({"ends": [3]}, "does not end"),
-        ({"ends": [4, 4]}, "do not ascend"),
+        ({"ends": [4, 4]}, "segments do not ascend"),
+        ({"asking": 3}, "that ask do not ascend"),
+        ({"tokens": 2, "ends": [2], "asking": 2}, "that ask do not ascend"),
     ],
 )
 def test_wrong_shapes_are_refused(change: dict, says: str) -> None:
-    sizes = {"sequences": 1, "tokens": 4, "heads": 2, "key_heads": 2, "width": 32, "ends": [4], "scale": 1.0, "threads": 1, **change}
+    askers = torch.tensor([1, 3, 3])
+    sizes = {"sequences": 1, "tokens": 4, "heads": 2, "key_heads": 2, "width": 32, "ends": [4], "scale": 1.0, "threads": 1}
     with pytest.raises(ValueError, match=says):
-        native.attention(0, 0, 0, 0, 0, 0, **sizes)
+        native.attention(0, 0, 0, 0, 0, 0, askers=askers.data_ptr(), **{**sizes, "asking": 0, **change})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

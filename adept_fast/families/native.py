@@ -56,36 +56,44 @@ class _PlainLayer:
     width: int
     scale: float
 
-    def __call__(self, hidden: Tensor, turns: Sequence[Tensor], ends: Sequence[int]) -> None:
-        """Update hidden [sequences, tokens, width] in place. turns: cosines and sines [1, tokens, head width]; ends: of segments."""
+    def __call__(self, hidden: Tensor, turns: Sequence[Tensor], ends: Sequence[int], rows: Tensor | None) -> None:
+        """Update hidden [sequences, tokens, width] in place, at `rows` of the tokens alone where they are given.
+
+        turns: cosines and sines [1, tokens, head width]; ends: of segments.
+        """
         from adept_fast import _C
 
         attention, mlp, threads = self.module.self_attn, self.module.mlp, torch.get_num_threads()
         sequences, tokens, _ = hidden.shape
-        rows = hidden.view(sequences * tokens, -1)
-        normed = self.before_attention(rows, torch.empty_like(rows))
-        queries, keys, values = (_product(normed, at) for at in (attention.q_proj, attention.k_proj, attention.v_proj))
+        normed = self.before_attention(hidden, torch.empty_like(hidden))
+        keys, values = _product(normed, attention.k_proj), _product(normed, attention.v_proj)
+        askers = torch.arange(tokens) if rows is None else rows
+        kept, normed = (hidden, normed) if rows is None else (hidden[:, rows], normed[:, rows])
+        queries = _product(normed, attention.q_proj)
         for norm, heads in zip(self.head_norms, (queries, keys), strict=False):
             norm(heads, heads)
         attended = torch.empty_like(queries)
         addresses = (x.data_ptr() for x in (queries, keys, values, *turns, attended))
-        counts = (x.shape[1] // self.width for x in (queries, keys))
-        _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, self.scale, threads)
-        _add_product(rows, attended, attention.o_proj)
-        self.before_mlp(rows, normed)
+        counts = (x.shape[2] // self.width for x in (queries, keys))
+        asking = askers.data_ptr(), len(askers)
+        _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, *asking, self.scale, threads)
+        _add_product(kept, attended, attention.o_proj)
+        self.before_mlp(kept, normed)
         gate, up = _product(normed, mlp.gate_proj), _product(normed, mlp.up_proj)
         _C.gated_activation(gate.data_ptr(), up.data_ptr(), gate.numel(), threads)
-        _add_product(rows, gate, mlp.down_proj)
+        _add_product(kept, gate, mlp.down_proj)
+        if rows is not None:
+            hidden[:, rows] = kept
 
 
 def _product(inputs: Tensor, linear: nn.Linear) -> Tensor:
     return functional.linear(inputs, linear.weight, linear.bias)
 
 
-def _add_product(rows: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
-    rows.addmm_(inputs, linear.weight.T)
+def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
+    hidden.view(-1, hidden.shape[-1]).addmm_(inputs.view(-1, inputs.shape[-1]), linear.weight.T)
     if linear.bias is not None:
-        rows.add_(linear.bias)
+        hidden.add_(linear.bias)
 
 
 def _plain(layer: nn.Module) -> _PlainLayer | None:
@@ -128,24 +136,24 @@ def _touched(module: nn.Module) -> bool:
 
 
 @contextmanager
-def native_layers(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
+def native_layers(model: PreTrainedModel, lengths: Sequence[int], rows: Tensor | None = None) -> Iterator[None]:
     """For the time being, layers of the plain kind run so, on sequences of segments of `lengths` tokens, and update their input in place:
-    for one who gives them a buffer of his own."""
-    ends = list(accumulate(lengths))
+    for one who gives them a buffer of his own. The last layer need give what it gives at `rows` alone, int64, ascending."""
+    ends, layers = list(accumulate(lengths)), decoder_layers(model)
     with ExitStack() as stack:
-        for layer in decoder_layers(model):
-            stack.enter_context(replaced_forward(layer, _native(layer, ends)))
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, _native(layer, ends, rows if layer is layers[-1] else None)))
         yield
 
 
-def _native(layer: nn.Module, ends: Sequence[int]) -> Any:
+def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
     own = layer.forward
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         turns, plain = kwargs.get("position_embeddings"), _plain(layer)
         if plain is None or not _fit(turns, hidden, plain.width):
             return own(hidden, *args, **kwargs)
-        plain(hidden, [each.contiguous() for each in turns], ends)
+        plain(hidden, [each.contiguous() for each in turns], ends, rows)
         return hidden
 
     return run

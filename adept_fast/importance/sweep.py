@@ -134,8 +134,8 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: Sweep
 
     with ExitStack() as stack:
         if plan.native:
-            stack.enter_context(native_layers(model, pack.lengths))
-        if cut and len(pack.rows) < pack.tokens:
+            stack.enter_context(native_layers(model, pack.lengths, None if cut is None else pack.rows))
+        elif cut and len(pack.rows) < pack.tokens:
             stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
             stack.enter_context(_wrapped(module, front.wrapper(layer)))
