@@ -156,7 +156,7 @@ def test_a_kind_that_a_layer_lacks_takes_no_part_in_its_mean_rank() -> None:
 
 def test_undecided_are_those_whose_interval_reaches_below_the_highest_end_of_the_chosen() -> None:
     profile = Profile((1.0, 2.0, 3.6, 5.0, 3.7), (0.5, 1.8, 3.4, 3.5, 3.6), (3.5, 2.2, 3.8, 6.0, 3.8), None)
-    scores = LayerScores("masking", "answer", {"answer": profile}, 9, 9, 1.0)
+    scores = LayerScores(method="masking", loss="answer", profiles={"answer": profile}, items=9, tokens=9, seconds=1.0)
     assert undecided(scores, [0, 1]) == [2] and undecided(scores, [0, 1], "uniform") == []
     assert undecided(dataclasses.replace(scores, copies=(2,)), [0, 1]) == []
 
