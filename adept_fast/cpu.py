@@ -99,15 +99,13 @@ class SaliencyPass:
         rows, columns, sums = prod(self._shape[: dim + 1]), prod(self._shape[dim + 1 :]), self._sums.get(dim)
         unfolded = None if sums is None or rows == self._shape[dim] else sums.new_zeros(len(sums), rows)
         addresses = (0 if x is None else x.data_ptr() for x in (running, sums if unfolded is None else unfolded, column_sums))
-        return dim, unfolded, (rows, columns, *addresses)
+        return dim, unfolded, (rows, columns, *addresses, THREADS or torch.get_num_threads(), INSTRUCTIONS)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         parameter, gradient = parameter.contiguous(), gradient.contiguous()
-        threads = THREADS or torch.get_num_threads()
         theta = parameter.data_ptr() if self._products else 0
-        tensors = (theta, FORMATS[parameter.dtype], gradient.data_ptr(), FORMATS[gradient.dtype])
         for dim, unfolded, arguments in self._passes:
-            _C.saliency(*tensors, *arguments, threads, INSTRUCTIONS)
+            _C.saliency(theta, FORMATS[parameter.dtype], gradient.data_ptr(), FORMATS[gradient.dtype], *arguments)
             if unfolded is not None:
                 self._sums[dim].add_(unfolded.view(len(unfolded), -1, self._shape[dim]).sum(1))
                 unfolded.zero_()

@@ -36,12 +36,22 @@ class _Gathered:
     seen: bool = False
     small: Tensor | None = field(default=None, repr=False)  # a vector's gradient, until the backward is over
 
-    def add(self, gradient: Tensor) -> None:
-        parameter = local(self.parameter.detach())
-        if self.native is None or gradient.dtype == torch.float64:
-            _add(self.sums, parameter, gradient, self.running)
+    def take(self, parameter: nn.Parameter) -> None:
+        """The hook. As short as can be: behind a product of matrices Python's own code lies in no cache, and takes six times its time."""
+        gradient, parameter.grad = parameter.grad, None
+        if self.seen:
+            raise InputError(
+                f"{self.name}: backward handed its gradient on in parts: reentrant activation checkpointing hides how they add up; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        self.seen = True
+        gradient = local(gradient, parameter)
+        if self.native is not None:
+            self.native.add(local(parameter), gradient)
+        elif gradient.ndim == 1:
+            self.small = gradient
         else:
-            self.native.add(parameter, gradient)
+            _add(self.sums, local(parameter), gradient, self.running)
 
 
 def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,31 +91,12 @@ class GradientSums:
 
     def __enter__(self) -> GradientSums:
         for gathered in self._gathered:
-
-            def hook(parameter: Tensor, gathered: _Gathered = gathered) -> None:
-                gradient, parameter.grad = parameter.grad, None
-                self._take(gathered, gradient)
-
-            self._handles.append(gathered.parameter.register_post_accumulate_grad_hook(hook))
+            self._handles.append(gathered.parameter.register_post_accumulate_grad_hook(gathered.take))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-    @torch.no_grad()
-    def _take(self, gathered: _Gathered, gradient: Tensor) -> None:
-        if gathered.seen:
-            raise InputError(
-                f"{gathered.name}: backward handed its gradient on in parts: reentrant activation checkpointing hides how they add up; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        gathered.seen = True
-        gradient = local(gradient, gathered.parameter)
-        if gradient.ndim == 1 and gathered.native is None:
-            gathered.small = gradient
-        else:
-            gathered.add(gradient)
 
     def backward(self, loss: Tensor) -> None:
         for gathered in self._gathered:

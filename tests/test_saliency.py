@@ -190,14 +190,14 @@ def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_
     found = sequence_sums(model, items, dims, quiet=True)
     assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
     calls = itertools.count()
-    add = gradient_sums._Gathered.add
+    take = gradient_sums._Gathered.take
 
     def failing(*arguments: object) -> None:
         if next(calls) == 5:
             raise RuntimeError("the device is lost")
-        add(*arguments)
+        take(*arguments)
 
-    monkeypatch.setattr(gradient_sums._Gathered, "add", failing)
+    monkeypatch.setattr(gradient_sums._Gathered, "take", failing)
     with pytest.raises(RuntimeError, match="the device is lost"):
         sequence_sums(model, items, dims, quiet=True)
     after = state_of(model)
