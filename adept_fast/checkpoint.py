@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,10 @@ CARRIED_FOLDERS = ("additional_chat_templates",)
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, checked, or a hub name's snapshot. Raises InputError."""
     folder = Path(name_or_path).expanduser()
-    if not folder.exists():
+    if os.path.exists(folder):  # False for a name that is too long, too
+        if revision is not None:
+            raise InputError(f"revision={revision}: {name_or_path} is a folder, which has one state only: leave it out")
+    else:
         if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
             raise InputError(f"{name_or_path}: no such model folder (a model on the hub is named owner/name)")
         folder = _snapshot(name_or_path, revision)

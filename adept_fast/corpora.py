@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +127,7 @@ class Corpora:
             raise InputError("tune.streaming=false: a source's share of the tokens needs a stream: leave streaming out, or give weights")
         if wanted is not None or mixed:
             return wanted or mixed
-        return sum(source.file.stat().st_size for source in self._sources if source.file.is_file()) > STREAM_ABOVE
+        return sum(source.file.stat().st_size for source in self._sources if os.path.isfile(source.file)) > STREAM_ABOVE
 
     @property
     def _sources(self) -> tuple[Source, ...]:

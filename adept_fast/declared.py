@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import reduce
 from numbers import Integral, Real
+from operator import or_
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
 
-KINDS = {int: "a whole number", str: "text", bool: "true or false", float: "a number"}
+KINDS = {int: "a whole number", str: "text of one line", bool: "true or false", float: "a number"}
 LONGEST = 1 << 63  # what a whole number must be below, to be one outside of Python too
+LONGEST_TEXT = 4096  # of a path, too
+IN_NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # line breaks, what ends a path, halves of characters
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ def declare(default: Any = MISSING, bounds: Bounds | None = None, meaning: str =
 
 
 def options(hint: Any) -> tuple[Any, bool]:
-    """(the type, whether None is allowed too) of a type hint."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
+    """(the type, or the union of several, whether None is allowed too) of a type hint."""
+    kinds = _members(hint)
+    return reduce(or_, (kind for kind in kinds if kind is not NoneType)), NoneType in kinds
 
 
 def check(declared: type, prefix: str = "", /, needed: bool = False, **given: Any) -> None:
@@ -63,8 +68,8 @@ def check(declared: type, prefix: str = "", /, needed: bool = False, **given: An
 
 
 def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
-    """Raise InputError for a value that is not of `kind` (a float must be finite, a text not empty), or out of its bounds."""
-    if get_origin(kind) is tuple and isinstance(value, (list, tuple)) and (bounds is None or len(set(value)) == len(value)):
+    """Raise InputError for a value that is not of `kind` (a float must be finite, a text one line, not empty), or out of its bounds."""
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)) and (bounds is None or _differ(value)):
         for index, entry in enumerate(value):
             require(f"{name}[{index}]", entry, get_args(kind)[0], bounds)
     elif not _is(value, kind) or (bounds is not None and value not in bounds):
@@ -77,20 +82,39 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
         return "a list" if bounds is None else f"a list of {', '.join(bounds)}, each once"
     if isinstance(bounds, Range):
         return f"{KINDS[kind]} {bounds}"
-    return KINDS.get(kind, "a table of settings") if bounds is None else f"one of {', '.join(bounds)}"
+    if bounds is not None:
+        return f"one of {', '.join(bounds)}"
+    return " or ".join("a list" if get_origin(each) is list else KINDS.get(each, "a table of settings") for each in _members(kind))
 
 
 def shown(value: Any) -> str:
     """On one line, and not longer than that."""
-    text = " ".join(repr(value).split())
+    return cut(" ".join(repr(value).split()))
+
+
+def cut(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _differ(entries: Sequence[Any]) -> bool:
+    return not any(entry in entries[:index] for index, entry in enumerate(entries))
+
+
 def _is(value: Any, kind: Any) -> bool:
+    if len(kinds := _members(kind)) > 1:
+        return any(_is(value, each) for each in kinds)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(entry, get_args(kind)[0]) for entry in value)
     if get_origin(kind) is tuple or (kind in (int, float) and isinstance(value, bool)):
         return False
     if kind is int:
         return isinstance(value, Integral) and abs(value) < LONGEST
     if kind is float:
         return isinstance(value, Real) and -math.inf < value < math.inf
-    return isinstance(value, kind if isinstance(kind, type) else Mapping) and (kind is not str or bool(value.strip()))
+    if kind is str:
+        return isinstance(value, str) and bool(value.strip()) and len(value) <= LONGEST_TEXT and not IN_NO_TEXT.search(value)
+    return isinstance(value, get_origin(kind) or kind)

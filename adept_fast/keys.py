@@ -89,7 +89,7 @@ class Tuning:
     refresh_steps: int = declare(500, COUNT, "unit rates are measured again, held-out losses logged, a checkpoint written")
     block_size: int = declare(1024, Range(2), "tokens of a packed block")
     anchor_weight: float | None = declare(
-        None, Range(0), "0.5: hold the model to its base without replay data, by that weight of KL(base || model), ..."
+        None, Range(0, 1000), "0.5: hold the model to its base without replay data, by that weight of KL(base || model), ..."
     )
     anchor_every: int = declare(4, COUNT, "... in the loss of every fourth step, ...")
     anchor_tokens: int = declare(256, COUNT, "... on so many tokens of the probe items that steer unit rates")

@@ -12,11 +12,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from adept_fast.declared import check, options, shown
+from adept_fast.declared import check, cut, options, shown
 from adept_fast.errors import InputError
 
 T = TypeVar("T")
+LISTED = 20  # known keys, in a message
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+
+
+def parsed(text: str, what: str) -> Any:
+    """What a YAML text says. Raises InputError for one that says nothing, or a key twice, of which YAML would take the last in silence."""
+    import yaml
+
+    class EachKeyOnce(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    raise yaml.YAMLError(f"{key.value} stands there twice, first in line {key.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, EachKeyOnce)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # most of numbers and dates that are none
+        raise InputError(f"{what} not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
@@ -31,8 +50,9 @@ def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any]
 def unknown(key: str, known: Iterable[str], prefix: str) -> InputError:
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + name for name in known)}"
-    return InputError(f"unknown key {prefix}{key}: {hint}")
+    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/recipe.md says which there are"
+    hint = f"did you mean {prefix}{near[0]}?" if near else listed
+    return InputError(f"unknown key {prefix}{cut(key)}: {hint}")
 
 
 def number(text: str) -> float | str:
@@ -49,22 +69,19 @@ def numbers(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _override(content: dict[str, Any], override: str, texts: Sequence[str]) -> None:
-    import yaml
-
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"{override!r}: expected key=value or key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{override}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+        raise InputError(f"{shown(override)}: expected key=value or key.sub=value")
+    value = parsed(text, f"{key}: the value is")
     if key in texts and text not in ("", "null"):
         value = text  # YAML would read 010, 1_0 or a date as something else
     *parents, last = key.split(".")
     table = content
     for parent in parents:
-        inner = table.get(parent)
-        table[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        inner = table.get(parent) or {}
+        if not isinstance(inner, Mapping):
+            raise InputError(f"{key}: {parent} is no table of settings, but {shown(inner)}")
+        table[parent] = inner = dict(inner)
         table = inner
     table[last] = value
 
@@ -109,6 +126,4 @@ def _read(value: Any, hint: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{key} must be a table of settings, found {shown(value)}: write {key}.name=value")
         return _build(kind, value, f"{key}.")
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
     return number(value) if kind is float and isinstance(value, str) else value

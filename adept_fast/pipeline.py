@@ -40,9 +40,11 @@ def run(work: Workspace) -> dict[str, Any]:
 
 def _check(work: Workspace) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
-    from adept_fast.tuning import check_rank, check_settings
+    from adept_fast.tuning import check_meter, check_rank, check_settings
 
-    check_settings(tuning_settings(work))
+    settings = tuning_settings(work)
+    check_settings(settings)
+    check_meter(settings, work.corpora.metering())
     check_layers(work)
     describe(work.skeleton)
     if work.recipe.method == "lora":

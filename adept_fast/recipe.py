@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.data.sources import GENERAL, Source
-from adept_fast.declared import declare
+from adept_fast.declared import declare, shown
 from adept_fast.errors import InputError
 from adept_fast.keys import DTYPES, SEEDS, Eval, Expand, Score, Tune
 from adept_fast.methods import METHODS
-from adept_fast.overrides import settings
+from adept_fast.overrides import parsed, settings
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,29 @@ class Recipe:
     def folder(self) -> Path:
         return Path(self.output_dir).expanduser()
 
+    @property
+    def unused(self) -> str | None:
+        """What is said of `expand`, to a method that copies nothing."""
+        given = [f"expand.{key}" for key, value in vars(self.expand).items() if value != getattr(Expand, key)]
+        if not given or METHODS[self.method].copies:
+            return None
+        return f"warning: method={self.method} copies no layers: {', '.join(given)} has no effect"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str] = ("model_name_or_path", "domain")) -> Recipe:
     """Read a YAML recipe (or none), apply "key.sub=value" overrides, check every key and value. Raises InputError."""
-    import yaml
-
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = yaml.load(Path(path).read_text(encoding="utf-8"), _each_key_once()) or {}
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path}: no such recipe (a setting is written key=value)") from None
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{shown(path)}: no such recipe ({error.strerror}; a setting is written key=value)") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a text in UTF-8 ({error})") from None
+        content = parsed(text, f"{path}:") or {}
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
     recipe = settings(Recipe, overrides, content)
@@ -64,21 +71,6 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
         if not getattr(recipe, key):
             raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
     return recipe
-
-
-def _each_key_once() -> Any:
-    """A safe loader for tables without a key that stands there twice, of which YAML would take the last without a word."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            for key, _ in node.value:
-                if keys.count(key.value) > 1:
-                    raise yaml.YAMLError(f"{key.value} stands there twice, first in line {key.start_mark.line + 1}")
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def check_together(recipe: Recipe) -> None:
@@ -93,7 +85,12 @@ def check_together(recipe: Recipe) -> None:
         raise InputError(f"expand.budget chooses how many layers to copy, but {given}: leave one out")
     if expand.budget is not None and not expand.budget.shares:
         raise InputError("expand.budget: no share of full training is given: set parameters or time in it, or leave it out")
-    for key, limit in (("tune.anchor_weight", tune.anchor_weight), ("tune.general_limit", tune.general_limit)):
+    measured = {
+        "tune.anchor_weight": tune.anchor_weight,
+        "tune.general_limit": tune.general_limit,
+        "eval.general_limit": recipe.eval.general_limit,
+    }
+    for key, limit in measured.items():
         if not method.copies and limit is not None:
             raise InputError(f"method={recipe.method} keeps no base inside the model to measure against: leave {key} out")
     if score.unit_layers is not None and score.units is None:

@@ -40,7 +40,7 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     training = work.corpora.training()
     text = training if isinstance(training, StreamedText) else training.tokenize(work.tokenizer, work.quiet)
     planned, _ = plan(text, work.tokenizer, tuning_settings(work), work.positions)
-    for line in (str(planned), planned.warning):
+    for line in (str(planned), planned.warning, work.recipe.unused):
         if line:
             work.say(line)
     return text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from enum import Enum
 from functools import cache
-from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from adept_fast.declared import COUNT, Range, require
+from adept_fast.declared import COUNT, Range, options, require
 from adept_fast.errors import InputError
 from adept_fast.overrides import number, numbers, unknown
 
@@ -20,20 +20,44 @@ DEFAULTS = {
     "per_device_train_batch_size": 4,
 }
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps", "save_total_limit")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
+MORE_WHOLE = ("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout")
+PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")  # in whose place adept_fast.AdamW steps
+WSD = ("wsd", "warmup_stable_decay")  # the short name is none of transformers'
+LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 BOUNDS = {
-    **dict.fromkeys((*NOT_NEGATIVE, "neftune_noise_alpha"), Range(0)),
-    **dict.fromkeys(WHOLE, COUNT),
-    **dict.fromkeys(("num_train_epochs", "logging_steps"), Range(0, above=True)),
+    **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"), Range(0)),
+    **dict.fromkeys((*WHOLE, *MORE_WHOLE), COUNT),
+    "num_train_epochs": Range(0, 1_000_000, above=True),
+    "logging_steps": Range(0, above=True),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), Range(0, 1, below=True)),
+    **dict.fromkeys(("learning_rate", "adam_epsilon"), Range(0, 1)),  # AdamW moves each weight by about the rate in a step
+    "neftune_noise_alpha": Range(0, 1000),  # 5 to 15 are in use
+    "optim": PLAIN_ADAMW,
+    "torch_compile_mode": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "save_strategy": ("no", "steps", "epoch"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    **dict.fromkeys(("log_level", "log_level_replica"), LEVELS),
 }
+HINTS = {
+    **dict.fromkeys(("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), dict[str, Any] | None),
+    **dict.fromkeys(("fsdp", "trackio_static_space_id"), bool | str | None),
+    "debug": str,
+}
+"""Where transformers takes other values than its own hints say, or no text can hold what they say."""
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
+NOT_EVALUATED = (
+    *("eval_strategy", "eval_on_start", "eval_delay", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+    *("per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "do_eval", "do_predict"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval"),
+)
+HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
 LEFT_OUT = {
-    "eval_strategy": "held-out losses are logged every tune.eval_steps",
+    **dict.fromkeys(NOT_EVALUATED, "held-out losses are logged every tune.eval_steps, and nothing else is evaluated"),
+    **dict.fromkeys(HUB, "checkpoints hold the copies alone; publish output_dir/tuned when it is done"),
     "ignore_data_skip": "a resumed run would train again on what it began with",
-    "optim_args": "unit-wise rates need adept_fast.AdamW, which takes tune.adam_beta1 and its like",
-    "push_to_hub": "checkpoints hold the copies alone; publish output_dir/tuned when it is done",
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "unit-wise rates need adept_fast.AdamW, with tune.adam_beta1 and its like"),
+    "parallelism_config": "several processes share the work by DDP or FSDP2, as accelerate launch is told",
     "restore_callback_states_from_checkpoint": "a resumed run restores them itself",
     "save_only_model": "a killed run could not go on with its rates and moments",
 }
@@ -46,7 +70,7 @@ def known() -> dict[str, tuple[Any, Any]]:
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
-    return {entry.name: (hints[entry.name], entry.default) for entry in fields(TrainingArguments) if entry.init}
+    return {entry.name: (HINTS.get(entry.name, hints[entry.name]), entry.default) for entry in fields(TrainingArguments) if entry.init}
 
 
 def checked(key: str, value: Any) -> Any:
@@ -57,16 +81,16 @@ def checked(key: str, value: Any) -> Any:
     if key not in known():
         raise unknown(key, known(), "tune.")
     hint, default = known()[key]
-    if value is False and key.endswith("_strategy"):
+    kind, optional = options(hint)
+    named = next((each for each in get_args(kind) if isinstance(each, type) and issubclass(each, Enum)), ())
+    bounds = BOUNDS.get(key) or tuple(each.value for each in named)
+    if value is False and not isinstance(bounds, Range) and "no" in bounds:
         value = "no"  # which YAML 1.1 reads as false
     if key in LEFT_OUT and value != default:
         raise InputError(f"{name}: {LEFT_OUT[key]}: leave it out")
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    kind, bounds = kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else None, BOUNDS.get(key)
-    if value is None and NoneType in get_args(hint):
-        return None
+    if (value is None and optional) or (key == "lr_scheduler_type" and value in WSD):
+        return value
     if kind in (int, float) and isinstance(value, str):
         value = number(value)
-    if kind or bounds:
-        require(name, value, int if bounds is COUNT else kind or str, bounds)
+    require(name, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)
     return numbers(value) if isinstance(value, Mapping) else value

@@ -42,11 +42,11 @@ class Workspace:
     def held(self) -> Iterator[None]:
         """Make output_dir, keep other runs out of it, and clear what a killed one left half written. Of several processes one does so.
         A folder that was made for nothing, as where the run is refused, does not stay."""
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.exists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
-        if (self.folder / "config.json").exists():
+        if os.path.exists(self.folder / "config.json"):
             raise InputError(f"{self.folder}: output_dir holds a model: choose another")
-        missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not folder.exists()]
+        missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not os.path.exists(folder)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

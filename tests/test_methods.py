@@ -110,6 +110,7 @@ def test_a_killed_baseline_goes_on_to_the_same_weights(folder: Path, monkeypatch
         (["method=uniform", "expand.layers=[1]"], "spaces the copies evenly"),
         (["method=full", "tune.anchor_weight=0.5"], "tune.anchor_weight"),
         (["method=lora", "tune.general_limit=0.1"], "tune.general_limit"),
+        (["method=replay", "tune.replay=a.txt", "eval.general_limit=0.1"], "eval.general_limit"),
     ],
 )
 def test_methods_that_do_not_fit_are_refused(settings: list[str], message: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.recipe import load
-from adept_fast.training_arguments import DEFAULTS
+from adept_fast.keys import Budget
+from adept_fast.recipe import Recipe, load
+from adept_fast.training_arguments import DEFAULTS, known
 
 NEEDED = ["model_name_or_path=M", "domain=d.txt"]
 
@@ -72,19 +74,55 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
         (["tune.gradient_checkpointing=ture"], "tune.gradient_checkpointing must be true or false, found 'ture'"),
         (["tune.bf16=None"], "tune.bf16 must be true or false"),
-        (["tune.learning_rate=true"], "tune.learning_rate must be a number of 0 or more, found True"),
+        (["tune.learning_rate=true"], "tune.learning_rate must be a number from 0 to 1, found True"),
         (["tune.weight_decay=null"], "tune.weight_decay must be a number of 0 or more, found None"),
         (["tune.save_total_limit=1.5"], "tune.save_total_limit must be a whole number"),
-        (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a number above 0, found nan"),
-        (["tune.num_train_epochs=0"], "tune.num_train_epochs must be a number above 0, found 0"),
-        (["tune.anchor_weight=.inf"], "tune.anchor_weight must be a number of 0 or more, found inf"),
+        (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a number above 0 and at most 1000000, found nan"),
+        (["tune.num_train_epochs=0"], "tune.num_train_epochs must be a number above 0 and at most 1000000, found 0"),
+        (["tune.anchor_weight=.inf"], "tune.anchor_weight must be a number from 0 to 1000, found inf"),
         (["domain="], "domain must be a list, found None"),
-        (["domain={path: null}"], "a source's path must be text"),
+        (["domain={path: null}"], "a source's path must be text of one line, found None"),
+        (["domain={path: a, weight: 1e12}"], "a source's weight must be a number above 0 and at most 1000"),
+        (["domain={path: a, path: b}"], "domain: the value is not valid YAML .path stands there twice"),
+        (["domain=d.txt", "domain.weight=2"], "domain.weight: domain is no table of settings, but 'd.txt'"),
+        (["seed=2001-13-01"], "seed: the value is not valid YAML .month must be in"),
+        (["seed=1" + "0" * 5000], "seed: the value is not valid YAML .Exceeds the limit"),
+        (["tune.a=1"], "unknown key tune.a: docs/recipe.md says which there are"),
+        (["score.compare={a: 1}"], r"score.compare\[0\] must be one of gate, .*, found {'a': 1}"),
+        (["score.compare=[1, [2]]"], r"score.compare\[0\] must be one of gate, "),
+        (["tune.optim=sgd"], "tune.optim must be one of adamw_torch, adamw_torch_fused, found 'sgd'"),
+        (["tune.lr_scheduler_type={a: 1}"], "tune.lr_scheduler_type must be one of linear, cosine, "),
+        (["tune.lr_scheduler_kwargs=[a]"], r"tune.lr_scheduler_kwargs must be a table of settings, found \['a'\]"),
+        (["tune.report_to=[1]"], r"tune.report_to must be text of one line or a list, found \[1\]"),
+        (["tune.accelerator_config=1"], "tune.accelerator_config must be a table of settings or text of one line, found 1"),
+        (["tune.learning_rate=no"], "tune.learning_rate must be a number from 0 to 1, found False"),
+        (["tune.hub_token=abc"], "tune.hub_token: checkpoints hold the copies alone"),
     ],
 )
 def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(None, [*NEEDED, *settings])
+
+
+def test_odd_values_are_taken_or_refused_in_one_line_that_names_the_key() -> None:
+    recipe = load(None, NEEDED)
+    keys = [entry.name for entry in fields(Recipe)]
+    tables = {"expand.budget": Budget, "probe": Source, **{key: getattr(recipe, key) for key in ("score", "expand", "tune", "eval")}}
+    for key, table in tables.items():
+        keys += [f"{key}.{entry.name}" for entry in fields(table) if entry.name != "training"]
+    keys += [f"tune.{name}" for name in known()]
+    assert len(keys) > 170
+    for key in keys:
+        for value in ("{a: 1}", "[1, [2]]", "[[null]]", "1e400", ".nan", "true", '"\\0"', "x" * 5000, "-1"):
+            try:
+                load(None, [*NEEDED, f"{key}={value}"])
+            except InputError as error:
+                assert key.rpartition(".")[2] in str(error) and "\n" not in str(error) and len(str(error)) < 500, (key, value)
+
+
+def test_what_a_method_does_not_use_is_said() -> None:
+    assert load(None, [*NEEDED, "method=full", "expand.k=2"]).unused == "warning: method=full copies no layers: expand.k has no effect"
+    assert load(None, [*NEEDED, "method=full", "expand.k=4"]).unused is load(None, [*NEEDED, "expand.k=2"]).unused is None
 
 
 def test_missing_keys_and_files(tmp_path: Path) -> None:

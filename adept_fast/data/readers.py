@@ -82,8 +82,8 @@ def _dataset(source: Source, how: str, **options: Any) -> Any:
 
     try:
         return getattr(datasets, how)(source.path, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -23,7 +24,7 @@ class Source:
     path: str
     split: str | None = None
     column: str | None = None
-    weight: float = declare(1.0, Range(0, above=True))
+    weight: float = declare(1.0, Range(0, 1000, above=True))
     share: float | None = declare(None, Range(0, 1))
     share_end: float | None = declare(None, Range(0, 1))
 
@@ -59,10 +60,10 @@ def kind_of(source: Source) -> str | None:
     """The kind of a file, one of SUFFIXES; None for what datasets is to load. Raises InputError for a missing or unknown file."""
     path = source.file
     kind = next((suffix for suffix in SUFFIXES if path.name.removesuffix(".gz").endswith(suffix)), None)
-    if kind is None and path.is_file():
+    if kind is None and os.path.isfile(path):  # False for a name that is too long, too
         raise InputError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (.gz too), or a datasets name")
-    if kind is None or path.is_dir():
+    if kind is None or os.path.isdir(path):
         return None
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     return kind

@@ -7,7 +7,7 @@ from adept_fast.tuning.groups import rate_groups
 from adept_fast.tuning.plan import plan
 from adept_fast.tuning.rates import MAPS, RateRule, apply_rates, unit_rates
 from adept_fast.tuning.run import Bookkeeping
-from adept_fast.tuning.settings import TuningSettings, check_settings
+from adept_fast.tuning.settings import TuningSettings, check_meter, check_settings
 from adept_fast.tuning.step import fast_step
 from adept_fast.tuning.trainer import AdeptTrainer
 from adept_fast.tuning.tune import tune_checkpoint
@@ -21,6 +21,7 @@ __all__ = [
     "Bookkeeping",
     "TuningSettings",
     "apply_rates",
+    "check_meter",
     "check_rank",
     "check_settings",
     "fast_step",

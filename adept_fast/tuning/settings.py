@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from inspect import signature
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 from adept_fast.declared import check, declare
 from adept_fast.errors import InputError
 from adept_fast.keys import SEEDS, Tuning
-from adept_fast.training_arguments import checked
+from adept_fast.training_arguments import DEFAULTS, WSD, checked
 from adept_fast.tuning.rates import RateRule
 from adept_fast.tuning.staged import StagedTrainer
 
@@ -41,7 +42,6 @@ class TuningSettings(Tuning):
         return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
-WSD = "warmup_stable_decay"
 REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # of transformers, for what it is given
 DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
 
@@ -53,9 +53,12 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
     says otherwise.
     """
     training = dict(settings.training)
-    if training.get("lr_scheduler_type") in ("wsd", WSD):
+    if training.get("lr_scheduler_type") in WSD:
         decay = {"num_decay_steps": math.ceil(DECAY_SHARE * steps), "decay_type": "1-sqrt"}
-        training |= {"lr_scheduler_type": WSD, "lr_scheduler_kwargs": {**decay, **(training.get("lr_scheduler_kwargs") or {})}}
+        training |= {"lr_scheduler_type": WSD[-1], "lr_scheduler_kwargs": {**decay, **(training.get("lr_scheduler_kwargs") or {})}}
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if training.get(key):
+            training[key] = {"use_reentrant": False, **training[key]}  # torch's default would be True
     given = {
         "logging_steps": 1,
         "save_steps": settings.refresh_steps,
@@ -66,18 +69,28 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
         "seed": settings.seed,
         **training,
     }
-    try:
-        return TrainingArguments(output_dir=str(folder), **given)
-    except REFUSALS as error:
-        raise _refused(error) from None
+    return TrainingArguments(output_dir=str(folder), **given)
 
 
 def check_settings(settings: TuningSettings) -> None:
     """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
-    args = arguments(settings, Path("unused"), quiet=True)
-    _check_arguments(args, not settings.equal_rates)
+    try:
+        args = _tried(settings)
+    except InputError:
+        raise
+    except REFUSALS as error:
+        raise InputError(f"{_refused(settings, error)}: {_said(error)}") from None
     if args.max_steps > 0:
         check_warmup(args, args.max_steps)
+    if args.learning_rate * args.weight_decay > 1:
+        found = f"tune.learning_rate={args.learning_rate:g} times tune.weight_decay={args.weight_decay:g}"
+        raise InputError(f"{found} is above 1: a step would take more than the whole of each weight away")
+
+
+def check_meter(settings: TuningSettings, metering: Sequence[Any]) -> None:
+    """Raise InputError where general loss is limited, and nothing held back to measure it on."""
+    if settings.general_limit is not None and not metering:
+        raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
 
 
 def check_warmup(args: TrainingArguments, steps: int) -> None:
@@ -86,30 +99,43 @@ def check_warmup(args: TrainingArguments, steps: int) -> None:
         raise InputError(f"tune.warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps: give fewer, or a share below 1")
 
 
-def _refused(error: Exception) -> InputError:
-    return InputError(f"tune: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+def _refused(settings: TuningSettings, error: Exception) -> str:
+    """The keys for which transformers raises it: those that were given, and without which it does not."""
+    given = [name for name, value in settings.training.items() if name not in DEFAULTS or value != DEFAULTS[name]]
+    causes = [name for name in given if _outcome(settings, without=name) != _said(error)]
+    return ", ".join(f"tune.{name}" for name in causes) or "tune"
 
 
-def _check_arguments(args: TrainingArguments, measured: bool) -> None:
-    """The rest by trying them on a model of one weight. measured: whether importances are."""
+def _outcome(settings: TuningSettings, without: str) -> str | None:
+    try:
+        _tried(replace(settings, training={name: value for name, value in settings.training.items() if name != without}))
+    except REFUSALS as error:
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tried(settings: TuningSettings) -> TrainingArguments:
+    """What transformers makes of them, tried on a model of one weight."""
+    args = arguments(settings, Path("unused"), quiet=True)
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
     options = args.gradient_checkpointing_kwargs or {}
-    known = {"preserve_rng_state", *(name for name, entry in signature(checkpoint).parameters.items() if entry.kind is entry.KEYWORD_ONLY)}
-    if args.gradient_checkpointing and not known.issuperset(options):
-        raise InputError(f"tune.gradient_checkpointing_kwargs takes {', '.join(sorted(known))}, found {', '.join(options)}")
-    if args.gradient_checkpointing and measured and options.get("use_reentrant"):
+    checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options}).backward()
+    if args.gradient_checkpointing and not settings.equal_rates and options.get("use_reentrant"):
         raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
-    try:
-        stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
-        get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
-        with TemporaryDirectory() as folder:
-            args.output_dir = folder
-            model = torch.nn.Linear(1, 1)
-            model.config = PretrainedConfig()
-            StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
-    except InputError:
-        raise
-    except REFUSALS as error:
-        raise _refused(error) from None
+    stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
+    schedule = get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
+    for _ in range(100):
+        stepped.step()
+        schedule.step()
+    with TemporaryDirectory() as folder:
+        args.output_dir = folder
+        model = torch.nn.Linear(1, 1)
+        model.config = PretrainedConfig()
+        StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
+    return args

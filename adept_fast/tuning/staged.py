@@ -18,6 +18,7 @@ from adept_fast.artefacts import discard
 from adept_fast.errors import InputError
 from adept_fast.optim import AdamW
 from adept_fast.optim.shards import in_shards
+from adept_fast.training_arguments import PLAIN_ADAMW
 from adept_fast.tuning import sharded
 from adept_fast.tuning.groups import refusal
 from adept_fast.tuning.order import WholeSteps
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINED = "adept_copies.safetensors"
-PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 class StagedTrainer(Trainer):

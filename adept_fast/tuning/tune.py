@@ -10,7 +10,6 @@ from adept_fast import checkpoint, distributed
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
-from adept_fast.errors import InputError
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.optim.shards import in_shards
 from adept_fast.tuning import sharded
@@ -18,7 +17,7 @@ from adept_fast.tuning.anchor import Anchor
 from adept_fast.tuning.callback import AdeptCallback
 from adept_fast.tuning.meter import Meter
 from adept_fast.tuning.run import Bookkeeping, Run
-from adept_fast.tuning.settings import TuningSettings
+from adept_fast.tuning.settings import TuningSettings, check_meter
 from adept_fast.tuning.trainer import AdeptTrainer
 
 
@@ -41,8 +40,7 @@ def tune_checkpoint(
     Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
     """
     model = checkpoint.load_model(expanded, **loading)
-    if settings.general_limit is not None and not metering:
-        raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
+    check_meter(settings, metering)
     run = Run.begin(model, expanded, corpus, settings, books)
     anchor = None
     if settings.anchor_weight is not None:
