@@ -36,9 +36,11 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
             "eval.max_items=6", "seed=3", *more,
         ],
     )  # fmt: skip
-    work = Workspace(recipe, lambda line: None, quiet=True)
+    said: list[str] = []
+    work = Workspace(recipe, said.append, quiet=True)
     with work.held():
         pipeline.run(work)
+    assert (f"warning: method={method} copies no layers: expand.k has no effect" in said) is not METHODS[method].copies
     log = [json.loads(line) for line in (folder / output / "trainer_log.jsonl").read_text().splitlines()]
     return folder / output, log
 

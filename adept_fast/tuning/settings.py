@@ -100,9 +100,10 @@ def check_warmup(args: TrainingArguments, steps: int) -> None:
 
 
 def _refused(settings: TuningSettings, error: Exception) -> str:
-    """The keys for which transformers raises it: those that were given, and without which it does not."""
+    """The keys for which transformers raises it: those that were given, and without one of which it takes the rest, or refuses another."""
     given = [name for name, value in settings.training.items() if name not in DEFAULTS or value != DEFAULTS[name]]
-    causes = [name for name in given if _outcome(settings, without=name) != _said(error)]
+    outcomes = {name: _outcome(settings, without=name) for name in given}
+    causes = [name for name in given if outcomes[name] is None] or [name for name in given if outcomes[name] != _said(error)]
     return ", ".join(f"tune.{name}" for name in causes) or "tune"
 
 
