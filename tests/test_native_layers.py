@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import tiny_families
 import tiny_models
 import torch
 from test_masking import by_hooks
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from adept_fast import _C as native
+from adept_fast.data.items import IGNORE, Item
 from adept_fast.families import decoder_layers, has_native_layers
 from adept_fast.importance import masking, score_layers, sweep
 
@@ -164,6 +167,59 @@ def test_other_layers_keep_their_own_forward(family: str, changes: dict) -> None
     assert plan.swept and not plan.native
 
 
+@pytest.mark.parametrize("loss", ["all", "domain"])
+def test_window_that_no_supervised_token_reaches_is_seen(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tokens, and of another corpus, longer sequences are swept than of the answers."""
+    model = tiny_models.model("mistral", **WIDE, sliding_window=20)
+    whole = [item.input_ids for item in tiny_models.items(12, longest=60) if len(item.input_ids) > 30]
+    short = [Item(ids[:8], ids[:8]) for ids in whole]
+    answers = [Item(ids, (*ids[:8], *[IGNORE] * (len(ids) - 8))) for ids in whole]
+    assert len(whole) > 2 and sweep.plan(model, short).native
+    given = (answers, []) if loss == "all" else (short, [Item(ids, ids) for ids in whole])
+    found = score_layers(model, given[0], loss="all", domain=given[1], quiet=True).profiles[loss].values
+    monkeypatch.setenv("ADEPT_FAST_BACKEND", "torch")
+    expected = score_layers(model, given[0], loss="all", domain=given[1], quiet=True).profiles[loss].values
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls of native attention."""
+    calls, own = [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *given: calls.append(given) or own(*given))
+    return calls
+
+
+@torch.no_grad()
+def test_no_native_layer_where_something_else_is_wanted_of_it(attended: list[tuple]) -> None:
+    """Gradients, what autocast makes of products, and a forward of the layer that somebody put in its place."""
+    model, items = tiny_models.model(**WIDE), tiny_models.items(2)
+    plan, pack = sweep.plan(model, items), sweep.packed(items, [0], False)
+    assert plan.native and attended
+
+    def calls() -> tuple[int, Tensor]:
+        attended.clear()
+        hidden = sweep.sweep(model, pack, (), plan)
+        return len(attended), hidden
+
+    count, native_hidden = calls()
+    assert count == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls()[0] == 0
+    with torch.enable_grad():
+        count, hidden = calls()
+    assert count == 0 and hidden.requires_grad
+    torch.testing.assert_close(hidden.detach(), native_hidden, rtol=1e-5, atol=1e-5)
+    layer = decoder_layers(model)[1]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs) * 2
+    count, hidden = calls()
+    assert count == 3 and not torch.allclose(hidden, native_hidden)
+    for other in decoder_layers(model):
+        other.forward = layer.forward
+    assert not has_native_layers(model)
+
+
 def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
     """A hook, a forward put in the way and another kind of projection all have their say."""
     model = tiny_models.model(**WIDE)
@@ -187,6 +243,34 @@ def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
     assert not has_native_layers(tiny_models.model(dtype=torch.bfloat16, **WIDE))
 
 
+@pytest.mark.parametrize("place", ["input_layernorm", "mlp.up_proj"])
+def test_weights_that_are_no_plain_parameters_are_left_to_their_module(place: str) -> None:
+    """Quantised and sharded weights are other tensors; parametrized ones are computed anew."""
+
+    class Quantised(Tensor):
+        pass
+
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = tiny_models.model(**WIDE, num_hidden_layers=1)
+    module = decoder_layers(model)[0].get_submodule(place)
+    kept = module.weight
+    module.weight = nn.Parameter(kept.detach().as_subclass(Quantised))
+    assert not has_native_layers(model)
+    module.weight = kept
+    assert has_native_layers(model)
+    parametrize.register_parametrization(module, "weight", Doubled())
+    assert not has_native_layers(model)
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_values_of_another_width_than_keys_are_no_plain_attention(width: int) -> None:
+    model = tiny_families.model("mimo_v2_flash", head_dim=64, v_head_dim=width, vocab_size=tiny_models.VOCABULARY)
+    assert not has_native_layers(model)
+
+
 def test_native_layers_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = tiny_models.model(**WIDE), tiny_models.items(3)
     plan = sweep.plan(model, items)
@@ -194,13 +278,14 @@ def test_native_layers_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sweep.plan(model, items) == replace(plan, native=False, pack=plan.tokens // sweep.PACK_SHARE)
 
 
-def test_hidden_states_of_a_sweep_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_hidden_states_of_a_sweep_in_parts() -> None:
     """Every bound, natively and not, gives the same hidden states to rounding."""
     model, items = tiny_models.model(**WIDE), tiny_models.items(4)
     plan = sweep.plan(model, items)
     whole = replace(plan, tokens=10**6, pack=10**6)
     packed = sweep.packed(items, range(4), False)
-    expected = sweep.sweep(model, packed, range(4), replace(whole, native=False)).detach()
+    expected = sweep.sweep(model, packed, range(4), replace(whole, native=False))
     for tokens, wanted in itertools.product((1, 2 * packed.tokens), (True, False)):
-        found = sweep.sweep(model, packed, range(4), replace(whole, tokens=tokens, native=wanted)).detach()
+        found = sweep.sweep(model, packed, range(4), replace(whole, tokens=tokens, native=wanted))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -30,7 +30,7 @@ LANES = 16  # csrc/cpu_lanes.h
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_PROBE = torch.linspace(-8, 8, LANES)
+_PROBE = torch.linspace(-8, 8, LANES, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _PlainLayer:
         sequences, tokens, _ = hidden.shape
         normed = self.before_attention(hidden, torch.empty_like(hidden))
         keys, values = _product(normed, attention.k_proj), _product(normed, attention.v_proj)
-        askers = torch.arange(tokens) if rows is None else rows
+        askers = torch.arange(tokens, device="cpu") if rows is None else rows
         kept, normed = (hidden, normed) if rows is None else (hidden[:, rows], normed[:, rows])
         queries = _product(normed, attention.q_proj)
         for norm, heads in zip(self.head_norms, (queries, keys), strict=False):
@@ -97,7 +97,8 @@ def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
 
 
 def _plain(layer: nn.Module) -> _PlainLayer | None:
-    """None for a layer of other modules, weights that are not at hand in fp32, or hooks and forwards in the way of its modules' own."""
+    """None for a layer of other modules, weights that are not at hand in fp32 (quantised or sharded ones are no plain parameters), or hooks
+    and forwards in the way of its modules' own."""
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or _children(layer.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = layer.self_attn, layer.mlp
@@ -105,16 +106,22 @@ def _plain(layer: nn.Module) -> _PlainLayer | None:
     modules = [layer.input_layernorm, layer.post_attention_layernorm, *heads]
     norms = [_norm(module) for module in modules]
     linears = [getattr(branch, name) for branch, names in ((attention, _ATTENTION), (mlp, _MLP - {"act_fn"})) for name in names]
-    weights = [x for module in (*modules, *linears) for x in module.parameters(recurse=False)]
+    weights = [norm.weight for norm in norms if norm]
+    weights += [x for linear in linears for x in linear.parameters(recurse=False)]
     width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if (
-        None in (*norms, width, scale)
+        None in norms
+        or not isinstance(width, int)
+        or not isinstance(scale, (int, float))
         or width % (2 * LANES)
         or len(heads) == 1
         or any(norm.weight.shape != (width,) for norm in norms[2:])
         or any(type(linear) is not nn.Linear for linear in linears)
+        or attention.k_proj.weight.shape != attention.v_proj.weight.shape
+        or mlp.gate_proj.weight.shape != mlp.up_proj.weight.shape
         or any(map(_touched, (attention, mlp, mlp.act_fn, *modules, *linears)))
-        or any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in weights)
+        or any(type(x) is not nn.Parameter or not _at_hand(x) or not x.is_contiguous() for x in weights)
+        or any(True for _ in mlp.act_fn.parameters())
         or not torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     ):
         return None
@@ -125,6 +132,10 @@ def _norm(module: nn.Module) -> _Norm | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     return None if epsilon is None or weight is None else _Norm(weight, epsilon)
+
+
+def _at_hand(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -141,9 +152,13 @@ def native_layers(model: PreTrainedModel, lengths: Sequence[int], rows: Tensor |
     for one who gives them a buffer of his own. The last layer need give what it gives at `rows` alone, int64, ascending."""
     ends, layers = list(accumulate(lengths)), decoder_layers(model)
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in filter(_own_forward, layers):
             stack.enter_context(replaced_forward(layer, _native(layer, ends, rows if layer is layers[-1] else None)))
         yield
+
+
+def _own_forward(layer: nn.Module) -> bool:
+    return "forward" not in vars(layer)
 
 
 def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
@@ -160,11 +175,14 @@ def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
 
 
 def _fit(turns: Any, hidden: Tensor, width: int) -> bool:
-    """Whether positions are turns of whole heads, the same for all sequences."""
+    """Whether hidden states are fp32 in one piece, of which no gradient is wanted, and positions are turns of whole heads, the same for all
+    sequences."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (_at_hand(hidden) and hidden.is_contiguous()):
+        return False
     shape = (1, hidden.shape[1], width)
-    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.shape == shape for x in turns)
+    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and _at_hand(x) and x.shape == shape for x in turns)
 
 
 def has_native_layers(model: PreTrainedModel) -> bool:
     """Whether any layer may run so."""
-    return native_on_cpu() and any(_plain(layer) is not None for layer in decoder_layers(model))
+    return native_on_cpu() and any(_own_forward(layer) and _plain(layer) is not None for layer in decoder_layers(model))

@@ -72,7 +72,7 @@ def score_layers(
             per_item["domain"] = cheap_scores(model, domain, method, "all", quiet)
     else:
         with evaluating(model):
-            masks = LayerMasks(model, plan(model, items, sweep_tokens))
+            masks = LayerMasks(model, plan(model, [*items, *domain], sweep_tokens))
             if not masks.plan.swept:
                 notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
             with Measuring(masks, items, wanted, journal, inputs, quiet) as measuring:

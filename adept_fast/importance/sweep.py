@@ -197,7 +197,7 @@ def _matrices(module: nn.Module) -> int:
 def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = None) -> SweepPlan:
     """Try the sweep on the first tokens of two items: alone against one forward a layer, and packed against alone.
 
-    Raises UnsupportedFamilyError for a model that reads ahead.
+    items: all that it will be asked for, however much of each. Raises UnsupportedFamilyError for a model that reads ahead.
     """
     require_causal(model)
     device = device_of(model)
@@ -240,8 +240,8 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _agree_at_length(model: PreTrainedModel, items: Sequence[Item], *plans: SweepPlan) -> bool:
-    """On the longest item, where windows of attention end and positions are scaled, if they are at all."""
-    pack = packed(items, [max(range(len(items)), key=lambda index: swept_length(items[index], False))], False)
+    """On all tokens of the longest item, where windows of attention end and positions are scaled, if they are at all."""
+    pack = packed(items, [max(range(len(items)), key=lambda index: swept_length(items[index], True))], True).to(device_of(model))
     return _close(*(sweep(model, pack, (), plan) for plan in plans))
 
 
