@@ -28,7 +28,8 @@ const char* attention(const Attention& given, int threads, const RowKernels& ker
     }
     if (given.segments < 1 || given.ends[given.segments - 1] != given.tokens) return "the last segment does not end with the tokens";
     for (std::int64_t i = 0; i < given.asking; ++i) {
-        if (given.askers[i] >= given.tokens || given.askers[i] < (i == 0 ? 0 : given.askers[i - 1] + 1)) return "tokens that ask do not ascend";
+        const std::int64_t least = i == 0 ? 0 : given.askers[i - 1] + 1;
+        if (given.askers[i] < least || given.askers[i] >= given.tokens) return "tokens that ask do not ascend";
     }
     for_each(given.sequences * given.segments * given.key_heads, threads, [&](std::int64_t i) {
         const std::int64_t key_head = i % given.key_heads, segment = i / given.key_heads % given.segments;

@@ -25,8 +25,9 @@ struct GatedActivation {
 
 // Causal attention within segments of each of `sequences` sequences of `tokens` tokens, which end where ends[0], ends[1], ... say, the
 // last at `tokens`. Keys and values [sequences, tokens, key_heads * width], queries and outputs [sequences, asking, heads * width] of the
-// tokens askers[0] < askers[1] < ..., all in one piece. `width` is a multiple of 32. Queries and keys are turned first: of the two halves (a, b) of a head, a becomes a cos - b sin and b becomes b cos + a sin, with the
-// halves of the token's row of [tokens, width] cosines and sines.
+// tokens askers[0] < askers[1] < ..., all in one piece. `width` is a multiple of 32. Queries and keys are turned first: of the two halves
+// (a, b) of a head, a becomes a cos - b sin and b becomes b cos + a sin, with the halves of the token's row of [tokens, width] cosines and
+// sines.
 struct Attention {
     const float *queries, *keys, *values, *cosines, *sines;
     float* output;

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from adept_fast import _C as native
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.families import decoder_layers, has_native_layers
+from adept_fast.families import decoder_layers, has_native_layers, native_layers
 from adept_fast.importance import masking, score_layers, sweep
 
 SETS = native.features()["instruction_sets"]
@@ -220,6 +220,30 @@ def test_no_native_layer_where_something_else_is_wanted_of_it(attended: list[tup
     assert not has_native_layers(model)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change_hidden", "change_turns", "natively"),
+    [
+        (torch.clone, torch.clone, True),
+        (torch.clone, lambda x: x.mT.contiguous().mT, True),
+        (lambda x: x.mT.contiguous().mT, torch.clone, False),
+        (Tensor.bfloat16, torch.clone, False),
+        (torch.clone, Tensor.bfloat16, False),
+        (torch.clone, lambda x: x.repeat(3, 1, 1), False),
+    ],
+)
+def test_only_plain_memory_is_read_and_written(change_hidden: Callable, change_turns: Callable, natively: bool, attended: list) -> None:
+    model = tiny_models.model(**WIDE)
+    hidden = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(0))
+    turns = tuple(map(change_turns, model.model.rotary_emb(hidden, torch.arange(9)[None])))
+    layer, hidden = decoder_layers(model)[0], change_hidden(hidden)
+    expected = layer(hidden, position_embeddings=turns)
+    with native_layers(model, [9]):
+        found = layer(hidden, position_embeddings=turns)
+    assert len(attended) == natively and (found is hidden) == natively
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
     """A hook, a forward put in the way and another kind of projection all have their say."""
     model = tiny_models.model(**WIDE)
@@ -238,9 +262,31 @@ def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.Parameter(torch.ones(48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.silu(x) * self.scales
+
+    own, mlp.act_fn = mlp.act_fn, Scaled()
+    assert not has_native_layers(model)
+    mlp.act_fn = own
+    hooked = mlp.act_fn, mlp.gate_proj, decoder_layers(model)[0].self_attn
+    hooks = [module.register_forward_pre_hook(lambda *_: None) for module in hooked]
+    while hooks:
+        assert not has_native_layers(model)
+        hooks.pop().remove()
+    assert has_native_layers(model)
+    norm = decoder_layers(model)[0].input_layernorm
+    kept, norm.weight = norm.weight, nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
+    assert not has_native_layers(model), "a weight that is not in one piece"
+    norm.weight = kept
     mlp.up_proj.__class__ = Doubled
     assert not has_native_layers(model)
     assert not has_native_layers(tiny_models.model(dtype=torch.bfloat16, **WIDE))
+    assert not has_native_layers(tiny_models.model(hidden_act="gelu", **WIDE))
 
 
 @pytest.mark.parametrize("place", ["input_layernorm", "mlp.up_proj"])
