@@ -204,6 +204,7 @@ def test_no_native_layer_where_something_else_is_wanted_of_it(attended: list[tup
 
     count, native_hidden = calls()
     assert count == 4
+    assert [call[13] for call in attended] == [pack.tokens] * 3 + [len(pack.rows)] and len(pack.rows) < pack.tokens
     with torch.autocast("cpu", torch.bfloat16):
         assert calls()[0] == 0
     with torch.enable_grad():
@@ -322,6 +323,24 @@ def test_native_layers_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = sweep.plan(model, items)
     monkeypatch.setenv("ADEPT_FAST_BACKEND", "torch")
     assert sweep.plan(model, items) == replace(plan, native=False, pack=plan.tokens // sweep.PACK_SHARE)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda lengths, rows: ([sum(lengths)], rows),
+        lambda lengths, rows: (lengths, rows[: len(rows) // 2]),
+        lambda lengths, rows: ([1], rows),
+    ],
+)
+def test_a_plan_tries_packs_and_rows(wrong: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that are not kept apart, rows that are left out, and what C++ refuses."""
+    model, items = tiny_models.model(**WIDE), tiny_models.items(3)
+    assert sweep.plan(model, items).native
+    alone = sweep.plan(model, items[:1])
+    assert alone.native and alone.pack == 0, "packing is not tried on one item"
+    monkeypatch.setattr(sweep, "native_layers", lambda model, lengths, rows: native_layers(model, *wrong(lengths, rows)))
+    assert not sweep.plan(model, items).native
 
 
 @torch.no_grad()
