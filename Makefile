@@ -32,12 +32,15 @@ gpu: $(VENV)/.test
 
 # The C++ extension, built with AddressSanitizer and UndefinedBehaviorSanitizer in a copy, runs its tests.
 SANITIZED := build/sanitized
+# C++ is compiled with CXXFLAGS by newer setuptools, with CFLAGS by older ones.
+SANITIZING := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw_cpu adamw_units linear_cross_entropy native_layers saliency))
 sanitize: $(VENV)/.test
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -rL adept_fast csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/adept_fast/_C*.so
-	cd $(SANITIZED) && ADEPT_FAST_BUILD_CUDA=0 CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-		LDFLAGS="-fsanitize=address,undefined" ../../$(RUN) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && ADEPT_FAST_BUILD_CUDA=0 CXXFLAGS="$(SANITIZING)" CFLAGS="$(SANITIZING)" LDFLAGS="-fsanitize=address,undefined" \
+		../../$(RUN) setup.py -q build_ext --inplace
+	nm $(SANITIZED)/adept_fast/_C*.so | grep -q __asan_report_load
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		../../$(RUN) -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS) -k "not forked and not memory_does_not_grow"
 

@@ -274,11 +274,10 @@ def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
     own, mlp.act_fn = mlp.act_fn, Scaled()
     assert not has_native_layers(model)
     mlp.act_fn = own
-    hooked = mlp.act_fn, mlp.gate_proj, decoder_layers(model)[0].self_attn
-    hooks = [module.register_forward_pre_hook(lambda *_: None) for module in hooked]
-    while hooks:
+    for module in (mlp.act_fn, mlp.gate_proj, decoder_layers(model)[0].self_attn):
+        hook = module.register_forward_pre_hook(lambda *_: None)
         assert not has_native_layers(model)
-        hooks.pop().remove()
+        hook.remove()
     assert has_native_layers(model)
     norm = decoder_layers(model)[0].input_layernorm
     kept, norm.weight = norm.weight, nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
