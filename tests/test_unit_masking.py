@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from torch.nn import functional
 
+from adept_fast import _C as native
 from adept_fast import mask_units
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
@@ -73,6 +74,16 @@ def test_units_are_masked_as_by_hand(family: str, changes: dict, granularity: st
     assert all(low <= value <= high for value, low, high in zip(found.values, found.low, found.high, strict=True))
     assert min(found.profiles["kl"].values) > 0 and found.profiles["answer"].base_loss > 0
     assert max(map(abs, found.values)) > 0.05, "nothing was masked"
+
+
+def test_items_of_a_pack_are_kept_apart_in_native_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, items = tiny_models.model(head_dim=32), tiny_models.items(5)
+    calls, own = [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *given: calls.append(given[11]) or own(*given))
+    found = mask_units(model, items, layers=[1], quiet=True)
+    assert max(map(len, calls[-3:])) > 1, "items were not packed"
+    wanted = by_hand(model, items, "tensor", [1])
+    torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
 
 
 def test_family_that_takes_no_batch_of_variants_goes_one_by_one() -> None:
