@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -39,6 +39,15 @@ def processes() -> int:
 def share(items: Sequence[T]) -> Sequence[T]:
     """Every n-th of the items, of n processes: this one's."""
     return items[rank() :: processes()]
+
+
+def differing(values: Mapping[str, Any]) -> list[str]:
+    """Names of the values that are not the same in all processes, each of which gives the same names."""
+    if not active():
+        return []
+    found: list[Any] = [None] * processes()
+    distributed.all_gather_object(found, values)
+    return [name for name in values if any(each[name] != values[name] for each in found)]
 
 
 def total(values: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import tiny_models
 import torch
 
 from adept_fast import distributed, mask_units
 from adept_fast.cli import main
+from adept_fast.errors import InputError
 from adept_fast.importance import Race, masking, score_layers
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -55,6 +57,8 @@ if __name__ == "__main__":
         "fisher": score_layers(model, items, "fisher", quiet=True),
         "units": mask_units(model, items, "head", layers=[1, 4], quiet=True, journal=folder / "units"),
     }
+    with pytest.raises(InputError, match="^items, plan of what is scored: not the same in all processes"):
+        score_layers(model, items[rank:], sweep_tokens=256 + rank, quiet=True)
     for name, scores in found.items():
         scores.save(folder / f"{name}-{rank}.json")
     written = Written(folder / "two")

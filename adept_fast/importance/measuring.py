@@ -12,6 +12,7 @@ from torch import Tensor
 from adept_fast import distributed
 from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import Item
+from adept_fast.errors import InputError
 from adept_fast.importance.journal import Journal
 from adept_fast.importance.packs import Pack, pack
 from adept_fast.importance.scores import ItemScores
@@ -59,12 +60,20 @@ class Measuring:
         self.losses = {name: torch.full((len(items), 1 + masks.count), torch.nan, dtype=torch.float64) for name in self.names}
         self.cost = 0.0
         config = masks.model.config
-        header = {
-            "model": [config.name_or_path, str(masks.model.dtype), digest(config.to_dict())],
+        shared = {
             "items": digest([[item.input_ids, item.labels] for item in items]),
             **masks.identity,
             "losses": self.names,
             "plan": vars(masks.plan),
+        }
+        if names := distributed.differing(shared):
+            raise InputError(
+                f"{', '.join(names)} of what is scored: not the same in all processes, which share it out: give all of them the same "
+                "to score, on machines alike"
+            )
+        header = {
+            "model": [config.name_or_path, str(masks.model.dtype), digest(config.to_dict())],
+            **shared,
             "processes": distributed.processes(),
             "inputs": dict(inputs or {}),
         }
