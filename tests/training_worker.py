@@ -126,6 +126,7 @@ def as_launched() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
         "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",  # else accelerate gives each process all cores, whose threads wait for each other spinning
     }
 
 
