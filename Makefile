@@ -20,21 +20,21 @@ demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo
 
 # Ends with the sanitizer, which some virtual machines refuse.
-GPU_BENCHES := adamw saliency linear_cross_entropy scoring
+GPU_BENCHES := adamw gradient_sums linear_cross_entropy scoring
 gpu: $(VENV)/.test
-	$(RUN) -c 'import torch; from adept_fast.backend import resolve; [resolve("adamw", torch.device("cuda"), name) for name in ("cuda", "triton")]'
-	$(RUN) -m pytest -q -rs -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py)
+	$(RUN) -c 'import torch; from adept_fast.ops.dispatch import resolve; [resolve("adamw", torch.device("cuda"), name) for name in ("cuda", "triton")]'
+	$(RUN) -m pytest -q -rs -m gpu $$(grep -l 'mark\.gpu' -r tests --include=test_*.py)
 	for bench in $(GPU_BENCHES); do $(RUN) -m bench $$bench --save || exit 1; done
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=adept_fast --report-api-errors no --error-exitcode 1 \
-			$(RUN) -m pytest -q -m gpu tests/test_adamw_cuda_gpu.py -k reference_bits || exit 1; \
+			$(RUN) -m pytest -q -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || exit 1; \
 	done
 
 # The C++ extension, built with AddressSanitizer and UndefinedBehaviorSanitizer in a copy, runs its tests.
 SANITIZED := build/sanitized
 # C++ is compiled with CXXFLAGS by newer setuptools, with CFLAGS by older ones.
 SANITIZING := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw_cpu adamw_units linear_cross_entropy native_layers saliency))
+SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,ops/test_adamw_cpu optim/test_adamw_units ops/test_linear_cross_entropy models/test_cpu_layers scoring/test_unit_importance))
 sanitize: $(VENV)/.test
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -rL adept_fast csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/adept_fast/_C*.so

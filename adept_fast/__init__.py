@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         remove_copies,
         verify_expansion,
     )
-    from adept_fast.importance import (
+    from adept_fast.optim import AdamW
+    from adept_fast.scoring import (
         LayerScores,
         Race,
         UnitScores,
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
         select_layers,
         selection_stability,
     )
-    from adept_fast.optim import AdamW
-    from adept_fast.saliency import score_units
+    from adept_fast.scoring.unit_importance import score_units
+    from adept_fast.scoring.units import Units
     from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, apply_rates, fast_step, unit_rates
-    from adept_fast.units import Units
 
 __version__ = "0.1.0"
 
@@ -80,14 +80,14 @@ _MODULES = {
             "apply_copies dial expand_checkpoint expand_model extract_copies freeze_original merge_copies remove_copies "
             "verify_expansion"
         ),
-        "adept_fast.importance": (
+        "adept_fast.scoring": (
             "LayerScores Race UnitScores compare_scores corpus_conflicts mask_units score_layers select_layers "
             "selection_stability"
         ),
         "adept_fast.optim": "AdamW",
-        "adept_fast.saliency": "score_units",
+        "adept_fast.scoring.unit_importance": "score_units",
         "adept_fast.tuning": "AdeptCallback AdeptTrainer Anchor apply_rates fast_step unit_rates",
-        "adept_fast.units": "Units",
+        "adept_fast.scoring.units": "Units",
     }.items()
     for name in names.split()
 }

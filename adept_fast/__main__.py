@@ -2,6 +2,6 @@
 
 import sys
 
-from adept_fast.cli import main
+from adept_fast.cli.main import main
 
 sys.exit(main())

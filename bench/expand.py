@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from adept_fast.pieces import Piece, write_shards
-from adept_fast.shards import INDEX, open_shards
+from adept_fast.checkpoints.byte_copy import Piece, write_shards
+from adept_fast.checkpoints.safetensors_index import INDEX, open_shards
 from bench import parser
 from bench.measure import forget_peak, resident
 
@@ -150,8 +150,8 @@ def child() -> None:
 
 def _validate(source: Path, expanded: Path, layers: list[int]) -> None:
     """All but the copies' tensors are there with the same digest; the copies' output projections are zero."""
-    from adept_fast.expansion.arrange import OnDisk
-    from adept_fast.record import AdeptConfig
+    from adept_fast.checkpoints.adept_config import AdeptConfig
+    from adept_fast.expansion.rewrite_checkpoint import OnDisk
 
     record, on_disk = AdeptConfig.load(expanded), OnDisk.open(expanded)
     digest = on_disk.originals_digest(record)

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast import checkpoint
+from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import Item, load_items
-from adept_fast.head import token_losses
-from adept_fast.importance import LayerScores
-from adept_fast.importance.cheap import cheap_scores
-from adept_fast.importance.packs import pack, swept_length
-from adept_fast.importance.scores import STATISTICS
-from adept_fast.importance.sweep import bypassed, pack_hidden, plan
-from adept_fast.keys import CHEAP
+from adept_fast.models.lm_head import token_losses
+from adept_fast.scoring import LayerScores
+from adept_fast.scoring.cheap_scores import cheap_scores
+from adept_fast.scoring.packs import pack, swept_length
+from adept_fast.scoring.scores import STATISTICS
+from adept_fast.scoring.sweep import bypassed, pack_hidden, plan
+from adept_fast.settings.keys import CHEAP
 from bench import parser
 from bench.kept import Kept
 

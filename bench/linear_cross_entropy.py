@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adept_fast.linear_cross_entropy import linear_cross_entropy
-from adept_fast.reference import Projection
+from adept_fast.ops.linear_cross_entropy.op import linear_cross_entropy
+from adept_fast.ops.linear_cross_entropy.reference import Projection
 from bench import parser
 from bench.measure import device_name, interleaved, peak_memory
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adept_fast import checkpoint
+from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import IGNORE, Item, load_items
 
 SMOLLM2 = {

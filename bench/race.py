@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast.allocator import freed_memory_kept
-from adept_fast.families import decoder_layers, device_of
-from adept_fast.importance import masking
-from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.race import Race, run
-from adept_fast.importance.sweep import plan
+from adept_fast.models import decoder_layers, device_of
+from adept_fast.runtime.malloc import freed_memory_kept
+from adept_fast.scoring import layer_masking
+from adept_fast.scoring.packs import Pack, pack
+from adept_fast.scoring.race import Race, run
+from adept_fast.scoring.sweep import plan
 from bench import parser
 from bench.kept import Kept
 from bench.measure import device_name
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
         def timed() -> list[Any]:
             start = time.perf_counter()
-            losses = masking.measure(model, part, without, ["answer"], planned)["answer"]
+            losses = layer_masking.measure(model, part, without, ["answer"], planned)["answer"]
             return [time.perf_counter() - start, (losses[:, 1:] - losses[:, :1]).tolist()]
 
         took, values = kept.get(json.dumps([way, part.items, list(without)]), timed)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     race = Race(k=given.k, regret=given.regret)
     with freed_memory_kept():
-        masking.measure(model, waiting[0], range(0, layers, 8), ["answer"], planned)  # warm-up
+        layer_masking.measure(model, waiting[0], range(0, layers, 8), ["answer"], planned)  # warm-up
         outcome = run(race, tokens, layers, measure, given.seed)
         while waiting:
             next_exact()

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from adept_fast.allocator import freed_memory_kept
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.families import decoder_layers, device_of
-from adept_fast.importance import masking
-from adept_fast.importance.packs import Pack, pack
-from adept_fast.importance.sweep import SweepPlan, flops, plan
+from adept_fast.models import decoder_layers, device_of
+from adept_fast.runtime.malloc import freed_memory_kept
+from adept_fast.scoring import layer_masking
+from adept_fast.scoring.packs import Pack, pack
+from adept_fast.scoring.sweep import SweepPlan, flops, plan
 from bench import parser
 from bench.measure import device_name, now
 from bench.models import add_model, add_probe, load_items_of, load_model, model_name
@@ -97,7 +97,7 @@ def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: in
 
 
 def _swept(model: torch.nn.Module, task: Pack, planned: SweepPlan) -> dict[str, list[float]]:
-    losses = masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"]
+    losses = layer_masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"]
     return {str(index): values for index, values in zip(task.items, (losses[:, 1:] - losses[:, :1]).tolist(), strict=True)}
 
 

@@ -1,4 +1,4 @@
-// Passes over rows of matrices on the CPU, compiled once per instruction set (cpu_softmax_body.h, cpu_saliency_body.h).
+// Passes over rows of matrices on the CPU, compiled once per instruction set (cpu_linear_cross_entropy_body.h, cpu_gradient_sums_body.h).
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 
 #include "cpu_attention_body.h"
 #include "cpu_layer_body.h"
-#include "cpu_saliency_body.h"
-#include "cpu_softmax_body.h"
+#include "cpu_gradient_sums_body.h"
+#include "cpu_linear_cross_entropy_body.h"
 
 namespace adept_fast {
 

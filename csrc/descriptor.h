@@ -1,4 +1,4 @@
-// What Python tells native code about one tensor and one parameter group: rows of 64-bit words (adept_fast/optim/table.py writes them).
+// What Python tells native code about one tensor and one parameter group: rows of 64-bit words (adept_fast/ops/adamw/descriptors.py writes them).
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adept_fast.kernels.adamw_scalars import ROW, SCALARS, mix, prepare_kernel
 from adept_fast.kernels.adamw_tables import MODES, TENSOR_WORDS, chunks_on, groups_on, tensor_table, tensors_on
-from adept_fast.reference import Update
+from adept_fast.ops.adamw.reference import Update
 
 BLOCK = 1024  # elements at a time; unit numbers are computed exactly up to 1024
 BLOCKS = 8  # in a row, by one program
@@ -273,7 +273,7 @@ def update_kernel(
 
 
 def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Backend "triton": see adept_fast.optim.launch. fp32, bf16 and fp16, real, `step` on the parameters' device.
+    """Backend "triton": see adept_fast.ops.adamw.op. fp32, bf16 and fp16, real, `step` on the parameters' device.
 
     Nothing waits for the device. In a CUDA graph, lr and betas given as tensors, steps and multipliers are read at each replay; one
     step outside of it comes first, as torch asks, because pinned memory is reserved and kernels are compiled there.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adept_fast.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.reference import AdamWOptions, Update
 
 TENSOR_WORDS = 14
 GROUP_WORDS = 10

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adept_fast.reference import Projection, RowLosses
+from adept_fast.ops.linear_cross_entropy.reference import Projection, RowLosses
 
 PROGRAMS = 1024
 
@@ -163,7 +163,9 @@ def share_kernel(
 
 
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
-    """See adept_fast.reference. hidden, head: one of fp32, bf16 and fp16; a divergence multiplies twice, a gradient three times as much.
+    """See adept_fast.ops.linear_cross_entropy.reference.
+
+    hidden, head: one of fp32, bf16 and fp16; a divergence multiplies twice, a gradient three times as much.
 
     A target outside the vocabulary, of which the host hears nothing, makes its row's loss and gradient NaN.
     Holds beside its results 24 bytes a row and share of the vocabulary: at most 24 PROGRAMS tile.rows, 3 MiB, and 24 a row.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adept_fast.kernels.adamw import TRITON_DTYPES, rounded
 from adept_fast.kernels.linear_cross_entropy import dot, logits, products, tile
-from adept_fast.reference import Projection
+from adept_fast.ops.linear_cross_entropy.reference import Projection
 
 PART = 2**25  # factors held at once
 

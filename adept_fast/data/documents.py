@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from adept_fast.artefacts import staged_file
-from adept_fast.progress import Progress
+from adept_fast.runtime.atomic_files import staged_file
+from adept_fast.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast.data.readers import read
 from adept_fast.data.sources import Record, Source
-from adept_fast.declared import require
 from adept_fast.errors import InputError
+from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adept_fast.declared import Range, check, declare, shown
 from adept_fast.errors import InputError
+from adept_fast.settings.validation import Range, check, declare, shown
 
 GENERAL = "general"  # the name of the bundled general probe
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")

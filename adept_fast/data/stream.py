@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from adept_fast.artefacts import read_json, write_json
 from adept_fast.data.documents import BATCH, Documents, cache_folder, describe_tokenizer, document_tokens
 from adept_fast.data.items import document_text
 from adept_fast.data.packing import Blocks, packed
 from adept_fast.data.readers import reader
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.inputs import digest
+from adept_fast.runtime.atomic_files import read_json, write_json
+from adept_fast.runtime.provenance import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

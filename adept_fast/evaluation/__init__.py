@@ -1,7 +1,7 @@
 """What was gained and what was lost."""
 
-from adept_fast.evaluation.alpha import largest_alpha
-from adept_fast.evaluation.corpora import EvaluationCorpus, corpus
-from adept_fast.evaluation.evaluate import evaluate
+from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus
+from adept_fast.evaluation.largest_alpha import largest_alpha
 
 __all__ = ["EvaluationCorpus", "corpus", "evaluate", "largest_alpha"]

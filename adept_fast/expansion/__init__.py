@@ -3,14 +3,14 @@
 from adept_fast.expansion.bypass import bypassed
 from adept_fast.expansion.delta import apply_copies, extract_copies
 from adept_fast.expansion.dial import dial, dialled_model
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import copies, expand_model, freeze_original
 from adept_fast.expansion.export import export_tuned
-from adept_fast.expansion.first_rates import first_importance, load_first_importance
+from adept_fast.expansion.first_importance import first_importance, load_first_importance
 from adept_fast.expansion.initialise import PRESERVING
-from adept_fast.expansion.insert import copies, expand_model, freeze_original
 from adept_fast.expansion.merge import merge_copies
 from adept_fast.expansion.remove import remove_copies
 from adept_fast.expansion.verify import largest_difference, verify_expansion
-from adept_fast.expansion.write import expand_checkpoint
 
 __all__ = [
     "PRESERVING",

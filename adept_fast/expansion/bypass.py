@@ -9,8 +9,8 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from adept_fast.expansion.insert import copies
-from adept_fast.families import replaced_forward, with_hidden
+from adept_fast.expansion.expand_model import copies
+from adept_fast.models import replaced_forward, with_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

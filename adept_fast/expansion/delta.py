@@ -6,16 +6,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from adept_fast import checkpoint
-from adept_fast.artefacts import read_json, staged_folder
+from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.byte_copy import Piece, write_shards
+from adept_fast.checkpoints.digest import identity, kind_of, tensors_digest
+from adept_fast.checkpoints.safetensors_index import read_header
 from adept_fast.errors import InputError
-from adept_fast.expansion.arrange import Layer, OnDisk, require_space
-from adept_fast.expansion.config import config_file
-from adept_fast.expansion.remade import open_expanded, taken, write_remade
-from adept_fast.fingerprint import identity, kind_of, tensors_digest
-from adept_fast.pieces import Piece, write_shards
-from adept_fast.record import AdeptConfig
-from adept_fast.shards import read_header
+from adept_fast.expansion.config_file import config_file
+from adept_fast.expansion.edit_checkpoint import open_expanded, taken, write_remade
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
+from adept_fast.runtime.atomic_files import read_json, staged_folder
 
 FILE = "adept_copies.safetensors"
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adept_fast.declared import Range, require
-from adept_fast.expansion.arrange import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.expansion.remade import open_expanded, source_config, write_remade
-from adept_fast.families import describe
-from adept_fast.pieces import Piece
-from adept_fast.record import AdeptConfig, record_of
-from adept_fast.shards import Stored
+from adept_fast.checkpoints.adept_config import AdeptConfig, record_of
+from adept_fast.checkpoints.byte_copy import Piece
+from adept_fast.checkpoints.safetensors_index import Stored
+from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_remade
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
+from adept_fast.models import describe
+from adept_fast.settings.validation import Range, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from adept_fast.artefacts import read_json
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.byte_copy import Piece
+from adept_fast.checkpoints.safetensors_index import Stored
+from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion.arrange import DTYPES, Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.expansion.remade import open_expanded, write_remade
-from adept_fast.naming import Naming
-from adept_fast.pieces import Piece
-from adept_fast.record import AdeptConfig
-from adept_fast.shards import Stored
+from adept_fast.expansion.edit_checkpoint import open_expanded, write_remade
+from adept_fast.expansion.rewrite_checkpoint import DTYPES, Layer, OnDisk, as_bytes, as_tensor
+from adept_fast.runtime.atomic_files import read_json
 
 
 def export_tuned(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.families import Family
-from adept_fast.keys import PRESERVING
+from adept_fast.models import Family
+from adept_fast.settings.keys import PRESERVING
 
 NOISE, SHARE = 0.02, 0.1
 UP = ".up_proj.weight"

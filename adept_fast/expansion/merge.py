@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adept_fast import checkpoint
+from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted
+from adept_fast.checkpoints.byte_copy import Piece
+from adept_fast.checkpoints.digest import kind_of
+from adept_fast.checkpoints.safetensors_index import FLOATS, Stored, same_bytes
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion.arrange import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.expansion.remade import counterpart, open_expanded, source_config, write_remade
+from adept_fast.expansion.edit_checkpoint import counterpart, open_expanded, source_config, write_remade
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.expansion.verify import observe, random_inputs
-from adept_fast.fingerprint import kind_of
-from adept_fast.pieces import Piece
-from adept_fast.record import AdeptConfig, Inserted
-from adept_fast.shards import FLOATS, Stored, same_bytes
 
 WAYS = ("average", "stack")
 

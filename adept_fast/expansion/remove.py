@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
-from adept_fast.expansion.arrange import Layer
-from adept_fast.expansion.remade import open_expanded, source_config, write_remade
-from adept_fast.record import AdeptConfig
+from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_remade
+from adept_fast.expansion.rewrite_checkpoint import Layer
 
 
 def remove_copies(

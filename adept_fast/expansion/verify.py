@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import ExpansionError
-from adept_fast.families import device_of, evaluating
+from adept_fast.models import device_of, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.optim import shards
+from adept_fast.ops.adamw.op import launch, sum_of_squares
+from adept_fast.ops.adamw.reference import AdamWOptions, Update, clip_scale
 from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments, checked_multipliers
-from adept_fast.optim.launch import launch, sum_of_squares
-from adept_fast.optim.rows import Rows
 from adept_fast.optim.state import RATES, protect_from_cast, rates_into_state, restored, widen_sharded_remainders
-from adept_fast.reference import AdamWOptions, Update, clip_scale
+from adept_fast.optim.update_collection import Rows
+from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -189,7 +189,7 @@ class AdamW(Rows):
         scale = None if grad_scale is None else grad_scale.double().reciprocal()
         if self.max_grad_norm is not None:
             summed_by = next((backend for device, backend in work if device.type == "cpu"), "torch")
-            squares = shards.total(partial(sum_of_squares, backend=summed_by), grads, meshes)
+            squares = dtensor.total(partial(sum_of_squares, backend=summed_by), grads, meshes)
             scale = clip_scale(squares, self.max_grad_norm, scale)
         for (device, backend), updates in work.items():
             launch(backend, updates, *(x if x is None else x.to(device) for x in (scale, found_inf)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.reference import needs_master
+from adept_fast.ops.adamw.reference import needs_master
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what can be updated, and complex
 

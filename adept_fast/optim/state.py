@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast.optim.shards import is_sharded
+from adept_fast.runtime.dtensor import is_sharded
 
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
 EDITED = ("remainder", "compensation")  # what an edit of the parameter makes stale

@@ -2,10 +2,10 @@
 
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, measure_of
-from adept_fast.report.comparison import compare
+from adept_fast.report.compare_runs import compare
 from adept_fast.report.drawing import save_png
 from adept_fast.report.page import write_report
-from adept_fast.report.units import unit_profile
+from adept_fast.report.units_chart import unit_profile
 
 PICTURES = {
     "scores.png": layer_profile,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adept_fast.artefacts import staged_file
+from adept_fast.runtime.atomic_files import staged_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,17 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adept_fast.artefacts import read_json, write_text
+from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
-from adept_fast.methods import METHODS
-from adept_fast.record import AdeptConfig
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses, measure_of
 from adept_fast.report.drawing import to_svg
-from adept_fast.report.forgetting import forgetting
-from adept_fast.report.rates import unit_rates
+from adept_fast.report.forgetting_chart import forgetting
+from adept_fast.report.rates_chart import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
-from adept_fast.report.units import unit_profile
+from adept_fast.report.units_chart import unit_profile
+from adept_fast.runtime.atomic_files import read_json, write_text
+from adept_fast.tuning.methods import METHODS
 
 RECORD = "expanded/adept_config.json"
 MAKERS = {

@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adept_fast import checkpoint, distributed
-from adept_fast.artefacts import read_json, staged_folder, write_json
+from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import versions
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
-from adept_fast.declared import Range, require
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.families import text_config
-from adept_fast.optim.shards import in_shards
-from adept_fast.record import versions
-from adept_fast.tuning import sharded
+from adept_fast.models import text_config
+from adept_fast.runtime import distributed
+from adept_fast.runtime.atomic_files import read_json, staged_folder, write_json
+from adept_fast.runtime.dtensor import in_shards
+from adept_fast.settings.validation import Range, require
+from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
-from adept_fast.tuning.run import Bookkeeping, Run
-from adept_fast.tuning.settings import TuningSettings
-from adept_fast.tuning.staged import StagedTrainer
+from adept_fast.tuning.staged_trainer import StagedTrainer
+from adept_fast.tuning.training_run import Bookkeeping, Run
+from adept_fast.tuning.tuning_settings import TuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def tune_baseline(
     run.finish(trainer)
     if in_shards(trainer.model):
         merged = checkpoint.load_model(source, **loading)
-        merged.load_state_dict(sharded.gathered(trainer.model), strict=False)
+        merged.load_state_dict(sharded_checkpoint.gathered(trainer.model), strict=False)
     else:
         merged = prepared.merged()
     base = checkpoint.load_model(source, **loading).state_dict()

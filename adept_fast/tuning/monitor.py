@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from adept_fast import distributed
 from adept_fast.data.items import Item
-from adept_fast.losses import corpus_loss
-from adept_fast.optim.shards import in_shards
-from adept_fast.probing import bare
-from adept_fast.tuning.log import TrainerLog
+from adept_fast.models.gradient_scope import bare
+from adept_fast.models.losses import corpus_loss
+from adept_fast.runtime import distributed
+from adept_fast.runtime.dtensor import in_shards
+from adept_fast.tuning.trainer_log import TrainerLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments

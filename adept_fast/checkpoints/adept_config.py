@@ -1,0 +1,139 @@
+"""The record that travels in the checkpoint: which layers are new, copied from where, from which source and scores.
+
+It stands in adept_config.json, and under the key `adept_config` in config.json, which transformers keeps through save_pretrained, its
+Trainer's checkpoints and the hub. docs/record.md has the schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adept_fast.errors import InputError
+from adept_fast.runtime.atomic_files import read_json, write_json
+
+FILE = "adept_config.json"
+KEY = "adept_config"  # in config.json
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """A copy: its index in the expanded model, and the index of the layer it was copied from in the source, which no copies count in.
+    round: 0 for a copy of the first expansion, 1 for one of a later expansion of that model, and so on."""
+
+    layer: int
+    copied_from: int
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class AdeptConfig:
+    """source: name_or_path, identity, tensors_digest, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
+    inputs: what the stage was made from; proof: what was compared when it was written; initialisation: of the last expansion's copies."""
+
+    inserted: tuple[Inserted, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    proof: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: str = "zero_output"
+    schema: int = SCHEMA
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        return tuple(entry.layer for entry in self.inserted)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The copies that tuning trains: those of the last expansion."""
+        last = max((entry.round for entry in self.inserted), default=0)
+        return tuple(entry.layer for entry in self.inserted if entry.round == last)
+
+    def original(self, index: int) -> int:
+        """Where the source's layer `index` stands in the expanded model."""
+        at = index
+        for copy in sorted(self.copies):
+            at += copy <= at
+        return at
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / FILE, self.as_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> AdeptConfig:
+        """Read the record of a checkpoint. Raises InputError where there is none, or none that is known."""
+        record = cls.find(folder)
+        if record is None:
+            raise InputError(f"{folder}: no {FILE}, and no {KEY} in config.json: not an expanded model, or one that lost its record")
+        return record
+
+    @classmethod
+    def find(cls, folder: Path) -> AdeptConfig | None:
+        """The same; None for a checkpoint without a record."""
+        folder = Path(folder)
+        if (folder / FILE).is_file():
+            return cls._read(read_json(folder / FILE), folder / FILE)
+        config = folder / "config.json"
+        found = read_json(config).get(KEY) if config.is_file() else None
+        return None if found is None else cls._read(found, config)
+
+    @classmethod
+    def of(cls, model: object) -> AdeptConfig | None:
+        """The record of a model in memory, which expansion attached or plain transformers loaded with its config; None for one without."""
+        attached = getattr(model, "adept_config", None)
+        if isinstance(attached, cls):
+            return attached
+        config = getattr(model, "config", None)
+        found = getattr(config, KEY, None)
+        return None if found is None else cls._read(found, Path(getattr(config, "name_or_path", ""), "config.json"))
+
+    @classmethod
+    def _read(cls, content: Any, path: Path) -> AdeptConfig:
+        schema = content.get("schema") if isinstance(content, dict) else content
+        if schema not in (1, SCHEMA):
+            raise InputError(f"{path}: schema {schema!r} is none of the known 1 and {SCHEMA}: use the version of adept_fast that wrote it")
+        try:
+            if schema == 1:
+                content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
+            entries = [Inserted(*(int(entry.get(key, 0)) for key in ("layer", "copied_from", "round"))) for entry in content["inserted"]]
+            record = cls(**{**content, "inserted": tuple(entries)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a record of an expansion ({error}): expand the model again") from None
+        if not all(isinstance(table, Mapping) for table in (record.source, record.selection, record.inputs)):
+            raise InputError(f"{path}: not a record of an expansion (source, selection and inputs are tables): expand the model again")
+        if not entries or len({*record.copies}) < len(entries) or min(record.copies) < 1 or any(entry.copied_from < 0 for entry in entries):
+            raise InputError(f"{path}: its copies {list(record.copies)} cannot be: expand the model again")
+        return record
+
+
+def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests were sha256, and did not say so."""
+    renamed = {"sha256": "identity", "tensors_sha256": "tensors_digest"}
+    return {renamed.get(key, key): f"sha256:{value}" if key in renamed and value else value for key, value in source.items()}
+
+
+def record_of(model: object) -> AdeptConfig:
+    """The record of an expanded model. Raises InputError for a model that was not expanded."""
+    record = AdeptConfig.of(model)
+    if record is None:
+        raise InputError("this model has no adept_config: expand it first (expand_model, or adept-fast expand)")
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    import torch
+    import transformers
+
+    from adept_fast import __version__
+
+    return {"adept_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

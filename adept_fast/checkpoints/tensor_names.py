@@ -1,0 +1,153 @@
+"""Names of tensors on disk against names in memory: which layer a stored tensor belongs to, and which parameters it becomes.
+
+They differ where a checkpoint holds the base model only (no prefix), and where transformers converts while loading (each expert a tensor
+on disk, all of them one 3-D parameter in memory). transformers' own mapping is asked, name by name; nothing is guessed from substrings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from adept_fast.checkpoints.safetensors_index import FLOATS, Shards, Stored
+from adept_fast.errors import InputError, UnsupportedFamilyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUMBER = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
+
+
+class Naming:
+    """The names of one checkpoint, read with the model they load into (`skeleton`, meta tensors are enough) and its path of layers."""
+
+    def __init__(self, skeleton: PreTrainedModel, layers: str, names: Iterable[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(skeleton)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._targets = {source: entry.target_patterns for entry in self._converters for source in entry.source_patterns}
+        self._skeleton, self._known, self._path = skeleton, skeleton.state_dict(), f"{layers}."
+        self.count = len(skeleton.get_submodule(layers))
+        self._converted: set[str] = set()
+        self._in_memory = {name: self._loads_into(name) for name in names}
+        self._prefixes = sorted({prefix for name in self._in_memory if (prefix := self._prefix(name)) is not None})
+
+    def _loads_into(self, name: str) -> tuple[str, ...]:
+        """Parameters and buffers that a stored tensor becomes, or becomes part of; none for a tensor the model does not have."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self._skeleton.base_model_prefix
+        found, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._known)
+        if found not in self._known and name in self._known:
+            found, pattern = name, None
+        if found not in self._known:
+            return ()
+        if pattern is not None:
+            self._converted.add(name)
+        targets = self._targets.get(pattern, ())
+        stem = next((found.removesuffix(target) for target in targets if found.endswith(target)), None)
+        others = [f"{stem}{target}" for target in targets] if stem is not None else []
+        return tuple(dict.fromkeys([found, *(other for other in others if other in self._known)]))
+
+    def _prefix(self, name: str) -> str | None:
+        """What stands before the layer's index: the part whose change changes the layer that the tensor loads into."""
+        into = self._in_memory[name]
+        layer = self._layer_in_memory(into[0]) if into else None
+        if layer is None:
+            return None
+        parts, other = name.split("."), str((layer + 1) % self.count)
+        places = [at for at, part in enumerate(parts) if part == str(layer)]
+        for at in places:
+            moved = self._loads_into(".".join([*parts[:at], other, *parts[at + 1 :]]))
+            if self.count == 1 or (moved and self._layer_in_memory(moved[0]) == int(other)):
+                return "".join(f"{part}." for part in parts[:at])
+        raise UnsupportedFamilyError(f"{self._skeleton.config.model_type}: cannot be expanded on disk: {name} does not name its layer")
+
+    def _layer_in_memory(self, name: str) -> int | None:
+        index = name.removeprefix(self._path).partition(".")[0]
+        return int(index) if name.startswith(self._path) and NUMBER.fullmatch(index) else None
+
+    def _split(self, name: str) -> tuple[str, int, str] | None:
+        for prefix in self._prefixes:
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and NUMBER.fullmatch(index):
+                return prefix, int(index), rest
+        return None
+
+    def layer(self, name: str) -> int | None:
+        """The layer that a stored tensor belongs to; None outside the layers. Layers that only predict further lie past the last."""
+        split = self._split(name)
+        return split[1] if split else None
+
+    def place(self, name: str) -> tuple[int | None, str]:
+        """(layer, name within it), under which a tensor is found whatever the prefix; (None, name) outside the layers."""
+        split = self._split(name)
+        return split[1:] if split else (None, name)
+
+    def plain_parameter(self, name: str) -> str | None:
+        """The parameter that a stored tensor is, element by element; None for one that is converted while it is loaded, or not loaded."""
+        into = self._in_memory[name]
+        return into[0] if into and name not in self._converted else None
+
+    @property
+    def plain(self) -> set[str]:
+        """All parameters that are stored as they are."""
+        return {parameter for name in self._in_memory if (parameter := self.plain_parameter(name)) is not None}
+
+    def moved(self, name: str, layer: int) -> str:
+        """The name of the same tensor of another layer."""
+        prefix, _, rest = self._split(name) or ("", 0, "")
+        return f"{prefix}{layer}.{rest}"
+
+    def fill(self, name: str, silent: Mapping[str, float]) -> float | None:
+        """The value that makes the tensor silent in a copy of its layer; None for one that is copied as it is.
+
+        silent: names within the layer, in memory -> values. A constant stays one under every conversion (they only move elements).
+        """
+        values = {silent.get(self._within(into)) for into in self._in_memory[name]} or {None}
+        if len(values) > 1:
+            raise UnsupportedFamilyError(
+                f"{self._skeleton.config.model_type}: cannot be expanded on disk: only a part of {name} is to be silenced"
+            )
+        return values.pop()
+
+    def _within(self, name: str) -> str:
+        return name.removeprefix(self._path).partition(".")[2]
+
+    def check(self, shards: Shards) -> None:
+        """Raise InputError where config.json and the tensors contradict each other: missing ones, other shapes, too many layers."""
+        folder, tied = shards.folder, getattr(self._skeleton, "all_tied_weights_keys", None) or {}
+        stored = shards.tensors
+        sources: dict[str, list[Stored]] = {}
+        for name, into in self._in_memory.items():
+            for parameter in into:
+                sources.setdefault(parameter, []).append(stored[name])
+        held = {*sources, *(name for pair in tied.items() if not sources.keys().isdisjoint(pair) for name in pair)}
+        optional = [*(self._skeleton._keys_to_ignore_on_load_missing or ())]
+        missing = sorted(name for name in self._known.keys() - held if not any(re.search(pattern, name) for pattern in optional))
+        if missing:
+            raise InputError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}: fetch it again, or correct config.json")
+        for parameter, parts in sources.items():
+            self._check_parameter(folder, parameter, parts)
+        ignored = [*(self._skeleton._keys_to_ignore_on_load_unexpected or ())]
+        for name, into in self._in_memory.items():
+            layer = self.layer(name)
+            if layer is not None and layer >= self.count and not into and not any(re.search(pattern, name) for pattern in ignored):
+                raise InputError(f"{folder}: config.json has {self.count} layers, but there is {ascii(name)}: correct one of them")
+
+    def _check_parameter(self, folder: object, parameter: str, parts: list[Stored]) -> None:
+        expected = self._known[parameter]
+        first = parts[0]
+        if expected.dtype.is_floating_point and first.dtype not in FLOATS:
+            raise InputError(f"{folder}: {ascii(first.name)} is {first.dtype}: quantised, or corrupt: use an unquantised checkpoint")
+        numel = sum(part.numel for part in parts)
+        whole = sum(self._known[into].numel() for into in self._in_memory[first.name])
+        if numel != whole or (first.name not in self._converted and tuple(expected.shape) != first.shape):
+            raise InputError(
+                f"{folder}: {parameter} has another shape, {list(first.shape)}, than config.json gives it, {list(expected.shape)}: "
+                "correct one of them"
+            )

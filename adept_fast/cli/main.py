@@ -1,0 +1,191 @@
+"""Arguments in, exit code out: 0 done, 1 failed at run time, 2 bad usage or input. One line on stderr; a traceback with --debug only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+from adept_fast.errors import InputError
+
+MODEL = ("model_name_or_path",)
+HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules that no command does without
+SHARED = ("score", "tune")  # what several processes, as accelerate or torchrun start them, do together
+COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
+    "score": ("which layers general competence rests on", "adept-fast score model_name_or_path=MODEL score.max_items=64", MODEL),
+    "expand": (
+        "copy the chosen layers, silent at first, and verify",
+        "adept-fast expand model_name_or_path=MODEL expand.layers=[3,7]",
+        MODEL,
+    ),
+    "verify": ("check that base and expanded model agree bit for bit", "adept-fast verify model_name_or_path=MODEL dtype=bfloat16", MODEL),
+    "tune": (
+        "train the copies on the domain, each unit at its own rate",
+        "adept-fast tune recipe.yaml tune.max_steps=100",
+        (*MODEL, "domain"),
+    ),
+    "eval": ("loss, perplexity and accuracy of base and tuned model", "adept-fast eval recipe.yaml eval.max_items=200", MODEL),
+    "run": (
+        "score, expand, verify, tune, evaluate, report",
+        "adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
+        (*MODEL, "domain"),
+    ),
+    "copies": (
+        "remove, extract, apply, merge or dial copies on disk",
+        "adept-fast copies remove source=out/tuned target=plain (adept-fast copies ACTION --help has one for each)",
+        (),
+    ),
+    "report": ("write output_dir/report.html again", "adept-fast report output_dir=out", ()),
+    "compare": ("several runs side by side, with the spread over seeds", "adept-fast compare out/a out/b output_dir=out/compare", ()),
+    "info": ("versions, and which backends were found", "adept-fast info", ()),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Whoever writes --key value is told how settings are written."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + "; settings are written key=value" * message.startswith("unrecognized arguments"))
+
+
+def parser() -> argparse.ArgumentParser:
+    from adept_fast import __version__
+    from adept_fast.cli.copies import ACTIONS
+
+    top = Parser(
+        prog="adept-fast",
+        description="Adapt a causal language model to a domain without losing what it knows: score -> expand -> tune -> report.",
+        epilog="example: adept-fast run model_name_or_path=MODEL domain=my.txt output_dir=out",
+    )
+    top.set_defaults(debug=False, action=None)
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    for name, (what, example, _) in COMMANDS.items():
+        command = _described(commands, name, what, example)
+        if name == "copies":
+            actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+            for action, about in ACTIONS.items():
+                keys = ", ".join(entry.name for entry in fields(about.keys))
+                _described(actions, action, about.what, f"adept-fast copies {action} {about.example}").add_argument(
+                    "settings", nargs="*", metavar="key=value", help=f"keys: {keys}"
+                )
+        elif name == "compare":
+            command.add_argument("settings", nargs="+", metavar="FOLDER | output_dir=FOLDER", help="runs, and where to write")
+        elif name != "info":
+            given, what = "recipe.yaml | ", "a recipe, and settings that override it"
+            if name == "demo":
+                given, what = "", "settings that override the demo's"
+            command.add_argument("settings", nargs="*", metavar=f"{given}key.sub=value", help=f"{what} (all of them: docs/recipe.md)")
+    return top
+
+
+def _described(parsers: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    described = parsers.add_parser(name, help=what, description=what, epilog=f"example: {example}")
+    described.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    return described
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        given = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        _run(given.command, given.action, getattr(given, "settings", []))
+    except KeyboardInterrupt:
+        kept = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
+        _complain(f"interrupted; {kept}")
+        return 130
+    except BaseException as error:
+        if given.debug or isinstance(error, SystemExit):
+            raise
+        _complain(_one_line(error))
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def _complain(line: str) -> None:
+    who = f"process {_rank()}: " if _rank() else ""
+    print(f"adept-fast: {who}{line}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """Of several processes, as their launcher says; torch is not imported yet."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
+    if command == "info":
+        from adept_fast.cli.info import describe
+
+        print(describe())
+        return
+    _needs_extra()
+    _calm_libraries()
+    if action is not None:
+        from adept_fast.cli import copies
+
+        _say(copies.run(action, settings))
+        return
+    if command == "compare":
+        from adept_fast.report import compare
+
+        keys = [setting for setting in settings if setting.startswith("output_dir=")]
+        target = keys[-1].partition("=")[2] if keys else "comparison"
+        _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target, _say)}")
+        return
+    from adept_fast.pipeline import recipe
+    from adept_fast.pipeline.run import STAGES
+    from adept_fast.pipeline.run_directory import Workspace
+
+    files = [setting for setting in settings if "=" not in setting or os.path.isfile(setting)]
+    if len(files) > 1:
+        raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
+    overrides = [setting for setting in settings if setting not in files]
+    if command == "demo":
+        from adept_fast.cli import demo
+
+        if files:
+            raise InputError(f"{files[0]}: demo takes settings only; for a recipe use adept-fast run")
+        demo.run(overrides)
+        return
+    work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
+    if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")
+    with work.held():
+        STAGES[command](work)
+
+
+def _say(line: str) -> None:
+    if not _rank():
+        print(line, flush=True)
+
+
+def _needs_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in HF if find_spec(name) is None]
+    if missing:
+        raise InputError(f"the command line needs {', '.join(missing)}: pip install 'adept-fast[hf]'")
+
+
+def _calm_libraries() -> None:
+    """Their progress bars and advice would drown the one line that matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty() or _rank():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours are Progress, which is calm by itself
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,62 @@
+"""Evaluation of one model: loss and perplexity, accuracy on questions, and how many general tokens' argmax shifted from the base's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.models.losses import corpus_loss
+from adept_fast.runtime.bootstrap import bootstrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def evaluate(
+    model: PreTrainedModel,
+    general: EvaluationCorpus,
+    domain: EvaluationCorpus | None,
+    base_argmax: Sequence[Tensor] = (),
+    title: str = "model",
+    quiet: bool = False,
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Results as they stand in eval.json, and the argmax at every position of the general corpus.
+
+    loss: nats per supervised token, with a 95 % bootstrap interval over items; perplexity: exp(loss); accuracy: share of questions whose
+    right letter is the likeliest; shifted_tokens: share of general positions whose argmax differs from base_argmax (None without it).
+    """
+    result, argmax = _evaluate(model, general, True, f"{title}: general", quiet)
+    shifted = None
+    if base_argmax:
+        moved = sum(int((ours != theirs).sum()) for ours, theirs in zip(argmax, base_argmax, strict=True))
+        shifted = moved / sum(map(len, base_argmax))
+    results = {"general": result, "shifted_tokens": shifted}
+    if domain is not None:
+        results["domain"], _ = _evaluate(model, domain, False, f"{title}: domain", quiet)
+    return results, argmax
+
+
+def _evaluate(
+    model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str, quiet: bool
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    measured = corpus_loss(model, corpus.items, argmax, corpus.candidates, title, quiet)
+    loss, low, high = (float(value) for value in bootstrap(measured.sums, measured.tokens))
+    result: dict[str, Any] = {
+        "loss": loss,
+        "low": low,
+        "high": high,
+        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond a float
+        "tokens": int(measured.tokens.sum()),
+        "items": len(corpus.items),
+        "accuracy": None,
+    }
+    if corpus.answers:
+        right = torch.tensor([pick == answer for pick, answer in zip(measured.picked, corpus.answers, strict=True)], dtype=torch.float64)
+        accuracy = bootstrap(right, torch.ones_like(right))
+        result |= dict(zip(("accuracy", "accuracy_low", "accuracy_high"), map(float, accuracy), strict=True))
+    return result, measured.argmax

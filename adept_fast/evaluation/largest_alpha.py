@@ -1,0 +1,70 @@
+"""How far the dial can stay open: the largest share alpha of the tuned copies at which general loss rises by no more than a limit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.expansion import dialled_model
+from adept_fast.models.losses import CorpusLoss, corpus_loss
+from adept_fast.runtime.bootstrap import bootstrap
+from adept_fast.settings.keys import Eval
+from adept_fast.settings.validation import check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COARSE, FINE = 8, 64  # steps of the dial: from 1 down by eighths, then halved to sixty-fourths
+
+
+@dataclass(frozen=True)
+class Tried:
+    """rise: mean general loss at alpha minus that at 0, nats per supervised token; low, high: its 95 % interval from a bootstrap over items
+    of the two models' paired losses."""
+
+    alpha: float
+    loss: float
+    rise: float
+    low: float
+    high: float
+
+
+def largest_alpha(
+    model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool = False
+) -> dict[str, Any]:
+    """What stands in eval.json as "dial": alpha, the largest of 0, 1/64, ..., 1 found whose rise has its whole interval within `limit`; its
+    rise; the domain loss there; and all that was tried. The model is dialled in memory and left as it was.
+
+    Loss need not rise evenly with alpha: eighths are tried from 1 down to the first within the limit, then the steps above it by halving.
+    """
+    check(Eval, "eval.", needed=True, general_limit=limit)
+    base = _measured(model, general, 0, quiet)
+    tried: dict[int, Tried] = {}
+
+    def within(step: int) -> bool:
+        if step not in tried:
+            tried[step] = _compared(_measured(model, general, step, quiet), base, step) if step else _compared(base, base, 0)
+        return tried[step].high <= limit
+
+    inside = next(step for step in range(FINE, -1, -FINE // COARSE) if within(step))
+    outside = inside + FINE // COARSE
+    while inside < FINE and outside - inside > 1:
+        middle = (inside + outside) // 2
+        inside, outside = (middle, outside) if within(middle) else (inside, middle)
+    found: dict[str, Any] = {"limit": limit, **asdict(tried[inside])}
+    if domain is not None:
+        found["domain_loss"] = _measured(model, domain, inside, quiet).mean
+    return {**found, "tried": [asdict(tried[step]) for step in sorted(tried)]}
+
+
+def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int, quiet: bool) -> CorpusLoss:
+    with dialled_model(model, step / FINE):
+        return corpus_loss(model, corpus.items, title=f"alpha {step / FINE:g}: {corpus.name}", quiet=quiet)
+
+
+def _compared(measured: CorpusLoss, base: CorpusLoss, step: int) -> Tried:
+    change: tuple[Tensor, ...] = bootstrap(measured.sums - base.sums, measured.tokens)
+    return Tried(step / FINE, measured.mean, *map(float, change))

@@ -1,0 +1,102 @@
+"""What removing, applying, merging and dialling copies have in common: an expanded checkpoint opened with its record, and the proof that
+what is made of it still holds the source, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted, versions
+from adept_fast.checkpoints.byte_copy import Piece
+from adept_fast.checkpoints.digest import kind_of
+from adept_fast.checkpoints.safetensors_index import Stored
+from adept_fast.errors import ExpansionError, InputError
+from adept_fast.expansion.config_file import config_file
+from adept_fast.expansion.rewrite_checkpoint import Layer, Made, OnDisk, arrange, prove_bytes, write_checkpoint
+
+INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
+
+
+def open_expanded(folder: str | Path, trust_remote_code: bool = False) -> tuple[OnDisk, AdeptConfig]:
+    """A checkpoint with copies, and its record. Raises InputError where there is no record, or one that the checkpoint contradicts."""
+    path = checkpoint.resolve(str(folder))
+    record, on_disk = AdeptConfig.load(path), OnDisk.open(path, trust_remote_code)
+    expected = record.source.get("num_hidden_layers")
+    if expected != on_disk.count - len(record.copies) or any(entry.copied_from >= expected for entry in record.inserted):
+        raise InputError(
+            f"{path}: {on_disk.count} layers, but its record has {len(record.copies)} copies in a source of {expected}: "
+            "it belongs to another checkpoint"
+        )
+    if not record.source.get("tensors_digest"):
+        raise _not_described(path)
+    return on_disk, record
+
+
+def _not_described(folder: Path) -> InputError:
+    return InputError(f"{folder}: its record does not say what the source was: expand on disk (expand_checkpoint, adept-fast expand)")
+
+
+def source_config(on_disk: OnDisk, record: AdeptConfig, inserted: Sequence[Inserted] = ()) -> dict[str, Any]:
+    """config.json of the source with the copies `inserted`."""
+    held = record.source.get("config")
+    if not isinstance(held, Mapping):
+        raise _not_described(on_disk.folder)
+    return config_file(held, type(on_disk.skeleton.config).from_dict(dict(held)), [entry.copied_from for entry in inserted])
+
+
+def write_remade(
+    target: str | Path,
+    on_disk: OnDisk,
+    layers: Sequence[Layer],
+    config: Mapping[str, Any],
+    record: Made,
+    source: Mapping[str, Any],
+    verify: bool,
+    quiet: bool,
+    prove: Callable[[Path], None] | None = None,
+) -> Made:
+    """Write the checkpoint and prove, before it gets its name, that the source is in it: its tensors have the digest that the record has.
+
+    record: of the result, None where no copy is left; source: of the source. verify False: no proof, and the record says so.
+    """
+    plan = arrange(on_disk, layers)
+    if record is not None:
+        proof = dict(INTACT) if verify else {"note": "not compared (verify=False)"}
+        record = replace(record, proof=proof, versions=versions(), parameters=_parameters(on_disk, record, layers))
+
+    def check(written: Path) -> None:
+        prove_bytes(plan, written)
+        made = OnDisk.open(written)
+        kind = kind_of(source["tensors_digest"])
+        if made.originals_digest(record, kind) != source["tensors_digest"]:
+            raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
+        if prove:
+            prove(written)
+
+    return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
+
+
+def _parameters(on_disk: OnDisk, record: AdeptConfig, layers: Sequence[Layer]) -> dict[str, int]:
+    inside = on_disk.skeleton.get_submodule(on_disk.family.layers)
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in inside]
+    total = sum(parameter.numel() for parameter in on_disk.skeleton.parameters())
+    made = [sizes[layer.template] for layer in layers]
+    return {"total": total - sum(sizes) + sum(made), "trainable": sum(made[layer] for layer in record.trained)}
+
+
+def counterpart(tensors: Mapping[str, Stored], where: Path, template: Stored, name: str) -> Stored:
+    """The tensor `name` among those of `where`. Raises InputError unless it is there, with the template's dtype and shape."""
+    stored = tensors.get(name)
+    if stored is None or (stored.dtype, stored.shape) != (template.dtype, template.shape):
+        found = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+        raise InputError(f"{where}: {ascii(name)} {found}, expected {template.dtype} {list(template.shape)}: not of this base")
+    return stored
+
+
+def taken(tensors: Mapping[str, Stored], where: Path, template: Stored, name: str) -> Piece:
+    """A layer's tensor out of another file, where it has the new name already."""
+    stored = counterpart(tensors, where, template, name)
+    return Piece(name, stored.dtype, stored.shape, stored)

@@ -1,0 +1,222 @@
+"""A checkpoint made from another by giving it other layers: planned tensor by tensor, written from shards to shards, proven, named.
+
+Tensors that stay keep their shard and are copied as bytes; what is made new goes to the shard of its template. Memory is constant in the
+size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import KEY, AdeptConfig
+from adept_fast.checkpoints.byte_copy import Piece, write_shards
+from adept_fast.checkpoints.digest import THREADS, tensors_digest
+from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
+from adept_fast.checkpoints.tensor_names import Naming
+from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
+from adept_fast.expansion.initialise import PRESERVING, fills, initial
+from adept_fast.models import Family, describe, layers_path
+from adept_fast.runtime.atomic_files import read_json, staged_folder, write_json
+from adept_fast.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SPARE = 1 << 24  # bytes left free for headers, config and record
+Plan = dict[str, list[Piece]]  # file name -> its tensors
+Made = TypeVar("Made", bound=AdeptConfig | None)  # a record; None where no copy is left
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A checkpoint as it lies there: its tensors, what they are called, what silences its layers, and the model without weights."""
+
+    folder: Path
+    shards: Shards
+    skeleton: PreTrainedModel
+    family: Family
+    naming: Naming
+
+    @classmethod
+    def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
+        """Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent."""
+        shards = open_shards(folder)
+        _check_counts(read_json(folder / "config.json"), folder, len(shards.tensors))
+        skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
+        with refusals_naming(folder):
+            naming = Naming(skeleton, layers_path(skeleton), shards.tensors)
+            naming.check(shards)  # before the model is run: shapes that do not fit are told by name here
+            family = describe(skeleton)
+        return cls(folder, shards, skeleton, family, naming)
+
+    @property
+    def count(self) -> int:
+        return self.naming.count
+
+    def fill(self, stored: Stored) -> float | None:
+        """The value that silences a tensor of a layer; None for one that a silent copy keeps."""
+        layer = self.naming.layer(stored.name)
+        return None if layer is None or layer >= self.count else self.naming.fill(stored.name, self.family.silent[layer])
+
+    def copied(self, stored: Stored, name: str, how: str) -> Piece:
+        """The tensor of a new copy that corresponds to `stored`; how: its initialisation."""
+        layer = self.naming.layer(stored.name)
+        assert layer is not None
+        names = dict(self.skeleton.get_submodule(f"{self.family.layers}.{layer}").named_parameters())
+        value = self.naming.fill(stored.name, fills(self.family, layer, names, how))
+        if value is None:
+            return Piece(name, stored.dtype, stored.shape, stored)
+        if not PRESERVING[how]:
+            return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(initial(as_tensor(stored), value, how, name)))
+        return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
+
+    def originals_digest(self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS) -> str:
+        """The digest of all tensors but the copies', under the names they have in the source."""
+        if record is None:
+            return tensors_digest(self.shards.tensors, kind, threads)
+        places = {record.original(index): index for index in range(self.count - len(record.copies))}
+        tensors = {}
+        for name, stored in self.shards.tensors.items():
+            layer = self.naming.layer(name)
+            if layer is None:
+                tensors[name] = stored
+            elif layer >= self.count:
+                tensors[self.naming.moved(name, layer - len(record.copies))] = stored
+            elif layer in places:
+                tensors[self.naming.moved(name, places[layer])] = stored
+        return tensors_digest(tensors, kind, threads)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the checkpoint to write. template: the layer whose tensors' names, shapes and shards it takes; make: (the template's
+    tensor, the new name) -> what is written, None for the template's own bytes."""
+
+    template: int
+    make: Callable[[Stored, str], Piece] | None = None
+
+
+@contextmanager
+def refusals_naming(folder: Path) -> Iterator[None]:
+    """A family that is refused is refused with the folder's name: only models in memory have none."""
+    try:
+        yield
+    except UnsupportedFamilyError as refusal:
+        raise UnsupportedFamilyError(f"{folder}: {refusal}") from None
+
+
+def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse a config of no layers, or of more than there are tensors, before a model of that many is built."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != KEY:
+            _check_counts(value, folder, tensors)
+        elif key in LAYER_COUNTS and isinstance(value, int) and not 0 < value <= tensors:
+            raise InputError(f"{folder}: config.json has {key} {ascii(value)[:80]}, but there are {tensors} tensors: correct one of them")
+
+
+def as_tensor(stored: Stored) -> Tensor:
+    return torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype]).reshape(stored.shape) if stored.size else torch.empty(stored.shape)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def arrange(source: OnDisk, layers: Sequence[Layer]) -> Plan:
+    """What each shard is going to hold when the model has these layers. What stays comes first, in its order."""
+    indices: dict[int, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        indices[layer.template].append(index)
+    plan: Plan = {}
+    for file, tensors in source.shards.files.items():
+        kept: list[Piece] = []
+        made: list[Piece] = []
+        for stored in tensors:
+            at = source.naming.layer(stored.name)
+            if at is None:
+                kept.append(Piece(stored.name, stored.dtype, stored.shape, stored))
+                continue
+            for index in indices[at] if at < source.count else [at + len(layers) - source.count]:
+                name, make = source.naming.moved(stored.name, index), layers[index].make if index < len(layers) else None
+                (kept if make is None else made).append(make(stored, name) if make else Piece(name, stored.dtype, stored.shape, stored))
+        if kept or made:
+            plan[file] = kept + made
+    return plan
+
+
+def write_checkpoint(
+    target: Path,
+    source: OnDisk,
+    plan: Plan,
+    config: Mapping[str, Any],
+    record: Callable[[], Made],
+    prove: Callable[[Path], None] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    quiet: bool = False,
+) -> Made:
+    """Write `plan` and all that goes along with it to the new folder `target`; returns the record.
+
+    record: called when the weights are written. extra: further safetensors files. prove: called with the written folder before it gets its
+    name. Raises InputError where the disk is too small or `target` exists; whatever is raised, no target appears.
+    """
+    from safetensors.torch import save_file
+
+    total = sum(piece.size for pieces in plan.values() for piece in pieces)
+    require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
+    with staged_folder(target) as staging:
+        with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, quiet=quiet) as bar:
+            write_shards(staging, plan, source.shards.metadata, bar.update)
+        if source.shards.index is not None:
+            write_json(staging / INDEX, _index(source, plan))
+        checkpoint.carry_files(source.folder, staging)
+        made = record()
+        written = {key: value for key, value in config.items() if key != KEY}
+        if made is not None:
+            made.save(staging)
+            written[KEY] = made.as_dict()
+        (staging / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        for name, tensors in (extra or {}).items():
+            save_file(dict(tensors), staging / name)
+        if prove:
+            prove(staging)
+    return made
+
+
+def require_space(target: Path, size: int) -> None:
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if size + SPARE > free:
+        raise InputError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk: make room, or write elsewhere")
+
+
+def _index(source: OnDisk, plan: Plan) -> dict[str, Any]:
+    index = dict(source.shards.index or {})
+    metadata = dict(index.get("metadata") or {})
+    pieces = [piece for entries in plan.values() for piece in entries]
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(piece.numel for piece in pieces) - sum(t.numel for t in source.shards.tensors.values())
+    metadata["total_size"] = sum(piece.size for piece in pieces)
+    weight_map = {piece.name: file for file, entries in plan.items() for piece in entries}
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def prove_bytes(plan: Plan, written: Path) -> None:
+    """Raise ExpansionError unless every tensor that was to be copied has the bits of the one it was copied from."""
+    found = open_shards(written).tensors
+    for pieces in plan.values():
+        for piece in pieces:
+            if piece.stored is not None and not same_bytes(piece.stored, found[piece.name]):
+                raise ExpansionError(f"{piece.name} came out with other bits than {piece.stored.name} of {piece.stored.file}")

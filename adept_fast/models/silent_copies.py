@@ -1,0 +1,253 @@
+"""What makes a copy of a layer silent, read off the layer's own computation.
+
+A layer is silent when its output is its input, bit for bit. Its autograd graph, walked from the output, says how: a sum of the input
+and of branches needs the input untouched and each branch 0; a branch is 0 when the last factor of it that is a parameter is 0. That is
+the output projection (weight and bias) in pre-norm layers, and the gain of the norm behind it in post-norm ones, where a zeroed
+projection would be silent too, but whose first updates the norm would amplify. The graph is that of a model without values.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from adept_fast.errors import UnsupportedFamilyError
+from adept_fast.models.decoder_layers import hidden_of, layers_path, replaced_forward, with_hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 4
+PRODUCTS = frozenset({"Mul", "Mm", "Bmm", "Mv", "Linear", "GroupedMm", "Convolution"})
+BIASED_PRODUCTS = frozenset({"Addmm", "Baddbmm", "Addbmm", "Addmv"})  # bias, factor, factor
+NORMS = frozenset({"NativeLayerNorm", "FusedRmsNorm", "NativeGroupNorm"})  # input, gain, bias
+SUMS = frozenset({"Add", "Sub", "Cat", "Stack", "IndexAdd", "ScatterAdd", "IndexPut", "IndexCopy", "Scatter", "Where", "CopySlices"})
+SAME = frozenset(  # the same numbers, perhaps elsewhere
+    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Slice", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
+    | {"NativeDropout"}
+)
+ZERO_TO_ZERO = SAME | frozenset(
+    {"Div", "Neg", "Sum", "Mean", "Select", "Index", "Gather", "IndexSelect", "Expand", "Repeat", "Split", "SplitWithSizes", "Unbind"}
+    | {"AsStrided", "ConstantPadNd", "MaskedFill", "Tanh", "Relu", "Silu", "Gelu", "Copy"}
+)
+_KIND = re.compile(r"Backward\d*$")
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
+
+
+@dataclass(frozen=True)
+class Silence:
+    """How a copy of one layer is made silent. fill: parameters and buffers, named within the layer, and the value to fill each with.
+
+    gains: those of them that are gains (elementwise factors) rather than projections: the gates of a post-norm copy.
+    """
+
+    fill: Mapping[str, float] = field(default_factory=dict)
+    gains: frozenset[str] = frozenset()
+
+    def __or__(self, other: Silence) -> Silence:
+        return Silence({**self.fill, **other.fill}, self.gains | other.gains)
+
+
+class _Refused(Exception):
+    """Why a value cannot be made 0, or cannot be made the layer's input."""
+
+
+def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
+    """One per layer. `model` may hold meta tensors. Raises UnsupportedFamilyError with the reason."""
+    from transformers.initialization import no_init_weights
+
+    own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
+    config = copy.deepcopy(model.config)
+    if config._attn_implementation not in ("eager", "sdpa"):  # flash attention's way in looks at values
+        config._attn_implementation = "eager"
+    with torch.device("meta"), no_init_weights():
+        twin = type(model)(config).eval()
+    with mode:
+        twin.to_empty(device="cpu")  # not built so: a module's own .to() swaps parameters, which fake ones refuse
+    twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
+    layers = twin.get_submodule(path)
+    traces: dict[int, tuple[Tensor, Any]] = {}  # entry and output of the first layer of each signature
+    first: dict[tuple, int] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(_traced(layer, first.setdefault(_signature(layer), index), traces, name))
+        try:
+            with mode, torch.enable_grad():
+                twin(input_ids=torch.zeros((1, TOKENS), dtype=torch.int64), use_cache=False)
+        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode):
+            raise UnsupportedFamilyError(f"{name}: cannot be expanded: what it computes depends on values, not on shapes alone") from None
+    found = {}
+    for index in first.values():
+        where = f"{name}: cannot be expanded: layer {index}"
+        if index not in traces:
+            raise UnsupportedFamilyError(f"{where} takes no part when the input is text")
+        found[index] = _Walk(own[index], layers[index], traces[index][0]).silence(traces[index][1], where)
+    return tuple(found[first[_signature(layer)]] for layer in layers)
+
+
+def _signature(layer: nn.Module) -> tuple:
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+@contextmanager
+def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]], family: str) -> Iterator[None]:
+    """Let the layer record its computation, or pass its input through where one of its kind has; either way the next one gets it as is."""
+    forward = layer.forward
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if first not in traces:
+            entry = hidden.detach().requires_grad_()
+            traces[first] = entry, forward(entry, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": entry})
+            kind = type(traces[first][1])
+            if (issubclass(kind, tuple) and kind is not tuple) or not isinstance(hidden_of(traces[first][1]), Tensor):
+                raise UnsupportedFamilyError(f"{family}: cannot be expanded: its layers return {kind.__name__}s")
+        return with_hidden(traces[first][1], hidden)
+
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.requires_grad_(True)
+    with replaced_forward(layer, traced):
+        yield
+
+
+class _Walk:
+    """The computation of one layer from its entry (a leaf) to its output. own: the layer with values, for probing its norms."""
+
+    def __init__(self, own: nn.Module, layer: nn.Module, entry: Tensor) -> None:
+        self.own, self.entry = own, entry
+        self.parameters = {id(parameter): name for name, parameter in layer.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+        self.names = {**self.parameters, **{id(buffer): name for name, buffer in layer.named_buffers()}}
+
+    def silence(self, output: Any, where: str) -> Silence:
+        try:
+            found = self.unchanged(getattr(hidden_of(output), "grad_fn", None))
+        except _Refused as reason:
+            raise UnsupportedFamilyError(f"{where}: {reason}") from None
+        if not found.fill:
+            raise UnsupportedFamilyError(f"{where}: it has no branch")
+        return Silence({twin: value for name, value in found.fill.items() for twin in self._alike(name)}, found.gains)
+
+    def unchanged(self, node: Any) -> Silence:
+        """What makes a value the layer's input."""
+        kind = _kind(node)
+        if kind == "AccumulateGrad" and node.variable is self.entry:
+            return Silence()
+        if kind == "Add":
+            for kept, branch in ((0, 1), (1, 0)):
+                try:
+                    stream = self.unchanged(node.next_functions[kept][0])
+                except _Refused as reason:
+                    refused = reason
+                    continue
+                return stream | self.zero(node.next_functions[branch][0])
+            raise refused
+        if kind in SAME:
+            return self.unchanged(_inputs(node)[0])
+        if kind == "Mul":
+            return self._unscaled(node)
+        raise _Refused(f"its output is not its input plus branches (found {kind or 'a constant'} on the way)")
+
+    def _unscaled(self, node: Any) -> Silence:
+        functions = [function for function, _ in node.next_functions]
+        for stream, factor in (functions, functions[::-1]):
+            if factor is None and stream is not None and _constant(node) == 1:
+                return self.unchanged(stream)
+            if stream is not None and (name := self._leaf(factor)[0]):
+                return self.unchanged(stream) | Silence({name: 1.0})
+        raise _Refused("it scales the residual stream")
+
+    def zero(self, node: Any) -> Silence:
+        """What makes a value 0."""
+        kind, inputs = _kind(node), _inputs(node)
+        if node is None:  # a constant: the zeros that sums start from; the logits check sees others
+            return Silence()
+        if kind == "AccumulateGrad":
+            if id(node.variable) not in self.parameters:
+                raise _Refused("its input reaches its output on two ways" if node.variable is self.entry else "a branch ends in a buffer")
+            return Silence({self.parameters[id(node.variable)]: 0.0})
+        if kind in NORMS and len(inputs) > 1:
+            affine = self._all(inputs[1:])
+            return Silence(affine.fill, frozenset(affine.fill))
+        if kind in BIASED_PRODUCTS:
+            return self.zero(node.next_functions[0][0]) | self._product(_inputs(node, 1), kind)
+        if kind in PRODUCTS:
+            return self._product(inputs, kind)
+        if kind in SUMS:
+            return self._all(inputs)
+        if kind in ZERO_TO_ZERO or kind in NORMS:
+            return self.zero(inputs[0])
+        raise _Refused(f"a branch ends in {kind}, not in a projection or a gain")
+
+    def _all(self, nodes: list[Any]) -> Silence:
+        found = Silence()
+        for node in nodes:
+            found |= self.zero(node)
+        return found
+
+    def _product(self, factors: list[Any], kind: str) -> Silence:
+        for factor in factors:
+            name, shifted = self._leaf(factor)
+            if name in self.parameters.values():
+                bias = self._all(factors[2:]) if kind in ("Convolution", "Linear") else Silence()
+                value = self._vanishing(name) if shifted else 0.0
+                return bias | Silence({name: value}, frozenset({name}) if kind == "Mul" else frozenset())
+        refused = _Refused("a branch ends in a product of constants")
+        for factor in factors:
+            try:
+                return self.zero(factor)
+            except _Refused as reason:
+                refused = reason
+        raise refused
+
+    def _leaf(self, node: Any) -> tuple[str | None, bool]:
+        """The parameter or buffer that a value is, and whether a constant is added to it."""
+        shifted = False
+        while _kind(node) in ZERO_TO_ZERO or (_kind(node) == "Add" and len(_inputs(node)) == 1):
+            shifted |= _kind(node) == "Add"
+            node = _inputs(node)[0]
+        return (self.names.get(id(node.variable)) if _kind(node) == "AccumulateGrad" else None), shifted
+
+    def _vanishing(self, name: str) -> float:
+        """The gain with which the norm that owns it gives 0, found by trying: -1 where it multiplies by 1 + gain."""
+        path, _, gain = name.rpartition(".")
+        norm = copy.deepcopy(self.own.get_submodule(path))
+        norm = (norm.to_empty(device="cpu") if norm.get_parameter(gain).is_meta else norm.cpu()).float()
+        shape = norm.get_parameter(gain).shape
+        with torch.no_grad():
+            for value in (0.0, -1.0):
+                norm.get_parameter(gain).fill_(value)
+                if not norm(torch.linspace(-1, 2, 2 * shape.numel()).view(2, *shape)).any():
+                    return value
+        raise _Refused(f"neither 0 nor -1 for the gain {name} makes its norm give 0")
+
+    def _alike(self, name: str) -> list[str]:
+        """The name and those that differ in indices only: the other experts of a list, which the traced tokens need not have reached."""
+        pattern = re.compile(r"\d+".join(map(re.escape, _INDEX.split(name))))
+        return [other for other in self.shapes if pattern.fullmatch(other) and self.shapes[other] == self.shapes[name]]
+
+
+def _kind(node: Any) -> str:
+    return "" if node is None else _KIND.sub("", type(node).__name__)
+
+
+def _inputs(node: Any, start: int = 0) -> list[Any]:
+    return [] if node is None else [function for function, _ in node.next_functions[start:] if function is not None]
+
+
+def _constant(node: Any) -> float | None:
+    """The number that a Mul multiplies by, where it is a plain one."""
+    other = getattr(node, "_saved_other", None)
+    return float(other) if isinstance(other, Tensor) and other.ndim == 0 else None

@@ -1,0 +1,157 @@
+"""Which implementation of an operation runs. Decided here, once per process, with one override: ADEPT_FAST_BACKEND."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from adept_fast.errors import InputError
+
+# operation -> implementations, the preferred one first
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "adamw": ("cuda", "triton", "cpu", "torch"),
+    "gradient_sums": ("triton", "cpu", "torch"),
+    "linear_cross_entropy": ("triton", "cpu", "torch"),
+}
+OVERRIDE = "ADEPT_FAST_BACKEND"
+OLDEST = (8, 0)  # compute capability
+
+
+@dataclass(frozen=True)
+class Status:
+    """`reason`: what was found, or why it cannot be used; `remedy`: what to do about that, empty where found."""
+
+    found: bool
+    reason: str
+    remedy: str = ""
+
+
+@cache
+def _cuda() -> Status:
+    try:
+        native = import_module("adept_fast._CUDA")
+    except ModuleNotFoundError:
+        return Status(
+            False,
+            "the CUDA extension was not built: there was no nvcc, or it failed",
+            "install the CUDA toolkit and reinstall from source with ADEPT_FAST_BUILD_CUDA=1, which shows the error",
+        )
+    except ImportError as error:
+        return Status(False, f"the CUDA extension does not load: {error}", "reinstall from source on this machine")
+    versions = native.versions()
+    runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in (versions["runtime"], versions["driver"]))
+    if versions["driver"] == 0:
+        return Status(False, "there is no NVIDIA driver", f"install one for CUDA {runtime} or newer")
+    # Within a major version older drivers serve, but for launch parameters beyond 4 KB, which csrc/adamw.cu has from 12.1 on.
+    if versions["driver"] < max(versions["runtime"] // 1000 * 1000, min(versions["runtime"], 12010)):
+        return Status(
+            False,
+            f"the driver supports CUDA {driver}, the extension was built with {runtime}",
+            f"update the driver, or reinstall from source with the toolkit of CUDA {driver}",
+        )
+    try:
+        devices = native.devices()
+    except RuntimeError as error:
+        return Status(False, str(error), "check that nvidia-smi works, and the driver's version")
+    if not devices:
+        return Status(False, "no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    oldest = min(tuple(device["capability"]) for device in devices)
+    if oldest < OLDEST:
+        return _too_old(oldest)
+    return Status(True, ", ".join(native.architectures()))
+
+
+@cache
+def _triton() -> Status:
+    if not _interpreted() and not torch.cuda.is_available():
+        remedy = "check nvidia-smi, and that torch is a CUDA build; to test on a CPU, set TRITON_INTERPRET=1"
+        return Status(False, "torch finds no GPU", remedy)
+    if find_spec("triton") is None:
+        return Status(False, "triton is not installed", "pip install triton")
+    if _interpreted():
+        return Status(True, "interpreted on the CPU, for tests: TRITON_INTERPRET is set")
+    try:
+        version = import_module("triton").__version__
+    except ImportError as error:
+        return Status(False, f"triton does not import: {error}", "install the triton that your torch release names")
+    if torch.version.cuda:
+        oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        if oldest < OLDEST:
+            return _too_old(oldest)
+    return Status(True, version)
+
+
+@cache
+def _cpu() -> Status:
+    try:
+        native = import_module("adept_fast._C")
+    except ModuleNotFoundError:
+        return Status(False, "the C++ extension was not built", "install a C++17 compiler and reinstall from source")
+    except ImportError as error:
+        return Status(False, f"the C++ extension does not load: {error}", "reinstall from source on this machine")
+    features = native.features()
+    return Status(True, ", ".join([features["compiler"], *features["instruction_sets"]]))
+
+
+def _torch() -> Status:
+    return Status(True, torch.__version__)
+
+
+_FIND: dict[str, Callable[[], Status]] = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch}
+
+
+def _too_old(capability: tuple[int, int]) -> Status:
+    found, needed = (".".join(map(str, numbers)) for numbers in (capability, OLDEST))
+    return Status(False, f"a device has compute capability {found}; {needed} is needed", "hide it with CUDA_VISIBLE_DEVICES")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _fits(name: str, device: torch.device) -> bool:
+    if name == "cuda":
+        return device.type == "cuda" and torch.version.hip is None
+    if name == "triton":
+        return device.type == ("cpu" if _interpreted() else "cuda")
+    return name == "torch" or device.type == "cpu"
+
+
+def status() -> dict[str, Status]:
+    """For "cuda", "triton", "cpu" and "torch": found or not, why, and the remedy."""
+    return {name: find() for name, find in _FIND.items()}
+
+
+def native_on_cpu() -> bool:
+    """Whether adept_fast._C may do on the CPU what a model's own modules do otherwise."""
+    return os.environ.get(OVERRIDE) in (None, "", "cpu") and _cpu().found
+
+
+def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
+    """The backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
+
+    `forced`, or else the environment variable ADEPT_FAST_BACKEND, is taken at its word: InputError for a name that does not exist,
+    RuntimeError, with the remedy, where that backend is missing, lacks the operation or cannot run on the device.
+    """
+    implemented = IMPLEMENTED[operation]
+    name = forced or os.environ.get(OVERRIDE)
+    if not name:
+        return next(candidate for candidate in implemented if _fits(candidate, device) and _FIND[candidate]().found)
+    asked = f"backend={name!r}" if forced else f"{OVERRIDE}={name}"
+    if name not in _FIND:
+        raise InputError(f"{asked}: no such backend; choose one of {', '.join(_FIND)}")
+    if name not in implemented:
+        raise RuntimeError(f"{asked}: {operation} is not implemented there; choose one of {', '.join(implemented)}, or none")
+    found = _FIND[name]()
+    if not found.found:
+        raise RuntimeError(f"{asked}: {found.reason}; {found.remedy}")
+    if not _fits(name, device):
+        others = ", ".join(other for other in implemented if _fits(other, device))
+        raise RuntimeError(f"{asked}: {name} does not run on {device.type} tensors; choose one of {others}, or none")
+    return name

@@ -1,0 +1,152 @@
+"""Cross-entropy of a linear head, without keeping its logits.
+
+    z_v = cap tanh(scale (w_v . h + b_v) / cap)        loss = log sum_v exp z_v - z_target        KL = sum_v p_v (log p_v - log q_v)
+
+The vocabulary is passed in blocks with a running maximum and sum, so memory does not grow with it; fp32 accumulation (fp64 for fp64).
+The gradient to `hidden` is taken in the same pass, its sum rescaled as the maximum grows. The head is frozen: it gets none.
+Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses without logits (Wijmans et al., arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.ops import dispatch as backends
+from adept_fast.ops.linear_cross_entropy import reference
+from adept_fast.ops.linear_cross_entropy.reference import Projection
+
+IGNORE = -100
+_MODULES = {"triton": "adept_fast.kernels.linear_cross_entropy", "cpu": "adept_fast.ops.linear_cross_entropy.cpu"}
+
+
+class Divergence(NamedTuple):
+    """losses: [variants, rows]; kl: KL(variant 0 || variant), [variants, rows]. Both 0 where there is no target."""
+
+    losses: Tensor
+    kl: Tensor
+
+
+def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Tensor:
+    """Loss of each row in nats: fp32 (fp64 for fp64) of the shape of `targets`, 0 where the target is -100, differentiable in `hidden`.
+
+    hidden: [..., width] of fp32, bf16, fp16 or fp64; targets: [...] of int64. Rows without a target cost nothing. Raises InputError for
+    shapes that do not fit, where the head would need a gradient, and where a gradient is differentiated again. A target outside the
+    vocabulary is an IndexError on a CPU; in the kernels of a GPU, for which nobody waits, its row's loss and gradient are NaN.
+    """
+    hidden, head, targets = _checked(hidden, head, targets)
+    if hidden.requires_grad and torch.is_grad_enabled():
+        losses, _ = torch.ops.adept_fast.linear_cross_entropy(
+            hidden.flatten(0, -2), head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
+        )
+    else:
+        chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+        losses = _scattered(chosen, hidden.flatten(0, -2), head, targets.flatten(), False)[0]
+    return losses.view(targets.shape)
+
+
+def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Losses as of `linear_cross_entropy`, and the token that is likeliest in each row (rows without a target too), int64. No gradient."""
+    hidden, head, targets = _checked(hidden, head, targets)
+    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    known = torch.where(targets == IGNORE, 0, targets).flatten()
+    found = _run(chosen, hidden.flatten(0, -2).detach(), head, known, 0, False)
+    return torch.where(targets == IGNORE, 0, found.losses.view(targets.shape)), found.argmax.view(targets.shape)
+
+
+def linear_divergence(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Divergence:
+    """Losses of variants of a model and their divergence from the first: hidden [variants, rows, width], targets [rows]. No gradient."""
+    variants, rows = hidden.shape[:2]
+    hidden, head, targets = _checked(hidden, head, targets.expand(variants, rows))
+    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    there = (targets[0] != IGNORE).nonzero()[:, 0]
+    found = _run(chosen, hidden.detach()[:, there].flatten(0, 1), head, targets[:, there].flatten(), variants, False)
+    losses, kl = (found.losses.new_zeros(variants, rows) for _ in range(2))
+    losses[:, there], kl[:, there] = found.losses.view(variants, -1), found.kl.view(variants, -1)
+    return Divergence(losses, kl)
+
+
+def _checked(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Projection, Tensor]:
+    weight, bias = head.weight, head.bias
+    if hidden.shape[:-1] != targets.shape or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise InputError(
+            f"a loss needs hidden [..., width], weight [vocabulary, width] and targets [...], found {tuple(hidden.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise InputError(f"targets must be int64, found {targets.dtype}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise InputError("linear_cross_entropy gives no gradient to the head: freeze it (requires_grad_(False)) or take F.cross_entropy")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    else:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype), head._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype)), targets
+
+
+def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variants: int, gradient: bool) -> reference.RowLosses:
+    """By `chosen`, of rows that all have a target: see reference.linear_cross_entropy."""
+    wide = torch.float64 in (hidden.dtype, head.weight.dtype)
+    module = reference if chosen == "torch" or wide else import_module(_MODULES[chosen])
+    with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
+        return module.linear_cross_entropy(hidden, head, targets, variants, gradient)
+
+
+def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    there = (targets != IGNORE).nonzero()[:, 0]
+    if len(there) == len(targets):
+        found = _run(chosen, hidden.detach(), head, targets, 0, gradient)
+        return found.losses, found.gradient
+    found = _run(chosen, hidden.detach()[there], head, targets[there], 0, gradient)
+    losses = found.losses.new_zeros(len(targets)).index_copy_(0, there, found.losses)
+    grads = found.gradient.new_zeros(len(targets) if gradient else 0, hidden.shape[1])
+    return losses, grads.index_copy_(0, there, found.gradient) if gradient else grads
+
+
+@torch.library.custom_op("adept_fast::linear_cross_entropy", mutates_args=())
+def _operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Losses [rows], and their gradient to `hidden` [rows, width], both of the accumulator's type."""
+    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    return _scattered(chosen, hidden, Projection(weight, bias, scale, softcap), targets, True)
+
+
+@_operator.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulator(hidden)
+    return hidden.new_empty(targets.shape, dtype=dtype), torch.empty_like(hidden, dtype=dtype)
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], inputs[0])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    slope, hidden = ctx.saved_tensors
+    found = (losses[:, None] * slope).to(ctx.dtype)
+    if torch.is_grad_enabled():  # by create_graph=True; `slope` does not know that it depends on `hidden`
+        found = _Once.apply(found, hidden)
+    return (found, *(None,) * 6)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient of `hidden` that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, found: Tensor, hidden: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor | None, ...]:
+        raise InputError("linear_cross_entropy has no second derivative: take F.cross_entropy of the logits where one is needed")
+
+
+_operator.register_autograd(_backward, setup_context=_keep)

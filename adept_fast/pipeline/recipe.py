@@ -1,0 +1,106 @@
+"""The recipe: its keys, their defaults, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adept_fast.data.sources import GENERAL, Source
+from adept_fast.errors import InputError
+from adept_fast.settings.key_value import parsed, settings
+from adept_fast.settings.keys import DTYPES, SEEDS, Eval, Expand, Score, Tune
+from adept_fast.settings.validation import declare, shown
+from adept_fast.tuning.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made from. Only model_name_or_path and domain have no default that works."""
+
+    model_name_or_path: str = declare("", meaning="folder or hub name")
+    domain: tuple[Source, ...] = declare((), meaning="file, dataset name, {path, split, column, weight}, or a list of them")
+    output_dir: str = declare("adept_out")
+    method: str = declare("adept", METHODS, "see below")
+    probe: Source = declare(Source(GENERAL), meaning="the bundled probe; or a file, a dataset name, {path, split, column, weight}")
+    revision: str | None = declare(None, meaning="of a hub model")
+    dtype: str | None = declare(None, DTYPES, "null is the checkpoint's")
+    attn_implementation: str | None = declare(
+        None, meaning="transformers' choice; to flash_attention_2 and its like packed documents go flattened, without a mask"
+    )
+    trust_remote_code: bool = declare(False)
+    seed: int = declare(0, SEEDS)
+    score: Score = Score()
+    expand: Expand = Expand()
+    tune: Tune = field(default_factory=Tune)
+    eval: Eval = Eval()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @property
+    def unused(self) -> str | None:
+        """What is said of `expand`, to a method that copies nothing."""
+        given = [f"expand.{key}" for key, value in vars(self.expand).items() if value != getattr(Expand, key)]
+        if not given or METHODS[self.method].copies:
+            return None
+        return f"warning: method={self.method} copies no layers: {', '.join(given)} has no effect"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str] = ("model_name_or_path", "domain")) -> Recipe:
+    """Read a YAML recipe (or none), apply "key.sub=value" overrides, check every key and value. Raises InputError."""
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{shown(path)}: no such recipe ({error.strerror}; a setting is written key=value)") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a text in UTF-8 ({error})") from None
+        content = parsed(text, f"{path}:") or {}
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
+    recipe = settings(Recipe, overrides, content)
+    check_together(recipe)
+    for key in required:
+        if not getattr(recipe, key):
+            raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")
+    return recipe
+
+
+def check_together(recipe: Recipe) -> None:
+    """Raise InputError for settings that do not go together, or that nothing would come of."""
+    method, score, expand, tune = METHODS[recipe.method], recipe.score, recipe.expand, recipe.tune
+    if method.uniform and expand.layers is not None:
+        raise InputError(f"method={recipe.method} spaces the copies evenly: leave expand.layers out")
+    if recipe.method == "replay" and tune.replay is None:
+        raise InputError("method=replay needs a corpus to replay: set tune.replay, with a share or weight")
+    if expand.budget is not None and (method.uniform or expand.layers is not None):
+        given = f"method={recipe.method} takes expand.k" if method.uniform else "expand.layers says which"
+        raise InputError(f"expand.budget chooses how many layers to copy, but {given}: leave one out")
+    if expand.budget is not None and not expand.budget.shares:
+        raise InputError("expand.budget: no share of full training is given: set parameters or time in it, or leave it out")
+    measured = {
+        "tune.anchor_weight": tune.anchor_weight,
+        "tune.general_limit": tune.general_limit,
+        "eval.general_limit": recipe.eval.general_limit,
+    }
+    for key, limit in measured.items():
+        if not method.copies and limit is not None:
+            raise InputError(f"method={recipe.method} keeps no base inside the model to measure against: leave {key} out")
+    if score.unit_layers is not None and score.units is None:
+        raise InputError("score.unit_layers: no units are masked: set score.units too, or leave it out")
+    if score.loss == "kl" and score.method != "masking":
+        raise InputError(f"score.loss=kl: only method=masking has a profile by it, not {score.method}: take answer or all")
+    if score.regret is not None:
+        if score.method != "masking":
+            raise InputError(f"score.regret: a race measures masking, not {score.method}: leave one out")
+        if expand.budget is not None:
+            raise InputError("score.regret: a race is for a given number of layers: give expand.k and no expand.budget")
+        if expand.placement == "lowest_per_band":
+            raise InputError("score.regret: a race finds the lowest layers: leave expand.placement at lowest")

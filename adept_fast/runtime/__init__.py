@@ -1,0 +1,1 @@
+"""What a run stands on: files, processes, progress, provenance."""

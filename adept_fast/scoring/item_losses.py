@@ -1,0 +1,139 @@
+"""The losses of each item of a corpus under each variant of a model, measured pack by pack: journalled, and shared out over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adept_fast.data.items import Item
+from adept_fast.errors import InputError
+from adept_fast.runtime import distributed
+from adept_fast.runtime.malloc import freed_memory_kept
+from adept_fast.runtime.progress import Progress
+from adept_fast.runtime.provenance import digest
+from adept_fast.scoring.journal import Journal
+from adept_fast.scoring.packs import Pack, pack
+from adept_fast.scoring.scores import ItemScores
+from adept_fast.scoring.sweep import SweepPlan
+from adept_fast.settings.keys import LOSSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Masks(Protocol):
+    """A model, and `count` parts of it to mask, one at a time. identity: what a journal knows the parts by, beside the model."""
+
+    model: PreTrainedModel
+    plan: SweepPlan
+    count: int
+    identity: Mapping[str, Any]
+
+    def measure(self, pack: Pack, parts: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
+        """Summed losses of each item of a pack, fp64 [items, 1 + parts] by name, the baseline first."""
+
+    def flops(self, pack: Pack, parts: Sequence[int]) -> float:
+        """Of measuring it."""
+
+
+class Measuring:
+    """losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN where not measured. cost: FLOPs spent by all processes.
+
+    A context manager, which closes the journal: what is measured within is kept there, and taken from there where a killed run left it.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        items: Sequence[Item],
+        losses: Collection[str],
+        journal: Path | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.masks, self.items, self.quiet = masks, items, quiet
+        self.names = [name for name in LOSSES if name in losses]
+        self.losses = {name: torch.full((len(items), 1 + masks.count), torch.nan, dtype=torch.float64) for name in self.names}
+        self.cost = 0.0
+        config = masks.model.config
+        shared = {
+            "items": digest([[item.input_ids, item.labels] for item in items]),
+            **masks.identity,
+            "losses": self.names,
+            "plan": vars(masks.plan),
+        }
+        if names := distributed.differing(shared):
+            raise InputError(
+                f"{', '.join(names)} of what is scored: not the same in all processes, which share it out: give all of them the same "
+                "to score, on machines alike"
+            )
+        header = {
+            "model": [config.name_or_path, str(masks.model.dtype), digest(config.to_dict())],
+            **shared,
+            "processes": distributed.processes(),
+            "inputs": dict(inputs or {}),
+        }
+        path = journal and journal.with_name(f"{journal.name}.{distributed.rank()}" if distributed.rank() else journal.name)
+        self._journal = Journal(path, header) if path else None
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal:
+            self._journal.close()
+
+    def measure(self, title: str, indices: Sequence[int] | None = None, parts: Sequence[int] | None = None) -> None:
+        """Fill in the losses of the items at `indices` for the baseline and with each of `parts` masked (none: of all)."""
+        indices = range(len(self.items)) if indices is None else indices
+        parts = range(self.masks.count) if parts is None else parts
+        packs = pack(self.items, indices, self.masks.plan.pack, "all" in self.names)
+        costs = [self.masks.flops(each, parts) for each in packs]
+        mine = _shares(costs, distributed.processes())[distributed.rank()]
+        found = torch.zeros(len(self.names), len(self.items), 1 + len(parts), dtype=torch.float64)
+        total = sum(costs[at] for at in mine)
+        with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True, quiet=self.quiet) as bar:
+            for at in mine:
+                values = self._recorded(packs[at], parts)
+                for name, rows in zip(self.names, found, strict=True):
+                    rows[list(packs[at].items)] = torch.tensor(values[name], dtype=torch.float64)
+                bar.update(costs[at])
+        found = distributed.total(found)
+        columns = torch.tensor([0, *(1 + part for part in parts)])
+        rows = torch.tensor(list(indices))
+        for name, measured in zip(self.names, found, strict=True):
+            self.losses[name][rows[:, None], columns] = measured[rows]
+        self.cost += sum(costs)
+
+    def whole_cost(self) -> float:
+        """FLOPs of measuring all parts on all items, whatever the packs."""
+        alone = pack(self.items, range(len(self.items)), 0, "all" in self.names)
+        return sum(self.masks.flops(each, range(self.masks.count)) for each in alone)
+
+    def item_scores(self, name: str) -> ItemScores:
+        """Loss with each part masked minus the baseline's, summed over each item's tokens, and how many tokens count."""
+        counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in self.items]
+        losses = self.losses[name]
+        base = None if name == "kl" else losses[:, 0].clone()
+        return ItemScores(losses[:, 1:] - losses[:, :1], torch.tensor(counts, dtype=torch.float64), base)
+
+    def _recorded(self, pack: Pack, parts: Sequence[int]) -> dict[str, list[list[float]]]:
+        def run() -> dict[str, list[list[float]]]:
+            return {name: values.tolist() for name, values in self.masks.measure(pack, parts, self.names).items()}
+
+        return self._journal.recorded([list(pack.items), list(parts)], run) if self._journal else run()
+
+
+def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Places of `costs` for each process, the costliest first, each to the one that has least so far."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
+    for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
+        least = loads.index(min(loads))
+        shares[least].append(at)
+        loads[least] += costs[at]
+    return shares

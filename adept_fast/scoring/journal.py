@@ -1,0 +1,60 @@
+"""What a long scoring run has measured so far, one line a pack of items, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from adept_fast.runtime.atomic_files import write_text
+
+
+class Journal:
+    """Append-only JSON lines: a header that says what the rows belong to, then one row a measurement, in the order of the run.
+
+    A run that starts again asks for the same measurements in the same order and is answered from the file as far as it goes. Rows under
+    another header, a last line that was cut off, and what follows a row that was not asked for are dropped.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path, self._at = path, 0
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        self._first = json.dumps({"journal": header}, sort_keys=True)
+        self._rows = list(_whole(lines[1:-1])) if lines and lines[0] == self._first else []  # what follows the last newline is not whole
+        self._file = self._rewritten()
+
+    def recorded(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """What was measured for `key`: from the file, or now. Both are JSON; numbers keep all their bits."""
+        if self._at < len(self._rows):
+            row = self._rows[self._at]
+            if row["key"] == key:
+                self._at += 1
+                return row["measured"]
+            del self._rows[self._at :]
+            self._file.close()
+            self._file = self._rewritten()
+        row = {"key": key, "measured": measure()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._rows.append(row)
+        self._at += 1
+        return row["measured"]
+
+    def _rewritten(self) -> TextIO:
+        write_text(self.path, self._first + "\n" + "".join(json.dumps(row) + "\n" for row in self._rows))
+        return self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole(lines: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows up to the first malformed line."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

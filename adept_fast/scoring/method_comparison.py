@@ -1,0 +1,48 @@
+"""Several methods side by side: do they rank the layers alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.runtime.bootstrap import CONFIDENCE
+from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.stability import DRAWS, complete, ranks, resampled_values
+
+
+def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, Any]:
+    """Spearman's rank correlation over layers of each pair of scores, by their primary profiles, with 95 % bootstrap intervals over items.
+
+    {"names": method and loss of each, "values": [n, layers], "spearman", "low", "high": [n, n]}. Scores of one corpus are resampled
+    together, item by item; where one is of a race, those that it measured all layers on. Raises InputError for fewer than two scores, and
+    for other numbers of layers or items.
+    """
+    if len(several) < 2:
+        raise InputError(f"a comparison needs two or more scores, found {len(several)}")
+    shapes = {(len(scores.values), scores.items) for scores in several}
+    if len(shapes) > 1:
+        raise InputError(f"scores to compare must be of one model and one probe, found (layers, items) of {sorted(shapes)}")
+    shared = torch.stack([complete(scores, scores.loss) for scores in several]).all(0)
+    drawn = torch.stack([ranks(resampled_values(scores, scores.loss, draws=DRAWS, seed=seed, among=shared)) for scores in several])
+    values = [scores.per_item[scores.loss].among(shared).profile(scores.method).values for scores in several]
+    measured = torch.stack([ranks(torch.tensor([each], dtype=torch.float64)) for each in values])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(_correlations(drawn), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return {
+        "names": [scores.method if scores.loss == "hidden" else f"{scores.method}, {scores.loss}" for scores in several],
+        "values": [list(each) for each in values],
+        "spearman": _correlations(measured)[0].tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
+
+
+def _correlations(ranked: Tensor) -> Tensor:
+    """Ranks [n, draws, layers] -> correlations [draws, n, n]."""
+    centred = ranked - ranked.mean(-1, keepdim=True)
+    unit = (centred / centred.norm(dim=-1, keepdim=True)).transpose(0, 1)
+    return unit @ unit.mT

@@ -1,0 +1,125 @@
+"""score_layers: the importance of each layer for a probe corpus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.data.items import Item, load_items
+from adept_fast.data.sources import Source
+from adept_fast.errors import InputError
+from adept_fast.models import evaluating, vocabulary_of
+from adept_fast.scoring.budget import LayerCosts
+from adept_fast.scoring.cheap_scores import cheap_scores
+from adept_fast.scoring.item_losses import Measuring
+from adept_fast.scoring.layer_masking import LayerMasks
+from adept_fast.scoring.race import Race, certificate, run
+from adept_fast.scoring.scores import ItemScores, LayerScores
+from adept_fast.scoring.sweep import plan
+from adept_fast.settings.keys import CHEAP, LOSSES, Score
+from adept_fast.settings.validation import check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score_layers(
+    model: PreTrainedModel,
+    probe: str | Source | Iterable[Mapping[str, Any] | Item],
+    method: str = Score.method,
+    loss: str = "answer",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    losses: Collection[str] = (),
+    domain: Iterable[Item] = (),
+    race: Race | None = None,
+    sweep_tokens: int | None = None,
+    seed: int = Score.seed,
+    journal: Path | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> LayerScores:
+    """Importance of each decoder layer, nats per supervised token, with 95 % bootstrap intervals over items.
+
+    loss: the primary profile: "answer" (supervised tokens), "kl" (KL(base || masked) on them, never negative), "all" (all tokens). losses:
+    profiles to measure beside it, in the same pass; "all" costs the head on every token.
+    probe: records, a path or a dataset name (with tokenizer), or tokenised items. sweep_tokens: bound on variants times tokens of one layer
+    call, that is on memory (none: 2,048 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
+    domain: items of another corpus, measured beside the probe: their loss on all tokens is the profile "domain".
+    race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
+    certificate, and the values of layers that were dropped, or are copies, rest on fewer items.
+    Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
+    Raises InputError for an unknown method or loss, or a probe with nothing supervised.
+    """
+    wanted = {loss, *losses}
+    check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
+    for name in (loss, *losses):
+        check(Score, needed=True, loss=name)
+    if race and (method != "masking" or wanted != {loss}):
+        raise InputError("a race measures masking by its one loss: give no other method or losses")
+    items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
+    domain = [Item(item.input_ids, item.input_ids) for item in domain]
+    copies = record.copies if (record := AdeptConfig.of(model)) else ()
+    started, notes, proof = time.perf_counter(), (), None
+    if method in CHEAP:
+        loss, per_item = _cheap(model, items, method, loss, wanted, quiet)
+        if domain:
+            per_item["domain"] = cheap_scores(model, domain, method, "all", quiet)
+    else:
+        with evaluating(model):
+            masks = LayerMasks(model, plan(model, [*items, *domain], sweep_tokens))
+            if not masks.plan.swept:
+                notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
+            with Measuring(masks, items, wanted, journal, inputs, quiet) as measuring:
+                if race:
+                    proof = _raced(measuring, race, loss, seed, copies)
+                else:
+                    measuring.measure("scoring")
+                per_item = {name: measuring.item_scores(name) for name in measuring.names}
+            if domain:
+                beside = journal and journal.with_name(f"{journal.name}.domain")
+                with Measuring(masks, domain, ["all"], beside, inputs, quiet) as measuring:
+                    measuring.measure("scoring the domain")
+                    per_item["domain"] = measuring.item_scores("all")
+    return LayerScores(
+        method=method,
+        loss=loss,
+        profiles={name: scores.profile(method, seed) for name, scores in per_item.items()},
+        items=len(items),
+        tokens=sum(item.supervised for item in items),
+        seconds=time.perf_counter() - started,
+        model=model.config.name_or_path,
+        notes=notes,
+        inputs=dict(inputs or {}),
+        certificate=proof,
+        costs=LayerCosts.of(model),
+        copies=copies,
+        per_item=per_item,
+    )
+
+
+def _cheap(
+    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str], quiet: bool
+) -> tuple[str, dict[str, ItemScores]]:
+    """(primary profile, scores of items by profile). Block influence takes no loss: its one profile is called "hidden"."""
+    if method == "block_influence":
+        return "hidden", {"hidden": cheap_scores(model, items, method, "hidden", quiet)}
+    if "kl" in wanted:
+        raise InputError(f"{method} has no profile by kl: the gradient of KL(base || base) is 0; give loss answer or all")
+    return loss, {name: cheap_scores(model, items, method, name, quiet) for name in LOSSES if name in wanted}
+
+
+def _raced(measuring: Measuring, race: Race, loss: str, seed: int, copies: Collection[int]) -> dict[str, Any]:
+    tokens = measuring.item_scores(loss).weights
+
+    def measure(items: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+        measuring.measure(f"racing {len(layers)} layers", items, layers)
+        return measuring.item_scores(loss).sums[list(items)]
+
+    outcome = run(race, tokens, measuring.masks.count, measure, seed, copies)
+    return certificate(race, outcome, tokens, seed, measuring.cost / measuring.whole_cost())

@@ -1,0 +1,84 @@
+"""Which layers to copy: the k of lowest importance under a rule of placement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.scoring.budget import check_budget, within
+from adept_fast.scoring.scores import LayerScores
+from adept_fast.settings.keys import Expand
+from adept_fast.settings.validation import Range, check, require
+
+
+def check_choice(layers: int, k: int, placement: str) -> None:
+    """Raise InputError for a k or placement that a model of `layers` layers cannot have."""
+    check(Expand, "expand.", placement=placement)
+    require("expand.k", k, int, Range(1, layers, why="the number of layers to choose from"))
+
+
+def select_layers(
+    scores: LayerScores, k: int | None = None, placement: str = Expand.placement, budget: Mapping[str, float] | None = None
+) -> list[int]:
+    """k layers (4 by default) that are no copies, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth
+    bands (LLaMA Pro); "lowest_per_band": the lowest of each. Scores of a race give the layers that it is the proof of.
+
+    budget: instead of k, {"parameters": 0.15} or {"time": 0.5} or both, shares of full training: as many layers as it allows (budget.py).
+    Raises InputError for a k below 1 or above the number of such layers, for another choice than was raced for, for a budget that allows
+    none.
+    """
+    candidates = scores.candidates
+    if budget is not None:
+        if k is not None or scores.certificate or scores.costs is None:
+            raise InputError("a budget chooses k itself, from scores with costs and without a race: give no k, and score without one")
+        check_budget(budget, scores.costs, candidates)
+        return within(budget, scores.costs, [select_layers(scores, 1 + more, placement) for more in range(len(candidates))])
+    k = Expand.k if k is None else k
+    check_choice(len(candidates), k, placement)
+    if scores.certificate and placement != "uniform":
+        if (k, placement) != (scores.certificate["k"], "lowest"):
+            raced = scores.certificate["k"]
+            raise InputError(f"the scores are those of a race for the {raced} lowest layers: score without a race for another choice")
+        return list(scores.certificate["layers"])
+    return by_placement(torch.tensor([scores.values], dtype=torch.float64), candidates, k, placement)[0].tolist()
+
+
+def by_placement(values: Tensor, candidates: Sequence[int], k: int, placement: str) -> Tensor:
+    """The layers of `candidates` that are chosen by each row of values [n, layers], ascending: int64 [n, k]."""
+    if placement == "uniform":
+        return torch.tensor([evenly(candidates, k)]).expand(len(values), -1)
+    values, layers, count = values[:, candidates], torch.tensor(candidates), len(candidates)
+    if placement == "lowest":
+        return layers[values.argsort(dim=1, stable=True)[:, :k].sort(1).values]
+    bands = [slice(band * count // k, (band + 1) * count // k) for band in range(k)]
+    return torch.stack([layers[band][values[:, band].argmin(1)] for band in bands], 1)
+
+
+def evenly(candidates: Sequence[int], k: int) -> list[int]:
+    """The last of each of k equal depth bands of `candidates`."""
+    return [candidates[(band + 1) * len(candidates) // k - 1] for band in range(k)]
+
+
+def next_layer(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> dict[str, Any] | None:
+    """What one more copy would cost and bring: {"layers": the choice of k + 1, "joins": its new layers, "scores": theirs, "shares": of full
+    training}; nothing where all candidates are chosen, or where the costs are not known."""
+    if scores.costs is None or scores.certificate or len(chosen) >= len(scores.candidates):
+        return None
+    layers = select_layers(scores, len(chosen) + 1, placement)
+    joins = [layer for layer in layers if layer not in chosen]
+    return {"layers": layers, "joins": joins, "scores": [scores.values[layer] for layer in joins], "shares": scores.costs.shares(layers)}
+
+
+def undecided(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> list[int]:
+    """Candidates that were not chosen although their interval reaches below the highest chosen value: the intervals do not part them."""
+    if placement != "lowest":
+        return []
+    others = [layer for layer in scores.candidates if layer not in chosen]
+    if scores.certificate:
+        return [layer for layer in others if layer in scores.certificate["undecided"]]
+    limit = max(scores.high[layer] for layer in chosen)
+    return [layer for layer in others if scores.low[layer] < limit]

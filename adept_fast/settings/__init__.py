@@ -1,0 +1,1 @@
+"""Settings: their declaration, their checks, and how they are written."""

@@ -1,0 +1,59 @@
+"""AdeptTrainer: transformers' Trainer that trains copies only, with unit-wise rates and checkpoints of what changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from adept_fast.checkpoints.adept_config import record_of
+from adept_fast.expansion import freeze_original
+from adept_fast.models.gradient_scope import bare
+from adept_fast.tuning import sharded_checkpoint
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.fast_step import fast_step
+from adept_fast.tuning.staged_trainer import StagedTrainer
+from adept_fast.tuning.unit_rates import apply_rates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class AdeptTrainer(StagedTrainer):
+    """Trainer(model, args, ..., adept=AdeptCallback(...)) for an expanded model.
+
+    Freezes all but the copies, takes the loss without logits (see fast_step), steps and keeps checkpoints as StagedTrainer does; these hold
+    the record and the unit rates too. Raises InputError for a model that was not expanded.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
+        record_of(model)
+        freeze_original(model)
+        self._adept = adept
+        super().__init__(model, args, **kwargs)
+        self.add_callback(adept)
+        adept.on_init_end(args, self.state, self.control, model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with fast_step(self.model):
+            return super().train(*args, **kwargs)
+
+    def _save_trained(self, folder: Path) -> None:
+        super()._save_trained(folder)
+        record_of(bare(self.model)).save(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._adept.meter:
+            self._adept.meter.save(Path(output_dir), bare(self.model))
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (Path(checkpoint) / sharded_checkpoint.FOLDER).is_dir():  # rates are read into rates of their shape
+            apply_rates(self.stepped, bare(self.model), self._adept.units, torch.ones(len(self._adept.units)))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        self._adept.resumed_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,130 @@
+"""A training step that costs what the copies need.
+
+    loss = sum over targets of -log p(target) / num_items_in_batch        (their mean without num_items_in_batch)
+
+as transformers' own models compute it, but without logits: a frozen linear head gives the loss and its gradient to the hidden states in
+one pass over the vocabulary. The rest is autograd's: where no input requires a gradient it keeps nothing, so layers below the lowest copy
+run forward only, and frozen layers above it keep what gradients to their inputs need.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adept_fast.models import device_of, evaluating, headless, text_config
+from adept_fast.models.lm_head import projection
+from adept_fast.ops.linear_cross_entropy.op import IGNORE, linear_cross_entropy
+from adept_fast.ops.linear_cross_entropy.reference import Projection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+LOW_PRECISION = 2e-2
+WHOLE = ("output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep")  # asked of a call: the model's own way
+
+
+@contextmanager
+def fast_step(model: PreTrainedModel) -> Iterator[bool]:
+    """While inside, `model(..., labels=...)` in training mode returns its loss without logits. Yields whether it does.
+
+    It does not where the head is trained, sharded or no plain projection, or where the model's loss on a few tokens is not this one (a
+    router's loss is part of it, say): such a model goes its own way. Wrappers of the model (DDP, FSDP2, accelerate's autocast,
+    torch.compile) may be put on and taken off while inside; other calls, and calls in eval mode, are the model's own.
+
+    >>> with fast_step(model):
+    ...     model(input_ids=ids, labels=ids).loss.backward()
+    """
+    own = model.forward
+    scale = _scale_and_softcap(model)
+    active = scale is not None and _same_loss(model, own, scale)
+    if not active:
+        yield False
+        return
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        tuples = kwargs.get("return_dict") is False
+        if not (active and wanted and model.training) or tuples or any(kwargs.get(key) for key in WHOLE):
+            return own(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(loss=_loss(model, scale, *args, **kwargs))
+
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield True
+    finally:
+        active = False
+        if vars(model).get("forward") is forward:  # otherwise it lies in a wrapper's, and is the model's own from now on
+            if before is None:
+                del model.forward
+            else:
+                model.forward = before
+
+
+def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float] | None:
+    layer = model.get_output_embeddings()
+    if layer is None or any(parameter.requires_grad for parameter in layer.parameters()):
+        return None
+    row = torch.randn(1, layer.weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    head = projection(model, row)
+    return None if head is None else (head.scale, head.softcap)
+
+
+def _loss(
+    model: PreTrainedModel,
+    scale: tuple[float, float],
+    *args: Any,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    return_dict: bool | None = None,
+    **inputs: Any,
+) -> Tensor:
+    with embeddings_apart(model):
+        hidden = headless(model)(*args, **{**inputs, "use_cache": False})[0]
+    targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
+    targets = targets.to(hidden.device)
+    layer = model.get_output_embeddings()
+    losses = linear_cross_entropy(hidden, Projection(layer.weight, layer.bias, *scale), targets)
+    count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count)
+
+
+@contextmanager
+def embeddings_apart(model: PreTrainedModel) -> Iterator[None]:
+    """No gradient to the embeddings' output, which transformers asks for with gradient checkpointing: all layers would run backward."""
+    if not getattr(model, "_require_grads_hooks", None):
+        yield
+        return
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _same_loss(model: PreTrainedModel, own: Any, scale: tuple[float, float]) -> bool:
+    """Whether `_loss` is the model's own loss, on eight tokens."""
+    config = text_config(model)
+    if getattr(config, "output_router_logits", False):
+        return False
+    ids = (torch.arange(2, 10, device=device_of(model)) * 7 % config.vocab_size)[None]
+    given = {"input_ids": ids, "labels": ids}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(own).parameters.values()):
+        given["num_items_in_batch"] = torch.tensor(5)
+    with evaluating(model):
+        expected, found = own(**given, use_cache=False).loss, _loss(model, scale, **given)
+    return bool((expected - found).abs() <= TOLERANCE.get(model.dtype, LOW_PRECISION) * expected.abs())

@@ -1,0 +1,119 @@
+"""What a run is going to do, known before the first step: documents, tokens, steps, epochs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.packing import Blocks, document_order
+from adept_fast.data.stream import Stream, StreamedText, shares
+from adept_fast.errors import InputError
+from adept_fast.tuning.tuning_settings import TuningSettings, arguments, check_warmup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+MANY_EPOCHS = 4  # repeated text beyond this teaches little and is memorised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do. tokens: processed in all, padding included; epochs: passes over the blocks. None: a stream that was
+    not counted, because max_steps was given."""
+
+    documents: int | None
+    corpus_tokens: int | None
+    blocks: int
+    block_size: int
+    steps: int
+    tokens_per_step: int
+    epochs: float | None
+    one_per_row: bool
+    streamed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    def __str__(self) -> str:
+        rows = "one document a row" if self.one_per_row else "packed"
+        work = f"plan: {self.steps:,} steps of {self.tokens_per_step:,} tokens = {self.tokens:,} tokens"
+        how = f"blocks of {self.block_size}, {rows}"
+        if self.epochs is None:
+            return f"{work} (streamed, {how})"
+        size = f"{self.corpus_tokens:,} tokens, streamed" if self.streamed else f"{self.corpus_tokens:,} tokens in {self.blocks:,}"
+        return f"{work}, {self.epochs:.2f} epochs over {self.documents:,} documents ({size}{',' if self.streamed else ''} {how})"
+
+    @property
+    def warning(self) -> str | None:
+        if self.epochs is None or self.epochs <= MANY_EPOCHS:
+            return None
+        return f"warning: {self.epochs:.1f} epochs over the same text; above {MANY_EPOCHS} it is memorised rather than learnt"
+
+
+def plan(
+    corpus: WeightedDocuments | StreamedText,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TuningSettings,
+    positions: int,
+    one_per_row: bool = False,
+) -> tuple[Plan, Blocks | Stream]:
+    """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
+    block_size, padding = min(settings.block_size, positions), tokenizer.pad_token_id or 0
+    args = arguments(settings, Path("unused"), quiet=True)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens_per_step = per_step * block_size
+    if isinstance(corpus, WeightedDocuments):
+        documents = corpus.documents
+        order = document_order(len(documents), corpus.weights, settings.seed)
+        blocks = Blocks(documents, order, block_size, padding, one_per_row)
+        if not len(blocks):
+            raise InputError("domain: its weights leave no document of two tokens or more to train on")
+        steps, in_epoch = _steps(args, per_step, len(blocks))
+        return Plan(len(documents), blocks.tokens, len(blocks), block_size, steps, tokens_per_step, steps / in_epoch, one_per_row), blocks
+    counts = _counted(corpus, tokenizer, args.max_steps <= 0)
+    mixture = shares(corpus.sources, counts and [tokens for _, tokens in counts])
+    steps, epochs, size = args.max_steps, None, (None, None)
+    if counts:
+        rest = [index for index, source in enumerate(corpus.sources) if source.share is None]
+        size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
+        part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
+        blocks_of_rest = size[1] / block_size + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
+        steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
+        epochs, size = steps / in_epoch, tuple(map(round, size))
+    stream = Stream(
+        corpus,
+        mixture,
+        tokenizer,
+        blocks=steps * per_step,
+        block_size=block_size,
+        seed=settings.seed,
+        pad_token=padding,
+        one_per_row=one_per_row,
+        ahead=4 * per_step,
+    )
+    return Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True), stream
+
+
+def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, int]:
+    """Steps of the run and of an epoch of so many blocks. Raises InputError for batches or a warmup that do not fit them."""
+    if per_step > MANY_EPOCHS * blocks:
+        raise InputError(
+            f"tune.per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {per_step:,} blocks, the corpus has "
+            f"{math.ceil(blocks):,}: give a smaller one, or a smaller tune.block_size"
+        )
+    in_epoch = math.ceil(blocks / per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
+    check_warmup(args, steps)
+    return steps, in_epoch
+
+
+def _counted(corpus: StreamedText, tokenizer: PreTrainedTokenizerBase, needed: bool) -> list[tuple[int, int]] | None:
+    """Documents and tokens of each source, where steps or shares depend on them; tokens pass over once for it."""
+    unshared = sum(source.share is None for source in corpus.sources)
+    if needed and not unshared:
+        raise InputError("tune.max_steps is needed: with a share given for every source nothing says how long an epoch is")
+    return corpus.count(tokenizer) if needed or unshared > 1 else None

@@ -1,0 +1,155 @@
+"""What every training run does whatever it trains: plan, begin or go on, train to the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from adept_fast.checkpoints import checkpoint
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.packing import Blocks
+from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.errors import InputError
+from adept_fast.runtime import distributed
+from adept_fast.runtime.atomic_files import discard, remove_leftovers, write_json
+from adept_fast.runtime.progress import Progress
+from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
+from adept_fast.tuning.forgetting_meter import stopped_in
+from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
+from adept_fast.tuning.trainer_log import TrainerLog
+from adept_fast.tuning.training_plan import Plan, plan
+from adept_fast.tuning.tuning_settings import TuningSettings, arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """What a run keeps and tells. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
+    inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json;
+    say: hears a line at a time; quiet: no progress."""
+
+    work: Path
+    log: Path
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+    quiet: bool = False
+
+    @property
+    def started(self) -> Path:
+        return self.work / "inputs.json"
+
+    @contextmanager
+    def nothing_left_by_a_refusal(self) -> Iterator[None]:
+        """Where a training is refused before its first checkpoint, neither folder nor log stays that was not there before."""
+        made = [path for path in (self.work, self.log) if not path.exists()]
+        try:
+            yield
+        except InputError:
+            if distributed.leads() and not (self.work.is_dir() and get_last_checkpoint(str(self.work))):
+                for path in filter(Path.exists, made):
+                    discard(path) if path.is_dir() else path.unlink()
+            raise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is planned: its blocks, what makes batches of them, its arguments, its log, and the checkpoint that it goes on from."""
+
+    planned: Plan
+    blocks: Blocks | Stream
+    collate: Collator
+    args: TrainingArguments
+    books: Bookkeeping
+    log: TrainerLog
+    last: str | None
+
+    @classmethod
+    def begin(
+        cls,
+        model: PreTrainedModel,
+        folder: Path,
+        corpus: WeightedDocuments | StreamedText,
+        settings: TuningSettings,
+        books: Bookkeeping,
+    ) -> Run:
+        """Plan the training of `model`, loaded from `folder`; nothing is written yet."""
+        tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
+        checkpoint.require_vocabulary(folder, tokenizer, model)
+        planned, blocks = plan(corpus, tokenizer, settings, positions)
+        collate = collator(model)
+        if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
+            collate = default_data_collator
+            planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
+            books.say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+        if isinstance(blocks, Stream):
+            settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
+        args = arguments(settings, books.work, books.quiet, planned.steps)
+        if args.world_size != distributed.processes():
+            found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
+            raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
+        if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
+            raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
+        work = books.work
+        if work.is_dir() and distributed.rank() == 0:
+            remove_leftovers(work)
+        distributed.wait()
+        last = get_last_checkpoint(str(work)) if work.is_dir() else None
+        if last is not None:
+            books.say(f"resuming from {Path(last).name}")
+        return cls(planned, blocks, collate, args, books, TrainerLog(books.log), last)
+
+    @property
+    def monitor_steps(self) -> int | None:
+        return None if self.args.eval_steps is None else int(self.args.eval_steps)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Train to the last step, from the last checkpoint where there is one; a new run begins its log."""
+        if self.last is None and distributed.rank() == 0:
+            self.books.log.unlink(missing_ok=True)
+            planned = self.planned
+            self.log.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
+            write_json(self.books.started, self.books.given)
+        if isinstance(self.blocks, Stream):
+            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last, self.log))
+        for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
+            trainer.remove_callback(callback)
+        trainer.add_callback(_Steps())
+        done = None if self.last is None else int(self.last.rpartition("-")[2])
+        if done is None or (done < self.planned.steps and not stopped_in(Path(self.last))):
+            trainer.train(resume_from_checkpoint=self.last)
+            return
+        trainer._load_from_checkpoint(self.last)  # killed after the last step: the Trainer would make one more
+        if distributed.rank() == 0:
+            self.log.cut(done)
+            self.log.write("end", done)
+
+
+class _Steps(TrainerCallback):
+    """Shows how far training has come."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", quiet=args.disable_tqdm)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,70 @@
+"""Stage 2: train the copies of an expanded checkpoint on packed domain documents, and write the tuned checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adept_fast.checkpoints import checkpoint
+from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.items import Item
+from adept_fast.data.stream import StreamedText
+from adept_fast.expansion import export_tuned, load_first_importance
+from adept_fast.runtime import distributed
+from adept_fast.runtime.dtensor import in_shards
+from adept_fast.tuning import sharded_checkpoint
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
+from adept_fast.tuning.forgetting_meter import Meter
+from adept_fast.tuning.kl_anchor import Anchor
+from adept_fast.tuning.training_run import Bookkeeping, Run
+from adept_fast.tuning.tuning_settings import TuningSettings, check_meter
+
+
+def tune_checkpoint(
+    expanded: Path,
+    target: Path,
+    corpus: WeightedDocuments | StreamedText,
+    steering: Sequence[Item],
+    monitors: Mapping[str, Sequence[Item]],
+    settings: TuningSettings,
+    books: Bookkeeping,
+    *,
+    metering: Sequence[Item] = (),
+    **loading: Any,
+) -> None:
+    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint.
+
+    corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
+    metering: held-back general items, on which forgetting is measured and foretold.
+    Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
+    """
+    model = checkpoint.load_model(expanded, **loading)
+    check_meter(settings, metering)
+    run = Run.begin(model, expanded, corpus, settings, books)
+    anchor = None
+    if settings.anchor_weight is not None:
+        anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
+    adept = AdeptCallback(
+        steering,
+        settings.units,
+        settings.refresh_steps,
+        settings.rates,
+        first=load_first_importance(expanded),
+        monitors=monitors,
+        monitor_steps=run.monitor_steps,
+        anchor=anchor,
+        meter=Meter(metering, settings.general_limit, settings.general_action) if metering else None,
+        log=run.log,
+        tokens_per_step=run.planned.tokens_per_step,
+        say=books.say,
+        quiet=books.quiet,
+    )
+    trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks, data_collator=run.collate)
+    run.finish(trainer)
+    state = sharded_checkpoint.gathered(trainer.model) if in_shards(trainer.model) else model.state_dict()
+    if distributed.rank() == 0:
+        remote = bool(loading.get("trust_remote_code", False))
+        export_tuned(expanded, target, state, inputs=books.inputs, quiet=books.quiet, trust_remote_code=remote)
+    distributed.wait()

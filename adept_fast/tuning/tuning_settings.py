@@ -1,0 +1,142 @@
+"""What steers a tuning run, and the TrainingArguments that come of it. What cannot work is refused before hours of work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, TrainingArguments, default_data_collator, get_scheduler
+from transformers.utils import is_liger_kernel_available
+
+from adept_fast.errors import InputError
+from adept_fast.settings.keys import SEEDS, Tuning
+from adept_fast.settings.training_arguments import DEFAULTS, WSD, checked
+from adept_fast.settings.validation import check, declare
+from adept_fast.tuning.staged_trainer import StagedTrainer
+from adept_fast.tuning.unit_rates import RateRule
+
+
+@dataclass(frozen=True)
+class TuningSettings(Tuning):
+    """What steers a run; `training`: TrainingArguments by name. equal_rates: every unit at the same rate. Raises InputError for values
+    that are none of their key's."""
+
+    equal_rates: bool = declare(False)
+    seed: int = declare(0, SEEDS)
+
+    def __post_init__(self) -> None:
+        check(TuningSettings, "tune.", **vars(self))
+        for name, value in self.training.items():
+            checked(name, value)
+
+    @property
+    def rates(self) -> RateRule:
+        if self.equal_rates:
+            return RateRule(lambda importance, units: torch.ones_like(importance))
+        return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
+
+
+REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # of transformers, for what it is given
+DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
+
+
+def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 0) -> TrainingArguments:
+    """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept.
+
+    steps: of the run, where they are planned; WSD ("wsd" for short) decays over the last fifth of them unless lr_scheduler_kwargs
+    says otherwise.
+    """
+    training = dict(settings.training)
+    if training.get("lr_scheduler_type") in WSD:
+        decay = {"num_decay_steps": math.ceil(DECAY_SHARE * steps), "decay_type": "1-sqrt"}
+        training |= {"lr_scheduler_type": WSD[-1], "lr_scheduler_kwargs": {**decay, **(training.get("lr_scheduler_kwargs") or {})}}
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if training.get(key):
+            training[key] = {"use_reentrant": False, **training[key]}  # torch's default would be True
+    given = {
+        "logging_steps": 1,
+        "save_steps": settings.refresh_steps,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": quiet,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": settings.seed,
+        **training,
+    }
+    return TrainingArguments(output_dir=str(folder), **given)
+
+
+def check_settings(settings: TuningSettings) -> None:
+    """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
+    try:
+        args = _tried(settings)
+    except InputError:
+        raise
+    except REFUSALS as error:
+        raise InputError(f"{_refused(settings, error)}: {_said(error)}") from None
+    if args.max_steps > 0:
+        check_warmup(args, args.max_steps)
+    if args.learning_rate * args.weight_decay > 1:
+        found = f"tune.learning_rate={args.learning_rate:g} times tune.weight_decay={args.weight_decay:g}"
+        raise InputError(f"{found} is above 1: a step would take more than the whole of each weight away")
+
+
+def check_meter(settings: TuningSettings, metering: Sequence[Any]) -> None:
+    """Raise InputError where general loss is limited, and nothing held back to measure it on."""
+    if settings.general_limit is not None and not metering:
+        raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
+
+
+def check_warmup(args: TrainingArguments, steps: int) -> None:
+    """Raise InputError for a warmup that a run of so many steps would not see the end of."""
+    if args.warmup_steps > steps:
+        raise InputError(f"tune.warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps: give fewer, or a share below 1")
+
+
+def _refused(settings: TuningSettings, error: Exception) -> str:
+    """The keys for which transformers raises it: those that were given, and without one of which it takes the rest, or refuses another."""
+    given = [name for name, value in settings.training.items() if name not in DEFAULTS or value != DEFAULTS[name]]
+    outcomes = {name: _outcome(settings, without=name) for name in given}
+    causes = [name for name in given if outcomes[name] is None] or [name for name in given if outcomes[name] != _said(error)]
+    return ", ".join(f"tune.{name}" for name in causes) or "tune"
+
+
+def _outcome(settings: TuningSettings, without: str) -> str | None:
+    try:
+        _tried(replace(settings, training={name: value for name, value in settings.training.items() if name != without}))
+    except REFUSALS as error:
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tried(settings: TuningSettings) -> TrainingArguments:
+    """What transformers makes of them, tried on a model of one weight."""
+    args = arguments(settings, Path("unused"), quiet=True)
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
+    options = args.gradient_checkpointing_kwargs or {}
+    checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options}).backward()
+    if args.gradient_checkpointing and not settings.equal_rates and options.get("use_reentrant"):
+        raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
+    optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
+    stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
+    schedule = get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
+    for _ in range(100):
+        stepped.step()
+        schedule.step()
+    with TemporaryDirectory() as folder:
+        args.output_dir = folder
+        model = torch.nn.Linear(1, 1)
+        model.config = PretrainedConfig()
+        StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
+    return args

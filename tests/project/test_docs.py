@@ -1,0 +1,91 @@
+"""The README's Python examples run as they stand, and docs/recipe.md has every key as it is declared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from adept_fast.cli.copies import ACTIONS
+from adept_fast.cli.main import COMMANDS
+from adept_fast.data.items import load_items
+from adept_fast.pipeline.recipe import load
+from tests.support import recipe_keys, tiny_models
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+BLOCK = r"```{}\n(.+?)```"
+
+
+def run(number: int) -> dict[str, Any]:
+    """Names and values after one example of the README."""
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(BLOCK.format("python"), README, re.DOTALL)[number], "README.md", "exec"), names)
+    return names
+
+
+def test_the_parts_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.checkpoint(tmp_path / "MODEL", num_hidden_layers=5)
+    (tmp_path / "my.txt").write_text("\n\n".join(tiny_models.SENTENCES[:4]))
+    monkeypatch.setattr("adept_fast.data.items.load_items", lambda *given, **named: load_items(*given, **named)[:12])
+    made = run(0)
+    before = dict(made["expand_model"](made["model"], made["select_layers"](made["scores"], k=4)).named_parameters())
+    changed = {name for name, parameter in made["expanded"].named_parameters() if not parameter.equal(before[name])}
+    copies = {name for name, parameter in made["expanded"].named_parameters() if parameter.requires_grad}
+    assert changed <= copies and len(copies) == 4 * 9 and len(changed) > 2 * 9
+
+
+def test_the_optimizer_alone() -> None:
+    made = run(1)
+    weight = made["model"].weight
+    before = weight.detach().clone()
+    made["model"](torch.randn(4, 64, dtype=torch.bfloat16)).square().sum().backward()
+    made["opt"].step()
+    rows = (weight != before).any(1)
+    assert not rows[0] and rows[8:].all()
+
+
+def test_the_keys_of_a_recipe_stand_in_its_page_as_they_are_declared() -> None:
+    assert recipe_keys.page(RECIPE) == RECIPE, "run python tests/support/recipe_keys.py"
+    page = yaml.safe_load(re.findall(BLOCK.format("yaml"), RECIPE, re.DOTALL)[0])
+    given = [f"model_name_or_path={page['model_name_or_path']}", f"domain={page['domain']}"]
+    recipe = json.loads(json.dumps(load(None, given).as_dict()))
+    recipe["tune"] |= recipe["tune"].pop("training")
+    recipe["probe"], recipe["domain"] = recipe["probe"]["path"], recipe["domain"][0]["path"]
+    assert page == recipe
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    named = {command for page in pages for command in re.findall(r"(?:^ {4}|`)adept-fast ([a-z]+)", page, re.MULTILINE)}
+    actions = {action for page in pages for action in re.findall(r"adept-fast copies ([a-z]+)", page)}
+    assert len(named) > 8 and named <= COMMANDS.keys() and actions and actions <= ACTIONS.keys()
+
+
+def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:
+    supported, _ = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("| type | reason |")
+    rows = re.findall(r"^\| (?!type )[a-z]", supported, re.MULTILINE)
+    assert re.findall(r"(\d+) decoder-only model types", README) == [str(len(rows))]
+
+
+def test_imports_point_down_the_house() -> None:
+    """As docs/design.md lists it; every module has its place there. Neighbours on one floor may import each other."""
+    rows = re.findall(r"^    (\S.+?)  +\S", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.MULTILINE)
+    floor = {name.rstrip("/").removesuffix(".py"): depth for depth, row in enumerate(rows) for name in row.split()}
+    package = ROOT / "adept_fast"
+    for file in package.rglob("*.py"):
+        own = file.relative_to(package).parts[0].removesuffix(".py")
+        assert own in floor or own.startswith("__"), f"docs/design.md has no place for {own}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not own.startswith("__") and isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "adept_fast":
+                names = [entry.name for entry in node.names] if node.module == "adept_fast" else [node.module.split(".")[1]]
+                up = [name for name in names if (package / name).is_dir() or (package / f"{name}.py").is_file() if floor[name] < floor[own]]
+                assert not up, f"{file.relative_to(ROOT)}:{node.lineno} imports {', '.join(up)} from above"
