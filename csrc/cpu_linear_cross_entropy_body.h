@@ -28,7 +28,7 @@ ADEPT_FAST_INLINE Lanes slope(const LogitBlock& block, const Lanes& z) {
 float logits_of(const LogitBlock& block, float* row) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     Lanes largest = all(kNone);
-    for (std::int64_t j = block.count; j % kLanes != 0; ++j) row[j] = kNone;
+    for (std::int64_t j = block.count; j % kLanes != 0; ++j) row[j] = 0.0f;
     for (std::int64_t j = 0; j < block.count; j += kLanes) {
         Lanes z = load(row + j);
         if (block.bias != nullptr) {
@@ -39,7 +39,7 @@ float logits_of(const LogitBlock& block, float* row) {
         }
         z = z * all(block.scale);
         if (block.softcap != 0.0f) z = hyperbolic_tangent(z / all(block.softcap)) * all(block.softcap);
-        if (block.softcap != 0.0f && j + kLanes > block.count) {  // a cap is finite
+        if (j + kLanes > block.count) {  // a cap is finite, and a scale of 0 or less makes something else of -inf
             store(row + j, z);
             for (std::int64_t k = block.count; k % kLanes != 0; ++k) row[k] = kNone;
             z = load(row + j);

@@ -26,6 +26,10 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
     if (block.variants < 0 || block.rows % group != 0 || (block.gradient && block.variants > 0)) {
         return "the rows of a block are no whole groups of variants, or want a gradient of a divergence";
     }
+    if (block.rows < 0 || block.first < 0 || block.state_stride < block.rows) return "a block has a negative size, or more rows than state";
+    if (block.rows > 0 && (block.logits == nullptr || block.targets == nullptr || block.state == nullptr)) {
+        return "a block has no logits, targets or state";
+    }
     const std::int64_t at_once = std::max<std::int64_t>(1, kElements / block.count / group) * group;
     in_ranges(block.rows, at_once, threads, [&](std::int64_t first, std::int64_t rows) { kernels.softmax(block, first, rows); });
     return nullptr;
@@ -33,10 +37,12 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
 
 const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels) {
     constexpr std::int64_t kElementsOfABand = 65536, kBands = 64;  // of a band at least, as each has sums of columns; bands at most
-    if (pass.rows < 0 || pass.columns < 0 || pass.param_format > kFp16 || pass.grad_format > kFp16) {
+    const auto known = [](std::int64_t format) { return format == kFp32 || format == kBf16 || format == kFp16; };
+    if (pass.rows < 0 || pass.columns < 0 || !known(pass.param_format) || !known(pass.grad_format)) {
         return "a gradient has a negative size, or a format that is not fp32, bf16 or fp16";
     }
-    if (pass.rows * pass.columns == 0) return nullptr;
+    if (pass.rows == 0 || pass.columns == 0) return nullptr;
+    if (pass.grad == nullptr) return "there is no gradient";
     // By the shape alone, so that sums do not depend on the number of threads.
     const std::int64_t fewest = (pass.rows + kBands - 1) / kBands, height = std::max({fewest, kElementsOfABand / pass.columns, std::int64_t{1}});
     const std::int64_t bands = (pass.rows + height - 1) / height, kinds = pass.param == nullptr ? 1 : 3, width = kinds * pass.columns;

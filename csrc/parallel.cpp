@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -83,8 +84,11 @@ void run_on_threads(int threads, void (*body)(void*, int), void* data) {
         runtime().parallel(run, &call, static_cast<unsigned>(threads), 0);
     } else {
         std::vector<std::thread> others;
-        for (int i = 1; i < threads; ++i) {
-            others.emplace_back(body, data, i);
+        others.reserve(static_cast<std::size_t>(threads - 1));
+        try {
+            for (int i = 1; i < threads; ++i) others.emplace_back(body, data, i);
+        } catch (const std::system_error&) {
+            // The machine has no more; those that run do all the work.
         }
         body(data, 0);
         for (std::thread& other : others) {

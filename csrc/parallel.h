@@ -8,8 +8,8 @@
 
 namespace adept_fast {
 
-// Calls body(data, thread) once on each of up to `threads` threads, the calling one included, and returns when all are done. `body` must
-// not throw.
+// Calls body(data, thread) once on each of up to `threads` threads, the calling one included, on fewer where no more can be started,
+// and returns when all are done. `body` must not throw.
 void run_on_threads(int threads, void (*body)(void*, int), void* data);
 
 // Calls body(i) for each i < count, on up to `threads` threads. Each begins with the share that it would get of equal ones in order, as

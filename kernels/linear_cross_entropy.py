@@ -172,7 +172,9 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
     """
     rows, width = hidden.shape
     vocabulary = len(head.weight)
-    hidden, weight, targets = hidden.contiguous(), head.weight.contiguous(), targets.contiguous()
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    head = head._replace(weight=head.weight.contiguous(), bias=None if head.bias is None else head.bias.contiguous())
+    weight = head.weight
     chosen = tile(hidden.dtype, variants > 0)
     row_blocks, blocks = triton.cdiv(max(rows, 1), chosen.rows), triton.cdiv(vocabulary, chosen.vocabulary)
     blocks_a_share = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, row_blocks)))
@@ -217,5 +219,5 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, vari
     if gradient:
         from adept_fast.kernels.linear_cross_entropy_gradient import input_gradient
 
-        grads = input_gradient(hidden, head._replace(weight=weight), targets, torch.where(losses.isnan(), losses, normaliser))
+        grads = input_gradient(hidden, head, targets, torch.where(losses.isnan(), losses, normaliser))
     return RowLosses(losses, likeliest.gather(0, share[None])[0], kl, grads)

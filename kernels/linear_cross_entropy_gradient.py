@@ -96,7 +96,7 @@ def add_product_kernel(
 
 
 def input_gradient(hidden: Tensor, head: Projection, targets: Tensor, normaliser: Tensor) -> Tensor:
-    """fp32 [rows, width]. hidden, head.weight: contiguous, of one type; normaliser: log sum_v exp z_v, fp32 [rows].
+    """fp32 [rows, width]. hidden, head.weight: contiguous, of one type; head.bias: contiguous; normaliser: log sum_v exp z_v, fp32 [rows].
 
     Holds PART factors, fewer for a small head: memory does not grow with the vocabulary.
     """

@@ -136,14 +136,120 @@ def test_bits_do_not_depend_on_instructions_or_threads(monkeypatch: pytest.Monke
         assert all(map(torch.equal, result, results[0]))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+WRONG = {
+    "fewer targets": (
+        lambda h, w, b, t: (h, w, b, t[1:]),
+        "found hidden \\(37, 24\\), weight \\(1203, 24\\), bias \\(1203,\\), targets \\(36,\\)",
+    ),
+    "a shorter bias": (lambda h, w, b, t: (h, w, b[:-1], t), "bias \\[vocabulary\\] or none .* bias \\(1202,\\)"),
+    "a bias of two dimensions": (lambda h, w, b, t: (h, w, b[:, None], t), "bias \\(1203, 1\\)"),
+    "another width": (lambda h, w, b, t: (h[:, 1:], w, b, t), "hidden \\(37, 23\\), weight \\(1203, 24\\)"),
+    "a weight of three dimensions": (lambda h, w, b, t: (h, w[None], b, t), "weight \\(1, 1203, 24\\)"),
+    "no vocabulary": (lambda h, w, b, t: (h, w[:0], b[:0], t), "weight \\(0, 24\\)"),
+    "targets of int32": (lambda h, w, b, t: (h, w, b, t.int()), "targets must be int64, found torch.int32"),
+    "hidden states of integers": (lambda h, w, b, t: (h.long(), w, b, t), "hidden must be fp32, bf16, fp16 or fp64, found torch.int64"),
+    "a complex bias": (lambda h, w, b, t: (h, w, b.to(torch.complex64), t), "bias must be fp32"),
+    "a weight on meta": (lambda h, w, b, t: (h, w.to("meta"), b, t), "one device.*: hidden is on cpu, weight on meta"),
+    "targets on meta": (lambda h, w, b, t: (h, w, b, t.to("meta")), "targets on meta"),
+    "all on meta": (lambda *given: (x.to("meta") for x in given), "hidden on meta"),
+    "a trained head": (lambda h, w, b, t: (h, w.clone().requires_grad_(), b, t), "freeze it"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_does_not_fit_is_refused(name: str, wrong: str) -> None:
+    change, message = WRONG[wrong]
+    hidden, head, targets = inputs(*SHAPES[2], torch.float32)
+    hidden, weight, bias, targets = change(hidden, head.weight, head.bias, targets)
+    head = Projection(weight, bias)
+    for call in (linear_cross_entropy, linear_predictions):
+        with pytest.raises(InputError, match=message):
+            call(hidden, head, targets, backend=name)
+    if "meta" not in wrong and not weight.requires_grad:  # of a caller who takes the operator itself
+        with pytest.raises(InputError, match=message):
+            torch.ops.adept_fast.linear_cross_entropy(hidden, weight, bias, targets, 1.0, 0.0, name)
+
+
+@pytest.mark.parametrize("change", [{"scale": float("nan")}, {"softcap": float("inf")}, {"softcap": -1.0}, {"softcap": 1e-40}])
+def test_a_scale_or_softcap_that_is_none_is_refused(change: dict[str, float]) -> None:
+    hidden, head, targets = inputs(*SHAPES[2], torch.float32)
+    with pytest.raises(InputError, match="scale must be finite, softcap 0 or positive"):
+        linear_cross_entropy(hidden, head._replace(**change), targets)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (0, 5, 24), (24,)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_divergence_of_what_does_not_fit_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    _, head, targets = inputs(*SHAPES[2], torch.float32)
+    with pytest.raises(InputError, match="a divergence needs hidden \\[variants, rows, width\\] and targets \\[rows\\]"):
+        linear_divergence(torch.zeros(shape), head, targets[: 5 if shape[0] == 0 else 6], backend=name)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values in memory that is not in one piece."""
+    return torch.stack([x, torch.full_like(x, 99)], -1)[..., 0]
+
+
+LAYOUTS = {
+    "bias not contiguous": lambda h, w, b, t: (h, w, strided(b), t),
+    "bias expanded": lambda h, w, b, t: (h, w, b[:1].expand(len(b)), t),
+    "bias with an offset": lambda h, w, b, t: (h, w, torch.cat([b[:3], b])[3:], t),
+    "all not contiguous": lambda *given: map(strided, given),
+    "transposed": lambda h, w, b, t: (h.T.contiguous().T, w.T.contiguous().T, b, t),
+    "targets all alike": lambda h, w, b, t: (h, w, b, t.new_tensor(7).expand(len(t))),
+    "one row again and again": lambda h, w, b, t: (h[:1].expand(len(h), -1), w, b, t),
+    "mixed types": lambda h, w, b, t: (h.bfloat16(), w, b.half(), t),
+    "a negative scale": lambda h, w, b, t: (h, w, b, t, -0.7, 0.0),
+    "a scale of 0": lambda h, w, b, t: (h, w, b, t, 0.0, 0.0),
+    "a negative scale with a cap": lambda h, w, b, t: (h, w, b, t, -0.7, 2.0),
+    "width 1": lambda h, w, b, t: (h[:, :1], w[:, :1], b, t),
+    "width 0": lambda h, w, b, t: (h[:, :0], w[:, :0], b, t),
+    "a vocabulary of 1": lambda h, w, b, t: (h, w[:1], b[:1], t.clamp_max(0)),
+    "one target": lambda h, w, b, t: (h, w, b, torch.where(torch.arange(len(t)) == 5, 3, IGNORE)),
+    "no row": lambda h, w, b, t: (h[:0], w, b, t[:0]),
+    "a single row without dimension": lambda h, w, b, t: (h[0], w, b, t[0]),
+    "three dimensions": lambda h, w, b, t: (h[:36].view(2, 9, 2, -1), w, b, t[:36].view(2, 9, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_layout_gives_the_numbers_of_the_same_values_in_one_piece(name: str, layout: str) -> None:
+    hidden, head, targets = inputs(*SHAPES[2], torch.float32)
+    hidden, weight, bias, targets, *factors = LAYOUTS[layout](hidden, head.weight, head.bias, targets)
+    head = Projection(weight, bias, *factors)
+    hidden = hidden.detach().requires_grad_()
+    flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.numel() else hidden
+    wide = Projection(weight.double(), bias.double(), *factors)
+    truth = functional.cross_entropy(plain_logits(flat, wide, torch.float64), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    gradient = torch.autograd.grad(truth.sum(), hidden)[0]
+    losses = linear_cross_entropy(hidden, head, targets, backend=name)
+    found = torch.autograd.grad(losses.sum(), hidden)[0]
+    torch.testing.assert_close(losses.double(), truth.view(targets.shape), rtol=2e-6, atol=2e-6)
+    tolerance = 2e-6 if hidden.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), gradient.double(), rtol=tolerance, atol=tolerance)
+    assert torch.equal(linear_cross_entropy(hidden.detach(), head, targets, backend=name), losses.detach())
+    predicted, _ = linear_predictions(hidden, head, targets, backend=name)
+    torch.testing.assert_close(predicted, losses.detach(), rtol=1e-6, atol=1e-6)
+    if targets.ndim == 1:
+        divergence = linear_divergence(torch.stack([hidden, hidden + 0.5]), head, targets, backend=name)
+        torch.testing.assert_close(divergence.losses[0], losses.detach(), rtol=1e-6, atol=1e-6)
+        assert bool(divergence.kl.isfinite().all()) and not divergence.kl[0].any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_without_a_target_get_a_gradient_of_zero_whatever_comes_down(name: str) -> None:
+    """As F.cross_entropy's do: the mean over no target has an upstream gradient of infinity."""
     hidden, head, targets = inputs(*SHAPES[1], torch.float32)
-    with pytest.raises(InputError, match="hidden .*, found \\(37, 24\\), \\(1203, 24\\) and \\(36,\\)"):
-        linear_cross_entropy(hidden, head, targets[1:])
-    with pytest.raises(InputError, match="freeze it"):
-        linear_cross_entropy(hidden, head._replace(weight=head.weight.requires_grad_()), targets)
-    with pytest.raises(InputError, match="targets must be int64, found torch.int32"):
-        linear_cross_entropy(hidden, head, targets.int())
+    hidden.requires_grad_()
+    none = torch.full_like(targets, IGNORE)
+    mean = linear_cross_entropy(hidden, head, none, backend=name).sum() / (none != IGNORE).sum()
+    theirs = functional.cross_entropy(plain_logits(hidden, head, torch.float32), none, ignore_index=IGNORE)
+    for loss in (mean, theirs):
+        assert loss.isnan() and not torch.autograd.grad(loss, hidden)[0].any()
+    found = torch.autograd.grad((linear_cross_entropy(hidden, head, targets, backend=name) * torch.inf).sum(), hidden)[0]
+    assert not found[targets == IGNORE].any() and not found[targets != IGNORE].isfinite().all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

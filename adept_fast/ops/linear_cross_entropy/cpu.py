@@ -18,16 +18,17 @@ THREADS = 0  # torch's
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
     """See adept_fast.ops.linear_cross_entropy.reference: products by torch, their softmax by C++ while they are in cache.
 
-    Beside its results it holds the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32.
+    Beside its results it holds the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32. C++ takes
+    addresses alone: what it reads and writes is in one piece, and was made here or is bias and targets, whose lengths op.py has compared.
     """
     rows, width = hidden.shape
     if rows and not 0 <= targets.min() <= targets.max() < len(head.weight):
         raise IndexError(f"targets must be from 0 to {len(head.weight) - 1}, found {targets.min()} to {targets.max()}")
-    weight, bias = head.weight, None if head.bias is None else head.bias.float()
+    weight, bias = head.weight, None if head.bias is None else head.bias.float().contiguous()
     group = max(variants, 1)
-    grouped = hidden.view(group, -1, width).transpose(0, 1).reshape(rows, width).float().contiguous()
-    wanted = targets.view(group, -1).T.contiguous()
-    length = BLOCK if weight.dtype == torch.float32 else min(BLOCK, max(64, CONVERTED // width // 16 * 16))
+    grouped = hidden.reshape(group, rows // group, width).transpose(0, 1).reshape(rows, width).float().contiguous()
+    wanted = targets.view(group, rows // group).T.contiguous()
+    length = BLOCK if weight.dtype == torch.float32 else min(BLOCK, max(64, CONVERTED // max(width, 1) // 16 * 16))
     converted = torch.empty(0 if weight.dtype == torch.float32 else length, width)
     at_once = max(1, AREA // length // group) * group
     block = torch.empty(min(at_once, rows), length)

@@ -10,6 +10,7 @@ Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses withou
 from __future__ import annotations
 
 from importlib import import_module
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from adept_fast.ops.linear_cross_entropy import reference
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 
 IGNORE = -100
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FACTORS = 1e-30, 1e30  # what a scale or a soft-cap may be, for its reciprocal to be an fp32 too
 _MODULES = {"triton": "adept_fast.kernels.linear_cross_entropy", "cpu": "adept_fast.ops.linear_cross_entropy.cpu"}
 
 
@@ -34,58 +37,92 @@ class Divergence(NamedTuple):
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Tensor:
     """Loss of each row in nats: fp32 (fp64 for fp64) of the shape of `targets`, 0 where the target is -100, differentiable in `hidden`.
 
-    hidden: [..., width] of fp32, bf16, fp16 or fp64; targets: [...] of int64. Rows without a target cost nothing. Raises InputError for
-    shapes that do not fit, where the head would need a gradient, and where a gradient is differentiated again. A target outside the
+    hidden: [..., width] of fp32, bf16, fp16 or fp64; targets: [...] of int64. Rows without a target cost nothing, and their gradient is 0
+    whatever the loss is multiplied by (0 / 0 where no row has one, say), as F.cross_entropy's is. Raises InputError for shapes, dtypes and
+    devices that do not fit, where the head would need a gradient, and where a gradient is differentiated again. A target outside the
     vocabulary is an IndexError on a CPU; in the kernels of a GPU, for which nobody waits, its row's loss and gradient are NaN.
     """
-    hidden, head, targets = _checked(hidden, head, targets)
+    hidden, head = _cast(hidden, head, targets)
+    rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     if hidden.requires_grad and torch.is_grad_enabled():
         losses, _ = torch.ops.adept_fast.linear_cross_entropy(
-            hidden.flatten(0, -2), head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
+            rows, head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
         )
     else:
         chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
-        losses = _scattered(chosen, hidden.flatten(0, -2), head, targets.flatten(), False)[0]
+        losses = _scattered(chosen, rows, head, targets.flatten(), False)[0]
     return losses.view(targets.shape)
 
 
 def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Losses as of `linear_cross_entropy`, and the token that is likeliest in each row (rows without a target too), int64. No gradient."""
-    hidden, head, targets = _checked(hidden, head, targets)
+    hidden, head = _cast(hidden, head, targets)
     chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
     known = torch.where(targets == IGNORE, 0, targets).flatten()
-    found = _run(chosen, hidden.flatten(0, -2).detach(), head, known, 0, False)
+    found = _run(chosen, hidden.reshape(targets.numel(), hidden.shape[-1]).detach(), head, known, 0, False)
     return torch.where(targets == IGNORE, 0, found.losses.view(targets.shape)), found.argmax.view(targets.shape)
 
 
 def linear_divergence(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Divergence:
     """Losses of variants of a model and their divergence from the first: hidden [variants, rows, width], targets [rows]. No gradient."""
+    if hidden.ndim != 3 or len(hidden) == 0 or targets.shape != hidden.shape[1:2]:
+        raise InputError(f"a divergence needs hidden [variants, rows, width] and targets [rows], found {_shapes(hidden, None, targets)}")
     variants, rows = hidden.shape[:2]
-    hidden, head, targets = _checked(hidden, head, targets.expand(variants, rows))
+    hidden, head = _cast(hidden, head, targets.expand(variants, rows))
     chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
-    there = (targets[0] != IGNORE).nonzero()[:, 0]
-    found = _run(chosen, hidden.detach()[:, there].flatten(0, 1), head, targets[:, there].flatten(), variants, False)
+    there = (targets != IGNORE).nonzero()[:, 0]
+    found = _run(chosen, hidden.detach()[:, there].flatten(0, 1), head, targets[there].repeat(variants), variants, False)
     losses, kl = (found.losses.new_zeros(variants, rows) for _ in range(2))
     losses[:, there], kl[:, there] = found.losses.view(variants, -1), found.kl.view(variants, -1)
     return Divergence(losses, kl)
 
 
-def _checked(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Projection, Tensor]:
+def _cast(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Projection]:
+    """Hidden states and head in the type that they are multiplied in."""
+    _require_fitting(hidden, head, targets)
     weight, bias = head.weight, head.bias
-    if hidden.shape[:-1] != targets.shape or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise InputError(
-            f"a loss needs hidden [..., width], weight [vocabulary, width] and targets [...], found {tuple(hidden.shape)}, "
-            f"{tuple(weight.shape)} and {tuple(targets.shape)}"
-        )
-    if targets.dtype != torch.int64:
-        raise InputError(f"targets must be int64, found {targets.dtype}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise InputError("linear_cross_entropy gives no gradient to the head: freeze it (requires_grad_(False)) or take F.cross_entropy")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return hidden.to(dtype), head._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype)), targets
+    return hidden.to(dtype), head._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+
+
+def _require_fitting(hidden: Tensor, head: Projection, targets: Tensor) -> None:
+    """The one door to the backends, which trust every shape, dtype and device behind it."""
+    weight, bias = head.weight, head.bias
+    if (
+        hidden.ndim < 1
+        or hidden.shape[:-1] != targets.shape
+        or weight.ndim != 2
+        or hidden.shape[-1] != weight.shape[1]
+        or weight.shape[0] == 0
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        raise InputError(
+            "a loss needs hidden [..., width], weight [vocabulary, width], bias [vocabulary] or none and targets [...], found "
+            + _shapes(hidden, head, targets)
+        )
+    floats = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
+    for name, x in floats.items():
+        if x.dtype not in FLOATS:
+            raise InputError(f"{name} must be fp32, bf16, fp16 or fp64, found {x.dtype}")
+    if targets.dtype != torch.int64:
+        raise InputError(f"targets must be int64, found {targets.dtype}")
+    for name, x in {**floats, "targets": targets}.items():
+        if x.device != hidden.device or x.device.type == "meta":
+            where = f"hidden is on {hidden.device}, {name} on {x.device}"
+            raise InputError(f"hidden, weight, bias and targets must lie on one device, with their values: {where}")
+    least, most = FACTORS
+    if not (isfinite(head.scale) and abs(head.scale) <= most and (head.softcap == 0 or least <= head.softcap <= most)):
+        raise InputError(f"scale must be finite, softcap 0 or positive, found {head.scale} and {head.softcap}")
+
+
+def _shapes(hidden: Tensor, head: Projection | None, targets: Tensor) -> str:
+    given = {"hidden": hidden, **({} if head is None else {"weight": head.weight, "bias": head.bias}), "targets": targets}
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items() if x is not None)
 
 
 def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variants: int, gradient: bool) -> reference.RowLosses:
@@ -112,8 +149,9 @@ def _operator(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Losses [rows], and their gradient to `hidden` [rows, width], both of the accumulator's type."""
-    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
-    return _scattered(chosen, hidden, Projection(weight, bias, scale, softcap), targets, True)
+    head = Projection(weight, bias, scale, softcap)
+    _require_fitting(hidden, head, targets)
+    return _scattered(backends.resolve("linear_cross_entropy", hidden.device, backend), hidden, head, targets, True)
 
 
 @_operator.register_fake
@@ -125,12 +163,13 @@ def _(
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], inputs[0])
+    ctx.save_for_backward(output[1], inputs[0], inputs[3])
     ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    slope, hidden = ctx.saved_tensors
+    slope, hidden, targets = ctx.saved_tensors
+    losses = torch.where(targets == IGNORE, 0, losses)  # which may be anything, and 0 times that is not always 0
     found = (losses[:, None] * slope).to(ctx.dtype)
     if torch.is_grad_enabled():  # by create_graph=True; `slope` does not know that it depends on `hidden`
         found = _Once.apply(found, hidden)
