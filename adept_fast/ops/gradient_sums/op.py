@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
 from adept_fast.ops.gradient_sums import reference
+from adept_fast.ops.linear_cross_entropy.reference import accumulator
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import local, shard_of
 
@@ -89,7 +90,7 @@ class GradientSums:
             part = local(parameter.detach())
             kinds = 3 if products else 1
             sums = {dim: torch.zeros(kinds, _length(part.shape, dim), dtype=torch.float64, device=part.device) for dim in dims[name]}
-            kept = torch.zeros_like(part, dtype=reference.accumulator(part), memory_format=torch.contiguous_format) if running else None
+            kept = torch.zeros_like(part, dtype=accumulator(part), memory_format=torch.contiguous_format) if running else None
             self._gathered.append(_Gathered(name, parameter, sums, kept, _native(part, sums, kept)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
