@@ -198,7 +198,7 @@ def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: py
     assert {*(here / "out").rglob("*")} == before
 
 
-@pytest.mark.parametrize("where", ["callback.AdeptCallback.on_train_begin", "trainer.AdeptTrainer.train"])
+@pytest.mark.parametrize("where", ["adept_callback.AdeptCallback.on_train_begin", "adept_trainer.AdeptTrainer.train"])
 def test_a_refusal_once_training_began_leaves_neither_folder_nor_log(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here: Path) -> 
     """A limit on the size of files stands in for the full disk: the write fails part way, as there."""
     driver = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); from adept_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); from adept_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     assert main(["score", *BASE]) == 0
     before = (here / "out" / "scores.json").read_bytes()

@@ -30,7 +30,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("the grid on the host needs g++")
     target = tmp_path_factory.mktemp("grid") / "grid.so"
     flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}")
-    subprocess.run([compiler, *flags, str(ROOT / "tests" / "cuda_grid.cpp"), "-o", str(target)], check=True)
+    subprocess.run([compiler, *flags, str(ROOT / "tests" / "support" / "cuda_grid.cpp"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.step.restype = library.unit_of.restype = ctypes.c_int64
     return library

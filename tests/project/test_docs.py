@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -74,18 +73,3 @@ def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:
     supported, _ = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("| type | reason |")
     rows = re.findall(r"^\| (?!type )[a-z]", supported, re.MULTILINE)
     assert re.findall(r"(\d+) decoder-only model types", README) == [str(len(rows))]
-
-
-def test_imports_point_down_the_house() -> None:
-    """As docs/design.md lists it; every module has its place there. Neighbours on one floor may import each other."""
-    rows = re.findall(r"^    (\S.+?)  +\S", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.MULTILINE)
-    floor = {name.rstrip("/").removesuffix(".py"): depth for depth, row in enumerate(rows) for name in row.split()}
-    package = ROOT / "adept_fast"
-    for file in package.rglob("*.py"):
-        own = file.relative_to(package).parts[0].removesuffix(".py")
-        assert own in floor or own.startswith("__"), f"docs/design.md has no place for {own}"
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not own.startswith("__") and isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "adept_fast":
-                names = [entry.name for entry in node.names] if node.module == "adept_fast" else [node.module.split(".")[1]]
-                up = [name for name in names if (package / name).is_dir() or (package / f"{name}.py").is_file() if floor[name] < floor[own]]
-                assert not up, f"{file.relative_to(ROOT)}:{node.lineno} imports {', '.join(up)} from above"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from adept_fast.ops.adamw import reference
 from adept_fast.ops.adamw.memory_order import Pair, in_one_order, unit_walk
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
-from adept_fast.optim.update_cache import Row
+
+if TYPE_CHECKING:
+    from adept_fast.optim.update_cache import Row
 
 Backend = Callable[[Sequence[Update], Tensor | None, Tensor | None], None]
 _MODULES = {"cuda": "adept_fast.ops.adamw.cuda", "triton": "adept_fast.kernels.adamw", "cpu": "adept_fast.ops.adamw.cpu"}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch as backends
+from adept_fast.ops.accumulator import accumulator
 from adept_fast.ops.linear_cross_entropy import reference
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 
@@ -158,7 +159,7 @@ def _operator(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulator(hidden)
+    dtype = accumulator(hidden)
     return hidden.new_empty(targets.shape, dtype=dtype), torch.empty_like(hidden, dtype=dtype)
 
 

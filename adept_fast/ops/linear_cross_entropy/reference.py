@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adept_fast.ops.accumulator import accumulator
+
 
 class Projection(NamedTuple):
     """A head: logits = softcap * tanh(scale * (weight @ h + bias) / softcap); weight [vocabulary, width]; softcap 0: none."""
@@ -24,10 +26,6 @@ class RowLosses(NamedTuple):
     argmax: Tensor
     kl: Tensor
     gradient: Tensor
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def logits(hidden: Tensor, head: Projection) -> Tensor:

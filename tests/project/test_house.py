@@ -1,0 +1,30 @@
+"""The house as docs/design.md draws it: which rooms there are, which floor each stands on, and how long a file may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.module_map import DESIGN, arrows, floors, long_files, rooms, upward
+
+UPWARD = {("settings", "data"): "settings/keys.py declares keys of corpora"}
+MOST = 18  # names at the root
+
+
+def test_the_map_names_every_room_and_no_other() -> None:
+    named = floors(DESIGN.read_text(encoding="utf-8"))
+    assert len(named) == len(set(named))
+    assert {Path(room).stem for room in rooms()} - {"__init__", "__main__", "py"} == set(named)
+
+
+def test_a_newcomer_can_take_in_the_root() -> None:
+    assert len(rooms()) <= MOST
+
+
+def test_imports_point_down() -> None:
+    against = upward(arrows(), floors(DESIGN.read_text(encoding="utf-8")))
+    assert {pair: where for pair, where in against.items() if pair not in UPWARD} == {}
+    assert UPWARD.keys() <= against.keys(), "an exception that is none any more"
+
+
+def test_no_file_is_longer_than_a_few_screens() -> None:
+    assert long_files() == {}
