@@ -19,7 +19,6 @@ from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
 from adept_fast.ops.accumulator import accumulator
 from adept_fast.ops.gradient_sums import reference
-from adept_fast.ops.linear_cross_entropy.reference import accumulator
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import local, shard_of
 
