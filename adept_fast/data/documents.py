@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from adept_fast.data.encoding import Encoder
 from adept_fast.runtime.atomic_files import staged_file
 from adept_fast.runtime.progress import Progress
 
@@ -54,44 +55,39 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
 
 
-def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool = False) -> Documents:
-    """Tokenise each text and close it with the end-of-sequence token. Cached by texts and tokenizer, so the cache cannot go stale."""
-    key = hashlib.sha256(describe_tokenizer(tokenizer))
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder, quiet: bool = False) -> Documents:
+    """Tokenise each text and close it with the end-of-sequence token. Cached by texts and encoder, so the cache cannot go stale."""
+    encoder = Encoder.of(tokenizer)
+    key = hashlib.sha256(encoder.describe())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     if cached.is_file():
         try:
             arrays = load_file(cached)
+            encoder.look(texts)
             return Documents(arrays["ids"], arrays["starts"])
         except (SafetensorError, KeyError):
             cached.unlink(missing_ok=True)
-    documents = _tokenize(texts, tokenizer, quiet)
+    documents = _tokenize(texts, encoder, quiet)
     with staged_file(cached) as staging:
         save_file({"ids": documents.ids, "starts": documents.starts}, staging)
     return documents
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """What decides the tokens of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}".encode()
+def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> list[np.ndarray]:
+    """Tokens of each text (int32) behind what the tokenizer begins texts with, closed with the end-of-sequence token."""
+    encoder = Encoder.of(tokenizer)
+    end = encoder.end
+    return [np.asarray(ids if end and ids[-1:] == end else ids + end, dtype=np.int32) for ids in encoder.texts(texts)]
 
 
-def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Tokens of each text (int32), closed with the end-of-sequence token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
-    return [np.asarray((ids[:-1] if end and ids[-1:] == end else ids) + end, dtype=np.int32) for ids in encoded]
-
-
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, quiet: bool) -> Documents:
+def _tokenize(texts: Sequence[str], encoder: Encoder, quiet: bool) -> Documents:
     pieces: list[np.ndarray] = []
     with Progress(total=len(texts), desc="tokenising", unit="doc", quiet=quiet) as bar:
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
-            pieces += document_tokens(batch, tokenizer)
+            pieces += document_tokens(batch, encoder)
             bar.update(len(batch))
     starts = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=starts[1:])

@@ -14,6 +14,7 @@ from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.readers import read
 from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
@@ -102,7 +103,7 @@ def check_item(record: Record, column: str | None = None) -> None:
 
 def tokenize_item(
     record: Record,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | Encoder | None,
     style: str = "plain",
     column: str | None = None,
     vocabulary: int | None = None,
@@ -123,12 +124,13 @@ def tokenize_item(
         return _known(Item(ids, labels), record.where, vocabulary)
     if tokenizer is None:
         raise InputError(f"{record.where}: a tokenizer is needed for items that are not tokenised: pass tokenizer=")
+    encoder = Encoder.of(tokenizer)
     if column is None and {"instruction", "output"} <= content.keys():
         prompt, answer = _prompt_and_answer(record)
         if style == "chat":
-            return _chat_item(prompt.strip(), answer.strip(), tokenizer)
-        return _answer_item(prompt, answer, tokenizer)
-    ids = tuple(tokenizer(document_text(record, column))["input_ids"])
+            return _chat_item(prompt.strip(), answer.strip(), encoder)
+        return _answer_item(prompt, answer, encoder)
+    ids = tuple(encoder.texts([document_text(record, column)])[0])
     return Item(ids, ids)
 
 
@@ -139,32 +141,21 @@ def _known(item: Item, where: str, vocabulary: int | None) -> Item:
     return item
 
 
-def _answer_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Item:
+def _answer_item(prompt: str, answer: str, encoder: Encoder) -> Item:
     """Prompt and answer tokenised together; a token belongs to the answer when it ends inside it."""
-    if tokenizer.is_fast:
-        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        labels = [token if end > len(prompt) else IGNORE for token, (_, end) in zip(ids, encoded["offset_mapping"], strict=True)]
-    else:
-        head, tail = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
-        ids, labels = head + tail, [IGNORE] * len(head) + tail
-    return Item(tuple(ids), tuple(labels))
+    return _supervised(*encoder.parts([prompt, answer]))
 
 
-def _chat_item(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Item:
-    if not tokenizer.chat_template:
-        raise InputError("score.probe_format=chat needs a tokenizer with a chat template; use probe_format=plain")
-    asked = [{"role": "user", "content": prompt}]
-    head = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
-    if not whole.startswith(head):
-        raise InputError("this chat template rewrites earlier turns; use probe_format=plain")
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [token if end > len(head) else IGNORE for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
-    return Item(tuple(encoded["input_ids"]), tuple(labels))
+def _chat_item(prompt: str, answer: str, encoder: Encoder) -> Item:
+    return _supervised(*encoder.chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], prompt=1))
 
 
-def tokenize_choices(record: Record, tokenizer: PreTrainedTokenizerBase) -> Choices:
+def _supervised(ids: Sequence[int], parts: Sequence[int]) -> Item:
+    """All but the tokens of the first part are supervised."""
+    return Item(tuple(ids), tuple(token if part else IGNORE for token, part in zip(ids, parts, strict=True)))
+
+
+def tokenize_choices(record: Record, tokenizer: PreTrainedTokenizerBase | Encoder) -> Choices:
     """Question, lettered choices, "Answer:"; each option continues it with " A. text", " B. text", ..."""
     question, choices, answer = (record.content.get(key) for key in ("question", "choices", "answer"))
     if not isinstance(question, str) or not isinstance(choices, Sequence) or isinstance(choices, str) or not 2 <= len(choices) <= 26:
@@ -175,12 +166,13 @@ def tokenize_choices(record: Record, tokenizer: PreTrainedTokenizerBase) -> Choi
         raise InputError(f"{record.where}: 'answer' must be an index from 0 to {len(choices) - 1} or a letter, found {answer!r}")
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     prompt = "\n".join([question, *listed, "Answer:"])
-    return Choices(tuple(_answer_item(prompt, f" {line}", tokenizer) for line in listed), answer)
+    encoder = Encoder.of(tokenizer)
+    return Choices(tuple(_answer_item(prompt, f" {line}", encoder) for line in listed), answer)
 
 
 def load_items(
     probe: str | PathLike[str] | Source | Mapping[str, Any] | Iterable[Mapping[str, Any] | Item],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | Encoder | None = None,
     style: str = "plain",
     vocabulary: int | None = None,
 ) -> list[Item]:
@@ -188,6 +180,7 @@ def load_items(
 
     Raises InputError when none is supervised, or for tokens from `vocabulary` on.
     """
+    tokenizer = tokenizer and Encoder.of(tokenizer)
     if isinstance(probe, (str, PathLike, Mapping, Source)):
         source = Source.of(str(probe) if isinstance(probe, PathLike) else probe)
         items = [tokenize_item(record, tokenizer, style, source.column, vocabulary) for record in read(source)]

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from adept_fast.data.documents import BATCH, Documents, cache_folder, describe_tokenizer, document_tokens
+from adept_fast.data.documents import BATCH, Documents, cache_folder, document_tokens
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import document_text
 from adept_fast.data.packing import Blocks, packed
 from adept_fast.data.readers import reader
@@ -54,12 +55,13 @@ class StreamedText:
         """One pass over the texts of a source that may be trained on."""
         return (text for text in (document_text(record, source.column) for record in reader(source).records()) if self.keep(text))
 
-    def count(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    def count(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[tuple[int, int]]:
         """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
         return [self._count(source, tokenizer) for source in self.sources]
 
-    def _count(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-        made_from = [reader(source).identity(), source.column, self.excluded, describe_tokenizer(tokenizer).decode(errors="replace")]
+    def _count(self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder) -> tuple[int, int]:
+        encoder = Encoder.of(tokenizer)
+        made_from = [reader(source).identity(), source.column, self.excluded, encoder.describe().decode(errors="replace")]
         cached = cache_folder() / "counts" / f"{digest(made_from)}.json"
         if cached.is_file():
             found = read_json(cached)
@@ -68,7 +70,7 @@ class StreamedText:
         texts = self.texts(source)
         while batch := [text for text, _ in zip(texts, range(BATCH), strict=False)]:
             documents += len(batch)
-            tokens += sum(map(len, document_tokens(batch, tokenizer)))
+            tokens += sum(map(len, document_tokens(batch, encoder)))
         write_json(cached, {"documents": documents, "tokens": tokens})
         return documents, tokens
 
@@ -93,8 +95,8 @@ def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tupl
 class _Shuffled:
     """The documents of one source as tokens, shuffled within windows, pass after pass."""
 
-    def __init__(self, source: Source, number: int, text: StreamedText, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self.source, self.number, self.text, self.tokenizer, self.seed = source, number, text, tokenizer, seed
+    def __init__(self, source: Source, number: int, text: StreamedText, encoder: Encoder, seed: int) -> None:
+        self.source, self.number, self.text, self.encoder, self.seed = source, number, text, encoder, seed
         self.load({"position": reader(source).position, "pass": 0, "window": 0, "index": 0})
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -123,7 +125,7 @@ class _Shuffled:
         first, batch = self._tokens
         if not first <= self._index < first + len(batch):
             assert self._texts is not None
-            first, batch = self._index, document_tokens(self._texts[self._index : self._index + BATCH], self.tokenizer)
+            first, batch = self._index, document_tokens(self._texts[self._index : self._index + BATCH], self.encoder)
             self._tokens = first, batch
         self._index += 1
         return batch[self._index - 1 - first]
@@ -162,7 +164,7 @@ class Stream(Dataset):
         self,
         text: StreamedText,
         mixture: Sequence[tuple[float, float]],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | Encoder,
         *,
         blocks: int,
         block_size: int,
@@ -172,8 +174,9 @@ class Stream(Dataset):
         ahead: int = 1024,
     ) -> None:
         self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
+        encoder = Encoder.of(tokenizer)
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
-        self._sources = [_Shuffled(source, number, text, tokenizer, seed) for number, source in enumerate(text.sources)]
+        self._sources = [_Shuffled(source, number, text, encoder, seed) for number, source in enumerate(text.sources)]
         self._credit, self._drawn = np.zeros(len(self._sources)), np.zeros(len(self._sources), np.int64)
         self._rest, self._at = np.zeros(0, np.int32), 0
         self._begin = self._snapshot()

@@ -134,17 +134,6 @@ def test_answer_tokens_and_nothing_else_are_supervised() -> None:
     assert text.labels == text.input_ids and text.supervised == len(text.input_ids) - 1
 
 
-def test_a_tokenizer_without_offsets_tokenises_prompt_and_answer_apart() -> None:
-    class Letters:
-        is_fast = False
-
-        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
-
-    item = tokenize_item(Record({"instruction": "ab", "output": " c"}, "here"), Letters())
-    assert item == Item((1, 97, 98, 32, 99), (IGNORE, IGNORE, IGNORE, 32, 99))
-
-
 def test_chat_items_follow_the_template() -> None:
     tokenizer = tiny_models.tokenizer()
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -1,0 +1,263 @@
+"""From text to token ids: the one place where a tokenizer is called.
+
+Control tokens ("</s>", "<pad>", "<|im_end|>": what the tokenizer holds as special) that stand in a text are a part of the text: a page
+about tokenizers does not end a document. They are encoded letter by letter, as any other word is, unless the data carries them on purpose.
+What tokenizer and chat template write themselves stays: the begin of a text, the turns of a chat.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from adept_fast.errors import InputError
+from adept_fast.settings.validation import require
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ("text", "tokens")
+MARK = f"\uf8ff{secrets.token_hex(8)}"  # stands in no text
+
+
+class Encoder:
+    """A tokenizer, and what control tokens in a text become: "text", as any other word, or the "tokens" themselves.
+
+    found: how often each control token stood in the texts encoded so far, whatever became of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> None:
+        self.tokenizer = tokenizer
+        require("special_tokens", special_tokens, str, SPECIAL_TOKENS)
+        self.special_tokens = special_tokens
+        self.found: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
+        """A tokenizer's encoder by default, or the encoder that is given."""
+        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """What the tokenizer writes before each text: the begin-of-sequence token, several, or none."""
+        return self._around[0]
+
+    @property
+    def end(self) -> list[int]:
+        """What closes a document: the end-of-sequence token, or nothing."""
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """Every control token by its name."""
+        added = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        named = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
+        return {token: number for token, number in {**named, **added}.items() if token and number is not None}
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text behind `begin`; nothing closes them."""
+        plain = [self._has_control_tokens(text) and self.special_tokens == "text" for text in texts]
+        rest = iter(self._ordinary([text for text, apart in zip(texts, plain, strict=True) if not apart]))
+        return [self._as_text(text)[0] if apart else next(rest) for text, apart in zip(texts, plain, strict=True)]
+
+    def parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Token ids of the parts joined, behind `begin`, and the part of each: the one that it ends in."""
+        text = "".join(parts)
+        plain = self._has_control_tokens(text) and self.special_tokens == "text"
+        if not self.tokenizer.is_fast:
+            encoded = [self._as_text(each)[0] if plain else self._ordinary([each])[0] for each in accumulate(parts)]
+            return encoded[-1], _owners_without_offsets(encoded)
+        if plain:
+            ids, ends = self._as_text(text)
+        else:
+            called = self._call(text, return_offsets_mapping=True)
+            kept = self._kept(called["input_ids"])
+            ids, ends = called["input_ids"][kept], [end for _, end in called["offset_mapping"][kept]]
+        return ids, _owners(ends, parts)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], prompt: int | None = None, **options: Any) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation by the chat template, and the part of each: 0 within the first `prompt` messages and the header of
+        the answer to them, 1 behind. The template writes all control tokens, the first of a text included; those in contents are text."""
+        if not self.tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template: use plain prompts and answers, or set one")
+        contents = [_contents(message) for message in messages]
+        plain = [self._has_control_tokens(text) for text in contents]
+        marked = any(plain) and self.special_tokens == "text"
+        shown = [_replaced(message, self._hidden) if marked else message for message in messages]
+        whole = self.tokenizer.apply_chat_template(shown, tokenize=False, **options)
+        head = ""
+        if prompt is not None:
+            head = self.tokenizer.apply_chat_template(shown[:prompt], add_generation_prompt=True, tokenize=False, **options)
+            if not whole.startswith(head):
+                raise InputError("this chat template rewrites earlier turns: use plain prompts and answers")
+        parts = [head, whole[len(head) :]]
+        if marked:
+            return self._chat_as_text([self._shown(part) for part in parts])
+        if not self.tokenizer.is_fast:
+            encoded = [self._call(text, add_special_tokens=False)["input_ids"] for text in (head, whole)]
+            return encoded[-1], _owners_without_offsets(encoded)
+        called = self._call(whole, add_special_tokens=False, return_offsets_mapping=True)
+        return called["input_ids"], _owners([end for _, end in called["offset_mapping"]], parts)
+
+    def describe(self) -> bytes:
+        """What decides the tokens of a text."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}|{self.special_tokens}".encode()
+
+    def news(self, where: str) -> str | None:
+        """One line about control tokens found since the last news, if any."""
+        found, self._told = self.found - self._told, self.found.copy()
+        if not found:
+            return None
+        listed = ", ".join(f"{token!r} {count:,} times" for token, count in found.most_common(3))
+        more = f" and {len(found) - 3} others" if len(found) > 3 else ""
+        if self.special_tokens == "text":
+            return f"{where}: control tokens stand in the text ({listed}{more}): encoded as plain text; special_tokens=tokens keeps them"
+        return f"{where}: control tokens stand in the text ({listed}{more}): kept as tokens, by special_tokens=tokens"
+
+    def look(self, texts: Iterable[str]) -> None:
+        """Count control tokens of texts that are encoded already."""
+        for text in texts:
+            self.found += self.count(text)
+
+    def count(self, text: str) -> Counter[str]:
+        """How often each control token stands in a text."""
+        return Counter(self._pattern.findall(text))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(token) for token in sorted(self.control, key=len, reverse=True)) or r"(?!)")
+
+    def _has_control_tokens(self, text: str) -> bool:
+        found = self.count(text)
+        self.found += found
+        return bool(found)
+
+    def _call(self, text: Any, **options: Any) -> Any:
+        return self.tokenizer(text, verbose=False, **options)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer writes before and behind a text."""
+        whole, body = self._call("a")["input_ids"], self._call("a", add_special_tokens=False)["input_ids"]
+        at = next((at for at in range(len(whole) - len(body) + 1) if whole[at : at + len(body)] == body), 0)
+        return list(whole[:at]), list(whole[at + len(body) :])
+
+    def _kept(self, ids: Sequence[int]) -> slice:
+        """Without what the tokenizer wrote behind the text, and with what it writes before it once, where the text says it too."""
+        begin, behind = self._around
+        last = len(ids) - len(behind) if behind and list(ids[-len(behind) :]) == behind else len(ids)
+        return slice(len(begin) if begin and list(ids[: 2 * len(begin)]) == [*begin, *begin] else 0, last)
+
+    def _ordinary(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids[self._kept(ids)] for ids in self._call(list(texts))["input_ids"]] if texts else []
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Private names of control tokens: what they are called where their own names are text."""
+        return {token: f"{MARK}{number}\uf8ff" for number, token in enumerate(self.control)}
+
+    @cached_property
+    def _twin(self) -> Tokenizer:
+        """The tokenizer in which control tokens have their private names, and the same ids: no text says one of them, whether it is matched
+        before the vocabulary is looked at or (as in a unigram model) is a word of it."""
+        from tokenizers import Tokenizer
+
+        described = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        described["truncation"] = described["padding"] = None
+        for token in described["added_tokens"]:
+            if token["content"] in self._names:
+                token |= {"content": self._names[token["content"]], "normalized": False}
+        model, names = described["model"], self._names
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+        else:
+            model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        if "merges" in model:
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+            model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
+        return Tokenizer.from_str(json.dumps(described))
+
+    def _as_text(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text that names control tokens, all of it text, behind `begin`, and where each ends, if the tokenizer tells."""
+        if not self.tokenizer.is_fast:
+            return [*self.begin, *self._letters(text)], []
+        encoded = self._twin.encode(text)
+        kept = self._kept(encoded.ids)
+        return encoded.ids[kept], [end for _, end in encoded.offsets[kept]]
+
+    def _letters(self, text: str) -> list[int]:
+        """A text as `_as_text` has it, of a tokenizer in Python."""
+        for options in ({}, {"split_special_tokens": True}):
+            ids = self._call(text, add_special_tokens=False, **options)["input_ids"]
+            if not self._control_ids & set(ids):
+                return ids
+        named = ", ".join(map(repr, self.count(text)))
+        raise InputError(f"{named} cannot be plain text to {type(self.tokenizer).__name__}: take it out, or set special_tokens=tokens")
+
+    @cached_property
+    def _control_ids(self) -> set[int]:
+        """Of control tokens; the unknown token stands for plain text too."""
+        return {*self.control.values()} - {self.tokenizer.unk_token_id}
+
+    def _hidden(self, text: str) -> str:
+        """Control tokens in a turn, under names that neither template nor tokenizer knows."""
+        numbers = {token: number for number, token in enumerate(self.control)}
+        return self._pattern.sub(lambda match: f"{MARK}-{numbers[match[0]]}\uf8ff", text)
+
+    def _shown(self, rendered: str) -> str:
+        """The template's own control tokens by their private names, those of turns by their own."""
+        tokens = list(self.control)
+        renamed = self._pattern.sub(lambda match: self._names[match[0]], rendered)
+        return re.sub(f"{MARK}-([0-9]+)\uf8ff", lambda match: tokens[int(match[1])], renamed)
+
+    def _chat_as_text(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
+        if self.tokenizer.is_fast:
+            encoded = self._twin.encode("".join(parts), add_special_tokens=False)
+            return encoded.ids, _owners([end for _, end in encoded.offsets], parts)
+        numbers = {self._names[token]: number for token, number in self.control.items()}
+        split = re.compile("(" + "|".join(map(re.escape, numbers)) + ")")
+        ids: list[int] = []
+        owners: list[int] = []
+        for owner, part in enumerate(parts):
+            for piece in filter(None, split.split(part)):
+                ids += [numbers[piece]] if piece in numbers else self._letters(piece)
+            owners += [owner] * (len(ids) - len(owners))
+        return ids, owners
+
+
+def _owners(ends: Sequence[int], parts: Sequence[str]) -> list[int]:
+    """The part that each token ends in, by the offset of its end in the parts joined."""
+    lengths = [len("".join(parts[: number + 1])) for number in range(len(parts) - 1)]
+    return [sum(end > length for length in lengths) for end in ends]
+
+
+def _owners_without_offsets(encoded: Sequence[Sequence[int]]) -> list[int]:
+    """The same of a tokenizer that tells no offsets. encoded: ids of the first part, of the first two joined, ... A part's tokens begin
+    where those of the text with it first differ from those of the text without it."""
+    owners = [0] * len(encoded[-1])
+    for part, before in enumerate(encoded[:-1], 1):
+        same = next((at for at, (one, other) in enumerate(zip(before, encoded[-1], strict=False)) if one != other), len(before))
+        owners[same:] = [part] * (len(owners) - same)
+    return owners
+
+
+def _contents(message: Mapping[str, Any]) -> str:
+    return "\n".join(value for value in message.values() if isinstance(value, str))
+
+
+def _replaced(message: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    return {key: change(value) if isinstance(value, str) else value for key, value in message.items()}
