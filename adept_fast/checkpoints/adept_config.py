@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.atomic_files import read_json, write_json
+from adept_fast.runtime.atomic_files import write_json
+from adept_fast.runtime.input_files import read_json
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json

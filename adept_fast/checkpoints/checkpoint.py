@@ -16,7 +16,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
 from adept_fast.errors import InputError, UnsupportedFamilyError
 from adept_fast.models import check_kind, require_causal, vocabulary_of
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.keys import DTYPES
 from adept_fast.settings.validation import require
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import open_input, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -90,14 +90,14 @@ def read_header(file: Path) -> tuple[tuple[Stored, ...], dict[str, str]]:
         return content
 
     try:
-        with file.open("rb") as stream:
+        with open_input(file) as stream:
             total = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if total < 8 or length > min(total - 8, LARGEST_HEADER):
                 raise corrupt(f"a header of {length} bytes in a file of {total}")
             text = stream.read(length)
     except OSError as error:
-        raise corrupt(error.strerror or "unreadable") from None
+        raise OSError(error.errno, error.strerror, str(file)) from None
     try:
         header = json.loads(text.decode(), object_pairs_hook=once)
     except InputError:

@@ -148,6 +148,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     from adept_fast.pipeline import recipe
     from adept_fast.pipeline.run import STAGES
     from adept_fast.pipeline.run_directory import Workspace
+    from adept_fast.settings.key_value import overridden
 
     files = [setting for setting in settings if "=" not in setting or os.path.isfile(setting)]
     if len(files) > 1:
@@ -160,6 +161,8 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
             raise InputError(f"{files[0]}: demo takes settings only; for a recipe use adept-fast run")
         demo.run(overrides)
         return
+    for override in overridden(overrides):
+        _say(f"{override}: given again later, where it counts")
     work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
     if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from adept_fast.data.sources import Record, Source, kind_of
 from adept_fast.errors import InputError
+from adept_fast.runtime.input_files import open_input, regular
 
 LINES_PER_PIECE = 20  # a text without blank lines is cut into pieces of so many lines, so that some can be held out
 ROWS = 1024  # of a parquet file read at once
@@ -58,7 +59,7 @@ def reader(source: Source) -> Reader:
 
 
 def _opened(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+    return gzip.open(regular(path)) if path.name.endswith(".gz") else open_input(path)
 
 
 def _array(path: Path) -> list[Record]:
@@ -101,7 +102,7 @@ class _File:
 
     def identity(self) -> str:
         """sha256 of the file."""
-        with self.path.open("rb") as file:
+        with open_input(self.path) as file:
             digest = hashlib.sha256()
             while part := file.read(BUFFER):
                 digest.update(part)
@@ -194,7 +195,7 @@ class Rows(_File):
         from pyarrow.parquet import ParquetFile
 
         try:
-            with ParquetFile(self.path) as file:
+            with ParquetFile(regular(self.path)) as file:
                 first = 0
                 for group in range(file.metadata.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows

@@ -26,7 +26,8 @@ from adept_fast.data.packing import Blocks, packed
 from adept_fast.data.readers import reader
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.runtime.atomic_files import read_json, write_json
+from adept_fast.runtime.atomic_files import write_json
+from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.provenance import digest
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from adept_fast.errors import InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.edit_checkpoint import open_expanded, taken, write_remade
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
-from adept_fast.runtime.atomic_files import read_json, staged_folder
+from adept_fast.runtime.atomic_files import staged_folder
+from adept_fast.runtime.input_files import read_json
 
 FILE = "adept_copies.safetensors"
 

@@ -20,7 +20,7 @@ from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, arrange, prove_bytes, refusals_naming, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
 from adept_fast.models import broken_periods, expanded_config
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import read_json
 
 
 def expand_checkpoint(

@@ -16,7 +16,7 @@ from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import open_expanded, write_remade
 from adept_fast.expansion.rewrite_checkpoint import DTYPES, Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import read_json
 
 
 def export_tuned(

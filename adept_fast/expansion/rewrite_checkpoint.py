@@ -27,7 +27,8 @@ from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion.initialise import PRESERVING, fills, initial
 from adept_fast.models import Family, describe, layers_path
-from adept_fast.runtime.atomic_files import read_json, staged_folder, write_json
+from adept_fast.runtime.atomic_files import staged_folder, write_json
+from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.progress import Progress
 
 if TYPE_CHECKING:

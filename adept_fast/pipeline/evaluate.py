@@ -14,7 +14,8 @@ from adept_fast.expansion import PRESERVING
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.pipeline.tune import tuned_record
 from adept_fast.report import write_report
-from adept_fast.runtime.atomic_files import read_json, read_yaml, write_json
+from adept_fast.runtime.atomic_files import write_json
+from adept_fast.runtime.input_files import read_json, read_yaml
 from adept_fast.runtime.provenance import changed, digest, inputs_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
-from adept_fast.settings.key_value import parsed, settings
+from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
+from adept_fast.runtime.yaml_text import parsed
+from adept_fast.settings.key_value import settings
 from adept_fast.settings.keys import DTYPES, SEEDS, Eval, Expand, Score, Tune
 from adept_fast.settings.validation import declare, shown
 from adept_fast.tuning.methods import METHODS
@@ -56,13 +59,9 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     """Read a YAML recipe (or none), apply "key.sub=value" overrides, check every key and value. Raises InputError."""
     content: dict[str, Any] = {}
     if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{shown(path)}: no such recipe ({error.strerror}; a setting is written key=value)") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a text in UTF-8 ({error})") from None
-        content = parsed(text, f"{path}:") or {}
+        if not os.path.exists(path):
+            raise InputError(f"{shown(path)}: no such recipe (a setting is written key=value)")
+        content = parsed(read_text(path, LARGEST_RECIPE), f"{path}:", as_written=True) or {}
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
     recipe = settings(Recipe, overrides, content)

@@ -14,7 +14,7 @@ from adept_fast.pipeline.choose_layers import check_layers, choose, race
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import read_json
 from adept_fast.scoring import (
     LayerScores,
     UnitScores,

@@ -14,7 +14,7 @@ from adept_fast.data.stream import StreamedText
 from adept_fast.evaluation import corpus
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import read_json
+from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.provenance import require_same
 from adept_fast.settings.keys import Tuning
 

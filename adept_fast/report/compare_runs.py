@@ -14,7 +14,8 @@ from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
 from adept_fast.report.page import filled, flat, read_log
 from adept_fast.report.results import number
-from adept_fast.runtime.atomic_files import read_json, read_yaml, write_json, write_text
+from adept_fast.runtime.atomic_files import write_json, write_text
+from adept_fast.runtime.input_files import read_json, read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,8 @@ from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.rates_chart import unit_rates
 from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
 from adept_fast.report.units_chart import unit_profile
-from adept_fast.runtime.atomic_files import read_json, write_text
+from adept_fast.runtime.atomic_files import write_text
+from adept_fast.runtime.input_files import read_json, read_text
 from adept_fast.tuning.methods import METHODS
 
 RECORD = "expanded/adept_config.json"
@@ -106,7 +107,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = []
-    for count, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for count, line in enumerate(read_text(path).split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:

@@ -85,30 +85,3 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or malformed file is an InputError that names it (and the line)."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers beyond what Python reads, too deeply nested
-        raise InputError(f"{path}: not valid JSON ({error}): restore it or delete it to make it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The same for YAML, as recipe.yaml is kept in."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}): restore it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}: restore it")
-    return content

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.atomic_files import read_json, staged_file, write_json
+from adept_fast.runtime.atomic_files import staged_file, write_json
 from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
+from adept_fast.runtime.input_files import read_json
 from adept_fast.scoring.budget import LayerCosts
 
 SCHEMA = 1

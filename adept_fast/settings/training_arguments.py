@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from adept_fast.errors import InputError
-from adept_fast.settings.key_value import number, numbers, unknown
+from adept_fast.settings.key_value import unknown
 from adept_fast.settings.validation import COUNT, Range, options, require
+from adept_fast.settings.values import read
 
 DEFAULTS = {
     "learning_rate": 2.0e-4,
@@ -84,13 +84,10 @@ def checked(key: str, value: Any) -> Any:
     kind, optional = options(hint)
     named = next((each for each in get_args(kind) if isinstance(each, type) and issubclass(each, Enum)), ())
     bounds = BOUNDS.get(key) or tuple(each.value for each in named)
-    if value is False and not isinstance(bounds, Range) and "no" in bounds:
-        value = "no"  # which YAML 1.1 reads as false
+    value = read(value, str if bounds and not isinstance(bounds, Range) else hint)
     if key in LEFT_OUT and value != default:
         raise InputError(f"{name}: {LEFT_OUT[key]}: leave it out")
     if (value is None and optional) or (key == "lr_scheduler_type" and value in WSD):
         return value
-    if kind in (int, float) and isinstance(value, str):
-        value = number(value)
     require(name, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)
-    return numbers(value) if isinstance(value, Mapping) else value
+    return value

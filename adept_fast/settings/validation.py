@@ -53,7 +53,7 @@ def declare(default: Any = MISSING, bounds: Bounds | None = None, meaning: str =
 
 def options(hint: Any) -> tuple[Any, bool]:
     """(the type, or the union of several, whether None is allowed too) of a type hint."""
-    kinds = _members(hint)
+    kinds = alternatives(hint)
     return reduce(or_, (kind for kind in kinds if kind is not NoneType)), NoneType in kinds
 
 
@@ -84,7 +84,7 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
         return f"{KINDS[kind]} {bounds}"
     if bounds is not None:
         return f"one of {', '.join(bounds)}"
-    return " or ".join("a list" if get_origin(each) is list else KINDS.get(each, "a table of settings") for each in _members(kind))
+    return " or ".join("a list" if get_origin(each) is list else KINDS.get(each, "a table of settings") for each in alternatives(kind))
 
 
 def shown(value: Any) -> str:
@@ -96,7 +96,8 @@ def cut(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one that a hint is."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
@@ -105,7 +106,7 @@ def _differ(entries: Sequence[Any]) -> bool:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if len(kinds := _members(kind)) > 1:
+    if len(kinds := alternatives(kind)) > 1:
         return any(_is(value, each) for each in kinds)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is(entry, get_args(kind)[0]) for entry in value)

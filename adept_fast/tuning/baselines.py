@@ -19,8 +19,9 @@ from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models import text_config
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import read_json, staged_folder, write_json
+from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.validation import Range, require
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor

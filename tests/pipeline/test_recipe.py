@@ -74,7 +74,7 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.learning_rate=fast"], "tune.learning_rate must be a number"),
         (["tune.gradient_checkpointing=ture"], "tune.gradient_checkpointing must be true or false, found 'ture'"),
         (["tune.bf16=None"], "tune.bf16 must be true or false"),
-        (["tune.learning_rate=true"], "tune.learning_rate must be a number from 0 to 1, found True"),
+        (["tune.learning_rate=true"], "tune.learning_rate must be a number from 0 to 1, found 'true'"),
         (["tune.weight_decay=null"], "tune.weight_decay must be a number of 0 or more, found None"),
         (["tune.save_total_limit=1.5"], "tune.save_total_limit must be a whole number"),
         (["tune.num_train_epochs=nan"], "tune.num_train_epochs must be a number above 0 and at most 1000000, found nan"),
@@ -85,8 +85,8 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["domain={path: a, weight: 1e12}"], "a source's weight must be a number above 0 and at most 1000"),
         (["domain={path: a, path: b}"], "domain: the value is not valid YAML .path stands there twice"),
         (["domain=d.txt", "domain.weight=2"], "domain.weight: domain is no table of settings, but 'd.txt'"),
-        (["seed=2001-13-01"], "seed: the value is not valid YAML .month must be in"),
-        (["seed=1" + "0" * 5000], "seed: the value is not valid YAML .Exceeds the limit"),
+        (["seed=2001-13-01"], "seed must be a whole number from 0 to 4294967295, found '2001-13-01'"),
+        (["seed=1" + "0" * 5000], "seed must be a whole number from 0 to 4294967295, found '1000"),
         (["tune.a=1"], "unknown key tune.a: docs/recipe.md says which there are"),
         (["score.compare={a: 1}"], r"score.compare\[0\] must be one of gate, .*, found {'a': 1}"),
         (["score.compare=[1, [2]]"], r"score.compare\[0\] must be one of gate, "),
@@ -94,8 +94,8 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.lr_scheduler_type={a: 1}"], "tune.lr_scheduler_type must be one of linear, cosine, "),
         (["tune.lr_scheduler_kwargs=[a]"], r"tune.lr_scheduler_kwargs must be a table of settings, found \['a'\]"),
         (["tune.report_to=[1]"], r"tune.report_to must be text of one line or a list, found \[1\]"),
-        (["tune.accelerator_config=1"], "tune.accelerator_config must be a table of settings or text of one line, found 1"),
-        (["tune.learning_rate=no"], "tune.learning_rate must be a number from 0 to 1, found False"),
+        (["tune.accelerator_config=[1]"], r"tune.accelerator_config must be a table of settings or text of one line, found \[1\]"),
+        (["tune.learning_rate=no"], "tune.learning_rate must be a number from 0 to 1, found 'no'"),
         (["tune.hub_token=abc"], "tune.hub_token: checkpoints hold the copies alone"),
     ],
 )
@@ -134,9 +134,6 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
             load(str(tmp_path / path))
     with pytest.raises(InputError, match="not valid YAML"):
         load(str(tmp_path / "bad.yaml"))
-    (tmp_path / "octal.yaml").write_text("output_dir: 010")
-    with pytest.raises(InputError, match="output_dir must be text of one line, found 8"):
-        load(str(tmp_path / "octal.yaml"))
     (tmp_path / "twice.yaml").write_text("domain:\n- {path: a}\ntune: {k: 1}\nexpand:\n  k: 2\ntune:\n  block_size: 3\n")
     with pytest.raises(InputError, match="twice.yaml: not valid YAML .tune stands there twice, first in line 3"):
         load(str(tmp_path / "twice.yaml"))
