@@ -40,6 +40,7 @@ class SaliencyPass:
         return dim, unfolded, (rows, columns, *addresses, THREADS or torch.get_num_threads(), INSTRUCTIONS)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Both of the shape given at first, which op.py compares: C++ takes their addresses alone."""
         parameter, gradient = parameter.contiguous(), gradient.contiguous()
         theta = parameter.data_ptr() if self._products else 0
         for dim, unfolded, arguments in self._passes:

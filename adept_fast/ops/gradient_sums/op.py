@@ -25,6 +25,7 @@ from adept_fast.runtime.dtensor import local, shard_of
 if TYPE_CHECKING:
     from adept_fast.ops.gradient_sums.cpu import SaliencyPass
 
+NARROW = {torch.float32, torch.bfloat16, torch.float16}  # what C++ and the kernel of vectors read
 Dims = int | tuple[int, int]
 """A dimension, or two adjacent ones taken as one: the experts and rows of [experts, rows, columns]."""
 
@@ -35,6 +36,7 @@ class _Gathered:
 
     name: str
     parameter: nn.Parameter
+    shape: torch.Size
     sums: dict[Dims, Tensor]
     running: Tensor | None
     native: SaliencyPass | None
@@ -50,23 +52,42 @@ class _Gathered:
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         self.seen = True
-        gradient = local(gradient, parameter)
+        gradient, theta = _part(gradient, parameter), _part(parameter)
+        _require_alike(self.name, self.shape, theta, gradient)
         if self.native is not None:
-            self.native.add(local(parameter), gradient)
+            self.native.add(theta, gradient)
         elif gradient.ndim == 1:
             self.small = gradient
         else:
-            _add(self.sums, local(parameter), gradient, self.running)
+            _add(self.sums, theta, gradient, self.running)
+
+
+def _part(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """What this process holds of it; a scalar as a vector of one element."""
+    part = local(tensor, like)
+    return part if part.ndim else part.view(1)
+
+
+def _require_alike(name: str, shape: Sequence[int], parameter: Tensor, gradient: Tensor) -> None:
+    """The one door to the backends, which trust shapes and devices behind it: parameters are sometimes given other data in between."""
+    if not (parameter.shape == gradient.shape == shape and parameter.device == gradient.device and not parameter.is_meta):
+        wanted = f"a parameter and a gradient of shape {tuple(shape)} on one device, with their values"
+        found = " and ".join(f"{tuple(x.shape)} on {x.device}" for x in (parameter, gradient))
+        raise InputError(f"{name}: expected {wanted}, found {found}")
 
 
 def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """sum g^2, sum |theta g| and sum theta g for each index of `dim`, fp32 [parameter.shape[dim]], by the backend that fits the device."""
+    if not (parameter.is_floating_point() and gradient.is_floating_point() and -parameter.ndim <= dim < parameter.ndim):
+        found = f"{parameter.dtype} of shape {tuple(parameter.shape)}, {gradient.dtype} and {dim}"
+        raise InputError(f"sums need a parameter and a gradient of floating point, and one of their dimensions, found {found}")
+    _require_alike("parameter", parameter.shape, parameter, gradient)
     chosen = dispatch.resolve("gradient_sums", parameter.device)
     if chosen == "triton":
         from adept_fast.kernels import gradient_sums
 
         return gradient_sums.saliency_sums(parameter, gradient, dim)
-    if chosen == "cpu" and torch.float64 not in (parameter.dtype, gradient.dtype):
+    if chosen == "cpu" and {parameter.dtype, gradient.dtype} <= NARROW:
         from adept_fast.ops.gradient_sums import cpu
 
         sums = torch.zeros(3, parameter.shape[dim], dtype=torch.float64)
@@ -87,11 +108,11 @@ class GradientSums:
     def __init__(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, Sequence[Dims]], products: bool, running: bool) -> None:
         self._gathered: list[_Gathered] = []
         for name, parameter in parameters.items():
-            part = local(parameter.detach())
+            part = _part(parameter.detach())
             kinds = 3 if products else 1
             sums = {dim: torch.zeros(kinds, _length(part.shape, dim), dtype=torch.float64, device=part.device) for dim in dims[name]}
             kept = torch.zeros_like(part, dtype=accumulator(part), memory_format=torch.contiguous_format) if running else None
-            self._gathered.append(_Gathered(name, parameter, sums, kept, _native(part, sums, kept)))
+            self._gathered.append(_Gathered(name, parameter, part.shape, sums, kept, _native(part, sums, kept)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> GradientSums:
@@ -121,7 +142,7 @@ class GradientSums:
                 from adept_fast.kernels import gradient_sums_vectors
                 from adept_fast.kernels.gradient_sums_vectors import Vector
 
-                vectors = [Vector(local(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
+                vectors = [Vector(_part(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
                 gradient_sums_vectors.add_vectors(vectors)
             else:
                 _add_small(small)
@@ -138,7 +159,9 @@ class GradientSums:
             self._sum_over_processes()
         keys, parts = [], []
         for gathered in self._gathered:
-            theta = local(gathered.parameter.detach())
+            theta = _part(gathered.parameter.detach())
+            if gathered.running is not None:
+                _require_alike(gathered.name, gathered.shape, theta, gathered.running)
             taylor = {dim: torch.zeros(3, sums.shape[1], dtype=torch.float64, device=sums.device) for dim, sums in gathered.sums.items()}
             if gathered.running is not None:
                 native = _native(theta, taylor, None)
@@ -160,7 +183,8 @@ class GradientSums:
         found = {}
         for gathered in self._gathered:
             if gathered.name in others and gathered.running is not None:
-                other = local(others[gathered.name])
+                other = _part(others[gathered.name])
+                _require_alike(gathered.name, gathered.shape, other, gathered.running)
                 for dim, sums in gathered.sums.items():
                     both, own = (torch.zeros(3, sums.shape[1], dtype=torch.float64, device=sums.device) for _ in range(2))
                     _add({dim: both}, other, gathered.running, None)
@@ -183,7 +207,7 @@ def _add_small(small: Sequence[_Gathered]) -> None:
     """Add the terms of vectors on one device in plain torch."""
     sizes = [gathered.small.numel() for gathered in small]
     gradient = torch.cat([gathered.small.double() for gathered in small])
-    theta = torch.cat([local(gathered.parameter.detach()).double() for gathered in small])
+    theta = torch.cat([_part(gathered.parameter.detach()).double() for gathered in small])
     found = torch.stack([gradient.square(), (theta * gradient).abs(), theta * gradient]).split(sizes, 1)
     for gathered, values in zip(small, found, strict=True):
         gathered.sums[0] += values[: len(gathered.sums[0])]
@@ -197,13 +221,13 @@ def _length(shape: Sequence[int], dim: Dims) -> int:
 
 def _is_plain(gathered: _Gathered) -> bool:
     """Whether a kernel reads this vector and its gradient as they lie in memory."""
-    tensors = (local(gathered.parameter.detach()), gathered.small)
-    return all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
+    tensors = (_part(gathered.parameter.detach()), gathered.small)
+    return all(tensor.is_contiguous() and tensor.dtype in NARROW for tensor in tensors)
 
 
 def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | None) -> SaliencyPass | None:
     """How C++ adds up gradients of a parameter, where it is to."""
-    if dispatch.resolve("gradient_sums", parameter.device) != "cpu" or parameter.dtype == torch.float64 or any(map(_is_pair, sums)):
+    if dispatch.resolve("gradient_sums", parameter.device) != "cpu" or parameter.dtype not in NARROW or any(map(_is_pair, sums)):
         return None
     from adept_fast.ops.gradient_sums import cpu
 
