@@ -168,7 +168,9 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
 def open_shards(folder: Path) -> Shards:
     """The weights of a checkpoint folder. Raises InputError for a file that is missing or corrupt, or that the index contradicts."""
     names, index = weight_files(folder)
-    files, metadata, homes = {}, {}, {}
+    files: dict[str, tuple[Stored, ...]] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    homes: dict[str, str] = {}
     for file in names:
         files[file], metadata[file] = read_header(folder / file)
         for stored in files[file]:

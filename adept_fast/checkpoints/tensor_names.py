@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
 
 from adept_fast.checkpoints.safetensors_index import FLOATS, Shards, Stored
 from adept_fast.errors import InputError, UnsupportedFamilyError
@@ -31,7 +33,7 @@ class Naming:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._targets = {source: entry.target_patterns for entry in self._converters for source in entry.source_patterns}
         self._skeleton, self._known, self._path = skeleton, skeleton.state_dict(), f"{layers}."
-        self.count = len(skeleton.get_submodule(layers))
+        self.count = len(cast(nn.ModuleList, skeleton.get_submodule(layers)))
         self._converted: set[str] = set()
         self._in_memory = {name: self._loads_into(name) for name in names}
         self._prefixes = sorted({prefix for name in self._in_memory if (prefix := self._prefix(name)) is not None})
@@ -48,7 +50,7 @@ class Naming:
             return ()
         if pattern is not None:
             self._converted.add(name)
-        targets = self._targets.get(pattern, ())
+        targets = () if pattern is None else self._targets.get(pattern, ())
         stem = next((found.removesuffix(target) for target in targets if found.endswith(target)), None)
         others = [f"{stem}{target}" for target in targets] if stem is not None else []
         return tuple(dict.fromkeys([found, *(other for other in others if other in self._known)]))

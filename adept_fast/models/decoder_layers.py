@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def layers_path(model: PreTrainedModel) -> str:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    return model.get_submodule(layers_path(model))
+    return cast(nn.ModuleList, model.get_submodule(layers_path(model)))
 
 
 def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> list[int]:
@@ -135,7 +135,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many tokens it has embeddings of; meta tensors are enough."""
-    return model.get_input_embeddings().weight.shape[0]
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -50,7 +50,7 @@ class _Positions:
     def last_index(self, index: int) -> int:
         return index if index < 0 else self.of(min(index, self.count - 1))[-1]
 
-    def overrides(self, values: Mapping[str, Any]) -> dict[int, Any]:
+    def overrides(self, values: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
         return {new: value for key, value in values.items() for new in self.of(int(key))}
 
 
@@ -64,12 +64,13 @@ def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> Pretrain
     count = text.num_hidden_layers
     at = _Positions(layers, count)
     changes: dict[str, Any] = {}
-    for keys, change, kind in (
+    rewritten: tuple[tuple[Sequence[str], Callable[[Any], Any], type], ...] = (
         (ONE_A_LAYER, at.one_a_layer, list),
         (INDICES, at.indices, list),
         (FIRST_LAYERS, at.first_layers, int),
         (LAST_INDEX, at.last_index, int),
-    ):
+    )
+    for keys, change, kind in rewritten:
         changes |= {key: change(value) for key in keys if isinstance(value := vars(text).get(key), kind)}
     for key, rewrite in REWRITTEN.items():
         if vars(text).get(key) is not None:

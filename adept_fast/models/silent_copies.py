@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.models.decoder_layers import hidden_of, layers_path, replaced_forward, with_hidden
+from adept_fast.models.decoder_layers import decoder_layers, hidden_of, layers_path, replaced_forward, with_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
     """One per layer. `model` may hold meta tensors. Raises UnsupportedFamilyError with the reason."""
     from transformers.initialization import no_init_weights
 
-    own, path, name = list(model.get_submodule(layers_path(model))), layers_path(model), model.config.model_type
+    own, path, name = list(decoder_layers(model)), layers_path(model), model.config.model_type
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
     config = copy.deepcopy(model.config)
     if config._attn_implementation not in ("eager", "sdpa"):  # flash attention's way in looks at values
@@ -200,7 +200,7 @@ class _Walk:
     def _product(self, factors: list[Any], kind: str) -> Silence:
         for factor in factors:
             name, shifted = self._leaf(factor)
-            if name in self.parameters.values():
+            if name is not None and name in self.parameters.values():
                 bias = self._all(factors[2:]) if kind in ("Convolution", "Linear") else Silence()
                 value = self._vanishing(name) if shifted else 0.0
                 return bias | Silence({name: value}, frozenset({name}) if kind == "Mul" else frozenset())

@@ -54,7 +54,7 @@ def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
         figure.set_label("Importance of each layer over depth")
         panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
         for name, axes in zip(names, panels, strict=True):
-            title, unit = METHODS.get(scores.get("method"), PROFILES.get(name, (name, "nats/token")))
+            title, unit = METHODS.get(str(scores.get("method")), PROFILES.get(name, (name, "nats/token")))
             if name == "domain" and scores.get("method") in METHODS:
                 title += ", on the domain"
             base = profiles[name].get("base_loss")
@@ -77,9 +77,9 @@ def _profile(axes: Axes, profile: Mapping[str, Any], chosen: set[int], title: st
     groups = ((~marked, "o", BLUE, 4.5, "layer, with {:.0f} % interval"), (marked, "D", VERMILION, 6.5, "chosen: copied"))
     for group, marker, colour, size, label in groups:
         if group.any():
-            look = {"fmt": marker, "color": colour, "markersize": size, "elinewidth": 1.2, "label": label}
-            axes.errorbar(np.flatnonzero(group), values[group], bars[:, group], **look)
-    for layer in np.flatnonzero(marked & np.isfinite(values)):
+            places = np.flatnonzero(group)
+            axes.errorbar(places, values[group], bars[:, group], fmt=marker, color=colour, markersize=size, elinewidth=1.2, label=label)
+    for layer in np.flatnonzero(marked & np.isfinite(values)).tolist():
         axes.axvspan(layer - 0.4, layer + 0.4, color=VERMILION, alpha=0.12, linewidth=0)
         if layers <= 40:
             axes.text(layer, 0.98, str(layer), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9, color="#8a3c00")

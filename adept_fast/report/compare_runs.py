@@ -173,8 +173,17 @@ def trade_off(rows: Mapping[str, Mapping[str, Spread]]) -> Figure:
             colour = GREY if name == "base" else COLOURS[(index - 1) % len(COLOURS)]
             marker = "*" if name == "base" else MARKERS[(index - 1) % len(MARKERS)]
             axes.scatter(domain.values, general.values, s=12, color=colour, alpha=0.5, linewidths=0)
-            bars = {"xerr": domain.spread, "yerr": general.spread}
-            axes.errorbar(domain.mean, general.mean, fmt=marker, color=colour, markersize=7, elinewidth=1.2, label=name, **bars)
+            axes.errorbar(
+                domain.mean,
+                general.mean,
+                yerr=general.spread,
+                xerr=domain.spread,
+                fmt=marker,
+                color=colour,
+                markersize=7,
+                elinewidth=1.2,
+                label=name,
+            )
         axes.set_xlabel("domain loss (nats/token): further left has learnt more")
         axes.set_ylabel("general loss (nats/token): further down has kept more")
         axes.margins(0.15)

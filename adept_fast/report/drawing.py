@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WIDTH = 6.5  # inches
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito: told apart with any colour vision
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -45,13 +45,13 @@ STYLE = {
 def style() -> AbstractContextManager[None]:
     from matplotlib import rc_context
 
-    return rc_context(STYLE)
+    return rc_context(cast(Any, STYLE))
 
 
 def whole_numbers(axes: Axes, label: str) -> None:
     """What a figure's lowest x axis counts."""
     axes.set_xlabel(label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
 
 
 def over_depth(axes: Axes, layers: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 MODELS = ("base", "expanded", "tuned")
 NONE = "\N{EN DASH}"
@@ -23,7 +23,7 @@ class Row:
     cells: tuple[Cell, ...]
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -69,8 +69,8 @@ def _change(corpus: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> s
     old, new = number(before), number(after)
     if old == new:
         return f"{corpus} loss stayed at {old} nats per token"
-    bounds = [result.get(key) for result in (base, tuned) for key in ("low", "high")]
-    if all(map(is_finite, bounds)):
+    bounds = [bound for result in (base, tuned) for key in ("low", "high") if is_finite(bound := result.get(key))]
+    if len(bounds) == 4:
         overlap = bounds[0] <= bounds[3] and bounds[2] <= bounds[1]
         doubt = ", a difference inside the 95 % intervals" if overlap else ""
     else:
@@ -111,8 +111,8 @@ def _loss(result: Mapping[str, Any]) -> Cell:
 
 
 def _perplexity(result: Mapping[str, Any]) -> Cell:
-    bounds = [math.exp(bound) if is_finite(bound) and bound < 700 else None for bound in (result.get("low"), result.get("high"))]
-    return Cell(number(result.get("perplexity"), 2), interval(*bounds, 2))
+    low, high = (math.exp(bound) if is_finite(bound) and bound < 700 else None for bound in (result.get("low"), result.get("high")))
+    return Cell(number(result.get("perplexity"), 2), interval(low, high, 2))
 
 
 def _accuracy(result: Mapping[str, Any]) -> Cell:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from adept_fast.errors import InputError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as ShardPlacement
     from torch.distributed.tensor.placement_types import Placement
 
 
@@ -50,7 +52,7 @@ class Shard(NamedTuple):
 _PLAIN = (Parameter, Tensor)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor, of whatever placements; imports nothing to find out."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor without it
     return module is not None and isinstance(tensor, module.DTensor)
@@ -71,7 +73,7 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return tensor
     if torch.is_grad_enabled():
         raise InputError("differentiable=True: sharded (DTensor) parameters are not supported; use torch.optim.AdamW for them")
-    if like is not None and tensor.placements != like.placements:
+    if like is not None and is_sharded(like) and tensor.placements != like.placements:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     part = tensor._local_tensor
     return part.wait() if hasattr(part, "wait") else part  # an unfinished collective
@@ -83,8 +85,10 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    mesh, shape = like.device_mesh, {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(part.to(mesh.device_type), mesh, like.placements, run_check=False, **shape).full_tensor().to(part.device)
+    mesh = like.device_mesh
+    there = part.to(mesh.device_type)
+    made = DTensor.from_local(there, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return made.full_tensor().to(part.device)
 
 
 def shard_of(param: Tensor) -> Shard | None:
@@ -173,7 +177,7 @@ def _cuts(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh_shape:
             continue
         if placement.is_partial():
             raise InputError(f"a parameter of shape {tuple(shape)} is {placement}; a parameter must be Shard or Replicate")
-        cuts = result.setdefault(placement.dim, [])
+        cuts = result.setdefault(cast("ShardPlacement", placement).dim, [])
         factor, before, chunks = getattr(placement, "split_factor", 1), 0, 1
         while chunks < factor and before < len(cuts):
             chunks *= mesh_shape[cuts[before]]

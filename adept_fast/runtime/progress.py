@@ -20,7 +20,8 @@ class Progress(tqdm):
         if self.plain:
             line = "{desc}: {percentage:.0f} % done, {remaining} left"
             options |= {"mininterval": CALM, "delay": CALM, "miniters": 1, "leave": False, "bar_format": line}
-        super().__init__(*given, disable=quiet or not distributed.leads(), **options)
+        options["disable"] = quiet or not distributed.leads()
+        super().__init__(*given, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.plain:
