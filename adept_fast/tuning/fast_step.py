@@ -2,7 +2,8 @@
 
     loss = sum over targets of -log p(target) / num_items_in_batch        (their mean without num_items_in_batch)
 
-as transformers' own models compute it, but without logits: a frozen linear head gives the loss and its gradient to the hidden states in
+as transformers' own models compute it, but 0 where a batch has no target (theirs is 0 / 0, which the Trainer logs as 0, with gradients of
+0), and without logits: a frozen linear head gives the loss and its gradient to the hidden states in
 one pass over the vocabulary. The rest is autograd's: where no input requires a gradient it keeps nothing, so layers below the lowest copy
 run forward only, and frozen layers above it keep what gradients to their inputs need.
 """
@@ -54,7 +55,8 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         tuples = kwargs.get("return_dict") is False
-        if not (active and wanted and model.training) or tuples or any(kwargs.get(key) for key in WHOLE):
+        ignored = kwargs.get("ignore_index", IGNORE)
+        if not (active and wanted and model.training) or tuples or ignored != IGNORE or any(kwargs.get(key) for key in WHOLE):
             return own(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -96,10 +98,14 @@ def _loss(
         hidden = headless(model)(*args, **{**inputs, "use_cache": False})[0]
     targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.to(hidden.device)
+    if targets.numel() == hidden.shape[:-1].numel():  # the model flattens both
+        targets = targets.reshape(hidden.shape[:-1])
     layer = model.get_output_embeddings()
     losses = linear_cross_entropy(hidden, Projection(layer.weight, layer.bias, *scale), targets)
-    count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-    return losses.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count)
+    there = (targets != IGNORE).sum()
+    count = there if num_items_in_batch is None else num_items_in_batch
+    count = count.to(hidden.device) if isinstance(count, Tensor) else count
+    return losses.sum() / torch.where(there == 0, 1, count)  # of no target 0 is divided, perhaps by 0
 
 
 @contextmanager

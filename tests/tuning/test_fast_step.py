@@ -15,6 +15,7 @@ from adept_fast.expansion import expand_model, freeze_original
 from adept_fast.models import decoder_layers
 from adept_fast.tuning import fast_step
 from tests.support import tiny_models
+from tests.support.degenerate_batches import BATCHES, targets
 
 
 def expanded(family: str = "llama", layers: tuple[int, ...] = (1, 2), **changes: object) -> nn.Module:
@@ -68,6 +69,45 @@ def test_loss_and_gradients_are_as_near_to_the_truth_as_the_models_own(family: s
     for name, exact in truth.items():
         error, reference = ((found[1][name] - exact).norm() for found in (ours, own))
         assert error <= 1.5 * reference + 1e-6 * exact.norm(), name
+
+
+COUNTS = (None, 0, torch.tensor(0.0), torch.tensor(3.5))  # 0 where no micro-batch of a step has a target
+
+
+@pytest.mark.parametrize(
+    ("name", "items"), [(name, items) for name in BATCHES for items in COUNTS if items is None or items > 0 or not targets(BATCHES[name])]
+)
+def test_degenerate_batches(name: str, items: object) -> None:
+    """transformers' own loss and gradients, but 0 for its 0 / 0; its gradients are 0 there already."""
+    batch = BATCHES[name]
+    model = expanded()
+    inputs = {**batch, "use_cache": False, **({} if items is None else {"num_items_in_batch": items})}
+    (ours, found), (theirs, expected) = (gradients(model, fast, **inputs) for fast in (True, False))
+    if not targets(batch):
+        assert float(ours) == 0 and not theirs.nan_to_num().any()
+        assert all(gradient.eq(0).all() for each in (found, expected) for gradient in each.values())
+    torch.testing.assert_close(ours, theirs.nan_to_num(), rtol=1e-5, atol=0)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_batch_of_no_rows_is_refused_as_by_the_model() -> None:
+    model, none = expanded(), {key: value[:0] for key, value in batch().items()}
+    for fast in (True, False):
+        with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+            gradients(model, fast, **none)
+
+
+def test_labels_in_one_row_or_to_be_ignored_by_another_number() -> None:
+    """What transformers' own loss takes beside labels as they come from a collator."""
+    model, plain = expanded(), batch()
+    shifted = nn.functional.pad(plain["labels"], (0, 1), value=-100)[..., 1:]
+    ignoring = {**plain, "labels": plain["labels"].masked_fill(plain["labels"] == -100, 0), "ignore_index": 0}
+    for inputs in ({"input_ids": plain["input_ids"], "shift_labels": shifted.flatten(), "labels": plain["labels"]}, ignoring):
+        with fast_step(model) as active:
+            ours = model(**inputs).loss
+        assert active
+        torch.testing.assert_close(ours, model(**inputs).loss, rtol=1e-5, atol=0)
 
 
 def test_a_family_whose_base_model_is_itself() -> None:
