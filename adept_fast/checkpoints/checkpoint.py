@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +16,9 @@ from safetensors import SafetensorError
 
 from adept_fast.checkpoints.adept_config import FILE as RECORD
 from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
-from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.errors import InputError
 from adept_fast.models import check_kind, require_causal, vocabulary_of
 from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.keys import DTYPES
@@ -23,6 +27,7 @@ from adept_fast.settings.validation import require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 NOT_CARRIED_NAMES = ("config.json", RECORD)
@@ -92,9 +97,8 @@ def load_model(
 
     if dtype is not None:
         require("dtype", dtype, str, DTYPES)
-    if attn_implementation is not None:
-        load_skeleton(folder, trust_remote_code, attn_implementation)
-    try:
+    load_skeleton(folder, trust_remote_code, attn_implementation)
+    with _refused_by_name(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -104,8 +108,6 @@ def load_model(
             ignore_mismatched_sizes=True,  # they come back in the loading info, and are refused below by name
             output_loading_info=True,
         )
-    except (SafetensorError, *_refusals()) as error:
-        raise _cannot_be_loaded(folder, error) from None
     missing = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info["mismatched_keys"])
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing or of another shape, first {missing[0]}: fetch it again")
@@ -122,15 +124,13 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementa
     """The model without its weights (meta tensors): enough to see its layers, and whether it has the implementation of attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    shards = open_shards(folder)
+    check_counts(read_json(folder / "config.json"), shards)  # before transformers makes lists of so many layers
+    with _refused_by_name(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_kind(config)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except UnsupportedFamilyError:
-        raise
-    except _refusals() as error:
-        raise _cannot_be_loaded(folder, error) from None
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    check_sizes(skeleton, shards)
     if attn_implementation is not None:
         try:
             with torch.device("meta"):
@@ -148,8 +148,17 @@ def _refusals() -> tuple[type[Exception], ...]:
     return StrictDataclassError, OSError, RuntimeError, ImportError, *values
 
 
-def _cannot_be_loaded(folder: Path, error: Exception) -> InputError:
-    return InputError(f"{folder}: cannot be loaded ({_reason(error)}): correct its config.json, or fetch it again")
+@contextmanager
+def _refused_by_name(folder: Path) -> Iterator[None]:
+    """What transformers refuses becomes an InputError that names the folder; what the machine refuses stays what it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (SafetensorError, *_refusals()) as error:
+        if (isinstance(error, OSError) and error.errno in OF_THE_MACHINE) or "can't allocate memory" in str(error):
+            raise
+        raise InputError(f"{folder}: cannot be loaded ({_reason(error)}): correct its config.json, or fetch it again") from None
 
 
 def _reason(error: Exception) -> str:

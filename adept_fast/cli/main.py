@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,15 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "compare": ("several runs side by side, with the spread over seeds", "adept-fast compare out/a out/b output_dir=out/compare", ()),
     "info": ("versions, and which backends were found", "adept-fast info", ()),
 }
+
+WAYS_OUT = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another output_dir"),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable, or choose another output_dir",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""What the machine may lack, and what its user can do."""
+CACHES = ("ADEPT_FAST_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,6 +132,8 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
+    if isinstance(error, OSError) and error.errno in WAYS_OUT:
+        text += f": {WAYS_OUT[error.errno]}, then the same command goes on"
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -132,6 +144,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         print(describe())
         return
     _needs_extra()
+    _needs_caches()
     _calm_libraries()
     if action is not None:
         from adept_fast.cli import copies
@@ -181,6 +194,18 @@ def _needs_extra() -> None:
     missing = [name for name in HF if find_spec(name) is None]
     if missing:
         raise InputError(f"the command line needs {', '.join(missing)}: pip install 'adept-fast[hf]'")
+
+
+def _needs_caches() -> None:
+    """Refuse a variable for a cache that can be none, which libraries find out after hours; one that is read only may be what is wanted."""
+    for name in CACHES:
+        folder = os.path.abspath(os.path.expanduser(os.environ.get(name) or "."))
+        above = folder
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above) or (above != folder and not os.access(above, os.W_OK | os.X_OK)):
+            why = "is no folder" if not os.path.isdir(above) else "cannot be written to"
+            raise InputError(f"{name}={os.environ[name]} cannot be made ({above} {why}): set {name} to a folder, or unset it")
 
 
 def _calm_libraries() -> None:

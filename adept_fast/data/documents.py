@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from adept_fast.data.encoding import Encoder
+from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file
 from adept_fast.runtime.progress import Progress
 
@@ -50,9 +52,16 @@ class WeightedDocuments:
 
 
 def cache_folder() -> Path:
-    """$ADEPT_FAST_CACHE, else adept_fast under $XDG_CACHE_HOME or ~/.cache."""
+    """$ADEPT_FAST_CACHE, else adept_fast under $XDG_CACHE_HOME or ~/.cache, made. Raises InputError where it cannot be."""
     given = os.environ.get("ADEPT_FAST_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
+    folder = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{folder}: the cache cannot be kept there ({error.strerror}): set ADEPT_FAST_CACHE elsewhere") from None
+    return folder
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder, quiet: bool = False) -> Documents:

@@ -28,14 +28,12 @@ from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion.initialise import PRESERVING, fills, initial
 from adept_fast.models import Family, describe, layers_path
 from adept_fast.runtime.atomic_files import staged_folder, write_json
-from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SPARE = 1 << 24  # bytes left free for headers, config and record
 Plan = dict[str, list[Piece]]  # file name -> its tensors
 Made = TypeVar("Made", bound=AdeptConfig | None)  # a record; None where no copy is left
@@ -55,7 +53,6 @@ class OnDisk:
     def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
         """Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent."""
         shards = open_shards(folder)
-        _check_counts(read_json(folder / "config.json"), folder, len(shards.tensors))
         skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
         with refusals_naming(folder):
             naming = Naming(skeleton, layers_path(skeleton), shards.tensors)
@@ -117,15 +114,6 @@ def refusals_naming(folder: Path) -> Iterator[None]:
         yield
     except UnsupportedFamilyError as refusal:
         raise UnsupportedFamilyError(f"{folder}: {refusal}") from None
-
-
-def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
-    """Refuse a config of no layers, or of more than there are tensors, before a model of that many is built."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key != KEY:
-            _check_counts(value, folder, tensors)
-        elif key in LAYER_COUNTS and isinstance(value, int) and not 0 < value <= tensors:
-            raise InputError(f"{folder}: config.json has {key} {ascii(value)[:80]}, but there are {tensors} tensors: correct one of them")
 
 
 def as_tensor(stored: Stored) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -26,16 +28,41 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
+def failures_naming(path: Path) -> Iterator[None]:
+    """What the machine refuses while `path` is written is an OSError that names it: the system's name no file, a library's no cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except _of_libraries() as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if not code and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _of_libraries() -> tuple[type[Exception], ...]:
+    """What torch.save and safetensors raise when a write fails."""
+    from safetensors import SafetensorError
+
+    return RuntimeError, SafetensorError
+
+
+@contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f"{STAGING}{secrets.token_hex(8)}-{path.name}")
     try:
-        yield staging
-        _sync(staging)
-        os.replace(staging, path)
-        _sync(path.parent)
+        with failures_naming(path):
+            yield staging
+            _sync(staging)
+            os.replace(staging, path)
+            _sync(path.parent)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -50,12 +77,13 @@ def staged_folder(path: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{path.name}-", dir=path.parent))
     try:
         staging.chmod(0o755)
-        yield staging
-        for file in staging.rglob("*"):
-            _sync(file)
-        _sync(staging)
-        os.rename(staging, path)
-        _sync(path.parent)
+        with failures_naming(path):
+            yield staging
+            for file in staging.rglob("*"):
+                _sync(file)
+            _sync(staging)
+            os.rename(staging, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -186,3 +186,21 @@ def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers
     (folder.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="config.json"):
         expand_checkpoint(folder.path, folder.parent / "expanded", [0], verify=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *(("num_hidden_layers", many, "has num_hidden_layers") for many in (10**6, 10**30)),
+        *((key, 10**12, "describes [0-9,]+ parameters, but there are") for key in ("vocab_size", "intermediate_size")),
+        ("num_experts", 10**6, "no tensor has that many rows"),
+    ],
+)
+def test_a_config_of_sizes_that_no_tensor_has_is_refused_before_a_model_is_built(folder: Folder, key: str, value: int, message: str) -> None:
+    config = json.loads(folder.whole["config.json"]) | {key: value}
+    for name, content in folder.whole.items():
+        (folder.path / name).write_bytes(content)
+    (folder.path / "config.json").write_text(json.dumps(config))
+    for load in (checkpoint.load_model, checkpoint.load_skeleton):
+        with pytest.raises(InputError, match=f"model/config.json: {message}"):
+            load(folder.path)

@@ -259,8 +259,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here: Path) -> 
     done = subprocess.run([sys.executable, "-c", driver, "expand", *BASE], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and os.strerror(errno.EFBIG) in done.stderr
+    assert "out/expanded" in done.stderr and "raise the limit on the size of files (ulimit -f)" in done.stderr
     assert (here / "out" / "scores.json").read_bytes() == before
     assert not (here / "out" / "expanded").exists() and not list((here / "out").glob(".partial*"))
+
+
+@pytest.mark.parametrize("name", ["ADEPT_FAST_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_a_cache_that_cannot_be_made_is_named_before_anything_starts(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, str(here / "domain.txt" / "cache"))
+    file = here / "domain.txt"
+    assert fails(capsys, "run").endswith(f"{name}={file}/cache cannot be made ({file} is no folder): set {name} to a folder, or unset it")
+    assert not (here / "out").exists()
+
+
+def test_a_setting_that_a_later_one_overrides_is_told(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "none.txt: no such file" in fails(capsys, "run", "domain=none.txt", "seed=3", "seed=3")
+    assert main(["run", *BASE, "domain=none.txt"]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "domain=domain.txt: given again later, where it counts" and not any(line.startswith("seed") for line in said)
 
 
 def test_debug_shows_the_traceback(here: Path) -> None:
