@@ -193,10 +193,10 @@ def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers
     [
         *(("num_hidden_layers", many, "has num_hidden_layers") for many in (10**6, 10**30)),
         *((key, 10**12, "describes [0-9,]+ parameters, but there are") for key in ("vocab_size", "intermediate_size")),
-        ("num_experts", 10**6, "no tensor has that many rows"),
+        ("num_experts", 10**6, "has num_experts 1000000, but no tensor has"),
     ],
 )
-def test_a_config_of_sizes_that_no_tensor_has_is_refused_before_a_model_is_built(folder: Folder, key: str, value: int, message: str) -> None:
+def test_a_config_of_sizes_that_no_tensor_has_is_refused_before_it_is_built(folder: Folder, key: str, value: int, message: str) -> None:
     config = json.loads(folder.whole["config.json"]) | {key: value}
     for name, content in folder.whole.items():
         (folder.path / name).write_bytes(content)
