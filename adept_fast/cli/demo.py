@@ -77,6 +77,7 @@ def model(folder: Path) -> Path:
     described.pop("quantization_config", None)  # the tensors are plain fp32 by now
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(described))
     plain.load_state_dict(loaded.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
     with staged_folder(target) as staging:
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
+from adept_fast.cli.stop_signals import Stopped, heeded
 from adept_fast.errors import InputError
+from adept_fast.runtime.console import open_missing, say
+from adept_fast.runtime.disk_errors import REMEDIES, DiskError, number_of, told
 
 MODEL = ("model_name_or_path",)
 HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules that no command does without
@@ -45,13 +48,6 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "info": ("versions, and which backends were found", "adept-fast info", ()),
 }
 
-WAYS_OUT = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another output_dir"),
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "make it writable, or choose another output_dir",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-}
-"""What the machine may lack, and what its user can do."""
 CACHES = ("ADEPT_FAST_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
 
 
@@ -104,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    open_missing()
     try:
-        _run(given.command, given.action, getattr(given, "settings", []))
-    except KeyboardInterrupt:
+        with heeded():
+            _run(given.command, given.action, getattr(given, "settings", []))
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         kept = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
-        _complain(f"interrupted; {kept}")
-        return 130
+        _complain(f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}; {kept}")
+        return 128 + number
     except BaseException as error:
         if given.debug or isinstance(error, SystemExit):
             raise
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(line: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
-    print(f"adept-fast: {who}{line}", file=sys.stderr)
+    say(f"adept-fast: {who}{line}", sys.stderr)
 
 
 def _rank() -> int:
@@ -130,10 +129,12 @@ def _rank() -> int:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | DiskError):
         return text
-    if isinstance(error, OSError) and error.errno in WAYS_OUT:
-        text += f": {WAYS_OUT[error.errno]}, then the same command goes on"
+    if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
+        return told(error.filename, error.errno)
+    if (number := number_of(error)) in REMEDIES:
+        text += f": {REMEDIES[number]}, then the same command goes on"
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -141,7 +142,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     if command == "info":
         from adept_fast.cli.info import describe
 
-        print(describe())
+        say(describe(), sys.stdout)
         return
     _needs_extra()
     _needs_caches()
@@ -185,7 +186,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
 def _say(line: str) -> None:
     if not _rank():
-        print(line, flush=True)
+        say(line, sys.stdout)
 
 
 def _needs_extra() -> None:

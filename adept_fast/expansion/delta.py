@@ -14,7 +14,7 @@ from adept_fast.checkpoints.safetensors_index import read_header
 from adept_fast.errors import InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.edit_checkpoint import open_expanded, taken, write_remade
-from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, make_room
 from adept_fast.runtime.atomic_files import staged_folder
 from adept_fast.runtime.input_files import read_json
 
@@ -31,7 +31,7 @@ def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = Fals
     tensors = [stored for stored in on_disk.shards.tensors.values() if on_disk.naming.layer(stored.name) in copies]
     pieces = [Piece(stored.name, stored.dtype, stored.shape, stored) for stored in tensors]
     target = Path(target).expanduser()
-    require_space(target, sum(piece.size for piece in pieces))
+    make_room(target, sum(piece.size for piece in pieces))
     with staged_folder(target) as staging:
         write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
         record.save(staging)

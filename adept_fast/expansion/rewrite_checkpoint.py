@@ -29,6 +29,7 @@ from adept_fast.expansion.initialise import PRESERVING, fills, initial
 from adept_fast.models import Family, describe, layers_path
 from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.progress import Progress
+from adept_fast.runtime.staging_folder import remove_leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     total = sum(piece.size for pieces in plan.values() for piece in pieces)
-    require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
+    make_room(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
     with staged_folder(target) as staging:
         with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, quiet=quiet) as bar:
             write_shards(staging, plan, source.shards.metadata, bar.update)
@@ -184,11 +185,19 @@ def write_checkpoint(
     return made
 
 
-def require_space(target: Path, size: int) -> None:
+def make_room(target: Path, size: int) -> None:
+    """Make the folder that `target` goes to, once what killed processes left in it is deleted. Raises InputError where the disk is too
+    small, or the folder cannot be made."""
     folder = next(folder for folder in target.absolute().parents if folder.exists())
+    if folder == target.absolute().parent:
+        remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if size + SPARE > free:
         raise InputError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk: make room, or write elsewhere")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target}: its folder cannot be made ({error.strerror}): choose another") from None
 
 
 def _index(source: OnDisk, plan: Plan) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def _check(work: Workspace) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
     from adept_fast.tuning import check_meter, check_rank, check_settings
 
+    work.check_kept_recipe()
     settings = tuning_settings(work)
     check_settings(settings)
     check_meter(settings, work.corpora.metering())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +23,15 @@ from adept_fast.models import vocabulary_of
 from adept_fast.pipeline.datasets import Corpora
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import remove_leftovers, write_text
+from adept_fast.runtime.atomic_files import write_text
+from adept_fast.runtime.input_files import read_yaml
 from adept_fast.runtime.provenance import inputs_of, require_same
+from adept_fast.runtime.staging_folder import locked
 from adept_fast.tuning.methods import METHODS, Method
 
 T = TypeVar("T")
+FILES = ("scores.json", "unit_scores.json", "scores.png", "unit_scores.png", "trainer_log.jsonl", "eval.json", "recipe.yaml", "report.html")
+FOLDERS = ("expanded", "tuned", "checkpoints")
 
 
 class Workspace:
@@ -41,12 +47,9 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make output_dir, keep other runs out of it, and clear what a killed one left half written. Of several processes one does so.
+        """Make output_dir and keep other runs out of it. Of several processes one does so.
         A folder that was made for nothing, as where the run is refused, does not stay."""
-        if os.path.exists(self.folder) and not self.folder.is_dir():
-            raise InputError(f"{self.folder}: output_dir is a file: choose another")
-        if os.path.exists(self.folder / "config.json"):
-            raise InputError(f"{self.folder}: output_dir holds a model: choose another")
+        self._require_free_names()
         missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not os.path.exists(folder)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,22 +63,37 @@ class Workspace:
                 for folder in missing:
                     folder.rmdir()
 
+    def _require_free_names(self) -> None:
+        """Raise InputError where output_dir is something else, or what stands at an artefact's place cannot be one."""
+        if os.path.exists(self.folder) and not self.folder.is_dir():
+            raise InputError(f"{self.folder}: output_dir is a file: choose another")
+        if os.path.exists(self.folder / "config.json"):
+            raise InputError(f"{self.folder}: output_dir holds a model: choose another")
+        for names, wrong, what in ((FILES, os.path.isdir, "a folder"), (FOLDERS, os.path.isfile, "a file")):
+            for path in map(self.folder.joinpath, names):
+                if wrong(path):
+                    raise InputError(f"{path}: {what}, in the place of what a run writes: move it away or choose another output_dir")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Hold output_dir/.lock. A file of that name that something else has made is neither written to nor deleted."""
         path = self.folder / ".lock"
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                taken = not os.fstat(lock.fileno()).st_nlink  # by a run that ended after the file was opened here
-            except BlockingIOError:
-                taken = True
-            if taken:
+        lock = _opened(path)
+        try:
+            free = locked(lock)
+            if free is None:
+                self.say(f"{self.folder}: its file system has no locks: see that no other run works in it")
+            if free is False or not os.fstat(lock).st_nlink:  # a run that ended after the file was opened here has removed it
                 raise InputError(f"{self.folder}: another run is working in this output_dir")
             try:
-                remove_leftovers(self.folder)
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # output_dir was removed
+                    held = os.fstat(lock)
+                    if os.path.samestat(held, path.lstat()) and not held.st_size and held.st_nlink == 1:
+                        path.unlink()
+        finally:
+            os.close(lock)
 
     @cached_property
     def source(self) -> Path:
@@ -163,7 +181,33 @@ class Workspace:
 
     def keep_recipe(self) -> None:
         """recipe.yaml: the resolved recipe, which makes the run again."""
-        import yaml
+        write_text(self.folder / "recipe.yaml", _as_yaml(json.loads(json.dumps(self.recipe.as_dict(), default=str))))
 
-        content = json.loads(json.dumps(self.recipe.as_dict(), default=str))
-        write_text(self.folder / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    def check_kept_recipe(self) -> None:
+        """Raise InputError where output_dir has a recipe.yaml that no run has written, which `keep_recipe` would overwrite."""
+        path = self.folder / "recipe.yaml"
+        if not path.exists():
+            return
+        content = read_yaml(path)
+        if not content.keys() >= {entry.name for entry in fields(self.recipe)} or _as_yaml(content) != path.read_text(encoding="utf-8"):
+            raise InputError(f"{path}: not as a run writes it, which would overwrite it: rename it, or choose another output_dir")
+
+
+def _as_yaml(content: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _opened(path: Path) -> int:
+    """The lock's file, which is made where there is none. Raises InputError for what no run has made, and where none can be."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if os.path.lexists(path) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise InputError(f"{path}: not the lock of a run ({error.strerror}): remove it or choose another output_dir") from None
+        raise InputError(f"{path.parent}: output_dir cannot be written to ({error.strerror}): mend that or choose another") from None
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise InputError(f"{path}: not the lock of a run, which is a file: remove it or choose another output_dir")
+    return lock

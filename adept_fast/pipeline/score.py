@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -133,8 +134,10 @@ class Scoring:
         distributed.wait()
         if distributed.leads():
             found.save(path)
-            for part in self.work.folder.glob(f"{journal.name}*"):  # of each process
-                part.unlink()
+            parts = re.compile(rf"{re.escape(journal.name)}(\.domain)?(\.\d+)?")  # of each process
+            for part in self.work.folder.iterdir():
+                if parts.fullmatch(part.name):
+                    part.unlink()
         return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.stream import StreamedText
+from adept_fast.errors import InputError
 from adept_fast.evaluation import corpus
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime import distributed
@@ -63,6 +64,8 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
     if books.started.exists():
         require_same(work.checkpoints, read_json(books.started), given, work.recipe.model_name_or_path)
+    elif any(work.checkpoints.glob("checkpoint-*")):
+        raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.tokenizer, limit, work.vocabulary(records))

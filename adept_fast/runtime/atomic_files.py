@@ -1,22 +1,21 @@
-"""Artefacts on disk: written under a temporary name beside the final one, fsynced, renamed. A half-written one is never found by name."""
+"""Artefacts on disk: written in a staging folder beside their final name, fsynced, renamed. A half-written one is never found by name.
+
+A name that is a symbolic link is replaced, not followed. Files and folders get the permissions that the umask gives.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import re
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from adept_fast.errors import InputError
-
-STAGING = ".partial-"
+from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.staging_folder import modes, staging_folder
 
 
 def _sync(path: Path) -> None:
@@ -28,82 +27,52 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def failures_naming(path: Path) -> Iterator[None]:
-    """What the machine refuses while `path` is written is an OSError that names it: the system's name no file, a library's no cause."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    except _of_libraries() as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if not code and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def _of_libraries() -> tuple[type[Exception], ...]:
-    """What torch.save and safetensors raise when a write fails."""
-    from safetensors import SafetensorError
-
-    return RuntimeError, SafetensorError
-
-
-@contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was."""
+    """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was.
+
+    Raises InputError where `path` is a folder, and DiskError, which names it, for what the disk refuses.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{STAGING}{secrets.token_hex(8)}-{path.name}")
-    try:
-        with failures_naming(path):
+    if path.is_dir() and not path.is_symlink():
+        raise InputError(f"{path}: a folder, where a file is to be written: move it away, or write elsewhere")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(path.parent) as folder:
+            staging = folder / path.name
             yield staging
+            staging.chmod(modes(folder)[0])  # safetensors writes files that their owner alone can read
             _sync(staging)
             os.replace(staging, path)
             _sync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder. An existing `path` is an error: nothing is overwritten."""
+    """The same for a folder, in one that exists. An existing `path` is an error: nothing is overwritten."""
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"{path} exists already: remove it or choose another output_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{path.name}-", dir=path.parent))
-    try:
-        staging.chmod(0o755)
-        with failures_naming(path):
-            yield staging
-            for file in staging.rglob("*"):
-                _sync(file)
-            _sync(staging)
+    with naming(path), staging_folder(path.parent) as folder:
+        staging = folder / path.name
+        staging.mkdir()
+        yield staging
+        file_mode, folder_mode = modes(folder)
+        for entry in (*staging.rglob("*"), staging):
+            entry.chmod(folder_mode if entry.is_dir() else file_mode)
+            _sync(entry)
+        try:
             os.rename(staging, path)
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise InputError(f"{path} was made by another process meanwhile: remove it or choose another output_dir") from None
+        _sync(path.parent)
 
 
 def discard(path: Path) -> None:
-    """Delete a folder, under a temporary name: by its own it is whole or gone."""
-    leaving = path.with_name(f"{STAGING}{path.name}")
-    if leaving.exists():
-        shutil.rmtree(leaving)
-    os.rename(path, leaving)
-    shutil.rmtree(leaving)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left under temporary names in `folder`."""
-    for leftover in folder.glob(f"{STAGING}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+    """Delete a folder: by its own name it is whole or gone."""
+    with naming(path), staging_folder(path.parent) as leaving:
+        os.rename(path, leaving / path.name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from adept_fast.runtime import distributed
+from adept_fast.runtime.console import outliving
 
 CALM = 30  # seconds between two lines, and before the first
 
@@ -24,7 +25,8 @@ class Progress(tqdm):
         super().__init__(*given, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if not self.plain:
-            super().display(msg, pos)
-        elif msg is None:
-            print(self, file=self.fp, flush=True)
+        with outliving(sys.stderr):
+            if not self.plain:
+                super().display(msg, pos)
+            elif msg is None:
+                print(self, file=self.fp, flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from adept_fast.runtime.atomic_files import write_text
+from adept_fast.runtime.disk_errors import naming
 
 
 class Journal:
@@ -36,9 +37,10 @@ class Journal:
             self._file.close()
             self._file = self._rewritten()
         row = {"key": key, "measured": measure()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._rows.append(row)
         self._at += 1
         return row["measured"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINED = "adept_copies.safetensors"
+NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class StagedTrainer(Trainer):
@@ -40,6 +42,7 @@ class StagedTrainer(Trainer):
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         model.config.use_cache = False
         self._staging: Path | None = None
+        self._written: list[Path] = []
         super().__init__(model, args, **kwargs)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
             raise refusal("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
@@ -128,6 +131,8 @@ class StagedTrainer(Trainer):
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         leads = distributed.rank() == 0
         if final.exists() and leads:
+            if not _is_own(final):
+                raise InputError(f"{final}: not a checkpoint of copies: move it away, or train into another output_dir")
             discard(final)
         with distributed.staged_together(final) as staging:
             self._staging = staging
@@ -142,10 +147,17 @@ class StagedTrainer(Trainer):
                     file.rename(staging / file.name)
                 written.rmdir()
         if leads:
-            self._rotate(folder)
+            self._rotate(folder, final)
 
-    def _rotate(self, folder: Path) -> None:
-        """Delete all but the last `save_total_limit` checkpoints that were written."""
-        written = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=lambda path: path.stat().st_mtime_ns)
-        for old in written[: -(self.args.save_total_limit or len(written))]:
+    def _rotate(self, folder: Path, newest: Path) -> None:
+        """Delete all but the last `save_total_limit` checkpoints: first those that were there before, then this run's, each by their steps.
+        What another program has made stays."""
+        self._written.append(newest)
+        there = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and _is_own(path)]
+        there.sort(key=lambda path: (path in self._written, int(path.name.rpartition("-")[2])))
+        for old in there[: -(self.args.save_total_limit or len(there))]:
             discard(old)
+
+
+def _is_own(path: Path) -> bool:
+    return not path.is_symlink() and ((path / TRAINED).is_file() or (path / sharded_checkpoint.FOLDER).is_dir())

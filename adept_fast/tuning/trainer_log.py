@@ -8,7 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
+from adept_fast.runtime.disk_errors import naming
+
+BEGIN = '{"event": "plan"'
 
 
 class TrainerLog:
@@ -16,6 +20,14 @@ class TrainerLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def require_own(self) -> None:
+        """Raise InputError where the file is not the log of a run: a new run would overwrite it."""
+        if self.path.is_file():
+            with self.path.open(encoding="utf-8", errors="replace") as file:
+                first = file.read(len(BEGIN))
+            if not BEGIN.startswith(first):
+                raise InputError(f"{self.path}: not the log of a run, which would overwrite it: rename it, or choose another output_dir")
 
     def cut(self, step: int) -> None:
         """Drop lines past `step`, the end of an earlier run, and a last line that was not whole."""
@@ -26,9 +38,9 @@ class TrainerLog:
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, event: str, step: int, **content: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Raises DiskError, which names the file, for what the disk refuses, as where the folder was removed meanwhile."""
         line = json.dumps({"event": event, "step": step, **_finite(content)}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -26,8 +26,9 @@ from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import discard, remove_leftovers, write_json
+from adept_fast.runtime.atomic_files import discard, write_json
 from adept_fast.runtime.progress import Progress
+from adept_fast.runtime.staging_folder import remove_leftovers
 from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
 from adept_fast.tuning.forgetting_meter import stopped_in
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
@@ -108,13 +109,13 @@ class Run:
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
         work = books.work
-        if work.is_dir() and distributed.rank() == 0:
-            remove_leftovers(work)
-        distributed.wait()
         last = get_last_checkpoint(str(work)) if work.is_dir() else None
         if last is not None:
             books.say(f"resuming from {Path(last).name}")
-        return cls(planned, blocks, collate, args, books, TrainerLog(books.log), last)
+        log = TrainerLog(books.log)
+        if last is None:
+            log.require_own()
+        return cls(planned, blocks, collate, args, books, log, last)
 
     @property
     def monitor_steps(self) -> int | None:
@@ -122,11 +123,14 @@ class Run:
 
     def finish(self, trainer: Trainer) -> None:
         """Train to the last step, from the last checkpoint where there is one; a new run begins its log."""
+        if distributed.rank() == 0:
+            self.books.work.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.books.work)
         if self.last is None and distributed.rank() == 0:
+            write_json(self.books.started, self.books.given)
             self.books.log.unlink(missing_ok=True)
             planned = self.planned
             self.log.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
-            write_json(self.books.started, self.books.given)
         if isinstance(self.blocks, Stream):
             trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last, self.log))
         for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations

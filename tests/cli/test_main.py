@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here: Path) -> 
     assert len(done.stderr.strip().splitlines()) == 1 and os.strerror(errno.EFBIG) in done.stderr
     assert "out/expanded" in done.stderr and "raise the limit on the size of files (ulimit -f)" in done.stderr
     assert (here / "out" / "scores.json").read_bytes() == before
-    assert not (here / "out" / "expanded").exists() and not list((here / "out").glob(".partial*"))
+    assert not (here / "out" / "expanded").exists() and not list((here / "out").glob(".adept_fast-*"))
 
 
 @pytest.mark.parametrize("name", ["ADEPT_FAST_CACHE", "HF_HOME", "XDG_CACHE_HOME"])

@@ -101,7 +101,7 @@ def assert_same_artefacts(found: Path, expected: Path) -> None:
     ours, theirs = artefacts(found), artefacts(expected)
     for name in theirs:
         assert ours[name] == theirs[name], name
-    assert not list(found.rglob(".partial*")) and (found / "report.html").is_file()
+    assert not list(found.rglob(".adept_fast-*")) and (found / "report.html").is_file()
 
 
 def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
