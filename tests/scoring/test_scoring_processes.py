@@ -100,7 +100,7 @@ def test_one_of_two_processes_writes(on_two: tuple[Path, subprocess.CompletedPro
     first, again = ([json.loads((folder / f"done-{rank}.json").read_text())[turn] for rank in range(2)] for turn in range(2))
     assert [each["code"] for each in (*first, *again)] == [0] * 4
     journals = {".scores.journal.1", ".scores.journal.domain.1", ".unit_scores.journal.1"}
-    assert {*first[1]["written"]} == journals
+    assert {name for name in first[1]["written"] if not name.startswith(".adept_fast-")} == journals
     assert again[1]["written"] == [] and {"scores.png", "unit_scores.png"} <= set(again[0]["written"])
     assert done.stdout.count("up to date") == 2 + len(CHEAP) and done.stdout.count("chosen layers") == 2
 
