@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.models import unwrapped
 from adept_fast.models.losses import corpus_loss
 from adept_fast.runtime.bootstrap import bootstrap
 
@@ -30,6 +31,7 @@ def evaluate(
     loss: nats per supervised token, with a 95 % bootstrap interval over items; perplexity: exp(loss); accuracy: share of questions whose
     right letter is the likeliest; shifted_tokens: share of general positions whose argmax differs from base_argmax (None without it).
     """
+    model = unwrapped(model)
     result, argmax = _evaluate(model, general, True, f"{title}: general", quiet)
     shifted = None
     if base_argmax:

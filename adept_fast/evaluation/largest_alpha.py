@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
 from adept_fast.expansion import dialled_model
+from adept_fast.models import unwrapped
 from adept_fast.models.losses import CorpusLoss, corpus_loss
 from adept_fast.runtime.bootstrap import bootstrap
 from adept_fast.settings.keys import Eval
@@ -41,6 +42,7 @@ def largest_alpha(
     Loss need not rise evenly with alpha: eighths are tried from 1 down to the first within the limit, then the steps above it by halving.
     """
     check(Eval, "eval.", needed=True, general_limit=limit)
+    model = unwrapped(model)
     base = _measured(model, general, 0, quiet)
     tried: dict[int, Tried] = {}
 

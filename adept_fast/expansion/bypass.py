@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from adept_fast.expansion.expand_model import copies
-from adept_fast.models import replaced_forward, with_hidden
+from adept_fast.models import replaced_forward, unwrapped, with_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ _PLAIN: WeakSet[nn.Module] = WeakSet()  # layers seen to return hidden states an
 def bypassed(model: PreTrainedModel) -> Iterator[None]:
     """For the time being `model` computes what it computed before its last expansion, trained or not: the same logits, bit for bit."""
     with ExitStack() as stack:
-        for layer in copies(model):
+        for layer in copies(unwrapped(model)):
             stack.enter_context(replaced_forward(layer, _passing(layer)))
         yield
 

@@ -21,7 +21,7 @@ from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_remade
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.models import describe
+from adept_fast.models import describe, unwrapped
 from adept_fast.settings.validation import Range, require
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _turned(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:
 @contextmanager
 def dialled_model(model: PreTrainedModel, alpha: float) -> Iterator[None]:
     """The same in memory, for the time being: the model's copies at the share `alpha`, with the bits that `dial` would write."""
+    model, alpha = unwrapped(model), check_alpha(alpha)
     family, record = describe(model), record_of(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     kept: dict[str, Tensor] = {}

@@ -17,7 +17,17 @@ from torch import nn
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, Inserted, record_of, versions
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import fills, initial
-from adept_fast.models import Family, decoder_layers, describe, expanded_config, layer_indices, layers_path, require_causal, same_layers
+from adept_fast.models import (
+    Family,
+    decoder_layers,
+    describe,
+    expanded_config,
+    layer_indices,
+    layers_path,
+    require_causal,
+    same_layers,
+    unwrapped,
+)
 from adept_fast.settings.keys import Expand
 from adept_fast.settings.validation import check
 
@@ -77,6 +87,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent, or that reads ahead.
     """
     check(Expand, "expand.", initialisation=initialisation)
+    model = unwrapped(model)
     family, earlier = describe(model), AdeptConfig.of(model)
     require_causal(model)
     count = len(family.silent)
@@ -148,6 +159,8 @@ def copies(model: PreTrainedModel) -> list[nn.Module]:
 
 def freeze_original(model: PreTrainedModel) -> ParameterCounts:
     """Let only the copies of the last expansion require gradients. Returns total and trainable parameter counts."""
+    model = unwrapped(model)
+    record_of(model)
     model.requires_grad_(False)
     trainable = 0
     for layer in copies(model):

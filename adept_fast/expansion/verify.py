@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import ExpansionError
-from adept_fast.models import device_of, evaluating
+from adept_fast.models import device_of, evaluating, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,14 @@ def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
     """Raise ExpansionError with the largest logit difference unless both models agree bit for bit on `inputs` (token ids
     [rows, tokens], default random ones): in one forward, and in greedy decoding through the family's own cache."""
+    base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
     compare(observe(base, inputs), observe(expanded, inputs))
 
 
 def largest_difference(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> float:
     """The largest logit difference of one forward, for copies that are not silent by design."""
+    base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
     with torch.no_grad():
         ours, theirs = (model(input_ids=inputs, use_cache=False).logits.float() for model in (base, expanded))

@@ -26,11 +26,13 @@ from adept_fast.models.equal_layers import same_layers
 from adept_fast.models.family import Family, describe
 from adept_fast.models.fused_projections import FUSED_ATTENTION, Part, fused_rows
 from adept_fast.models.layer_config import broken_periods, expanded_config
+from adept_fast.models.unwrap import bare, unwrapped
 
 __all__ = [
     "FUSED_ATTENTION",
     "Family",
     "Part",
+    "bare",
     "broken_periods",
     "check_kind",
     "decoder_layers",
@@ -52,6 +54,7 @@ __all__ = [
     "require_causal",
     "same_layers",
     "text_config",
+    "unwrapped",
     "vocabulary_of",
     "with_hidden",
 ]

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from adept_fast.errors import InputError
 from adept_fast.models import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def bare(model: nn.Module) -> PreTrainedModel:
-    """What torch.compile and DistributedDataParallel wrap, which would reduce freed gradients over processes; others as they are."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return getattr(model, "_orig_mod", model)
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.runtime.bootstrap import CONFIDENCE
-from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.scores import LayerScores, require_scores
 from adept_fast.scoring.stability import DRAWS, complete, ranks, resampled_values
 
 
@@ -21,6 +21,7 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
     together, item by item; where one is of a race, those that it measured all layers on. Raises InputError for fewer than two scores, and
     for other numbers of layers or items.
     """
+    require_scores(*several)
     if len(several) < 2:
         raise InputError(f"a comparison needs two or more scores, found {len(several)}")
     shapes = {(len(scores.values), scores.items) for scores in several}

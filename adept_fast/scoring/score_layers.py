@@ -13,7 +13,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import evaluating, vocabulary_of
+from adept_fast.models import evaluating, unwrapped, vocabulary_of
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.scoring.cheap_scores import cheap_scores
 from adept_fast.scoring.item_losses import Measuring
@@ -56,7 +56,7 @@ def score_layers(
     Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
     Raises InputError for an unknown method or loss, or a probe with nothing supervised.
     """
-    wanted = {loss, *losses}
+    model, wanted = unwrapped(model), {loss, *losses}
     check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
     for name in (loss, *losses):
         check(Score, needed=True, loss=name)

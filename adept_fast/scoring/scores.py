@@ -66,6 +66,13 @@ def mean_rank(means: Tensor) -> Tensor:
     return 1 - (ranks * there).sum(2) / there.sum(2) / means.shape[1]
 
 
+def require_scores(*several: object) -> None:
+    """Raise InputError for what is no result of score_layers."""
+    for scores in several:
+        if not isinstance(scores, LayerScores):
+            raise InputError(f"scores must be what score_layers returns, found {type(scores).__name__}: score_layers(model, probe)")
+
+
 STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weighted means; the other methods are the means themselves
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.scoring.budget import check_budget, within
-from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.scores import LayerScores, require_scores
 from adept_fast.settings.keys import Expand
 from adept_fast.settings.validation import Range, check, require
 
@@ -31,6 +31,7 @@ def select_layers(
     Raises InputError for a k below 1 or above the number of such layers, for another choice than was raced for, for a budget that allows
     none.
     """
+    require_scores(scores)
     candidates = scores.candidates
     if budget is not None:
         if k is not None or scores.certificate or scores.costs is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.runtime.bootstrap import CONFIDENCE, resampled
-from adept_fast.scoring.scores import STATISTICS, LayerScores
+from adept_fast.scoring.scores import STATISTICS, LayerScores, require_scores
 from adept_fast.scoring.select_layers import by_placement, check_choice
 
 SIZES = (16, 64)
@@ -22,6 +22,7 @@ def complete(scores: LayerScores, profile: str) -> Tensor:
 
     Raises InputError where the scores of single items are lacking.
     """
+    require_scores(scores)
     found = scores.per_item.get(profile)
     if found is None:
         raise InputError(f"profile {profile!r}: the scores of every item are needed: keep scores.items.safetensors")
@@ -48,6 +49,7 @@ def selection_stability(
     {"layers", "placement", "draws", "sizes": [{"items", "same": share of draws, "frequency": share of draws [layers]}]}. sizes: items of
     the random corpora, None for all there are; those that are not below the number of items are left out.
     """
+    require_scores(scores)
     candidates, k = scores.candidates, len(layers)
     check_choice(len(candidates), k, placement)
     available = int(complete(scores, scores.loss).sum())

@@ -19,8 +19,8 @@ from torch import Tensor
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import vocabulary_of
-from adept_fast.models.gradient_scope import bare, only_these_require_grad
+from adept_fast.models import bare, unwrapped, vocabulary_of
+from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
 from adept_fast.ops.gradient_sums.op import Dims, GradientSums
 from adept_fast.runtime import distributed
@@ -158,6 +158,7 @@ def score_units(
     `adept_fast.expansion.first_importance` for the first rates. share: as in `parameter_sums`. momenta: parameter name -> Adam's
     exp_avg of all parameters of `units`, to see where they conflict with the probe. Raises InputError for a probe with nothing
     supervised."""
+    model = unwrapped(model)
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))
     return unit_importance(units, parameter_sums(model, items, dims, "unit importance", quiet, share, momenta))

@@ -36,6 +36,7 @@ from adept_fast.models import (
     layer_indices,
     native_layers,
     replaced_forward,
+    unwrapped,
     vocabulary_of,
     with_hidden,
 )
@@ -73,6 +74,7 @@ class MaskedUnit:
 
 def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[int] | None = None) -> list[MaskedUnit]:
     """The units of some layers (none: of all), by layer. Raises InputError for an unknown granularity, a wrong layer, or no units."""
+    model = unwrapped(model)
     check(Score, needed=True, units=granularity)
     modules, configs = decoder_layers(model), layer_configs(model)
     wanted = layer_indices(range(len(modules)) if layers is None else layers, len(modules))
@@ -131,6 +133,7 @@ def mask_units(
     granularity: "tensor" or "head"; loss, losses, probe, sweep_tokens, journal: as of `score_layers`. Where torch.distributed is
     initialised each process measures a part of the items. Raises InputError for what is unknown.
     """
+    model = unwrapped(model)
     check(Score, sweep_tokens=sweep_tokens, seed=seed)
     for name in (loss, *losses):
         check(Score, needed=True, loss=name)

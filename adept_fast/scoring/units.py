@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.checkpoints.adept_config import record_of
-from adept_fast.models import FUSED_ATTENTION, Part, describe, fused_rows, text_config
+from adept_fast.models import FUSED_ATTENTION, Part, describe, fused_rows, text_config, unwrapped
 from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
@@ -71,6 +71,7 @@ class Units:
     def of(cls, model: PreTrainedModel, granularity: str = "tensor") -> Units:
         """The units of an expanded model's copies. Raises InputError for an unknown granularity or a model without copies."""
         check(Tuning, units=granularity)
+        model = unwrapped(model)
         record, family, config = record_of(model), describe(model), text_config(model)
         layers = model.get_submodule(family.layers)
         names: list[tuple[str, str]] = []

@@ -14,8 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import require_causal, vocabulary_of
-from adept_fast.models.gradient_scope import bare
+from adept_fast.models import bare, require_causal, unwrapped, vocabulary_of
 from adept_fast.optim import AdamW
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.scoring.unit_importance import Sums, UnitImportance, score_units, unit_importance
@@ -82,7 +81,7 @@ class AdeptCallback(Monitor, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Cuts the model into units before an engine wraps it; refuses one that reads ahead."""
-        model = bare(model)
+        model = unwrapped(model)
         if not self._causal and not in_shards(model):
             require_causal(model)
             self._causal = True

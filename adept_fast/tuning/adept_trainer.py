@@ -9,8 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from adept_fast.checkpoints.adept_config import record_of
+from adept_fast.errors import InputError
 from adept_fast.expansion import freeze_original
-from adept_fast.models.gradient_scope import bare
+from adept_fast.models import bare, unwrapped
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.adept_callback import AdeptCallback
 from adept_fast.tuning.fast_step import fast_step
@@ -29,7 +30,8 @@ class AdeptTrainer(StagedTrainer):
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
-        record_of(model)
+        if unwrapped(model) is not model:
+            raise InputError("model: the Trainer wraps it itself: pass the model inside, and torch_compile=True in args to compile it")
         freeze_original(model)
         self._adept = adept
         super().__init__(model, args, **kwargs)

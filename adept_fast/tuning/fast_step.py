@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adept_fast.models import device_of, evaluating, headless, text_config
+from adept_fast.models import device_of, evaluating, headless, text_config, unwrapped
 from adept_fast.models.lm_head import projection
 from adept_fast.ops.linear_cross_entropy.op import IGNORE, linear_cross_entropy
 from adept_fast.ops.linear_cross_entropy.reference import Projection
@@ -44,6 +44,7 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
     >>> with fast_step(model):
     ...     model(input_ids=ids, labels=ids).loss.backward()
     """
+    model = unwrapped(model)
     own = model.forward
     scale = _scale_and_softcap(model)
     active = scale is not None and _same_loss(model, own, scale)

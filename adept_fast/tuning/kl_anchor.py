@@ -19,7 +19,7 @@ from torch.nn import functional
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
-from adept_fast.models import device_of, head_logits, last_hidden
+from adept_fast.models import device_of, head_logits, last_hidden, unwrapped
 from adept_fast.models.gradient_scope import in_eval_mode
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
@@ -51,6 +51,7 @@ class Anchor:
 
         share: processes that hold the same model share the items out; each adds its part, so that the mean over processes, which DDP
         takes, is the whole gradient. Of a sharded model (FSDP2) all run all items, whatever `share` says."""
+        model = unwrapped(model)
         items = self._groups[step // self.every % len(self._groups)]
         tokens = sum(len(item.input_ids) for item in items)
         share = share and not in_shards(model)

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from adept_fast.data.items import Item
-from adept_fast.models.gradient_scope import bare
+from adept_fast.models import bare
 from adept_fast.models.losses import corpus_loss
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards

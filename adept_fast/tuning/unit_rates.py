@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError
+from adept_fast.models import bare
 from adept_fast.optim import AdamW
 from adept_fast.scoring.unit_importance import UnitImportance
 from adept_fast.scoring.units import Units
@@ -145,6 +146,7 @@ def unit_rates(importance: UnitImportance, map: str | RateMap = Tuning.rate_map,
 def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Tensor) -> None:
     """Give the optimizer a multiplier of its learning rate for each unit: rates [units]. optimizer: adept_fast.AdamW, or any other one made
     from `rate_groups`. Raises InputError for one that is neither."""
+    model = bare(model)
     if not isinstance(optimizer, AdamW):
         set_group_rates(optimizer, units, rates)
         return

@@ -1,0 +1,80 @@
+"""The transformers model in what a caller has: out of wrappers that compute the same, and a refusal with the remedy for all else.
+
+torch.compile, DataParallel and DistributedDataParallel only call the model that they hold, so it stands for them. Adapters do not: a model
+with them computes another function than its base weights, which would be counted as units, scored and copied without what was trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.models.decoder_layers import check_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOAD = "AutoModelForCausalLM.from_pretrained"
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "NextSentencePrediction")
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """What torch.compile, DataParallel and DistributedDataParallel wrap, in whatever order; others as they are."""
+    while (inner := _wrapped(model)) is not model:
+        model = inner
+    return model
+
+
+def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
+    """The causal language model that a caller of a public function means.
+
+    name: of the argument. Raises InputError for what is no transformers model, holds adapters or flattened parameters, and
+    UnsupportedFamilyError for one that is no decoder with a language-model head: in one line, with the way out.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, nn.Module):
+        model = bare(model)
+    if _instance(model, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+        raise InputError(f"{name}: FSDP1 flattens its parameters: pass the model before it is wrapped, or shard it by FSDP2 (fully_shard)")
+    if _instance(model, "peft", "PeftModel"):
+        raise InputError(f"{name}: a PEFT model, whose adapters are not in its weights: pass {name}.merge_and_unload()")
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"{name} must be a causal language model of transformers, found {_found(model, name)}")
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    adapted = tuners and next((path for path, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)), None)
+    if adapted:
+        raise InputError(
+            f"{name}: PEFT adapters were injected ({adapted}): merge them into the weights first (merge_and_unload of a PeftModel), or "
+            f"load the model without them by {LOAD}"
+        )
+    check_kind(model.config)
+    kind = type(model).__name__
+    if kind.endswith(tuple(f"For{task}" for task in TASKS)) or (kind.endswith("Model") and model.get_output_embeddings() is None):
+        raise UnsupportedFamilyError(f"{name}: {kind} has no language-model head: load it by {LOAD}")
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def _instance(model: object, module: str, name: str) -> bool:
+    """Whether it is one of a class of a module that may not be imported: then it is none."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(model, kind)
+
+
+def _found(given: Any, name: str) -> str:
+    """What it is, and what to pass instead."""
+    from transformers import PreTrainedModel
+
+    if isinstance(given, str) or hasattr(given, "__fspath__"):
+        return f"the path or name {str(given)!r}: load it by {LOAD}({str(given)!r})"
+    held = next((key for key in ("module", "model") if isinstance(getattr(given, key, None), PreTrainedModel)), None)
+    return type(given).__name__ + (f": pass {name}.{held}" if held else f": load one by {LOAD}")
