@@ -15,6 +15,7 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.strict_json import tagged, untagged
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
@@ -64,7 +65,7 @@ class AdeptConfig:
         return at
 
     def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self), default=str))
+        return tagged(json.loads(json.dumps(asdict(self), default=str)))
 
     def save(self, folder: Path) -> None:
         write_json(folder / FILE, self.as_dict())
@@ -106,7 +107,7 @@ class AdeptConfig:
             if schema == 1:
                 content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
             entries = [Inserted(*(int(entry.get(key, 0)) for key in ("layer", "copied_from", "round"))) for entry in content["inserted"]]
-            record = cls(**{**content, "inserted": tuple(entries)})
+            record = cls(**{**untagged(content), "inserted": tuple(entries)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a record of an expansion ({error}): expand the model again") from None
         if not all(isinstance(table, Mapping) for table in (record.source, record.selection, record.inputs)):

@@ -6,7 +6,6 @@ size of the model.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from adept_fast.models import Family, describe, layers_path
 from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.staging_folder import remove_leftovers
+from adept_fast.runtime.strict_json import dumps, tagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,7 +177,7 @@ def write_checkpoint(
         if made is not None:
             made.save(staging)
             written[KEY] = made.as_dict()
-        (staging / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        (staging / "config.json").write_text(dumps(tagged(written), indent=2) + "\n", encoding="utf-8")
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)
         if prove:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.models import device_of, evaluating, head_logits, last_hidden
+from adept_fast.models.finite import require_finite
 from adept_fast.models.lm_head import token_losses, token_predictions
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.progress import Progress
@@ -77,7 +78,8 @@ def corpus_loss(
 ) -> CorpusLoss:
     """Loss of each item under `model` in eval mode; every module's mode is left as it was. candidates: none, or one per item.
 
-    Of a sharded (FSDP2) model the losses alone; every process must be given the same items.
+    Of a sharded (FSDP2) model the losses alone; every process must be given the same items. Raises InputError for a loss that is not
+    finite.
     """
     device = device_of(model)
     sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
@@ -111,6 +113,7 @@ def corpus_loss(
                 for index, letters, row in zip(batch, asked.values(), rivals, strict=True):
                     picked[index] = int(row[list(letters)].argmax())
             bar.update(len(batch))
+    require_finite(model, sums, f"{title}: the loss of item")
     return CorpusLoss(sums, tokens, tuple(best) if argmax else (), tuple(picked) if candidates else ())
 
 

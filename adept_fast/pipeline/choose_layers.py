@@ -7,6 +7,7 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers, layer_indices
 from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring import LayerCosts, LayerScores, Race, check_budget, check_choice, evenly, next_layer, select_layers, undecided
 
 
@@ -59,10 +60,10 @@ def selection(work: Workspace, layers: list[int], scores: LayerScores | None) ->
         "notes": [f"the intervals do not part the chosen layers from {rivals}: more probe items might"] if rivals else [],
         "method": scores.method,
         "loss": scores.loss,
-        "scores": [scores.values[layer] for layer in layers],
+        "scores": finite([scores.values[layer] for layer in layers]),
     }
     if scores.costs is not None:
-        found |= {"next": next_layer(scores, layers, placement), "shares": scores.costs.shares(layers)}
+        found |= {"next": finite(next_layer(scores, layers, placement)), "shares": scores.costs.shares(layers)}
     return found
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, over_depth, style
+from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, over_depth, style
+from adept_fast.report.results import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def conflicts(scores: Mapping[str, Any]) -> Figure | None:
         for layer in found["layers"]:
             axes.axvspan(layer - 0.4, layer + 0.4, color=VERMILION, alpha=0.15, linewidth=0)
         apart = ", ".join(map(str, sorted(found["layers"]))) or "none"
-        axes.set_title(f"Ranked apart beyond the intervals: {apart}; Spearman {found['spearman']:.2f}", wrap=True)
+        axes.set_title(f"Ranked apart beyond the intervals: {apart}; Spearman {number(found['spearman'], 2)}", wrap=True)
         axes.set_ylabel("rank (0: least important)")
         over_depth(axes, len(rank))
         figure.legend(loc="outside lower left", ncols=2)
@@ -70,7 +71,8 @@ def method_comparison(scores: Mapping[str, Any]) -> Figure | None:
     found = (scores.get("analysis") or {}).get("comparison")
     if not found:
         return None
-    names, matrix = found["names"], np.array(found["spearman"])
+    names = found["names"]
+    matrix = np.stack([finite(row, len(names)) for row in found["spearman"]])
     with style():
         figure = Figure(figsize=(WIDTH, 2.4 + 0.55 * len(names)), layout="constrained")
         figure.set_label("Rank correlation of the methods")
@@ -79,14 +81,14 @@ def method_comparison(scores: Mapping[str, Any]) -> Figure | None:
         for row, column in np.ndindex(matrix.shape):
             text = f"{matrix[row, column]:.2f}"
             if row != column:
-                text += f"\n[{found['low'][row][column]:.2f}, {found['high'][row][column]:.2f}]"
+                text += f"\n[{number(found['low'][row][column], 2)}, {number(found['high'][row][column], 2)}]"
             dark = abs(matrix[row, column]) > 0.6
             upper.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         upper.set_xticks(range(len(names)), names)
         upper.set_yticks(range(len(names)), names)
         upper.grid(visible=False)
         upper.set_title("Spearman over layers, with 95 % interval over items")
-        ranks = np.argsort(np.argsort(np.array(found["values"]), axis=1), axis=1)
+        ranks = np.argsort(np.argsort([finite(row, len(row)) for row in found["values"]], axis=1), axis=1)
         lower.imshow(ranks, cmap="viridis", aspect="auto")
         lower.set_yticks(range(len(names)), names)
         lower.grid(visible=False)

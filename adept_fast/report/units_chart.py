@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def unit_profile(scores: Mapping[str, Any]) -> Figure:
-    """Primary importance of each unit as colour, red where the loss rises without it; a dot where the interval holds 0.
+    """Primary importance of each unit as colour, red where the loss rises without it; a dot where the interval holds 0;
+    white where no finite loss is left without it.
 
     scores: the content of unit_scores.json.
     """
@@ -27,15 +28,17 @@ def unit_profile(scores: Mapping[str, Any]) -> Figure:
     values = (profile[key] for key in ("values", "low", "high"))
     for layer, kind, value, low, high in zip(scores["layers"], scores["kinds"], *values, strict=True):
         row, column = kinds.index(kind), layers.index(layer)
-        grid[row, column] = value
-        if low <= 0 <= high:
+        grid[row, column] = np.nan if value is None else value
+        if low is not None and low <= 0 and (high is None or high >= 0):
             doubtful.append((column, row))
-    largest = float(np.nanmax(np.abs(grid))) or 1.0
+    there = np.abs(grid[np.isfinite(grid)])
+    typical = float(np.median(there)) if len(there) else 0.0
+    largest = float(there.max(initial=0.0)) or 1.0
     with style():
         figure = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(kinds)), layout="constrained")
         figure.set_label("Importance of the parts of each layer")
         axes = figure.subplots()
-        norm = SymLogNorm(max(float(np.nanmedian(np.abs(grid))), 1e-6 * largest), vmin=-largest, vmax=largest)
+        norm = SymLogNorm(max(typical, 1e-6 * largest), vmin=-largest, vmax=largest)
         image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
         if doubtful:
             axes.plot(*zip(*doubtful, strict=True), ".", color="black", markersize=3)

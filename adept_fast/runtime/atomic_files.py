@@ -6,7 +6,6 @@ A name that is a symbolic link is replaced, not followed. Files and folders get 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.runtime.disk_errors import naming
 from adept_fast.runtime.staging_folder import modes, staging_folder
+from adept_fast.runtime.strict_json import dumps
 
 
 def _sync(path: Path) -> None:
@@ -81,4 +81,4 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, dumps(content, indent=1) + "\n")

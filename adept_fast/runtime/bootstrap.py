@@ -9,6 +9,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+LARGE = 1e200  # in place of inf
 
 
 def resampled(sums: Tensor, weights: Tensor, seed: int = 0, items: int | None = None, resamples: int = RESAMPLES) -> Tensor:
@@ -20,8 +21,11 @@ def resampled(sums: Tensor, weights: Tensor, seed: int = 0, items: int | None = 
 
 def _means(counts: Tensor, sums: Tensor, weights: Tensor) -> Tensor:
     flat, weights = sums.double().reshape(len(weights), -1), weights.double()[:, None]
-    measured = ~flat.isnan()
-    return ((counts @ flat.nan_to_num()) / (counts @ (weights * measured))).unflatten(1, sums.shape[1:] or (1,))
+    measured, endless = ~flat.isnan(), flat.isinf()
+    means = (counts @ flat.nan_to_num(posinf=0.0)) / (counts @ (weights * measured))
+    if bool(endless.any()):
+        means = means.where(counts @ endless.double() == 0, torch.inf)
+    return means.unflatten(1, sums.shape[1:] or (1,))
 
 
 def bootstrap(
@@ -29,12 +33,17 @@ def bootstrap(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean sum(sums) / sum(weights) over items, and its 95 % percentile interval from 2,000 resamples of whole items.
 
-    sums: [items, ...] in any unit, NaN where an item was not measured (it then counts in neither sum); weights: [items], say supervised
-    tokens. statistic: what is wanted of means [n, ...], itself [n, ...]; none: the means. Returns value, low, high, fp64, without [n].
+    sums: [items, ...] in any unit, NaN where an item was not measured (it then counts in neither sum), inf for what is past all others
+    (so are the means that it counts in); weights: [items], say supervised tokens. statistic: what is wanted of means [n, ...], itself
+    [n, ...]; none: the means. Returns value, low, high, fp64, without [n].
     """
     statistic = statistic or (lambda means: means)
     value = statistic(_means(torch.ones(1, len(weights), dtype=torch.float64), sums, weights))[0]
     tail = (1 - CONFIDENCE) / 2
     bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = torch.nanquantile(statistic(resampled(sums, weights, seed)), bounds, dim=0)
+    found = statistic(resampled(sums, weights, seed))
+    endless = found.isinf()
+    low, high = torch.nanquantile(found.where(~endless, LARGE), bounds, dim=0)
+    if bool(endless.any()):  # between inf and inf torch interpolates to NaN
+        low, high = (bound.where(bound < LARGE / 1e100, torch.inf) for bound in (low, high))
     return (value, low, high) if sums.ndim > 1 else (value[0], low[0], high[0])

@@ -24,6 +24,7 @@ from torch.nn import functional
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
+from adept_fast.models.finite import require_finite
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
 from adept_fast.runtime import distributed
@@ -54,6 +55,7 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
             else:
                 sums[index] = _from_gradients(model, items[index], parameters, method, kinds)
     sums = distributed.total(sums)
+    require_finite(model, sums.flatten(1).sum(1), f"the {method} score of item")
     if method == "rank":
         lacking = [[not any(_kind(name) == kind for name, _ in layer.named_parameters()) for kind in kinds] for layer in layers]
         sums[:, torch.tensor(lacking)] = torch.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
+from adept_fast.models.finite import likely_cause
 from adept_fast.runtime import distributed
 from adept_fast.runtime.malloc import freed_memory_kept
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.provenance import digest
+from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.journal import Journal
-from adept_fast.scoring.packs import Pack, pack
+from adept_fast.scoring.packs import Pack, pack, packed
 from adept_fast.scoring.scores import ItemScores
 from adept_fast.scoring.sweep import SweepPlan
 from adept_fast.settings.keys import LOSSES
@@ -41,7 +44,8 @@ class Masks(Protocol):
 
 
 class Measuring:
-    """losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN where not measured. cost: FLOPs spent by all processes.
+    """losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN where not measured, inf where masking leaves no finite
+    loss. cost: FLOPs spent by all processes.
 
     A context manager, which closes the journal: what is measured within is kept there, and taken from there where a killed run left it.
     """
@@ -100,7 +104,7 @@ class Measuring:
             for at in mine:
                 values = self._recorded(packs[at], parts)
                 for name, rows in zip(self.names, found, strict=True):
-                    rows[list(packs[at].items)] = torch.tensor(values[name], dtype=torch.float64)
+                    rows[list(packs[at].items)] = torch.tensor(_infinities(values[name]), dtype=torch.float64)
                 bar.update(costs[at])
         found = distributed.total(found)
         columns = torch.tensor([0, *(1 + part for part in parts)])
@@ -121,11 +125,29 @@ class Measuring:
         base = None if name == "kl" else losses[:, 0].clone()
         return ItemScores(losses[:, 1:] - losses[:, :1], torch.tensor(counts, dtype=torch.float64), base)
 
-    def _recorded(self, pack: Pack, parts: Sequence[int]) -> dict[str, list[list[float]]]:
-        def run() -> dict[str, list[list[float]]]:
-            return {name: values.tolist() for name, values in self.masks.measure(pack, parts, self.names).items()}
+    def _recorded(self, pack: Pack, parts: Sequence[int]) -> dict[str, list[list[float | None]]]:
+        def run() -> dict[str, list[list[float | None]]]:
+            return finite({name: values.tolist() for name, values in self._measured(pack, parts).items()})
 
         return self._journal.recorded([list(pack.items), list(parts)], run) if self._journal else run()
+
+    def _measured(self, pack: Pack, parts: Sequence[int]) -> dict[str, Tensor]:
+        """The losses of a pack. Where masking a part makes an item's loss NaN or infinite (float16 overflows, a router divides by 0),
+        nothing is left of the model without it: that loss is inf, above all others. Raises InputError for an item whose own loss is."""
+        found = self.masks.measure(pack, parts, self.names)
+        if all(bool(values.isfinite().all()) for values in found.values()):
+            return found
+        if len(pack.items) > 1:  # within a pack the NaN of one reaches all: attention gives it the weight 0, and 0 times NaN is NaN
+            alone = [self._measured(packed(self.items, [index], "all" in self.names), parts) for index in pack.items]
+            return {name: torch.cat([each[name] for each in alone]) for name in found}
+        if not all(bool(values[0, 0].isfinite()) for values in found.values()):
+            raise InputError(f"the loss of item {pack.items[0]} is not finite: {likely_cause(self.masks.model)}")
+        return {name: values.where(values.isfinite(), torch.inf) for name, values in found.items()}
+
+
+def _infinities(values: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """A loss past all others is null in a journal."""
+    return [[math.inf if value is None else value for value in row] for row in values]
 
 
 def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.strict_json import dumps
 
 
 class Journal:
@@ -22,7 +23,7 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path, self._at = path, 0
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        self._first = json.dumps({"journal": header}, sort_keys=True)
+        self._first = dumps({"journal": header}, sort_keys=True)
         self._rows = list(_whole(lines[1:-1])) if lines and lines[0] == self._first else []  # what follows the last newline is not whole
         self._file = self._rewritten()
 
@@ -38,7 +39,7 @@ class Journal:
             self._file = self._rewritten()
         row = {"key": key, "measured": measure()}
         with naming(self.path):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(dumps(row) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         self._rows.append(row)
@@ -46,7 +47,7 @@ class Journal:
         return row["measured"]
 
     def _rewritten(self) -> TextIO:
-        write_text(self.path, self._first + "\n" + "".join(json.dumps(row) + "\n" for row in self._rows))
+        write_text(self.path, self._first + "\n" + "".join(dumps(row) + "\n" for row in self._rows))
         return self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

@@ -55,7 +55,8 @@ def measure(model: PreTrainedModel, pack: Pack, layers: Sequence[int], losses: C
 
 
 def item_losses(model: PreTrainedModel, hidden: Tensor, pack: Pack, losses: Collection[str]) -> dict[str, Tensor]:
-    """The losses of `measure` from hidden states after the final norm at pack.rows, [variants, rows, hidden]."""
+    """The losses of `measure` from hidden states after the final norm at pack.rows, [variants, rows, hidden]. NaN for the KL to a baseline
+    whose own loss is not finite."""
     answered = pack.supervised.nonzero()[:, 0]
     found: dict[str, Tensor] = {}
     if "kl" in losses:
@@ -65,7 +66,10 @@ def item_losses(model: PreTrainedModel, hidden: Tensor, pack: Pack, losses: Coll
         found["all"] = token_losses(model, hidden, pack.targets.expand(hidden.shape[:2]))
         found.setdefault("answer", found["all"][:, answered])
     owners = {name: pack.owners if name == "all" else pack.owners[answered] for name in found}
-    return {name: _by_item(found[name], owners[name], len(pack.items)) for name in LOSSES if name in losses}
+    summed = {name: _by_item(found[name], owners[name], len(pack.items)) for name in found}
+    if "kl" in summed:
+        summed["kl"][~summed["answer"][:, 0].isfinite(), 0] = torch.nan
+    return {name: summed[name] for name in LOSSES if name in losses}
 
 
 def _by_item(values: Tensor, owners: Tensor, items: int) -> Tensor:

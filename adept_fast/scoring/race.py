@@ -79,6 +79,8 @@ def upper_bounds(values: Tensor, tokens: Tensor, items: int, mean_tokens: float,
 
     values: x of the measured items, fp64 [measured, layers]; tokens: theirs [measured]; mean_tokens: over all `items`.
     """
+    if bool(values.isinf().any()):
+        return _with_endless(values, tokens, items, mean_tokens, alpha)
     measured = len(values)
     centred = tokens.double() - tokens.double().mean()
     spread = float(centred.square().sum())
@@ -88,6 +90,16 @@ def upper_bounds(values: Tensor, tokens: Tensor, items: int, mean_tokens: float,
     covariance = residuals.T @ residuals / max(1, measured - 2)
     variance = covariance.diag()[:, None] + covariance.diag() - 2 * covariance
     return means, means[:, None] - means + boundary(measured, items, alpha) * variance.clamp_min(0).sqrt()
+
+
+def _with_endless(values: Tensor, tokens: Tensor, items: int, mean_tokens: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """The same where some layers have an infinite x: their mean is, and they are surely above all others, not apart from each other."""
+    endless = values.isinf().any(0)
+    means, upper = upper_bounds(values.where(~endless, 0.0), tokens, items, mean_tokens, alpha)
+    upper[:, endless] = -torch.inf
+    upper[endless] = torch.inf
+    upper[endless[:, None] & endless] = 0.0
+    return means.where(~endless, torch.inf), upper
 
 
 def regret_bound(upper: Tensor, chosen: Sequence[int], others: Sequence[int]) -> float:

@@ -81,6 +81,7 @@ def score_layers(
                 else:
                     measuring.measure("scoring")
                 per_item = {name: measuring.item_scores(name) for name in measuring.names}
+            notes += endless(per_item)
             if domain:
                 beside = journal and journal.with_name(f"{journal.name}.domain")
                 with Measuring(masks, domain, ["all"], beside, inputs, quiet) as measuring:
@@ -100,6 +101,18 @@ def score_layers(
         costs=LayerCosts.of(model),
         copies=copies,
         per_item=per_item,
+    )
+
+
+def endless(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
+    """What is said of layers that some items have no finite loss without."""
+    found = {name: scores.sums.isinf().sum(0) for name, scores in per_item.items()}
+    return tuple(
+        f"without layer {layer} the loss ({name}) of {items} of {len(per_item[name].sums)} items is not finite: it counts as above all "
+        "others; a dtype of more range than float16 may give it a number"
+        for name, counts in found.items()
+        for layer, items in enumerate(counts.tolist())
+        if items
     )
 
 

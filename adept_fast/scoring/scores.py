@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file, write_json
 from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
 from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.budget import LayerCosts
 
 SCHEMA = 1
@@ -22,7 +24,7 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class Profile:
     """values [layers], in nats per supervised token where the method is masking (its docstring says so where not); low, high: bootstrap
-    interval over items."""
+    interval over items. inf, in JSON null: without it some item's loss is not finite, so it is above all others."""
 
     values: tuple[float, ...]
     low: tuple[float, ...]
@@ -32,7 +34,8 @@ class Profile:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What a profile is averaged from. sums: fp64 [items, layers] (rank: [items, layers, kinds]), NaN where a race left an item out;
+    """What a profile is averaged from. sums: fp64 [items, layers] (rank: [items, layers, kinds]), NaN where a race left an item out,
+    inf where no finite loss is left;
     weights: fp64 [items]; base: the baseline's summed loss, fp64 [items], or nothing. Value of a layer: sum(sums) / sum(weights)."""
 
     sums: Tensor
@@ -120,7 +123,7 @@ class Profiled:
                 save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, staging)
         content = asdict(replace(self, per_item={}))
         del content["per_item"]
-        write_json(Path(path), content)
+        write_json(Path(path), finite(content))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -129,7 +132,7 @@ class Profiled:
         if content.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
         try:
-            content["profiles"] = {name: Profile(**_tuples(entry)) for name, entry in content["profiles"].items()}
+            content["profiles"] = {name: Profile(**_infinities(_tuples(entry))) for name, entry in content["profiles"].items()}
             if content.get("costs"):
                 content["costs"] = LayerCosts(**_tuples(content["costs"]))
             return cls(per_item=_load_items(_items_path(path)), **_tuples(content))
@@ -170,6 +173,14 @@ class UnitScores(Profiled):
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has lists for tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+
+
+def _infinities(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has null for a value past all others."""
+    values = {key: tuple(math.inf if value is None else value for value in profile[key]) for key in ("values", "low", "high")}
+    if any(value != value for each in values.values() for value in each):
+        raise TypeError("it holds a NaN")
+    return {**profile, **values}
 
 
 def _items_path(path: str | Path) -> Path:

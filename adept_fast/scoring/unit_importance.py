@@ -20,6 +20,7 @@ from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.models import bare, unwrapped, vocabulary_of
+from adept_fast.models.finite import likely_cause, require_finite
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
 from adept_fast.ops.gradient_sums.op import Dims, GradientSums
@@ -89,10 +90,22 @@ def _gathered(
     hooks = GradientSums(parameters, dims, not corpus, corpus)
     with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums:
         mine = distributed.share(batches) if share else batches
+        losses = []
         for batch in Progress(mine, desc=title, unit="item" if at_once == 1 else "batch", quiet=quiet):
-            sums.backward(batch_loss(model, batch))
+            sums.backward(loss := batch_loss(model, batch))
+            losses.append(loss.detach())
         found = sums.read(sum(item.supervised for item in items), share)
+        _require_finite(model, losses, found, title)
         return found, sums.against(against or {}), len(batches)
+
+
+def _require_finite(model: PreTrainedModel, losses: Sequence[Tensor], found: Mapping[tuple[str, Dims], tuple], title: str) -> None:
+    """Raise InputError for a loss, or a gradient of finite losses, that is not finite. Once a corpus: nothing waits for the device."""
+    if losses:
+        require_finite(model, torch.stack(losses).cpu(), f"{title}: the loss of item")
+    for (name, _), (sums, taylor) in found.items():
+        if not bool(sums.isfinite().all()) or (taylor is not None and not bool(taylor.isfinite().all())):
+            raise InputError(f"{title}: the gradient of {name} is not finite, although the loss is: {likely_cause(model)}")
 
 
 def parameter_sums(

@@ -27,6 +27,7 @@ from adept_fast.ops.gradient_sums.op import whole_sums
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards, local, shard_of, whole
 from adept_fast.runtime.progress import Progress
+from adept_fast.runtime.strict_json import dumps
 from adept_fast.scoring.units import Units
 from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
@@ -155,7 +156,7 @@ class Meter:
                 kept[key] = tensor.contiguous()
         if kept:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(kept, path, metadata={"state": json.dumps(asdict(self._state))})
+            save_file(kept, path, metadata={"state": dumps(asdict(self._state))})
 
     def load(self, folder: Path, model: PreTrainedModel) -> None:
         """What `save` wrote; of a sharded parameter its part."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.strict_json import dumps, finite
 
 BEGIN = '{"event": "plan"'
 
 
 class TrainerLog:
-    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, end."""
+    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, skipped, end. A
+    number that is not finite stands there as null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,15 +40,8 @@ class TrainerLog:
 
     def write(self, event: str, step: int, **content: Any) -> None:
         """Raises DiskError, which names the file, for what the disk refuses, as where the folder was removed meanwhile."""
-        line = json.dumps({"event": event, "step": step, **_finite(content)}, ensure_ascii=False)
+        line = dumps({"event": event, "step": step, **finite(content)})
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes null."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,33 @@
+"""A loss that is no number: which item has it, and why, in as far as the weights tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.runtime.dtensor import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def require_finite(model: PreTrainedModel, losses: Tensor, what: str) -> None:
+    """Raise InputError unless every loss of items [n] is finite: naming the first that is not as `what` and its number, and the cause."""
+    wrong = (~losses.isfinite()).nonzero()
+    if len(wrong):
+        raise InputError(f"{what} {int(wrong[0, 0])} is not finite: {likely_cause(model)}")
+
+
+def likely_cause(model: PreTrainedModel) -> str:
+    """Why a loss of this model is not finite: a tensor of it is not, or its activations overflow in its dtype."""
+    for name, parameter in model.named_parameters():
+        values = local(parameter.detach())
+        if not values.is_meta and not bool(values.isfinite().all()):
+            kind = "NaN" if bool(values.isnan().any()) else "infinity"
+            return f"{name} holds {kind}: load the model again, or fetch it again"
+    if model.dtype == torch.float16:
+        return "its weights are finite, but float16 overflows above 65504: take dtype bfloat16 or float32"
+    return f"its weights are finite, so what it computes from them overflows in {str(model.dtype).removeprefix('torch.')}: try float32"

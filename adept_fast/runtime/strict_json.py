@@ -1,0 +1,44 @@
+"""JSON as its standard has it, which knows neither NaN nor infinity: every file that this package writes is read by any reader."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+TAG = "__float__"  # transformers' own, in config.json: {"__float__": "Infinity"}
+TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def dumps(content: Any, indent: int | None = None, sort_keys: bool = False) -> str:
+    """One JSON value. Raises ValueError for a number that is not finite: whoever has one says what it means, see `finite`."""
+    return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
+
+
+def finite(content: Any) -> Any:
+    """The same with null for each number that is not finite: a value that is not there, or past all others."""
+    return _mapped(content, None)
+
+
+def tagged(content: Any) -> Any:
+    """The same with infinities as transformers writes them in a config, which a Mamba's time_step_limit has, say."""
+    return _mapped(content, {value: {TAG: name} for name, value in TAGGED.items()})
+
+
+def untagged(content: Any) -> Any:
+    """What `tagged` was given."""
+    if isinstance(content, dict):
+        if content.keys() == {TAG} and content[TAG] in TAGGED:
+            return TAGGED[content[TAG]]
+        return {key: untagged(value) for key, value in content.items()}
+    return [untagged(value) for value in content] if isinstance(content, list) else content
+
+
+def _mapped(content: Any, special: dict[float, Any] | None) -> Any:
+    if isinstance(content, dict):
+        return {key: _mapped(value, special) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_mapped(value, special) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if special is None else special.get(content, content)
+    return content
