@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from adept_fast.data.encoding import Encoder
+from adept_fast.data.templates import Rendered
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file
 from adept_fast.runtime.progress import Progress
@@ -69,7 +70,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
     encoder = Encoder.of(tokenizer)
     key = hashlib.sha256(encoder.describe())
     for text in texts:
-        key.update(hashlib.sha256(text.encode()).digest())
+        key.update(hashlib.sha256(text.encode()).digest() + b"chat" * isinstance(text, Rendered))
     cached = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     if cached.is_file():
         try:
@@ -85,10 +86,16 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
 
 
 def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> list[np.ndarray]:
-    """Tokens of each text (int32) behind what the tokenizer begins texts with, closed with the end-of-sequence token."""
+    """Tokens of each text (int32) behind what the tokenizer begins texts with, closed with the end-of-sequence token.
+
+    A chat begins and ends as its template has it.
+    """
     encoder = Encoder.of(tokenizer)
-    end = encoder.end
-    return [np.asarray(ids if end and ids[-1:] == end else ids + end, dtype=np.int32) for ids in encoder.texts(texts)]
+    ends = [[] if isinstance(text, Rendered) else encoder.end for text in texts]
+    return [
+        np.asarray(ids if end and ids[-1:] == end else ids + end, dtype=np.int32)
+        for ids, end in zip(encoder.texts(texts), ends, strict=True)
+    ]
 
 
 def _tokenize(texts: Sequence[str], encoder: Encoder, quiet: bool) -> Documents:

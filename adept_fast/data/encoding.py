@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from adept_fast.data.templates import Rendered
 from adept_fast.errors import InputError
 from adept_fast.settings.validation import require
 
@@ -63,7 +64,10 @@ class Encoder:
         return {token: number for token, number in {**named, **added}.items() if token and number is not None}
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text behind `begin`; nothing closes them."""
+        """Token ids of each text behind `begin`; nothing closes them. One that a chat template wrote has what the template wrote."""
+        if any(isinstance(text, Rendered) for text in texts):
+            rest = iter(self.texts([text for text in texts if not isinstance(text, Rendered)]))
+            return [self.chat(text.chat.messages, **text.chat.options)[0] if isinstance(text, Rendered) else next(rest) for text in texts]
         plain = [self._has_control_tokens(text) and self.special_tokens == "text" for text in texts]
         rest = iter(self._ordinary([text for text, apart in zip(texts, plain, strict=True) if not apart]))
         return [self._as_text(text)[0] if apart else next(rest) for text, apart in zip(texts, plain, strict=True)]

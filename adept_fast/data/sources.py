@@ -1,8 +1,7 @@
-"""Where records come from: .jsonl, .json, .parquet, .txt (each but parquet also gzipped), a datasets name, or the bundled probe."""
+"""Where records come from: a file, a folder, a glob, a datasets name, or the bundled probe; and a record as it stands there."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -13,17 +12,19 @@ from adept_fast.errors import InputError
 from adept_fast.settings.validation import Range, check, declare, shown
 
 GENERAL = "general"  # the name of the bundled general probe
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+TEMPLATES = ("plain", "alpaca", "chat")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus: file or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`).
+    """A corpus: file, folder, glob or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`).
+    template: how an instruction and its output are written as a text: end to end, as Alpaca has it, or by the tokenizer's chat template.
     share: the part of a streamed run's tokens that come from it, from the start to the end of the run going linearly to `share_end`."""
 
     path: str
     split: str | None = None
     column: str | None = None
+    template: str = declare("plain", TEMPLATES)
     weight: float = declare(1.0, Range(0, 1000, above=True))
     share: float | None = declare(None, Range(0, 1))
     share_end: float | None = declare(None, Range(0, 1))
@@ -50,20 +51,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source, and where it stands there ("file.jsonl:12"), for messages."""
+    """One row of a source, and where it stands there ("file.jsonl:12"), for messages.
+
+    column and template: the source's; nulls: columns of a table that the row leaves null; fault: why it could not be read.
+    """
 
     content: Mapping[str, Any]
     where: str
-
-
-def kind_of(source: Source) -> str | None:
-    """The kind of a file, one of SUFFIXES; None for what datasets is to load. Raises InputError for a missing or unknown file."""
-    path = source.file
-    kind = next((suffix for suffix in SUFFIXES if path.name.removesuffix(".gz").endswith(suffix)), None)
-    if kind is None and os.path.isfile(path):  # False for a name that is too long, too
-        raise InputError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (.gz too), or a datasets name")
-    if kind is None or os.path.isdir(path):
-        return None
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    return kind
+    column: str | None = None
+    template: str = "plain"
+    nulls: frozenset[str] = frozenset()
+    fault: str | None = None

@@ -13,6 +13,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from torch.utils.data import Dataset
 
 from adept_fast.data.documents import BATCH, Documents, cache_folder, document_tokens
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import document_text
 from adept_fast.data.packing import Blocks, packed
 from adept_fast.data.readers import reader
+from adept_fast.data.source_files import source_files
+from adept_fast.data.source_summary import ELSEWHERE, SourceSummary
 from adept_fast.data.sources import Source
+from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
@@ -38,42 +41,71 @@ Keep = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class StreamedText:
-    """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents."""
+    """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents;
+    malformed_rows: how many of a source may be left out, see SourceSummary."""
 
     sources: tuple[Source, ...]
     keep: Keep
     excluded: str
     window: int
+    malformed_rows: int | None = None
 
     @property
     def digest(self) -> str:
         """What decides the stream's documents and their order, but for the seed."""
         keys = ("split", "column", "weight", "share", "share_end")
-        sources = [(reader(source).identity(), *(getattr(source, key) for key in keys)) for source in self.sources]
+        sources = [(reader(source).identity(), *(getattr(source, key) for key in keys), *written(source)) for source in self.sources]
         return digest([sources, self.excluded, self.window])
 
-    def texts(self, source: Source) -> Iterator[str]:
-        """One pass over the texts of a source that may be trained on."""
-        return (text for text in (document_text(record, source.column) for record in reader(source).records()) if self.keep(text))
+    def texts(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder, summary: SourceSummary | None = None
+    ) -> Iterator[str]:
+        """One pass over the texts of a source that may be trained on. summary: counts what is left out."""
+        summary, encoder = summary or self._summary(source), Encoder.of(tokenizer)
+        for record in reader(source).records():
+            text = summary.take(record, lambda record: document_text(record, encoder.tokenizer))
+            if text is not None and self.keep(text):
+                yield text
+            elif text is not None:
+                summary.serves_elsewhere(ELSEWHERE)
+
+    def _summary(self, source: Source) -> SourceSummary:
+        return SourceSummary(source, self.malformed_rows, source_files(source))
 
     def count(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[tuple[int, int]]:
         """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
-        return [self._count(source, tokenizer) for source in self.sources]
+        found = [self._look(source, Encoder.of(tokenizer), counted=True) for source in self.sources]
+        return [(int(summary.documents or 0), int(summary.tokens or 0)) for summary in found]
 
-    def _count(self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder) -> tuple[int, int]:
-        encoder = Encoder.of(tokenizer)
-        made_from = [reader(source).identity(), source.column, self.excluded, encoder.describe().decode(errors="replace")]
-        cached = cache_folder() / "counts" / f"{digest(made_from)}.json"
-        if cached.is_file():
-            found = read_json(cached)
-            return int(found["documents"]), int(found["tokens"])
-        documents = tokens = 0
-        texts = self.texts(source)
-        while batch := [text for text, _ in zip(texts, range(BATCH), strict=False)]:
-            documents += len(batch)
-            tokens += sum(map(len, document_tokens(batch, encoder)))
-        write_json(cached, {"documents": documents, "tokens": tokens})
-        return documents, tokens
+    def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
+        """What each source holds and what is left out of it, as one pass over its files finds it, so that a malformed row is found before
+        the first step; cached as counts are. What datasets streams, from far away it may be, is read only if its tokens are counted."""
+        return [self._look(source, Encoder.of(tokenizer), counted=False) for source in self.sources]
+
+    def _look(self, source: Source, encoder: Encoder, counted: bool) -> SourceSummary:
+        described = encoder.describe().decode(errors="replace"), str(encoder.tokenizer.chat_template)
+        made_from = digest([reader(source).identity(), source.column, source.template, self.excluded, *described])
+        summary, folder = self._summary(source), cache_folder()
+        tokens, looked = folder / "counts" / f"{made_from}.json", folder / "looks" / f"{made_from}.json"
+        if cached := next((path for path in (tokens, *([] if counted else [looked])) if path.is_file()), None):
+            summary.restore(read_json(cached))
+            summary.check()
+        elif counted:
+            texts, summary.tokens = self.texts(source, encoder, summary), 0
+            while batch := list(islice(texts, BATCH)):
+                summary.tokens += sum(map(len, document_tokens(batch, encoder)))
+            write_json(tokens, summary.counts())
+        elif summary.files is None:
+            summary.documents = None
+        else:
+            deque(self.texts(source, encoder, summary), maxlen=0)
+            write_json(looked, summary.counts())
+        return summary
+
+
+def written(source: Source) -> tuple[str, ...]:
+    """How a source's records are written as text, where it is not the way that it is by default."""
+    return () if source.template == "plain" else (source.template,)
 
 
 def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tuple[float, float]]:
@@ -98,6 +130,7 @@ class _Shuffled:
 
     def __init__(self, source: Source, number: int, text: StreamedText, encoder: Encoder, seed: int) -> None:
         self.source, self.number, self.text, self.encoder, self.seed = source, number, text, encoder, seed
+        self._summary = SourceSummary(source, text.malformed_rows)
         self.load({"position": reader(source).position, "pass": 0, "window": 0, "index": 0})
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -146,8 +179,8 @@ class _Shuffled:
     def _read(self) -> list[str]:
         texts: list[str] = []
         for record in self._records:
-            text = document_text(record, self.source.column)
-            if self.text.keep(text):
+            text = self._summary.take(record, lambda record: document_text(record, self.encoder.tokenizer))
+            if text is not None and self.text.keep(text):
                 texts.append(text)
                 if len(texts) == self.text.window:
                     break

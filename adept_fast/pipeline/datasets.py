@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -13,14 +12,19 @@ from typing import Any
 import numpy as np
 
 from adept_fast.data.documents import WeightedDocuments, tokenize_documents
-from adept_fast.data.items import check_item, content_hash, document_text, is_choice
+from adept_fast.data.items import content_hash, is_tokenised
 from adept_fast.data.readers import read, reader
+from adept_fast.data.records import meaning
+from adept_fast.data.source_files import source_files
+from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
 from adept_fast.data.splits import HELD_OUT, ProbeParts, by_hash, falls_out, hold_out, split_probe
 from adept_fast.data.stream import StreamedText
+from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe
 
+HELD, MEASURED = "held out", "in the probe or eval"  # why a document is not trained on
 METERED = 4  # of so many steering records one meters forgetting
 STREAM_ABOVE = 1 << 30  # bytes of files: what is tokenised in memory takes several times as much
 HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out, and are not trained on either
@@ -28,10 +32,12 @@ HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Texts to train on and the passes that an epoch makes over each."""
+    """Texts to train on and the passes that an epoch makes over each. read: what was read for it; sources: of each text, which of those."""
 
     texts: list[str]
     weights: np.ndarray
+    read: tuple[SourceSummary, ...] = ()
+    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def digest(self) -> str:
@@ -41,14 +47,56 @@ class TrainingText:
         return sha.hexdigest()
 
     def tokenize(self, tokenizer: Any, quiet: bool = False) -> WeightedDocuments:
-        return WeightedDocuments(tokenize_documents(self.texts, tokenizer, quiet), self.weights)
+        documents = tokenize_documents(self.texts, tokenizer, quiet)
+        for number, summary in enumerate(self.read):
+            summary.tokens = int(np.diff(documents.starts)[self.sources == number].sum())
+        return WeightedDocuments(documents, self.weights)
 
 
 class Corpora:
-    """Reads what a stage asks for, when it asks."""
+    """Reads what a stage asks for, when it asks. tokenizer: gives the one whose chat template messages go through; say: where one line of
+    news goes."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, tokenizer: Callable[[], Any] | None = None, say: Callable[[str], None] = print) -> None:
+        self.recipe, self.say = recipe, say
+        self._tokenizer = tokenizer or (lambda: None)
+        self._read: dict[Source, list[Record]] = {}
+        self._summaries: list[tuple[str, SourceSummary]] = []
+
+    def _records(self, purpose: str, source: Source) -> list[Record]:
+        """The records of a source to measure on that are not left out; read once."""
+        if source not in self._read:
+            summary = self._summary(source)
+            self._read[source] = [record for record in read(source) if summary.take(record, meaning) is not None]
+            if not self._read[source]:
+                raise InputError(f"{source.path}: nothing is left to read of it ({summary.left_out})")
+            self._summaries.append((purpose, summary))
+            for note in summary.notes():
+                self.say(note)
+        return self._read[source]
+
+    def _summary(self, source: Source) -> SourceSummary:
+        return SourceSummary(source, self.recipe.malformed_rows, source_files(source))
+
+    @cached_property
+    def _trained(self) -> list[SourceSummary]:
+        """Of each source that is trained on."""
+        return [self._summary(source) for source in self.trained_on]
+
+    def _texts_to_train_on(self, number: int) -> list[tuple[str, int]]:
+        """Each text of the source of that number, with the number."""
+        summary, source = self._trained[number], self.trained_on[number]
+        texts = (summary.take(record, self._text) for record in read(source))
+        return [(text, number) for text in texts if text is not None]
+
+    def _text(self, record: Record) -> str | None:
+        return document_text(record, self._tokenizer())
+
+    def summaries(self) -> list[tuple[str, SourceSummary]]:
+        """What was read until here, and for what; of a stream what one pass over it finds."""
+        trained = self._stream.look(self._tokenizer()) if self.streamed else self._trained
+        purposes = ["domain" if number < len(self.recipe.domain) else "replay" for number in range(len(trained))]
+        return [*zip(purposes, trained, strict=True), *self._summaries]
 
     @staticmethod
     def digest(records: Sequence[Record]) -> str:
@@ -56,10 +104,7 @@ class Corpora:
 
     @cached_property
     def probe(self) -> ProbeParts:
-        records = read(self.recipe.probe)
-        for record in records:
-            check_item(record, self.recipe.probe.column)
-        return split_probe(records, self.recipe.probe.path)
+        return split_probe(self._records("probe", self.recipe.probe), self.recipe.probe.path)
 
     def scoring(self) -> list[Record]:
         return by_hash(self.probe.scoring, self.recipe.score.seed)[: self.recipe.score.max_items]
@@ -67,7 +112,8 @@ class Corpora:
     def domain_scoring(self) -> list[Record]:
         """Documents of the domain to score beside the probe: of those that are trained on (the first of a stream), drawn by hash."""
         if self.streamed:
-            texts = [text for source in self.recipe.domain for text in islice(self._stream.texts(source), HELD_OUT_OF_A_STREAM)]
+            passes = [self._stream.texts(source, self._tokenizer()) for source in self.recipe.domain]
+            texts = [text for texts in passes for text in islice(texts, HELD_OUT_OF_A_STREAM)]
         else:
             texts = [text for text, _ in self._documents if text not in self._purposes]
         records = [Record({"text": text}, "domain document") for text in texts]
@@ -89,21 +135,21 @@ class Corpora:
         """Records to report general competence on."""
         source = self.recipe.eval.general
         if source is None:
-            return _with_text(self.reporting(limit), self.recipe.probe.column)
-        return by_hash(_with_text(read(source), source.column))[:limit]
+            return self._with_text(self.reporting(limit), self.recipe.probe.column)
+        return by_hash(self._with_text(self._records("eval", source), source.column))[:limit]
 
     @cached_property
-    def _documents(self) -> list[tuple[str, float]]:
-        """(text, weight) of every domain document."""
-        _ = self._sources
-        return [(document_text(record, source.column), source.weight) for source in self.recipe.domain for record in read(source)]
+    def _documents(self) -> list[tuple[str, int]]:
+        """Every domain document, and the number of its source."""
+        _ = self.trained_on
+        return [document for number in range(len(self.recipe.domain)) for document in self._texts_to_train_on(number)]
 
     @cached_property
     def _held_out(self) -> list[Record]:
         """eval.domain as it is, or the documents that are held out."""
         given = self.recipe.eval.domain
         if given is not None:
-            return _with_text(read(given), given.column)
+            return self._with_text(self._records("eval", given), given.column)
         name = ", ".join(source.path for source in self.recipe.domain)
         held = self._fallen_out(name) if self.streamed else hold_out([text for text, _ in self._documents], name)
         return [Record({"text": text}, "held-out document") for text in sorted(held)]
@@ -112,8 +158,9 @@ class Corpora:
         """The first held-out documents of each domain source."""
         held: set[str] = set()
         for source in self.recipe.domain:
-            texts = (document_text(record, source.column) for record in reader(source).records())
-            held.update(islice((text for text in texts if falls_out(text)), HELD_OUT_OF_A_STREAM))
+            summary = SourceSummary(source, self.recipe.malformed_rows)
+            texts = (summary.take(record, self._text) for record in reader(source).records())
+            held.update(islice((text for text in texts if text is not None and falls_out(text)), HELD_OUT_OF_A_STREAM))
         if not held:
             raise InputError(f"{name}: no document falls to the held-out {HELD_OUT:.0%}: set eval.domain")
         return held
@@ -122,15 +169,15 @@ class Corpora:
     def streamed(self) -> bool:
         """Whether training reads its documents while it trains."""
         wanted = self.recipe.tune.streaming
-        mixed = any(source.share is not None for source in self._sources)
+        mixed = any(source.share is not None for source in self.trained_on)
         if mixed and wanted is False:
             raise InputError("tune.streaming=false: a source's share of the tokens needs a stream: leave streaming out, or give weights")
         if wanted is not None or mixed:
             return wanted or mixed
-        return sum(source.file.stat().st_size for source in self._sources if os.path.isfile(source.file)) > STREAM_ABOVE
+        return sum(files.bytes for source in self.trained_on if (files := source_files(source))) > STREAM_ABOVE
 
     @property
-    def _sources(self) -> tuple[Source, ...]:
+    def trained_on(self) -> tuple[Source, ...]:
         if not self.recipe.domain:
             raise InputError("domain is missing: give it as domain=file or in the recipe")
         replay = self.recipe.tune.replay
@@ -143,19 +190,25 @@ class Corpora:
     def _purposes(self) -> set[str]:
         """Texts that serve another purpose than training. Of a stream's held-out documents only those that are measured."""
         parts, general = self.probe, self.recipe.eval.general
-        probe = _texts([*parts.scoring, *parts.steering, *parts.reporting], self.recipe.probe.column)
-        return probe | _texts(self._held_out) | (set() if general is None else _texts(read(general), general.column))
+        probe = self._texts([*parts.scoring, *parts.steering, *parts.reporting])
+        return probe | self._texts(self._held_out) | (set() if general is None else self._texts(self._records("eval", general)))
 
     @cached_property
     def _training(self) -> TrainingText:
-        replay = self.recipe.tune.replay
-        documents = list(self._documents)
-        if replay is not None:
-            documents += [(document_text(record, replay.column), replay.weight) for record in read(replay)]
-        kept = [(text, weight) for text, weight in documents if text not in self._purposes]
+        documents, weights = list(self._documents), np.array([source.weight for source in self.trained_on], dtype=np.float64)
+        if self.recipe.tune.replay is not None:
+            documents += self._texts_to_train_on(len(self.recipe.domain))
+        held = {record.content["text"] for record in self._held_out}
+        kept = []
+        for text, number in documents:
+            if text in self._purposes:
+                self._trained[number].serves_elsewhere(HELD if self.recipe.eval.domain is None and text in held else MEASURED)
+            else:
+                kept.append((text, number))
         if not kept:
             raise InputError("domain: every document is held out or stands in the probe or eval.general: none is left to train on")
-        return TrainingText([text for text, _ in kept], np.array([float(weight) for _, weight in kept]))
+        sources = np.array([number for _, number in kept])
+        return TrainingText([text for text, _ in kept], weights[sources], tuple(self._trained), sources)
 
     @cached_property
     def _stream(self) -> StreamedText:
@@ -166,17 +219,16 @@ class Corpora:
             return hashlib.sha256(text.encode()).digest() not in purposes and not falls_out(text, share)
 
         excluded = hashlib.sha256(b"".join(sorted(purposes)) + str(share).encode()).hexdigest()
-        return StreamedText(self._sources, keep, excluded, self.recipe.tune.shuffle_window)
+        return StreamedText(self.trained_on, keep, excluded, self.recipe.tune.shuffle_window, self.recipe.malformed_rows)
 
     def training(self) -> TrainingText | StreamedText:
         """Domain and replay documents that serve no other purpose."""
         return self._stream if self.streamed else self._training
 
+    def _texts(self, records: Sequence[Record]) -> set[str]:
+        texts = (self._text(record) for record in records if not is_tokenised(record))
+        return {text for text in texts if text is not None}
 
-def _texts(records: Sequence[Record], column: str | None = None) -> set[str]:
-    return {document_text(record, column) for record in records if not is_choice(record) and "input_ids" not in record.content}
-
-
-def _with_text(records: Sequence[Record], column: str | None) -> list[Record]:
-    """Records whose text stands in `column`, with it under "text"."""
-    return [Record({"text": document_text(record, column)}, record.where) for record in records] if column else list(records)
+    def _with_text(self, records: Sequence[Record], column: str | None) -> list[Record]:
+        """Records whose text stands in `column`, with it under "text"."""
+        return [Record({"text": self._text(record)}, record.where) for record in records] if column else list(records)

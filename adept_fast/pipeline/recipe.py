@@ -14,7 +14,7 @@ from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
 from adept_fast.runtime.yaml_text import parsed
 from adept_fast.settings.key_value import settings
 from adept_fast.settings.keys import DTYPES, SEEDS, Eval, Expand, Score, Tune
-from adept_fast.settings.validation import declare, shown
+from adept_fast.settings.validation import Range, declare, shown
 from adept_fast.tuning.methods import METHODS
 
 
@@ -23,10 +23,14 @@ class Recipe:
     """What a run is made from. Only model_name_or_path and domain have no default that works."""
 
     model_name_or_path: str = declare("", meaning="folder or hub name")
-    domain: tuple[Source, ...] = declare((), meaning="file, dataset name, {path, split, column, weight}, or a list of them")
+    domain: tuple[Source, ...] = declare(
+        (), meaning="file, folder, glob, dataset name, {path, split, column, template, weight}, or a list of them"
+    )
     output_dir: str = declare("adept_out")
     method: str = declare("adept", METHODS, "see below")
-    probe: Source = declare(Source(GENERAL), meaning="the bundled probe; or a file, a dataset name, {path, split, column, weight}")
+    probe: Source = declare(
+        Source(GENERAL), meaning="the bundled probe; or a file, folder, glob, dataset name, {path, split, column, template}"
+    )
     revision: str | None = declare(None, meaning="of a hub model")
     dtype: str | None = declare(None, DTYPES, "null is the checkpoint's")
     attn_implementation: str | None = declare(
@@ -34,6 +38,7 @@ class Recipe:
     )
     trust_remote_code: bool = declare(False)
     seed: int = declare(0, SEEDS)
+    malformed_rows: int = declare(0, Range(0), "rows of a source that may be left out because they cannot be read; 0 stops at the first")
     score: Score = Score()
     expand: Expand = Expand()
     tune: Tune = field(default_factory=Tune)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.data.items import tokenize_item
+from adept_fast.data.items import is_tokenised, tokenize_item
 from adept_fast.models import describe, vocabulary_of
 from adept_fast.pipeline.choose_layers import by_scores, check_layers
 from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_corpora, report
@@ -52,7 +52,7 @@ def _check(work: Workspace) -> None:
         check_rank(work.skeleton, work.recipe.tune.lora_rank)
     checkpoint.require_vocabulary(work.source, work.tokenizer, work.skeleton)
     for record in (*work.corpora.probe.scoring, *work.corpora.probe.steering):
-        if "input_ids" in record.content:
+        if is_tokenised(record):
             tokenize_item(record, None, vocabulary=vocabulary_of(work.skeleton))
 
 

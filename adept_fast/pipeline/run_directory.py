@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.digest import fingerprint
-from adept_fast.data.items import Item, tokenize_item
+from adept_fast.data.items import Item, is_tokenised, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 from adept_fast.models import vocabulary_of
@@ -43,7 +43,7 @@ class Workspace:
         self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
         self.log, self.checkpoints = self.folder / "trainer_log.jsonl", self.folder / "checkpoints"
         self.eval_path = self.folder / "eval.json"
-        self.corpora = Corpora(recipe)
+        self.corpora = Corpora(recipe, lambda: self.tokenizer, say)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -118,7 +118,7 @@ class Workspace:
 
     def vocabulary(self, records: Iterable[Record]) -> int | None:
         """How many tokens the model has, where some of these records are tokenised already."""
-        return vocabulary_of(self.skeleton) if any("input_ids" in record.content for record in records) else None
+        return vocabulary_of(self.skeleton) if any(map(is_tokenised, records)) else None
 
     @cached_property
     def skeleton(self) -> Any:
@@ -171,7 +171,7 @@ class Workspace:
         limit = self.positions
         records = list(records)
         vocabulary = self.vocabulary(records)
-        items = [tokenize_item(record, self.tokenizer, style, self.recipe.probe.column, vocabulary) for record in records]
+        items = [tokenize_item(record, self.tokenizer, style, vocabulary) for record in records]
         fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
         if not fitting:
             raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.preview import preview
+from adept_fast.data.source_summary import table
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import corpus
@@ -35,12 +37,17 @@ def tuning_settings(work: Workspace) -> TuningSettings:
 
 
 def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
-    """What to train on, as tokens or to be streamed. Says what tuning is going to do with it."""
+    """What to train on, as tokens or to be streamed. Says what was read, shows two documents as the model will see them, and says what
+    tuning is going to do."""
     from adept_fast.tuning import plan
 
     training = work.corpora.training()
     text = training if isinstance(training, StreamedText) else training.tokenize(work.tokenizer, work.quiet)
-    planned, _ = plan(text, work.tokenizer, tuning_settings(work), work.positions)
+    planned, blocks = plan(text, work.tokenizer, tuning_settings(work), work.positions)
+    summaries = work.corpora.summaries()
+    unread = [line for _, summary in summaries[: len(work.corpora.trained_on)] for line in summary.keys_not_read()]
+    for line in [*table(summaries), *unread, *preview(blocks, work.tokenizer)]:
+        work.say(line)
     for line in (str(planned), planned.warning, work.recipe.unused):
         if line:
             work.say(line)

@@ -145,7 +145,7 @@ def test_bad_settings(here: Path, capsys: pytest.CaptureFixture, settings: list[
     [
         ("probe.jsonl", '{"text": "a b c"}\n{"text" "b"}\n', "probe.jsonl:2: not valid JSON"),
         ("probe.jsonl", "", "probe.jsonl: holds no records"),
-        ("probe.jsonl", '{"text": "a b c"}\n{"question": "b"}\n{"text": "d e f"}', "probe.jsonl:2: neither 'text' nor"),
+        ("probe.jsonl", '{"text": "a b c"}\n{"question": "b"}\n{"text": "d e f"}', "probe.jsonl:2: its keys (question) are of no format"),
         ("probe.jsonl", '{"text": "a b"}\n{"text": "c d"}\n', "at least 3"),
         ("domain.txt", "", "domain.txt: holds no records"),
         ("domain.txt", "one line only", "one document only"),

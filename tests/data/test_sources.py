@@ -15,11 +15,12 @@ from tokenizers.processors import TemplateProcessing
 
 from adept_fast import score_layers
 from adept_fast.data.documents import document_tokens, tokenize_documents
-from adept_fast.data.items import IGNORE, Item, document_text, load_items, tokenize_choices, tokenize_item
+from adept_fast.data.items import IGNORE, Item, load_items, tokenize_choices, tokenize_item
 from adept_fast.data.packing import document_order
 from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Record, Source
 from adept_fast.data.splits import by_hash, falls_out, hold_out, split_probe
+from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file
 from tests.support import tiny_models
@@ -73,7 +74,7 @@ def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path, name: str) -> 
         assert [record.content for record in reader(source).records()] == ROWS
 
 
-def test_a_folder_is_read_by_datasets(tmp_path: Path) -> None:
+def test_a_split_of_a_folder_is_read_by_datasets(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "jsonl")
     assert len(read(Source(str(tmp_path), split="train"))) == 5
 
@@ -97,7 +98,7 @@ def test_text_without_blank_lines_is_cut_into_pieces(tmp_path: Path) -> None:
         ("empty.txt", "\n \n", "holds no records"),
         ("what.csv", "a,b", "unknown kind of file"),
         ("bad.jsonl.gz", "not gzip", "cannot be read"),
-        ("lone.jsonl", '{"text": "a \\ud83d b"}', "lone.jsonl:1: holds half of a surrogate pair"),
+        ("lone.jsonl", '{"text": "a \\ud83d b"}', "lone.jsonl:1: 'text' holds half of a surrogate pair"),
         ("bad.parquet", "not parquet", "not a readable parquet file"),
     ],
 )
@@ -187,7 +188,7 @@ def test_questions() -> None:
     assert tokenize_choices(Record({**content, "answer": "b"}, "here"), tokenizer) == choices
     with pytest.raises(InputError, match="found 'D'"):
         tokenize_choices(Record({**content, "answer": "D"}, "here"), tokenizer)
-    for change in ({"answer": 3}, {"answer": None}, {"choices": ["one"]}, {"question": None}):
+    for change in ({"answer": 3}, {"answer": None}, {"choices": ["one"]}, {"question": None}, {"choices": "one"}):
         with pytest.raises(InputError, match="^here: "):
             tokenize_choices(Record({**content, **change}, "here"), tokenizer)
 

@@ -200,18 +200,15 @@ def test_tokens_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_digest_names_what_decides_the_documents_and_their_order(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
-    changes = [{}, {"split": "a"}, {"column": "b"}, {"weight": 2.0}, {"share": 0.5}, {"share": 0.5, "share_end": 0.1}]
+    changes = [{}, {"template": "chat"}, {"column": "b"}, {"weight": 2.0}, {"share": 0.5}, {"share": 0.5, "share_end": 0.1}]
     made = [text(tmp_path, Source(path, **change)) for change in changes]
     made += [replace(made[0], excluded="other"), replace(made[0], window=10), replace(made[0], sources=made[0].sources * 2)]
     assert len({one.digest for one in made}) == len(made) and text(tmp_path, Source(path), without="").digest == made[0].digest
 
 
 def test_what_cannot_be_streamed_says_so(tmp_path: Path) -> None:
-    (tmp_path / "all.json").write_text("[]")
-    with pytest.raises(InputError, match="cannot be streamed"):
-        reader(Source(str(tmp_path / "all.json")))
     with pytest.raises(InputError, match="holds no document to train on"):
         stream(text(tmp_path, Source(write(tmp_path, "jsonl")), without=""))[0]
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     with pytest.raises(InputError, match=r"bad.jsonl:2: not valid JSON"):
-        list(reader(Source(str(tmp_path / "bad.jsonl"))).records())
+        text(tmp_path, Source(str(tmp_path / "bad.jsonl"))).look(tiny_models.tokenizer())

@@ -1,0 +1,251 @@
+"""What a record means, decided here alone: the formats that LLaMA-Factory, TRL and Axolotl read, each by the keys that it needs.
+
+| keys, optional ones after the semicolon | meaning |
+|---|---|
+| question, choices, answer | Question |
+| input_ids; labels | Tokens |
+| messages (role, content) or conversations (from, value); system, tools | Chat |
+| instruction, output; input, system, history | Answered |
+| prompt, completion | Answered, or Chat where they are lists of messages |
+| text | Text |
+
+The first whose needed keys are all there, and not null, is meant. A record whose text is empty or null means nothing: it is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+from adept_fast.data.sources import Record
+from adept_fast.errors import InputError
+from adept_fast.settings.validation import shown
+
+IGNORE = -100
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
+}
+"""Names of roles, ShareGPT's among them, and what chat templates call them."""
+
+
+class MalformedRecord(InputError):
+    """One row that cannot be read, while others may be."""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, in its parts, and its answer. apart: whether a line break parts them where neither brings white space."""
+
+    prompt: str
+    answer: str
+    context: str = ""
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    apart: bool = True
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages for a chat template. The answers are what the assistant says from message `answers_from` on."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    answers_from: int = 0
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the chat template."""
+        return {"tools": list(self.tools)} if self.tools else {}
+
+
+@dataclass(frozen=True)
+class Question:
+    """answer: the index of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+Meaning = Text | Answered | Chat | Question | Tokens
+
+
+def meaning(record: Record) -> Meaning | None:
+    """What a record says; None for one that is empty. Raises MalformedRecord, naming file and line, for one that cannot be read."""
+    if record.fault is not None:
+        raise MalformedRecord(f"{record.where}: {record.fault}")
+    if not isinstance(record.content, Mapping):
+        raise MalformedRecord(f'{record.where}: expected a record such as {{"text": ...}}, found {type(record.content).__name__}')
+    form = _format_of(record)
+    try:
+        return form and form.read({key: value for key, value in record.content.items() if value is not None})
+    except ValueError as error:
+        raise MalformedRecord(f"{record.where}: {error}") from None
+
+
+def unread(record: Record) -> frozenset[str]:
+    """The keys that stand beside what is read of a record, and are not null."""
+    form = _format_of(record)
+    return frozenset(key for key, value in record.content.items() if value is not None and form and key not in {*form.needed, *form.also})
+
+
+@dataclass(frozen=True)
+class _Format:
+    needed: tuple[str, ...]
+    also: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Meaning | None]
+
+
+def _format_of(record: Record) -> _Format | None:
+    """None for a record that would have a format were its values not null."""
+    content = record.content
+    here = {key for key, value in content.items() if value is not None}
+    if record.column is not None:
+        formats = (_Format((record.column,), (), lambda content: _column(content, record.column)),)
+    else:
+        formats = FORMATS
+    found = next((form for form in formats if here.issuperset(form.needed)), None)
+    if found is None and here and not any((content.keys() | record.nulls).issuperset(form.needed) for form in formats):
+        keys = ", ".join(sorted(map(str, here)))
+        if record.column is not None:
+            raise MalformedRecord(f"{record.where}: no column {record.column!r} (keys: {keys})")
+        known = "; ".join(", ".join(form.needed) for form in formats[::-1])
+        raise MalformedRecord(f"{record.where}: its keys ({keys}) are of no format that is read ({known}); name its text with column=")
+    return found
+
+
+def _column(content: Mapping[str, Any], column: str | None) -> Meaning | None:
+    """Of a column that the source names: a text, or messages."""
+    value = content[column]
+    return _chat(value, {}, column) if isinstance(value, (list, tuple)) else _text({"text": value}, column)
+
+
+def _text(content: Mapping[str, Any], name: str = "text") -> Text | None:
+    text = _string(content["text"], name)
+    return Text(text) if text.strip() else None
+
+
+def _string(value: Any, name: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} must be a text, found {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def _instruction(content: Mapping[str, Any]) -> Answered | None:
+    prompt, context, answer, system = (_string(content.get(key), key) for key in ("instruction", "input", "output", "system"))
+    history = content.get("history") or ()
+    if not isinstance(history, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise ValueError(f"'history' must be a list of pairs, prompt and answer, found {shown(history)}")
+    pairs = tuple((_string(asked, "history"), _string(answered, "history")) for asked, answered in history)
+    if not answer.strip() or not (prompt.strip() or context.strip()):
+        return None
+    return Answered(prompt if prompt.strip() else context, answer, context if prompt.strip() and context.strip() else "", system, pairs)
+
+
+def _completion(content: Mapping[str, Any]) -> Meaning | None:
+    """TRL's: texts that follow each other as they are, or lists of messages."""
+    prompt, completion = content["prompt"], content["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt, completion = _string(prompt, "prompt"), _string(completion, "completion")
+        return Answered(prompt, completion, apart=False) if completion.strip() else None
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    if not isinstance(asked, (list, tuple)) or not isinstance(answered, (list, tuple)):
+        raise ValueError("'prompt' and 'completion' must be texts, or lists of messages")
+    return _chat([*asked, *answered], content, "prompt, completion", len(asked))
+
+
+def _chat(messages: Any, content: Mapping[str, Any], name: str, answers_from: int = 0) -> Chat | None:
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"{name!r} must be a list of messages, found {shown(messages)}")
+    read = [_message(message, name) for message in messages]
+    if not any(message["content"].strip() or "tool_calls" in message for message in read):
+        return None
+    if (system := _string(content.get("system"), "system")).strip() and (not read or read[0]["role"] != "system"):
+        read, answers_from = [{"role": "system", "content": system}, *read], answers_from + bool(answers_from)
+    return Chat(tuple(read), answers_from, _tools(content.get("tools") or []))
+
+
+def _tools(tools: Any) -> tuple[Any, ...]:
+    """A list, or its JSON, as tables have it."""
+    try:
+        listed = (json.loads(tools) if tools.strip() else []) if isinstance(tools, str) else tools
+    except ValueError:
+        listed = None
+    if not isinstance(listed, (list, tuple)):
+        raise ValueError(f"'tools' must be a list or its JSON, found {shown(tools)}")
+    return tuple(listed)
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    """As chat templates have it: role and content, and whatever else stands in it."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"each of {name!r} must be a message, {{role, content}} or {{from, value}}, found {shown(message)}")
+    given = {key: value for key, value in message.items() if value is not None}
+    role, content = given.pop("from", given.get("role")), given.pop("value", given.get("content", ""))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, found {shown(role)}")
+    if isinstance(content, (list, tuple)):  # parts, as of models that see pictures too
+        if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+            raise ValueError("a message holds parts that are not text")
+        content = "".join(_string(part.get("text"), "content") for part in content)
+    return {**given, "role": ROLES[role.lower()], "content": _string(content, "content")}
+
+
+def _question(content: Mapping[str, Any]) -> Question:
+    question, choices, answer = (content[key] for key in ("question", "choices", "answer"))
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError("a multiple-choice item is 'question', 'choices' (2 to 26 texts) and 'answer'")
+    texts = tuple(_string(choice, "choices") if isinstance(choice, str) else str(choice) for choice in choices)
+    if isinstance(answer, str) and answer.strip().upper() in tuple(LETTERS[: len(choices)]):
+        answer = LETTERS.index(answer.strip().upper())
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"'answer' must be an index from 0 to {len(choices) - 1} or a letter, found {answer!r}")
+    return Question(_string(question, "question"), texts, answer)
+
+
+def _tokens(content: Mapping[str, Any]) -> Tokens | None:
+    try:
+        ids, labels = (tuple(map(index, content.get(key, content["input_ids"]))) for key in ("input_ids", "labels"))
+    except TypeError:
+        raise ValueError("'input_ids' and 'labels' must be lists of whole numbers") from None
+    if len(labels) != len(ids):
+        raise ValueError(f"{len(ids)} input_ids but {len(labels)} labels")
+    if any(token < 0 for token in ids) or any(label < 0 and label != IGNORE for label in labels):
+        raise ValueError(f"input_ids must be 0 or more, labels too or {IGNORE} where they are not supervised")
+    return Tokens(ids, labels) if ids else None
+
+
+FORMATS = (
+    _Format(("question", "choices", "answer"), (), _question),
+    _Format(("input_ids",), ("labels",), _tokens),
+    _Format(("messages",), ("system", "tools"), lambda content: _chat(content["messages"], content, "messages")),
+    _Format(("conversations",), ("system", "tools"), lambda content: _chat(content["conversations"], content, "conversations")),
+    _Format(("instruction", "output"), ("input", "system", "history"), _instruction),
+    _Format(("prompt", "completion"), ("tools",), _completion),
+    _Format(("text",), (), _text),
+)

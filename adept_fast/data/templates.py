@@ -1,0 +1,107 @@
+"""How a record is written as text: end to end, as Alpaca has it, or by the tokenizer's chat template.
+
+`plain` puts system, history, instruction, input and output one after the other, with a line break where neither side brings white space: a
+base model has no other format. `alpaca` is the template that Alpaca was trained with, and LLaMA-Factory and Axolotl have under that name.
+Messages always go through the chat template.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import TYPE_CHECKING
+
+from adept_fast.data.records import LETTERS, Answered, Chat, MalformedRecord, Question, Text, Tokens, meaning
+from adept_fast.data.sources import Record
+from adept_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BEFORE = {
+    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    True: "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.",
+}
+"""The first line of Alpaca's template, without and with an input."""
+
+
+class Rendered(str):
+    """A text that a chat template wrote, and the chat it wrote it from: its control tokens are meant, it has its own begin and end."""
+
+    chat: Chat
+
+
+def document_text(record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+    """The text of a record to train on; None for an empty one. tokenizer: whose chat template messages go through.
+
+    Raises MalformedRecord for a record that cannot be read, InputError for a tokenizer without a chat template.
+    """
+    found = meaning(record)
+    if found is None:
+        return None
+    if isinstance(found, Tokens):
+        raise MalformedRecord(f"{record.where}: holds input_ids; documents are packed from text: give text, or messages")
+    if isinstance(found, Text):
+        return found.text
+    if isinstance(found, Answered) and record.template == "chat":
+        found = as_chat(found)
+    if isinstance(found, Chat):
+        return rendered(found, tokenizer, record.where)
+    return "".join(prompt_and_answer(found, record.template))
+
+
+def prompt_and_answer(found: Answered | Question, template: str = "plain") -> tuple[str, str]:
+    """Texts that follow each other as they are."""
+    if isinstance(found, Question):
+        prompt, options = question_prompt(found)
+        return prompt, options[found.answer]
+    if template == "alpaca":
+        return _alpaca(found), found.answer
+    history = [text for pair in found.history for text in pair]
+    prompt = reduce(_joined, filter(str.strip, [found.system, *history, found.prompt, found.context]), "")
+    return prompt, _joined(prompt, found.answer)[len(prompt) :] if found.apart else found.answer
+
+
+def question_prompt(question: Question) -> tuple[str, list[str]]:
+    """Question, lettered choices, "Answer:"; and what each option continues it with: " A. text", " B. text", ..."""
+    listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
+    return "\n".join([question.question, *listed, "Answer:"]), [f" {line}" for line in listed]
+
+
+def _joined(before: str, after: str) -> str:
+    return before + after if not before or before[-1:].isspace() or after[:1].isspace() else f"{before}\n{after}"
+
+
+def _alpaca(found: Answered) -> str:
+    first = found.system.strip() or BEFORE[bool(found.context)]
+    turns = [f"### Instruction:\n{asked.strip()}\n\n### Response:\n{answered.strip()}\n\n" for asked, answered in found.history]
+    context = f"\n\n### Input:\n{found.context.strip()}" if found.context else ""
+    return f"{first}\n\n{''.join(turns)}### Instruction:\n{found.prompt.strip()}{context}\n\n### Response:\n"
+
+
+def as_chat(found: Answered) -> Chat:
+    """As messages; the last one alone is the answer."""
+    system = [("system", found.system)] if found.system.strip() else []
+    history = [turn for asked, answered in found.history for turn in (("user", asked), ("assistant", answered))]
+    asked = _joined(found.prompt, found.context) if found.context else found.prompt
+    turns = [*system, *history, ("user", asked), ("assistant", found.answer)]
+    return Chat(tuple({"role": role, "content": content.strip()} for role, content in turns), len(turns) - 1)
+
+
+def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase | None, where: str) -> Rendered:
+    """A chat through the tokenizer's chat template."""
+    if tokenizer is None:
+        raise InputError(f"{where}: a tokenizer is needed for messages: pass tokenizer=")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: messages need a chat template, and this tokenizer has none: put a chat_template.jinja into the model's folder, "
+            "or give prompt and completion as texts"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text = Rendered(tokenizer.apply_chat_template(list(chat.messages), tokenize=False, **chat.options))
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        raise MalformedRecord(f"{where}: the chat template refuses these messages ({error})") from None
+    text.chat = chat
+    return text
