@@ -32,10 +32,25 @@ STYLES = TEMPLATES
 
 @dataclass(frozen=True)
 class Item:
-    """Tokens of one sequence. `labels[t]` is input_ids[t] where supervised, else -100; the first token is never predicted."""
+    """Tokens of one sequence. `labels[t]` is input_ids[t] where supervised, else -100; the first token is never predicted.
+
+    Raises InputError for anything else: masking would measure the tokens and gradients the labels.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            raise InputError(f"{len(self.input_ids)} input_ids but {len(self.labels)} labels")
+        if min(self.input_ids, default=0) < 0:
+            raise InputError(f"input_ids must be 0 or more, found {min(self.input_ids)}")
+        for at, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
+            if label not in (token, IGNORE):
+                raise InputError(
+                    f"label {label} at position {at}, whose token is {token}: labels are the tokens of their own positions (the model "
+                    f"shifts them), or {IGNORE} where they are not supervised"
+                )
 
     @property
     def supervised(self) -> int:
@@ -76,7 +91,11 @@ def tokenize_item(
     if found is None:
         raise MalformedRecord(f"{record.where}: is empty")
     if isinstance(found, Tokens):
-        return _known(Item(found.input_ids, found.labels), record.where, vocabulary)
+        try:
+            item = Item(found.input_ids, found.labels)
+        except InputError as error:
+            raise MalformedRecord(f"{record.where}: {error}") from None
+        return _known(item, record.where, vocabulary)
     if tokenizer is None:
         raise InputError(f"{record.where}: a tokenizer is needed for items that are not tokenised: pass tokenizer=")
     encoder = Encoder.of(tokenizer)
@@ -91,7 +110,7 @@ def tokenize_item(
 
 
 def _known(item: Item, where: str, vocabulary: int | None) -> Item:
-    highest = max((*item.input_ids, *item.labels), default=0)
+    highest = max(item.input_ids, default=0)
     if vocabulary is not None and highest >= vocabulary:
         raise InputError(f"{where}: token {highest}, but the model has {vocabulary}: tokenise it with the model's own tokenizer")
     return item

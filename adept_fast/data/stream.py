@@ -120,6 +120,8 @@ def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tupl
         found = " and ".join(f"{1 - value:.3g}" for value in left)
         raise InputError(f"domain and tune.replay: their shares make {found} at the start and the end of the run, not 1")
     parts = [sources[index].weight * (tokens[index] if tokens is not None else 1) for index in rest]
+    if rest and not sum(parts):
+        raise InputError(f"{', '.join(sources[index].path for index in rest)}: no token to train on, or weights of 0")
     for index, part in zip(rest, parts, strict=True):
         given[index] = (left[0] * part / sum(parts), left[1] * part / sum(parts))
     return given
@@ -142,6 +144,11 @@ class _Shuffled:
 
     def state(self) -> dict[str, Any]:
         return {**self._start, "index": self._index}
+
+    @property
+    def passes(self) -> int:
+        """Passes over the source before the one at hand."""
+        return int(self._start["pass"])
 
     def _open(self, position: Mapping[str, Any] | None) -> None:
         self._reader = reader(self.source)
@@ -207,6 +214,8 @@ class Stream(Dataset):
         one_per_row: bool = False,
         ahead: int = 1024,
     ) -> None:
+        if block_size < 2:
+            raise InputError(f"block_size must be 2 or more, found {block_size}: a block of one token has nothing to predict")
         self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
         encoder = Encoder.of(tokenizer)
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
@@ -287,11 +296,15 @@ class Stream(Dataset):
 
     def _next_block(self) -> list[np.ndarray]:
         pieces: list[np.ndarray] = []
+        begun = [source.passes for source in self._sources]
         while not any(len(piece) > 1 for piece in pieces):  # a block of single tokens has nothing to predict
             pieces, room = [], self.block_size
             while room and not (pieces and self.one_per_row):
                 if not len(self._rest):
                     self._rest = self._next_document()
+                    for source, passes in zip(self._sources, begun, strict=True):
+                        if source.passes > passes + 1 and not any(len(piece) > 1 for piece in (*pieces, self._rest)):
+                            raise InputError(f"{source.source.path}: a whole pass over it holds no document of two tokens or more")
                 pieces.append(self._rest[:room])
                 self._rest = self._rest[room:]
                 room -= len(pieces[-1])

@@ -61,5 +61,7 @@ def _cut(item: Item, length: int) -> Item:
 def _first_difference(choices: Choices) -> Candidates:
     """The options share their prompt; the first token in which they differ is the letter, and its likelihood decides."""
     options = [option.input_ids for option in choices.options]
-    at = next(at for at in range(min(map(len, options))) if len({option[at] for option in options}) > 1)
+    at = next((at for at in range(min(map(len, options))) if len({option[at] for option in options}) > 1), None)
+    if at is None:
+        raise InputError(f"a question of {len(options)} choices: the tokenizer gives some of their letters the same tokens")
     return Candidates(at - 1, tuple(option[at] for option in options))

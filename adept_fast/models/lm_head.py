@@ -72,6 +72,8 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
         return fused.linear_cross_entropy(hidden, head, targets)
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     there = (wanted != IGNORE).nonzero()[:, 0]
+    if not len(there):
+        return rows[there].float().sum() + torch.zeros(targets.shape, device=hidden.device)  # a sum of nothing, differentiable
     losses = [
         functional.cross_entropy(head_logits(model, rows[part]).float(), wanted[part], reduction="none") for part in there.split(ROWS)
     ]

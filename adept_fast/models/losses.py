@@ -50,15 +50,17 @@ class Candidates:
 
 
 def item_tensors(item: Item, device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids [tokens] and the label that each position predicts [tokens] (the next one; -100 at the end)."""
-    ids = torch.tensor(item.input_ids, device=device)
-    targets = torch.tensor((*item.labels[1:], IGNORE), device=device)
+    """input_ids and the label that each position predicts (the next one; -100 at the end), int64 [tokens]; one token at least."""
+    ids = torch.tensor(item.input_ids, dtype=torch.int64, device=device)
+    targets = torch.tensor((*item.labels[1:], IGNORE), dtype=torch.int64, device=device)
     return ids, targets
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
     batch: list[int] = []
     for index in sorted(range(len(items)), key=lambda index: len(items[index].input_ids)):
+        if not items[index].input_ids:
+            continue
         if batch and (len(batch) + 1) * len(items[index].input_ids) > BATCH_TOKENS:
             yield batch
             batch = []
@@ -83,7 +85,7 @@ def corpus_loss(
     """
     device = device_of(model)
     sums, tokens = torch.zeros(len(items), dtype=torch.float64), torch.tensor([item.supervised for item in items])
-    best: list[Tensor] = [torch.empty(0)] * len(items)
+    best: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(items)
     picked = [-1] * len(items)
     sharded = in_shards(model)
     with evaluating(model), Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
@@ -118,12 +120,13 @@ def corpus_loss(
 
 
 def batch_loss(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
-    """Summed loss of items in one forward, differentiable: the negative log-likelihood of their supervised tokens."""
-    length = max(len(item.input_ids) for item in items)
+    """Summed loss of items in one forward, differentiable: the negative log-likelihood of their supervised tokens, 0 of none."""
+    length = max(1, *(len(item.input_ids) for item in items))
     ids = [[*item.input_ids, *[0] * (length - len(item.input_ids))] for item in items]
     labels = [(row, at, label) for row, item in enumerate(items) for at, label in enumerate(item.labels[1:]) if label != IGNORE]
     device = device_of(model)
-    rows, positions, targets = torch.tensor(labels, device=device).unbind(1)  # found on the host: a mask would wait for the device
+    placed = torch.tensor(labels, dtype=torch.int64, device=device).view(-1, 3)
+    rows, positions, targets = placed.unbind(1)  # found on the host: a mask would wait for the device
     if in_shards(model):  # only a call of the whole model gathers them
         logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits[rows, positions]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

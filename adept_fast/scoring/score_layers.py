@@ -63,7 +63,7 @@ def score_layers(
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
-    domain = [Item(item.input_ids, item.input_ids) for item in domain]
+    domain = _all_tokens(model, domain)
     copies = record.copies if (record := AdeptConfig.of(model)) else ()
     started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:
@@ -114,6 +114,15 @@ def endless(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
         for layer, items in enumerate(counts.tolist())
         if items
     )
+
+
+def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
+    """Items of a domain, supervised on all their tokens; those of one token, which nothing predicts, are left out."""
+    given = list(domain)
+    items = [Item(item.input_ids, item.input_ids) for item in given if len(item.input_ids) > 1]
+    if given and not items:
+        raise InputError("domain: no item of two tokens or more, so nothing to predict")
+    return load_items(items, vocabulary=vocabulary_of(model)) if items else []
 
 
 def _cheap(

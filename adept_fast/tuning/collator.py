@@ -33,7 +33,9 @@ def collator(model: PreTrainedModel) -> Collator:
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel, blocks: Blocks, collate: Collator) -> bool:
     """True when, in a batch of two blocks (of several documents each, where there is such a one), the logits of the last document are
-    those it gets alone."""
+    those it gets alone. So it is where there is no block, of documents of one token."""
+    if not len(blocks):
+        return True
     index = next((index for index in range(len(blocks)) if len(blocks.documents(index)) > 1), 0)
     lengths = blocks.documents(index)
     start, stop = sum(lengths[:-1]), sum(lengths)

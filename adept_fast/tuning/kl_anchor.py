@@ -36,8 +36,9 @@ class Anchor:
 
     def __init__(self, items: Sequence[Item], weight: float, every: int = Tuning.anchor_every, tokens: int = Tuning.anchor_tokens) -> None:
         check(Tuning, "tune.", needed=True, anchor_weight=weight, anchor_every=every, anchor_tokens=tokens)
+        items = [item for item in items if item.input_ids]
         if not items:
-            raise InputError("an anchor needs items to compare the model with the base on")
+            raise InputError("an anchor needs items with a token to compare the model with the base on")
         self.weight, self.every = weight, every
         self._groups = list(_groups(items, tokens))
 

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from adept_fast.data.items import Item
+from adept_fast.errors import InputError
 from adept_fast.models import bare
 from adept_fast.models.losses import corpus_loss
 from adept_fast.runtime import distributed
@@ -40,6 +41,9 @@ class Monitor(TrainerCallback):
         quiet: bool = False,
     ) -> None:
         self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
+        for name, items in self.monitors.items():
+            if not any(item.supervised for item in items):
+                raise InputError(f"monitors: {name} has no item with a supervised token, so no mean loss")
         self.log, self.tokens_per_step, self.say, self.quiet = log, tokens_per_step, say, quiet
         self._timed: tuple[float, int] = (0.0, 0)
 

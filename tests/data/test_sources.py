@@ -175,9 +175,19 @@ def test_probe_forms(tmp_path: Path) -> None:
     assert load_items(path, vocabulary=8) == load_items(path)
     with pytest.raises(InputError, match=f"^{path}:1: token 7, but the model has 7: tokenise it with the model's own tokenizer$"):
         load_items(path, vocabulary=7)
-    for beyond in ({"input_ids": [5, 6], "labels": [5, 300]}, Item((300, 6), (5, 6))):
+    for beyond in ({"input_ids": [5, 300]}, Item((300, 6), (300, 6))):
         with pytest.raises(InputError, match="^probe item 2: token 300, but the model has 300"):
             score_layers(tiny_models.model(), [{"input_ids": [5, 6, 299]}, beyond])
+    wrong = [
+        ([5, 6, 7], [6, 7, -100], "label 6 at position 0, whose token is 5: labels are the tokens of their own positions"),
+        ([5, 6, 7], [-100, 6], "3 input_ids but 2 labels"),
+        ([5, -1, 7], [5, -1, 7], "input_ids must be 0 or more"),
+    ]
+    for ids, labels, message in wrong:
+        with pytest.raises(InputError, match=message):
+            Item(tuple(ids), tuple(labels))
+        with pytest.raises(InputError, match=f"^probe item 1: {message}"):
+            load_items([{"input_ids": ids, "labels": labels}])
 
 
 def test_questions() -> None:

@@ -100,7 +100,7 @@ def test_the_items_are_gone_through_in_order_again_and_again() -> None:
     for step, group in zip((2, 4, 6, 8), (1, 2, 0, 1), strict=True):
         assert float(anchor.backward(model, step)) == mean(groups[group])
     short = Anchor(items, weight=1.0, every=1, tokens=7)
-    cut = [replace(items[1], input_ids=items[1].input_ids[:7])]
+    cut = [replace(items[1], input_ids=items[1].input_ids[:7], labels=items[1].labels[:7])]
     assert float(short.backward(model, 1)) == mean(cut)
 
 
