@@ -13,16 +13,15 @@ interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adept_fast.kernels.adamw_scalars import ROW, SCALARS, mix, prepare_kernel
-from adept_fast.kernels.adamw_tables import MODES, TENSOR_WORDS, chunks_on, groups_on, tensor_table, tensors_on
-from adept_fast.ops.adamw.reference import Update
+from adept_fast.kernels.adamw_tables import MODES, by_setup, chunks_on, groups_on, tensors_on
+from adept_fast.ops.adamw.descriptors import WORDS
+from adept_fast.ops.adamw.planned_rows import Table
 
 BLOCK = 1024  # elements at a time; unit numbers are computed exactly up to 1024
 BLOCKS = 8  # in a row, by one program
@@ -272,28 +271,30 @@ def update_kernel(
             unit += further - around * length
 
 
-def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Backend "triton": see adept_fast.ops.adamw.op. fp32, bf16 and fp16, real, `step` on the parameters' device.
 
     Nothing waits for the device. In a CUDA graph, lr and betas given as tensors, steps and multipliers are read at each replay; one
     step outside of it comes first, as torch asks, because pinned memory is reserved and kernels are compiled there.
     """
+    updates = table.updates
     if not updates:
         return
     device = updates[0].param.device
-    rows, setups, options = tensor_table(updates)
-    numels = rows[8::TENSOR_WORDS]
+    rows, setups = by_setup(table)
+    numels = rows[8::WORDS]
     with torch.cuda.device_of(updates[0].param):
-        table, groups, chunks = tensors_on(device, rows, updates), groups_on(device, options), chunks_on(device, numels, BLOCK * BLOCKS)
+        tensors, groups = tensors_on(device, rows, updates), groups_on(device, table.options)
+        chunks = chunks_on(device, numels, BLOCK * BLOCKS)
         scalars = torch.empty(len(updates), SCALARS.value, dtype=torch.float64, device=device)
         grid = (triton.cdiv(len(updates), TENSORS),)
-        prepare_kernel[grid](table, groups, scalars, grad_scale, found_inf, len(updates), TENSORS=TENSORS, enable_fp_fusion=False)
+        prepare_kernel[grid](tensors, groups, scalars, grad_scale, found_inf, len(updates), TENSORS=TENSORS, enable_fp_fusion=False)
         tensor = program = 0
         for (param, grad, moments, mode, amsgrad), count in setups:
             programs = sum(-(-n // (BLOCK * BLOCKS)) for n in numels[tensor : tensor + count])
             if programs:
                 update_kernel[(programs,)](
-                    table,
+                    tensors,
                     chunks,
                     scalars,
                     program,

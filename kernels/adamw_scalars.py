@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adept_fast.kernels.adamw_tables import GROUP_WORDS, TENSOR_WORDS
+from adept_fast.kernels.adamw_tables import GROUP_WORDS
+from adept_fast.ops.adamw.descriptors import WORDS
 
 SCALARS = tl.constexpr(12)
-ROW = tl.constexpr(TENSOR_WORDS)
+ROW = tl.constexpr(WORDS)
 GROUP_ROW = tl.constexpr(GROUP_WORDS)
 
 

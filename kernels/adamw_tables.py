@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adept_fast.ops.adamw.descriptors import WORDS
+from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 
-TENSOR_WORDS = 14
 GROUP_WORDS = 10
 MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4}
 TABLES_KEPT = 64
@@ -34,37 +35,21 @@ _captured: list[tuple[Tensor, Tensor]] = []  # what graphs copy from and to at e
 _reserve = torch.empty(0, dtype=torch.int64)
 
 
-def tensor_table(updates: Sequence[Update]) -> tuple[array[int], list[tuple[Setup, int]], list[AdamWOptions]]:
-    """(rows, set-ups with their number of rows, in the order of rows, options).
-
-    A row: addresses of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers (0: there is none), then numel, length,
-    inner, first_index, seed, and the number of its options.
-    """
-    by_setup: dict[tuple[torch.dtype, torch.dtype, torch.dtype, str | None, bool], list[Update]] = {}
-    for u in updates:
+def by_setup(table: Table) -> tuple[array[int], list[tuple[Setup, int]]]:
+    """(rows of the table, those of a set-up together; set-ups with their number of rows, in that order)."""
+    found: dict[tuple[torch.dtype, torch.dtype, torch.dtype, str | None, bool], list[int]] = {}
+    for i, u in enumerate(table.updates):
         setup = (u[0].dtype, u[1].dtype, u[2].dtype, u[12].master_weights, u[4] is not None)
-        if setup in by_setup:
-            by_setup[setup].append(u)
+        if setup in found:
+            found[setup].append(i)
         else:
-            by_setup[setup] = [u]
-    # Column by column, which takes Python half the time of row by row.
-    ordered = [u for part in by_setup.values() for u in part]
-    columns = list(zip(*ordered, strict=True))
-    options = {id(o): o for o in columns[12]}
-    numbers = {key: i for i, key in enumerate(options)}
-    rows = array("q", bytes(8 * TENSOR_WORDS * len(ordered)))
-    for word in (0, 1, 2, 3, 6):
-        rows[word::TENSOR_WORDS] = array("q", map(Tensor.data_ptr, columns[word]))
-    for word in (4, 5, 7):
-        rows[word::TENSOR_WORDS] = array("q", [0 if x is None else x.data_ptr() for x in columns[word]])
-    rows[8::TENSOR_WORDS] = array("q", map(Tensor.numel, columns[0]))
-    for word in (9, 10, 11, 12):
-        rows[word::TENSOR_WORDS] = array("q", columns[word - 1])
-    rows[13::TENSOR_WORDS] = array("q", [numbers[id(o)] for o in columns[12]])
-    setups = [
-        (Setup(*setup[:3], None if setup[0] == torch.float32 else setup[3], setup[4]), len(part)) for setup, part in by_setup.items()
-    ]
-    return rows, setups, list(options.values())
+            found[setup] = [i]
+    rows = table.rows
+    if len(found) > 1:
+        content = rows.tobytes()
+        rows = array("q", b"".join(content[8 * WORDS * i : 8 * WORDS * (i + 1)] for part in found.values() for i in part))
+    setups = [(Setup(*setup[:3], None if setup[0] == torch.float32 else setup[3], setup[4]), len(part)) for setup, part in found.items()]
+    return rows, setups
 
 
 def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]) -> Tensor:

@@ -11,10 +11,18 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops.adamw.op import launch, sum_of_squares
-from adept_fast.ops.adamw.reference import AdamWOptions, Update, clip_scale
-from adept_fast.optim.arguments import check_dtypes, check_own_arguments, check_torch_arguments, checked_multipliers
+from adept_fast.ops.adamw.reference import clip_scale
+from adept_fast.optim.arguments import (
+    check_dtypes,
+    check_hyperparameters,
+    check_own_arguments,
+    check_torch_arguments,
+    checked_multipliers,
+    checked_rates,
+    checked_scale,
+)  # fmt: skip
 from adept_fast.optim.state import RATES, protect_from_cast, rates_into_state, restored, widen_sharded_remainders
-from adept_fast.optim.update_collection import Rows
+from adept_fast.optim.update_collection import Rows, scalar
 from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
@@ -93,7 +101,7 @@ class AdamW(Rows):
         self._written, self._plans = {}, {}
         defaults = {
             "lr": lr,
-            "betas": tuple(_scalar(beta) for beta in betas),
+            "betas": tuple(scalar(beta) for beta in betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -109,11 +117,14 @@ class AdamW(Rows):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, and checks that this optimizer's backend and master weights can serve the parameters."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
+            check_hyperparameters(number, group)
             for position, param in enumerate(group["params"]):
-                check_dtypes(f"group {len(self.param_groups) - 1}, parameter {position}", param, self.master_weights)
+                check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
                 self._backend(group, param)
+            if RATES in group:
+                group[RATES] = checked_rates(f"group {number}", group, group[RATES])
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -167,32 +178,19 @@ class AdamW(Rows):
         return loss
 
     def _update(self) -> None:
-        work: dict[tuple[torch.device, str], list[Update]] = {}
-        copies, grads, meshes, first = [], [], [], 0
-        described = self._described if torch.compiler.is_compiling() or self.defaults["differentiable"] else self._planned
-        for number, group in enumerate(self.param_groups):
-            lr, beta1, beta2 = _scalar(group["lr"]), *group["betas"]
-            options = AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights)
-            for update, copied, mesh, place in described(number, group, first, options):
-                if place not in work:
-                    work[place] = []
-                work[place].append(update)
-                if copied:
-                    copies.extend(copied)
-                if self.max_grad_norm is not None:
-                    grads.append(update.grad)
-                    meshes.append(mesh)
-            first += len(group["params"])
+        work, tables, copies, grads, meshes = self._collected()
         if not work:
             return
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        scale = None if grad_scale is None else grad_scale.double().reciprocal()
+        found_inf = checked_scale("found_inf", getattr(self, "found_inf", None), torch.float32)
+        grad_scale = checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
+        scale = None if grad_scale is None else grad_scale.reciprocal()
         if self.max_grad_norm is not None:
             summed_by = next((backend for device, backend in work if device.type == "cpu"), "torch")
             squares = dtensor.total(partial(sum_of_squares, backend=summed_by), grads, meshes)
             scale = clip_scale(squares, self.max_grad_norm, scale)
         for (device, backend), updates in work.items():
-            launch(backend, updates, *(x if x is None else x.to(device) for x in (scale, found_inf)))
+            scales = (x if x is None else x.to(device) for x in (scale, found_inf))
+            launch(backend, updates, *scales, tables.get((device, backend)))
         for original, copy in copies:
             original.copy_(copy)
         if self.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
@@ -215,7 +213,11 @@ class AdamW(Rows):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, from this class or torch.optim.AdamW, except that tensors are copied and each key gets the dtype it has here: moments
         `state_dtype`, multipliers fp32, masters their own. A master of another mode, or one that was cast on the way, is dropped and
-        starts again from the parameter. A state dict without any rates leaves those set here."""
+        starts again from the parameter. A state dict without any rates leaves those set here.
+
+        Raises InputError for a state of another shape than its parameter's, without one of AdamW's keys or without values, for rates that
+        are not finite and >= 0 or do not fit, and for hyperparameters out of range, naming group and position; the optimizer is then as
+        it was."""
         hook = self.register_load_state_dict_pre_hook(protect_from_cast)
         try:
             super().load_state_dict(state_dict)
@@ -227,24 +229,35 @@ class AdamW(Rows):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.copy()
+        try:
+            self._set_state(state)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _set_state(self, state: dict[str, Any]) -> None:
         before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._written, self._plans = {}, {}
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
                 group.setdefault(name, self.defaults[name])
             group["decoupled_weight_decay"] = True
+            check_hyperparameters(number, group)
+            rates = checked_rates(f"group {number}", group, group.pop(RATES, {}))
             for position, param in enumerate(group["params"]):
                 if param in self.state:
-                    kept = self._kept(group, param, self._backend(group, param))
-                    kept = self.state[param] = restored(self.state[param], kept, param.device)
+                    where = f"group {number}, parameter {position}"
+                    kept = restored(where, param, self.state[param], self._kept(group, param, self._backend(group, param)))
                     if "unit_lr" in kept:
-                        group.setdefault(RATES, {})[position] = (kept.pop("unit_lr"), kept.pop("unit_dim"))
+                        given = kept.pop("unit_lr"), kept.pop("unit_dim", 0)
+                        rates[position] = checked_multipliers(param, *given, where=f"{where}: unit_lr")
+                    self.state[param] = kept
+            if rates:
+                group[RATES] = rates
         if not any(group.get(RATES) for group in self.param_groups):
             for group, rates in zip(self.param_groups, before, strict=False):
                 if rates:
                     group[RATES] = rates
-
-
-def _scalar(value: float | Tensor) -> float | Tensor:
-    return value.squeeze() if isinstance(value, Tensor) else value

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
+from adept_fast.ops.adamw.checks import REAL as DTYPES
 from adept_fast.ops.adamw.reference import needs_master
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what can be updated, and complex
+from adept_fast.runtime.dtensor import is_sharded
 
 
 def check_torch_arguments(
@@ -29,14 +31,14 @@ def check_torch_arguments(
             raise InputError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise InputError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
+    if not 0.0 <= lr < inf:
         raise InputError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
+    if not 0.0 <= eps < inf:
         raise InputError(f"Invalid epsilon value: {eps}")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise InputError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= weight_decay:
+    if not 0.0 <= weight_decay < inf:
         raise InputError(f"Invalid weight_decay value: {weight_decay}")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise InputError("betas must be either both floats or both Tensors")
@@ -62,32 +64,89 @@ def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | N
         raise InputError(f"max_grad_norm: {max_grad_norm} is not positive; None switches clipping off")
 
 
+def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
+    """Raise InputError where a group's lr, betas, eps or weight_decay, as they stand now, would make non-finite numbers of finite ones.
+
+    What torch takes later on is taken too: an lr that a scheduler rounds below 0. Tensors on a GPU are not waited for."""
+    lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
+        lr, beta1, beta2 = (_number(number, name, value) for name, value in (("lr", lr), ("betas", beta1), ("betas", beta2)))
+    try:
+        fine = -inf < lr < inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < inf and -inf < weight_decay < inf
+    except TypeError:
+        fine = False
+    if not fine:
+        raise InputError(
+            f"group {number}: lr={lr}, betas={(beta1, beta2)}, eps={eps}, weight_decay={weight_decay}: all must be finite numbers, "
+            "betas in [0, 1), eps >= 0; set them in optimizer.param_groups"
+        )
+
+
+def _number(number: int, name: str, value: float | Tensor) -> float:
+    """Of a tensor on the CPU; 0 for one elsewhere."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.is_complex():
+        raise InputError(f"group {number}: {name} is a tensor of {value.dtype} and shape {tuple(value.shape)}, and must be one real number")
+    return value.item() if value.device.type == "cpu" else 0.0
+
+
+def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+    """GradScaler's `grad_scale` or `found_inf` in the dtype that backends read. Raises InputError where it is not one real number."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise InputError(f"{name}: a tensor of {tensor.dtype} and shape {tuple(tensor.shape)}; GradScaler gives one real number")
+    return tensor.reshape(()).to(dtype)
+
+
+def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[int, tuple[Tensor, int]]:
+    """A group's `unit_lr`, {position: (multipliers, dim)}, on its parameters' devices. Raises InputError where they do not fit those."""
+    if not isinstance(rates, Mapping):
+        raise InputError(f"{where}: unit_lr is a {type(rates).__name__}, not {{position: (multipliers, dim)}}")
+    result = {}
+    for position, given in rates.items():
+        there = isinstance(position, int) and 0 <= position < len(group["params"])
+        if not there or not isinstance(given, tuple | list) or len(given) != 2:
+            raise InputError(
+                f"{where}: unit_lr has {position!r}: {given!r}, where {len(group['params'])} positions can have (multipliers, dim)"
+            )
+        result[position] = checked_multipliers(group["params"][position], *given, where=f"{where}, parameter {position}: unit_lr")
+    return result
+
+
 def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
     """Raise InputError where `master_weights` cannot serve `param`."""
     if master_weights in ("remainder", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
         raise InputError(f"{where}: master_weights={master_weights!r} needs bfloat16, not {param.dtype}; use 'copy' or 'kahan'")
 
 
-def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int) -> tuple[Tensor, int]:
+def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, where: str = "multipliers") -> tuple[Tensor, int]:
     """(fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
     try:
-        values = torch.as_tensor(multipliers).detach().to(param.device, torch.float32, copy=True)
+        given = torch.as_tensor(multipliers)
+        if given.is_complex() or given.layout != torch.strided or is_sharded(given):
+            raise TypeError(f"{type(given).__name__} of {given.dtype}, {given.layout}")
+        if not bool(((given >= 0) & (given.detach().float() < inf)).all()):
+            raise InputError(f"{where}: every multiplier must be finite and >= 0")
+        values = given.detach().to(param.device, torch.float32, copy=True).contiguous()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"multipliers: no numbers for a parameter of shape {tuple(param.shape)} ({error})") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: no numbers for a parameter of shape {tuple(param.shape)} ({error})") from None
     if values.ndim == 0:
         dim = 0
     elif not isinstance(dim, int) or not -param.ndim <= dim < param.ndim:
-        raise InputError(f"dim: {dim!r} is not a dimension of a parameter of shape {tuple(param.shape)}")
+        raise InputError(f"{where}: dim: {dim!r} is not a dimension of a parameter of shape {tuple(param.shape)}")
     else:
         dim %= param.ndim
     expected = param.shape[dim : dim + values.ndim]
     if values.shape != expected:
         raise InputError(
-            f"multipliers: shape {tuple(values.shape)} from dim={dim} does not fit a parameter of shape {tuple(param.shape)}, "
+            f"{where}: shape {tuple(values.shape)} from dim={dim} does not fit a parameter of shape {tuple(param.shape)}, "
             f"whose dimensions there are {tuple(expected)}"
         )
-    if not bool(((values >= 0) & values.isfinite()).all()):
-        raise InputError("multipliers: every one must be finite and >= 0")
     return values, dim
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adept_fast.errors import InputError
+from adept_fast.ops.adamw.checks import REMEDY, check_count, check_form
 from adept_fast.runtime.dtensor import is_sharded
 
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
@@ -29,8 +31,10 @@ class Kept:
     master: torch.dtype
 
 
-def create_missing(state: dict[str, Any], param: Tensor, kept: Kept, amsgrad: bool) -> None:
-    """Add the keys that an update of `param` needs and `state` lacks."""
+def create_missing(where: str, state: dict[str, Any], param: Tensor, kept: Kept, amsgrad: bool) -> None:
+    """Add the keys that an update of `param` needs and `state` lacks: all of them before the first step, later those of an option that
+    was switched on. Raises InputError, naming `where`, for a state of which a part is gone."""
+    check_complete(where, state)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=kept.step_device)
     for key in MOMENTS[: 3 if amsgrad else 2]:
@@ -40,6 +44,34 @@ def create_missing(state: dict[str, Any], param: Tensor, kept: Kept, amsgrad: bo
         state["master"] = param.detach().to(kept.master)
     elif kept.master_key is not None and kept.master_key not in state:
         state[kept.master_key] = torch.zeros_like(param, dtype=kept.master).detach()
+
+
+def check_complete(where: str, state: dict[str, Any]) -> None:
+    """Raise InputError where some of `step`, `exp_avg` and `exp_avg_sq` are there and others are not."""
+    missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
+    if missing and (len(missing) < 3 or "max_exp_avg_sq" in state):
+        raise InputError(f"{where}: its state has {', '.join(map(str, state))} but no {' and no '.join(missing)}; {REMEDY}")
+
+
+def check_placed(where: str, param: Tensor, state: dict[str, Any], kept: Kept, amsgrad: bool) -> None:
+    """Raise InputError where the state of a DTensor parameter is cut otherwise than that, or a plain parameter's is cut at all."""
+    for key in (*MOMENTS[: 3 if amsgrad else 2], kept.master_key):
+        if key is not None:
+            check_cut(where, key, state[key], param)
+
+
+def check_cut(where: str, name: str, tensor: object, param: Tensor) -> None:
+    """Raise InputError unless `tensor` is a DTensor of the mesh and placements of `param`, or both are plain."""
+    if is_sharded(tensor) != is_sharded(param):
+        raise InputError(f"{where}: {name} is {_cut(tensor)}, its parameter {_cut(param)}; {REMEDY}")
+    if is_sharded(param) and (tensor.device_mesh != param.device_mesh or tensor.placements != param.placements):
+        raise InputError(f"{where}: {name} is {_cut(tensor)}, its parameter {_cut(param)}; {REMEDY}")
+    if is_sharded(param) and tensor.shape != param.shape:
+        raise InputError(f"{where}: {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}; {REMEDY}")
+
+
+def _cut(tensor: object) -> str:
+    return f"a DTensor {tuple(tensor.placements)} on {tensor.device_mesh}" if is_sharded(tensor) else "no DTensor"
 
 
 @dataclass(frozen=True)
@@ -86,20 +118,44 @@ def protect_from_cast(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
     return state_dict | {"state": {parameter: wrap(state) for parameter, state in state_dict["state"].items()}}
 
 
-def restored(state: dict[str, Any], kept: Kept, device: torch.device) -> dict[str, Any]:
-    """A loaded state, unwrapped, each key in the dtype it is kept in; a master of another mode, or one that was cast, is left out."""
+def restored(where: str, param: Tensor, state: dict[str, Any], kept: Kept) -> dict[str, Any]:
+    """A loaded state, unwrapped, each key in the dtype it is kept in; a master of another mode, or one that was cast, is left out.
+
+    Raises InputError, naming `where`, for what is not AdamW's, lacks a key or does not go with `param`."""
+    if not isinstance(state, dict):
+        raise InputError(f"{where}: its state is a {type(state).__name__}, not a dict of step, exp_avg, exp_avg_sq")
+    missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
+    if state and missing:
+        keys = ", ".join(map(str, state))
+        raise InputError(f"{where}: its state has {keys} but no {' and no '.join(missing)}: was it saved by an AdamW?")
     result = {}
     for key, value in state.items():
+        tensor = value.tensor if isinstance(value, Uncast) else value
         if key == "step":
-            # torch 1.x kept it as a number.
-            tensor = value.tensor if isinstance(value, Uncast) else torch.as_tensor(value)
-            result[key] = tensor.to(kept.step_device, torch.float32, copy=isinstance(value, Uncast))
+            result[key] = _restored_step(where, tensor, kept.step_device, copy=isinstance(value, Uncast))
+        elif key in MOMENTS or key == kept.master_key:
+            dtype = kept.moments if key in MOMENTS else kept.master
+            check_form(where, key, tensor, param)
+            check_cut(where, key, tensor, param)
+            if not isinstance(value, Uncast):
+                result[key] = tensor
+            elif key in MOMENTS or tensor.dtype in (dtype, _carried(dtype)):
+                result[key] = tensor.to(param.device, dtype, copy=True)
         elif not isinstance(value, Uncast):
             result[key] = value
-        elif key in MASTER_KEYS.values():
-            if key == kept.master_key and value.tensor.dtype in (kept.master, _carried(kept.master)):
-                result[key] = value.tensor.to(device, kept.master, copy=True)
-        else:
-            dtypes = {"unit_lr": torch.float32} | dict.fromkeys(MOMENTS, kept.moments)
-            result[key] = value.tensor.to(device, dtypes.get(key, value.tensor.dtype), copy=True)
+        elif key not in MASTER_KEYS.values():
+            result[key] = tensor if key == "unit_lr" else tensor.to(param.device, copy=True)
     return result
+
+
+def _restored_step(where: str, value: Tensor | float, device: torch.device, copy: bool) -> Tensor:
+    # torch 1.x kept it as a number.
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{where}: step is {value!r}, and must be a number; {REMEDY}") from None
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.device.type == "meta" != device.type:
+        raise InputError(f"{where}: step is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, and must be one number")
+    if tensor.device.type != "meta":
+        check_count(where, tensor.item())
+    return tensor.to(device, torch.float32, copy=copy)

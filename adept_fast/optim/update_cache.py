@@ -12,28 +12,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.reference import AdamWOptions, Update
-from adept_fast.runtime.dtensor import Mesh
+from adept_fast.ops.adamw.op import Row
+from adept_fast.ops.adamw.reference import AdamWOptions, Seen, Update
 
 Rates = tuple[Tensor, int]  # multipliers, dim
-
-
-class Row(NamedTuple):
-    """One parameter with a gradient, before its tensors are brought into one memory order; of a sharded one, this process's part."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    master: Tensor | None
-    step: Tensor
-    multipliers: Tensor | None
-    dim: int
-    first_index: int
-    seed: int
-    mesh: Mesh | None
-    backend: str
 
 
 class Plan(NamedTuple):
@@ -49,6 +31,7 @@ class Plan(NamedTuple):
     rates: Rates | None
     form: tuple[Any, ...]  # dtype, shape and strides of the parameter
     grad_form: tuple[Any, ...]  # dtype and strides of the gradient, which is dense
+    seen: Seen  # of the memory of all of them
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates | None, options: AdamWOptions) -> Update | None:
         """The update, or None where the plan does not hold any more."""
@@ -71,17 +54,17 @@ class Plan(NamedTuple):
             or (grad.dtype, grad.stride()) != self.grad_form
         ):
             return None
-        return Update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, *self.rest, options)
+        return Update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, *self.rest, options, self.seen)
 
 
 def plan_of(param: Tensor, row: Row, update: Update, master_key: str | None, rates: Rates | None) -> Plan | None:
     """What `update`, made of `row`, is from step to step; None where it is not of the parameter, gradient and state themselves but of
     their shards, of copies in another order or of views as real: those are described in every step."""
-    if param is not row.param or not all(a is b for a, b in zip(update[:7], row[:7], strict=True)):
+    if update.seen is None or param is not row.param or not all(a is b for a, b in zip(update[:7], row[:7], strict=True)):
         return None
     if rates is not None and (update.multipliers is None or update.multipliers.data_ptr() != rates[0].data_ptr()):
         return None
     form = (param.dtype, param.shape, param.stride())
     grad_form = (row.grad.dtype, row.grad.stride())
     of = tuple(None if tensor is None else ref(tensor) for tensor in row[2:6])
-    return Plan(of, update[7:12], (param.device, row.backend), master_key, rates, form, grad_form)
+    return Plan(of, update[7:12], (param.device, row.backend), master_key, rates, form, grad_form, update.seen)

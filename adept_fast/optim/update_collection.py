@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +13,21 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch as backends
-from adept_fast.ops.adamw.op import in_memory
+from adept_fast.ops.adamw.checks import check_row
+from adept_fast.ops.adamw.op import Row, in_memory
+from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
-from adept_fast.optim.arguments import DTYPES, refuse_sparse
-from adept_fast.optim.state import EDITED, MASTER_KEYS, RATES, Kept, create_missing
-from adept_fast.optim.update_cache import Plan, Row, plan_of
+from adept_fast.optim.arguments import DTYPES, check_hyperparameters, refuse_sparse
+from adept_fast.optim.state import EDITED, MASTER_KEYS, RATES, Kept, check_placed, create_missing
+from adept_fast.optim.update_cache import Plan, plan_of
 from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
     from adept_fast.ops.adamw.memory_order import Pair
 
-    Described = tuple[Update, Sequence[Pair], dtensor.Mesh | None, tuple[torch.device, str]]
+    Place = tuple[torch.device, str]  # device, backend
+    Work = dict[Place, list[Update]]
+    Described = tuple[Update, Sequence[Pair], dtensor.Mesh | None, Place]
 
 
 class Rows(torch.optim.Optimizer):
@@ -33,8 +39,47 @@ class Rows(torch.optim.Optimizer):
     _written: dict[Tensor, int]  # version counter after the last step, of parameters whose state an edit makes stale
     _plans: dict[int, tuple[tuple[Any, ...], dict[int, Plan | None]]]  # per group: what they rely on, by position
 
+    def _collected(self) -> tuple[Work, dict[Place, Table], list[Pair], list[Tensor], list[dtensor.Mesh | None]]:
+        """The updates of this step by device and backend, tables of those that native code reads, pairs (tensor, copy) to write back, and
+        where gradients are clipped those and their meshes.
+
+        Tensors that are still the same objects as when their update was planned, but not the same memory, are described anew."""
+        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
+            work, *rest = self._walked(self._described)
+            return work, {}, *rest
+        work, *rest = self._walked(self._planned)
+        tables = {place: Table(updates) for place, updates in work.items()}
+        changed = [updates[i].seed for place, updates in work.items() for i in tables[place].changed()]
+        if changed:
+            firsts = [0, *accumulate(len(group["params"]) for group in self.param_groups)]
+            for number in changed:
+                index = bisect_right(firsts, number) - 1
+                self._plans[index][1].pop(number - firsts[index], None)
+            work, *rest = self._walked(self._planned)
+            tables = {place: Table(updates) for place, updates in work.items()}
+        return work, tables, *rest
+
+    def _walked(self, described: Callable[..., Iterator[Described]]) -> tuple[Work, list[Pair], list[Tensor], list[dtensor.Mesh | None]]:
+        work: Work = {}
+        copies, grads, meshes, first = [], [], [], 0
+        for number, group in enumerate(self.param_groups):
+            lr, beta1, beta2 = scalar(group["lr"]), *group["betas"]
+            options = AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights)
+            for update, copied, mesh, place in described(number, group, first, options):
+                if place not in work:
+                    work[place] = []
+                work[place].append(update)
+                if copied:
+                    copies.extend(copied)
+                if self.max_grad_norm is not None:
+                    grads.append(update.grad)
+                    meshes.append(mesh)
+            first += len(group["params"])
+        return work, copies, grads, meshes
+
     def _planned(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
         """(update, copies to write back, mesh, (device, backend)) of each parameter with a gradient, by its plan where that still holds."""
+        check_hyperparameters(number, group)
         settings = (self.backend, os.environ.get(backends.OVERRIDE), self.master_weights, group["amsgrad"], first)
         if number not in self._plans or self._plans[number][0] != settings:
             self._plans[number] = settings, {}
@@ -54,7 +99,7 @@ class Rows(torch.optim.Optimizer):
             if not dense:
                 refuse_sparse(group["params"])
                 dense = True
-            row = self._row(group, position, param, first)
+            row = self._row(number, group, position, param, first)
             update, copies = in_memory(row, options)
             key = self._kept(group, param, row.backend).master_key
             plans[position] = plan_of(param, row, update, key, group[RATES].get(position) if RATES in group else None)
@@ -63,41 +108,44 @@ class Rows(torch.optim.Optimizer):
     def _described(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
         """The same without plans, through a method that torch.compile knows."""
         columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
-        self._init_group(group, first, *columns)
+        self._init_group(group, first, number, *columns)
         for fields in zip(*columns, strict=True):
             row = Row(*fields)
             update, copies = in_memory(row, options)
             yield update, copies, row.mesh, (update.param.device, row.backend)
 
-    def _init_group(self, group: dict[str, Any], first: int, *columns: list[Any]) -> None:
+    def _init_group(self, group: dict[str, Any], first: int, number: int, *columns: list[Any]) -> None:
         """Append to the columns, one per field of Row, a row for each parameter with a gradient. torch.compile runs a method of this name
         while it traces, and guards what the lists then hold."""
+        check_hyperparameters(number, group)
         refuse_sparse(group["params"])
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
-                for column, value in zip(columns, self._row(group, position, param, first), strict=True):
+                for column, value in zip(columns, self._row(number, group, position, param, first), strict=True):
                     column.append(value)
 
-    def _row(self, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
-        """A parameter with its gradient, state (created where missing) and rates; of a sharded one, this process's part."""
+    def _row(self, number: int, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
+        """A parameter with its gradient, state (created where missing) and rates, checked against each other; of a sharded one, this
+        process's part."""
+        where = f"group {number}, parameter {position}"
         if param.dtype not in DTYPES and not param.is_complex():
-            raise InputError(f"parameter {position} of its group is {param.dtype}, which AdamW cannot update: give it no gradient")
+            raise InputError(f"{where} is {param.dtype}, which AdamW cannot update: give it no gradient")
         backend = self._backend(group, param)
         state, kept = self.state[param], self._kept(group, param, backend)
-        create_missing(state, param, kept, group["amsgrad"])
-        self._reset_if_edited(param, kept.master_key)
+        create_missing(where, state, param, kept, group["amsgrad"])
+        check_placed(where, param, state, kept, group["amsgrad"])
         rates, dim = group.get(RATES, {}).get(position, (None, 0))
         if rates is not None:
             if rates.shape != param.shape[dim : dim + rates.ndim]:
                 raise InputError(
-                    f"unit_lr: multipliers of shape {tuple(rates.shape)} from dim={dim} no longer fit parameter {position} of its "
-                    f"group, now of shape {tuple(param.shape)}; set them again with set_unit_lr"
+                    f"{where}: unit_lr of shape {tuple(rates.shape)} from dim={dim} no longer fits it, now of shape "
+                    f"{tuple(param.shape)}; set them again with set_unit_lr"
                 )
             if rates.device != param.device:
                 rates = rates.to(param.device)
                 group[RATES][position] = (rates, dim)
         shard = dtensor.shard_of(param)
-        return Row(
+        row = Row(
             dtensor.local(param),
             dtensor.local(param.grad, param),
             dtensor.local(state["exp_avg"]),
@@ -112,6 +160,9 @@ class Rows(torch.optim.Optimizer):
             None if shard is None else shard.mesh,
             backend,
         )
+        check_row(where, row, self.master_weights, backend)
+        self._reset_if_edited(param, kept.master_key)
+        return row
 
     def _reset_if_edited(self, param: Tensor, master_key: str | None) -> None:
         """Zero a remainder or compensation whose parameter was written to since the last step."""
@@ -136,3 +187,8 @@ class Rows(torch.optim.Optimizer):
         master = {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
         on_device = group["capturable"] or group["fused"] or backend in ("cuda", "triton")
         return Kept(param.device if on_device else torch.device("cpu"), moments, key, master)
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """A tensor of one element as a 0-d one; numbers as they are."""
+    return value.squeeze() if isinstance(value, Tensor) else value

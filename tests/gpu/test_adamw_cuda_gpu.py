@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import Update, adamw_update_
 from adept_fast.optim import AdamW
 from tests.support.adamw_cases import CHUNK, FORMATS, OPTIONS, UNITS, Case, assert_same_bits, bits, cases, compare, make, placed
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.gpu
 def on_gpu(updates: list[Update], scale: float | None = None, found_inf: Tensor | None = None) -> None:
     backend = pytest.importorskip("adept_fast.ops.adamw.cuda")
     device = updates[0].param.device
-    backend.adamw(updates, None if scale is None else torch.tensor(scale, dtype=torch.float64, device=device), found_inf)
+    backend.adamw(Table(updates), None if scale is None else torch.tensor(scale, dtype=torch.float64, device=device), found_inf)
 
 
 def scaled_adamw(params: Iterable[Tensor], **changes: object) -> AdamW:

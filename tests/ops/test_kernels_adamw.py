@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_, split_master
 
 pytest.importorskip("triton")
@@ -179,7 +180,7 @@ def differences(launch: Launch, device: str) -> list[str]:
     start, names = [copied(u, "cpu") for u in expected], []
     for repeat in range(launch.steps):
         with patch.multiple(kernels, BLOCK=launch.block, BLOCKS=launch.blocks, TENSORS=4):
-            kernels.adamw(found, *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
+            kernels.adamw(Table(found), *(x if x is None else x.to(device) for x in (grad_scale, found_inf)))
         for ours, theirs, before, part in zip(found, expected, start, launch.parts, strict=True):
             if not launch.found_inf:
                 adamw_update_(theirs, grad_scale)
@@ -264,13 +265,14 @@ def test_preparation_compiles_to_ieee_arithmetic(architecture: int) -> None:
 
 
 def test_tables_are_kept_until_they_change() -> None:
-    from adept_fast.kernels.adamw_tables import chunks_on, groups_on, tensor_table, tensors_on
+    from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
 
     device, updates = torch.device("cpu"), list(updates_of(LAUNCHES[0]))
 
     def tables() -> list[Tensor]:
-        rows, _, options = tensor_table(updates)
-        return [tensors_on(device, rows, updates), groups_on(device, options), chunks_on(device, rows[8::14], 128)]
+        table = Table(updates)
+        rows, _ = by_setup(table)
+        return [tensors_on(device, rows, updates), groups_on(device, table.options), chunks_on(device, rows[8::16], 128)]
 
     first, again = tables(), tables()
     assert all(x is y for x, y in zip(first, again, strict=True))
@@ -297,11 +299,11 @@ def test_gpu_graph_reads_lr_and_multipliers_at_each_replay() -> None:
     lr, rates = torch.tensor(0.1, device="cuda"), [0.1, 0.02, 0.3]
     found = [u._replace(options=u.options._replace(lr=lr)) for u in found]
     with torch.cuda.stream(torch.cuda.Stream()):
-        kernels.adamw(found, None, None)
+        kernels.adamw(Table(found), None, None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.adamw(found, None, None)
+        kernels.adamw(Table(found), None, None)
     for rate in rates[1:]:
         lr.fill_(rate)
         for update in found:
@@ -327,7 +329,8 @@ def test_gpu_indexes_beyond_32_bits() -> None:
         x[-tail:] = end.cuda()
     multipliers, step = torch.rand(length, generator=generator), torch.zeros((), device="cuda")
     options = AdamWOptions(0.013, 0.9, 0.95, 1e-6, 0.3, False, "stochastic")
-    kernels.adamw([Update(param, grad, m, v, None, None, step, multipliers.cuda(), length, 1, 5, 3, options)], None, None)
+    update = Update(param, grad, m, v, None, None, step, multipliers.cuda(), length, 1, 5, 3, options)
+    kernels.adamw(Table([update]), None, None)
     each = multipliers[torch.arange(numel - tail, numel) % length]
     adamw_update_(Update(*ends, None, None, torch.zeros(()), each, tail, 1, 5 + numel - tail, 3, options))
     for x, end in zip((param, m, v), (ends[0], ends[2], ends[3]), strict=True):

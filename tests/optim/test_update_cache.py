@@ -124,10 +124,6 @@ def step_as_another_tensor(opt: AdamW) -> None:
     state["step"] = state["step"] + 3
 
 
-def second_moment_gone(opt: AdamW) -> None:
-    del opt.state[opt.param_groups[0]["params"][0]]["exp_avg_sq"]
-
-
 def plain_backend(opt: AdamW) -> None:
     opt.backend = "torch"
 
@@ -153,7 +149,7 @@ CHANGES = [
     moved, transposed, narrower_gradient, wider_gradient, gradient_in_another_order, without_a_gradient, rates, other_rates,
     column_rates, rates_of_elements, other_rates_of_elements, no_rates, amsgrad, another_rate, another_moment, moment_in_place,
     moment_in_another_order, second_moment_in_another_order, largest_moment_in_another_order, step_as_another_tensor,
-    second_moment_gone, plain_backend, reloaded, another_group, swapped,
+    plain_backend, reloaded, another_group, swapped,
 ]  # fmt: skip
 
 

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from adept_fast import _C
-from adept_fast.ops.adamw.descriptors import gradient_rows, group_rows, tensor_rows
-from adept_fast.ops.adamw.reference import Update
+from adept_fast.ops.adamw.descriptors import gradient_rows, group_rows
+from adept_fast.ops.adamw.planned_rows import Table
 
 
-def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Backend "cpu": see adept_fast.ops.adamw.op. Runs on torch.get_num_threads() threads of torch's own OpenMP."""
     if found_inf is not None and found_inf.item() != 0:
         return
-    rows, options = tensor_rows(updates)
-    numbers = [o._replace(lr=float(o.lr), beta1=float(o.beta1), beta2=float(o.beta2)) for o in options]
-    _C.adamw(rows, group_rows(numbers), 1.0 if grad_scale is None else grad_scale.item(), torch.get_num_threads())
+    numbers = [o._replace(lr=float(o.lr), beta1=float(o.beta1), beta2=float(o.beta2)) for o in table.options]
+    _C.adamw(table.rows, group_rows(numbers), 1.0 if grad_scale is None else grad_scale.item(), torch.get_num_threads())
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from adept_fast import _CUDA
-from adept_fast.ops.adamw.descriptors import group_rows, tensor_rows
+from adept_fast.ops.adamw.descriptors import group_rows
+from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 
 # (device, stream, rows) -> (table in device memory, chunks), the latest used last. A table is written once, belongs to one stream's memory
@@ -17,7 +18,7 @@ _TABLES: dict[tuple[int, int, bytes], tuple[Tensor, int]] = {}
 _KEPT = 16
 
 
-def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Backend "cuda": see adept_fast.ops.adamw.op. Two launches on the current stream of the tensors' device, without synchronisation;
     lr and betas that are tensors there, `grad_scale` and `found_inf` are read by the device when the launches run.
 
@@ -26,15 +27,15 @@ def adamw(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tenso
     may run as long as its own tensors (parameters, gradients, states, `grad_scale`, `found_inf`, tensor lr and betas) are there.
     Numbers (lr, betas, eps, weight_decay) are captured as they stand. On the host, for each stream, nothing is kept but the last tables.
     """
+    updates = table.updates
     device = updates[0].param.device
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        rows, options = tensor_rows(updates)
         # Kept until the launches are queued, after which their memory can only be reused in stream order.
-        groups = [_readable(o, device) for o in options]
-        table, chunks = _table(updates, rows.tobytes(), device, stream)
+        groups = [_readable(o, device) for o in table.options]
+        sent, chunks = _sent(updates, table.rows.tobytes(), device, stream)
         _CUDA.adamw_step(
-            device.index, stream, table.data_ptr(), len(updates), chunks, group_rows(groups), _address(grad_scale), _address(found_inf)
+            device.index, stream, sent.data_ptr(), len(updates), chunks, group_rows(groups), _address(grad_scale), _address(found_inf)
         )
 
 
@@ -54,7 +55,7 @@ def _address(scalar: Tensor | None) -> int:
     return 0 if scalar is None else scalar.data_ptr()
 
 
-def _table(updates: Sequence[Update], rows: bytes, device: torch.device, stream: int) -> tuple[Tensor, int]:
+def _sent(updates: Sequence[Update], rows: bytes, device: torch.device, stream: int) -> tuple[Tensor, int]:
     """(table, chunks): the one sent before, or a new one; under capture always a new one, whose memory the graph's pool keeps."""
     capturing = torch.cuda.is_current_stream_capturing()
     key = (device.index, stream, rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_WORDS = 16  # of a row
+WORDS = 16  # of a row
 _MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4}
 
 
@@ -21,20 +21,20 @@ def tensor_rows(updates: Sequence[Update]) -> tuple[array[int], list[AdamWOption
     columns = list(zip(*updates, strict=True))
     params, options = columns[0], {id(o): o for o in columns[12]}
     numbers = {key: number for number, key in enumerate(options)}
-    rows = array("q", bytes(8 * _WORDS * len(updates)))
+    rows = array("q", bytes(8 * WORDS * len(updates)))
     # Column by column, which takes Python half the time of row by row.
     for word, column in ((0, params), (1, columns[1]), (2, columns[2]), (3, columns[3]), (6, columns[6])):
-        rows[word::_WORDS] = array("q", map(Tensor.data_ptr, column))
+        rows[word::WORDS] = array("q", map(Tensor.data_ptr, column))
     for word, column in ((4, columns[4]), (5, columns[5]), (7, columns[7])):
-        rows[word::_WORDS] = array("q", [0 if x is None else x.data_ptr() for x in column])
-    rows[8::_WORDS] = array("q", map(Tensor.numel, params))
+        rows[word::WORDS] = array("q", [0 if x is None else x.data_ptr() for x in column])
+    rows[8::WORDS] = array("q", map(Tensor.numel, params))
     for word, column in enumerate(columns[8:12], 9):  # length, inner, first_index, seed
-        rows[word::_WORDS] = array("q", column)
-    rows[13::_WORDS] = array("q", [numbers[id(o)] for o in columns[12]])
+        rows[word::WORDS] = array("q", column)
+    rows[13::WORDS] = array("q", [numbers[id(o)] for o in columns[12]])
     formats = zip(params, columns[1], columns[2], strict=True)
-    rows[14::_WORDS] = array("q", [_FORMATS[p.dtype] | _FORMATS[g.dtype] << 2 | _FORMATS[m.dtype] << 4 for p, g, m in formats])
+    rows[14::WORDS] = array("q", [_FORMATS[p.dtype] | _FORMATS[g.dtype] << 2 | _FORMATS[m.dtype] << 4 for p, g, m in formats])
     modes = zip(params, columns[12], strict=True)
-    rows[15::_WORDS] = array("q", [_MODES[o.master_weights] if o.master_weights and needs_master(p) else 0 for p, o in modes])
+    rows[15::WORDS] = array("q", [_MODES[o.master_weights] if o.master_weights and needs_master(p) else 0 for p, o in modes])
     return rows, list(options.values())
 
 

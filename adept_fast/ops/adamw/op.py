@@ -1,27 +1,44 @@
 """The way of an update from tensors of any layout to the backend that carries it out, in eager mode and through torch.compile.
 
-A backend is a function of (updates, grad_scale, found_inf), all on one device: it advances every `step` and updates, with gradients
-multiplied by `grad_scale` (fp64, 0-d) first; where `found_inf` (fp32, 0-d) is not 0 it does nothing.
+A backend is a function of (table of updates, grad_scale, found_inf), all on one device: it advances every `step` and updates, with
+gradients multiplied by `grad_scale` (fp64, 0-d) first; where `found_inf` (fp32, 0-d) is not 0 it does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw import reference
+from adept_fast.ops.adamw.checks import check_row
 from adept_fast.ops.adamw.memory_order import Pair, in_one_order, unit_walk
-from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.planned_rows import Table
+from adept_fast.ops.adamw.reference import AdamWOptions, Seen, Update
+from adept_fast.runtime.dtensor import Mesh
 
-if TYPE_CHECKING:
-    from adept_fast.optim.update_cache import Row
-
-Backend = Callable[[Sequence[Update], Tensor | None, Tensor | None], None]
 _MODULES = {"cuda": "adept_fast.ops.adamw.cuda", "triton": "adept_fast.kernels.adamw", "cpu": "adept_fast.ops.adamw.cpu"}
+
+
+class Row(NamedTuple):
+    """One parameter with a gradient, before its tensors are brought into one memory order; of a sharded one, this process's part."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    master: Tensor | None
+    step: Tensor
+    multipliers: Tensor | None
+    dim: int
+    first_index: int
+    seed: int
+    mesh: Mesh | None
+    backend: str
 
 
 def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
@@ -36,6 +53,7 @@ def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
         grad = grad.resolve_conj()
     elif grad.dtype == torch.float64 != param.dtype:
         grad = grad.float()  # what the arithmetic is in
+    grad = grad.resolve_neg()
     tensors = [param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master]
     tensors, copies = in_one_order(tensors, row_major=multipliers is not None and walk is None)
     if multipliers is not None and tensors[0] is not param:
@@ -45,28 +63,31 @@ def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
         tensors = [x if x is None else torch.view_as_real(x) for x in tensors]
         inner *= 2
     if multipliers is not None:
-        multipliers = multipliers.reshape(-1)
+        multipliers = multipliers.reshape(-1).contiguous()
     copies = [(original, copy) for original, copy in copies if original is not grad]
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master = tensors
     update = Update(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers, length, inner, first_index, seed, options
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers, length, inner, first_index, seed, options, Seen()
     )
     return update, copies
 
 
-def launch(backend: str, updates: list[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Carry out `updates`, all on one device, by `backend`: "cuda", "triton", "cpu" or "torch"."""
+def launch(
+    backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None, table: Table | None = None
+) -> None:
+    """Carry out `updates`, all on one device, by `backend`: "cuda", "triton", "cpu" or "torch". table: of these updates, where there is one
+    already."""
     if torch.compiler.is_compiling() and backend != "torch":
         _through_the_compiler(backend, updates, grad_scale, found_inf)
-    else:
-        _run(backend, updates, grad_scale, found_inf)
-
-
-def _run(backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    if backend == "torch":
+    elif backend == "torch":
         _torch(updates, grad_scale, found_inf)
-        return
-    import_module(_MODULES[backend]).adamw(updates, grad_scale, found_inf)
+    else:
+        _run(backend, Table(updates) if table is None else table, grad_scale, found_inf)
+
+
+def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    updates = table.updates
+    import_module(_MODULES[backend]).adamw(table, grad_scale, found_inf)
     # Autograd and the check for edits see writes by this counter alone.
     columns = list(zip(*updates, strict=True))
     optional = [x for column in columns[4:6] for x in column if x is not None]
@@ -147,4 +168,6 @@ def _operator(
         optional = (next(column) if there else None for column, there in ((vmax, has_vmax), (master, has_master), (rates, has_rates)))
         maximum, kept, unit = optional
         updates.append(Update(param, grad, exp_avg, exp_avg_sq, maximum, kept, step, unit, *walks[4 * i : 4 * i + 4], options))
-    _run(backend, updates, grad_scale, found_inf)
+    for update in updates:  # a traced step knows dtypes and shapes, not memory
+        check_row(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)
+    _run(backend, Table(updates), grad_scale, found_inf)

@@ -21,6 +21,15 @@ class AdamWOptions(NamedTuple):
     master_weights: str | None
 
 
+class Seen:
+    """The row of a planned update as it was when its tensors were checked, without gradient and group (planned_rows.py)."""
+
+    __slots__ = ("row",)
+
+    def __init__(self) -> None:
+        self.row: bytes | None = None
+
+
 class Update(NamedTuple):
     """One parameter to update, in the form that every backend takes. `param`, `step`, the moments and `master` are written to.
 
@@ -43,6 +52,7 @@ class Update(NamedTuple):
     first_index: int
     seed: int
     options: AdamWOptions
+    seen: Seen | None = None  # of planned updates: planned_rows.py
 
 
 def adamw_(

@@ -1,0 +1,108 @@
+"""What the tensors of one update must be, before native code is given their addresses: of one shape and device, in dtypes that go
+together, and within their memory. Compared where an update is described anew and where a state is loaded; a planned step compares
+addresses (planned_rows.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.ops.adamw.reference import Update, needs_master
+
+if TYPE_CHECKING:
+    from adept_fast.ops.adamw.op import Row
+
+REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16}  # kahan: the parameter's
+REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to start it again"
+
+
+def check_row(where: str, row: Row | Update, mode: str | None, backend: str) -> None:
+    """Raise InputError, naming `where` (the parameter) and both shapes, dtypes or devices, where a tensor of `row` does not go with its
+    parameter. mode: master_weights."""
+    param, native = row.param, backend in ("cuda", "triton")
+    numbers = COMPLEX if param.is_complex() else REAL
+    moments = (row.exp_avg.dtype,) if row.exp_avg.dtype in numbers and not (native and row.exp_avg.dtype == torch.float64) else numbers
+    _check_memory(where, "parameter", param, written=True)
+    for name, tensor, dtypes in (
+        ("gradient", row.grad, numbers),
+        ("exp_avg", row.exp_avg, moments),
+        ("exp_avg_sq", row.exp_avg_sq, moments),
+        ("max_exp_avg_sq", row.max_exp_avg_sq, moments),
+        ("master", row.master, (MASTER_DTYPES.get(mode, param.dtype),)),
+    ):
+        if tensor is not None:
+            check_like(where, name, tensor, param, dtypes)
+            _check_memory(where, name, tensor, written=name != "gradient")
+    if row.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
+        raise InputError(f"{where}: master_weights={mode!r} has no master to go with it; {REMEDY}")
+    if native and row.exp_avg.dtype == torch.float64:
+        raise InputError(f"{where}: exp_avg is torch.float64, which backend {backend!r} does not update; choose 'torch' or state_dtype")
+    check_step(where, row.step, {param.device} if native else {param.device, torch.device("cpu")})
+    if row.multipliers is not None:
+        rates = row.multipliers
+        if rates.dtype != torch.float32 or rates.device != param.device:
+            raise InputError(f"{where}: unit_lr is {rates.dtype} on {rates.device}, not float32 on {param.device}; use set_unit_lr")
+        _check_memory(where, "unit_lr", rates, written=False)
+
+
+def check_form(where: str, name: str, tensor: object, param: Tensor) -> None:
+    """Raise InputError unless `tensor` is a dense one of the shape of `param`, complex where that is, and has values where that has."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor of shape {tuple(param.shape)}; {REMEDY}")
+    if tensor.shape != param.shape:
+        raise InputError(f"{where}: {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}; {REMEDY}")
+    if tensor.layout != torch.strided:
+        raise InputError(f"{where}: {name} is {tensor.layout}, its parameter {param.layout}; {REMEDY}")
+    if tensor.is_complex() != param.is_complex():
+        raise InputError(f"{where}: {name} is {tensor.dtype}, its parameter {param.dtype}; {REMEDY}")
+    if tensor.device.type == "meta" != param.device.type:
+        raise InputError(f"{where}: {name} is on meta, without values, its parameter on {param.device}; {REMEDY}")
+
+
+def check_like(where: str, name: str, tensor: object, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise InputError unless `tensor` has the form and device of `param`, and one of `dtypes`."""
+    check_form(where, name, tensor, param)
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"{where}: {name} is {tensor.dtype}, where a parameter of {param.dtype} has {wanted} here; {REMEDY}")
+    if tensor.device != param.device:
+        raise InputError(f"{where}: {name} is on {tensor.device}, its parameter on {param.device}; {REMEDY}")
+
+
+def check_step(where: str, step: object, devices: set[torch.device]) -> None:
+    """Raise InputError unless `step` is one fp32 on one of `devices`, and, where reading it waits for no device, a whole number >= 0."""
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.float32 or step.device not in devices:
+        found = f"{step.dtype} of shape {tuple(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
+        where_to = " or ".join(sorted(map(str, devices)))
+        raise InputError(f"{where}: step is {found}; it must be one float32 on {where_to}. {REMEDY}")
+    _check_memory(where, "step", step, written=True)
+    if step.device.type == "cpu":
+        check_count(where, step.item())
+
+
+def check_count(where: str, count: float) -> None:
+    """Raise InputError unless a step count is a whole number >= 0."""
+    if not 0 <= count < 2**63 or count != int(count):
+        raise InputError(f"{where}: step is {count}, and must be a whole number of at least 0; {REMEDY}")
+
+
+def _check_memory(where: str, name: str, tensor: Tensor, written: bool) -> None:
+    """Raise InputError where a tensor reaches beyond its storage, or what is written to is a view that shares or changes its elements."""
+    if tensor.device.type == "meta":
+        return
+    elements = tensor.numel()
+    if elements and not tensor.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if written and torch._debug_has_internal_overlap(tensor) == 1:
+            raise InputError(f"{where}: elements of {name} share memory (stride {tensor.stride()}); give it memory with .clone()")
+    held = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    if elements > held:
+        raise InputError(f"{where}: {name} of shape {tuple(tensor.shape)} needs {elements} elements, its storage has {max(held, 0)}")
+    if written and (tensor.is_neg() or tensor.is_conj()):
+        raise InputError(f"{where}: {name} is a lazy negation or conjugate, which cannot be written to; use resolve_neg, resolve_conj")
+
