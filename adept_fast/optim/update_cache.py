@@ -29,9 +29,9 @@ class Plan(NamedTuple):
     place: tuple[torch.device, str]  # device, backend
     master_key: str | None
     rates: Rates | None
-    form: tuple[Any, ...]  # dtype, shape and strides of the parameter
+    form: tuple[Any, ...]  # dtype and strides of the parameter
     grad_form: tuple[Any, ...]  # dtype and strides of the gradient, which is dense
-    seen: Seen  # of the memory of all of them
+    seen: Seen  # where all of them lay, and how large they were
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates | None, options: AdamWOptions) -> Update | None:
         """The update, or None where the plan does not hold any more."""
@@ -48,8 +48,7 @@ class Plan(NamedTuple):
             or exp_avg_sq is not of_exp_avg_sq()
             or (of_max is not None and (max_exp_avg_sq is None or max_exp_avg_sq is not of_max()))
             or (of_master is not None and (master is None or master is not of_master()))
-            or param.device != self.place[0]
-            or (param.dtype, param.shape, param.stride()) != self.form
+            or (param.dtype, param.stride()) != self.form
             or grad.layout != torch.strided
             or (grad.dtype, grad.stride()) != self.grad_form
         ):
@@ -64,7 +63,7 @@ def plan_of(param: Tensor, row: Row, update: Update, master_key: str | None, rat
         return None
     if rates is not None and (update.multipliers is None or update.multipliers.data_ptr() != rates[0].data_ptr()):
         return None
-    form = (param.dtype, param.shape, param.stride())
+    form = (param.dtype, param.stride())
     grad_form = (row.grad.dtype, row.grad.stride())
     of = tuple(None if tensor is None else ref(tensor) for tensor in row[2:6])
     return Plan(of, update[7:12], (param.device, row.backend), master_key, rates, form, grad_form, update.seen)

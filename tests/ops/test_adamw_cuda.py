@@ -77,7 +77,7 @@ def test_multipliers_of_large_tensors(grid: ctypes.CDLL, length: int, inner: int
 
 
 def on_host(grid: ctypes.CDLL, updates: Sequence[Update], blocks: int, grad_scale: float = 1.0) -> int:
-    rows, options = tensor_rows(updates)
+    rows, options = tensor_rows(list(zip(*updates, strict=True)))
     groups = ctypes.create_string_buffer(group_rows(options))
     return grid.step(address(rows), ctypes.c_int64(len(updates)), groups, ctypes.c_int64(blocks), ctypes.c_double(grad_scale))
 
@@ -141,7 +141,7 @@ def test_rows_have_the_size_of_the_structs(extension: Path) -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     update = make(Case((torch.float32,) * 3, None, False, "rows", 0), 0)
-    rows, options = tensor_rows([update])
+    rows, options = tensor_rows(list(zip(update, strict=True)))
     assert native.struct_bytes() == {"Tensor": 8 * len(rows), "Group": len(group_rows(options)), "StepScalars": 56}
     assert native.adamw_table_size(rows)[0] == -(-update.param.numel() // CHUNK)
     with pytest.raises(ValueError, match="rows of 128 bytes"):

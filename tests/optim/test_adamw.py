@@ -222,7 +222,7 @@ def test_a_dtype_that_cannot_be_updated_is_named_before_anything_moves(dtype: to
     first.grad = torch.ones(3)
     optimizer.step()
     before, odd.grad = first.clone(), torch.ones(4).to(dtype)
-    with pytest.raises(InputError, match=f"parameter 1 of its group is {dtype}"):
+    with pytest.raises(InputError, match=f"group 0, parameter 1 is {dtype}"):
         optimizer.step()
     assert torch.equal(first, before)
 

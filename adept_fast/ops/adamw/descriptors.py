@@ -5,23 +5,23 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from struct import pack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
+from adept_fast.ops.adamw.reference import AdamWOptions, needs_master
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 WORDS = 16  # of a row
 _MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4}
 
 
-def tensor_rows(updates: Sequence[Update]) -> tuple[array[int], list[AdamWOptions]]:
-    """One row a tensor, and the options that their words `group` count in."""
-    columns = list(zip(*updates, strict=True))
+def tensor_rows(columns: Sequence[Sequence[Any]]) -> tuple[array[int], list[AdamWOptions]]:
+    """One row a tensor, and the options that their words `group` count in. columns: the fields of Update, of all tensors each."""
     params, options = columns[0], {id(o): o for o in columns[12]}
     numbers = {key: number for number, key in enumerate(options)}
-    rows = array("q", bytes(8 * WORDS * len(updates)))
+    rows = array("q", bytes(8 * WORDS * len(params)))
     # Column by column, which takes Python half the time of row by row.
     for word, column in ((0, params), (1, columns[1]), (2, columns[2]), (3, columns[3]), (6, columns[6])):
         rows[word::WORDS] = array("q", map(Tensor.data_ptr, column))

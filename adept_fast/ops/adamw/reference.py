@@ -27,7 +27,7 @@ class Seen:
     __slots__ = ("row",)
 
     def __init__(self) -> None:
-        self.row: bytes | None = None
+        self.row = b""
 
 
 class Update(NamedTuple):
