@@ -25,7 +25,7 @@ def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any]
     content = dict(content or {})
     for override in overrides:
         _override(content, override)
-    return _build(kind, content, "", tuple(_keys(kind)))
+    return _build(kind, content, "", tuple(keys_of(kind)))
 
 
 def overridden(overrides: Sequence[str]) -> list[str]:
@@ -46,7 +46,7 @@ def unknown(key: str, known: Iterable[str], prefix: str, everywhere: Collection[
     return InputError(f"unknown key {prefix}{cut(key)}: {hint}")
 
 
-def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(kind)
     for entry in fields(kind):
         inner, _ = options(hints[entry.name])
@@ -54,7 +54,7 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
             yield from (prefix + name for name in entry.metadata["known"]())
         elif is_dataclass(inner) and not hasattr(inner, "of"):
             yield prefix + entry.name
-            yield from _keys(inner, f"{prefix}{entry.name}.")
+            yield from keys_of(inner, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name
 

@@ -199,10 +199,10 @@ def test_every_alias_stands_for_keys_that_there_are_and_is_none_itself() -> None
     from adept_fast.cli.copies import ACTIONS
     from adept_fast.pipeline.recipe import Recipe
     from adept_fast.settings.aliases import MEANT
-    from adept_fast.settings.key_value import _keys
+    from adept_fast.settings.key_value import keys_of
 
-    known = {*_keys(Recipe)}
-    elsewhere = {name for action in ACTIONS.values() for name in _keys(action.keys)}
+    known = {*keys_of(Recipe)}
+    elsewhere = {name for action in ACTIONS.values() for name in keys_of(action.keys)}
     for word, keys in MEANT.items():
         assert keys and {*keys} <= known | elsewhere, word
         assert word not in keys, word

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -39,9 +40,12 @@ class Attempts:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, arguments: Sequence[str], output: Path, place: str = "", calls: int = 0, seconds: float = 0.0) -> tuple[int, str]:
-        """Return code and what was said, stderr included."""
-        request = {"arguments": list(arguments), "place": place, "calls": calls, "seconds": seconds, "output": str(output)}
+    def run(
+        self, arguments: Sequence[str], output: Path, place: str = "", calls: int = 0, seconds: float = 0.0, **more: object
+    ) -> tuple[int, str]:
+        """Return code and what was said, stderr included unless `errors` names a file for it. more: folder to work in, cpu: seconds of it
+        that are allowed, memory: bytes that the child may take more than it has."""
+        request = {"arguments": list(arguments), "place": place, "calls": calls, "seconds": seconds, "output": str(output), **more}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -93,9 +97,16 @@ def attempt(request: dict) -> int:
     """In the child: everything it says goes to the output file."""
     from adept_fast.cli.main import main
 
-    file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    opened = [os.open(request[key], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for key in ("output", "errors") if key in request]
+    os.dup2(opened[0], 1)
+    os.dup2(opened[-1], 2)
+    if "folder" in request:
+        os.chdir(request["folder"])
+    if "cpu" in request:
+        resource.setrlimit(resource.RLIMIT_CPU, (request["cpu"], request["cpu"]))
+    if "memory" in request:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + request["memory"],) * 2)
     if request["place"]:
         kill_at(request["place"], request["calls"])
     code = main(request["arguments"])
