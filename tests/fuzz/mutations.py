@@ -87,7 +87,7 @@ def tree_changed(tree: Any, random: Random) -> tuple[str, Any]:
             case "text":
                 holder[key] = str(value)
             case "nest":
-                for _ in range(random.choice((1, 3, 400))):
+                for _ in range(random.choice((1, 3, 100))):
                     value = [value]
                 holder[key] = value
             case "grow" if isinstance(value, list):

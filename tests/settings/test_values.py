@@ -71,7 +71,7 @@ def test_text_in_a_recipe_is_what_stands_there(tmp_path: Path, text: str) -> Non
         ("expand.layers=[]", ()),
         ("score.compare=gate", ("gate",)),
         ("domain=[a #1.txt, '#2.txt', {path: 'c, d', weight: 1e-1}]", (Source("a #1.txt"), Source("#2.txt"), Source("c, d", weight=0.1))),
-        ("domain={path: 010.txt, split: on, column: no, weight: 2}", (Source("010.txt", "on", "no", 2),)),
+        ("domain={path: 010.txt, split: on, column: no, weight: 2}", (Source("010.txt", split="on", column="no", weight=2),)),
         ("tune.replay={path: a #2, share: 5e-1}", Source("a #2", share=0.5)),
     ],
 )
