@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adept_fast.errors import InputError
 from adept_fast.models.decoder_layers import decoder_layers, replaced_forward
 from adept_fast.ops.dispatch import native_on_cpu
 
@@ -113,10 +114,13 @@ def _plain(layer: nn.Module) -> _PlainLayer | None:
         None in norms
         or not isinstance(width, int)
         or not isinstance(scale, (int, float))
+        or width < 1
         or width % (2 * LANES)
         or len(heads) == 1
         or any(norm.weight.shape != (width,) for norm in norms[2:])
         or any(type(linear) is not nn.Linear for linear in linears)
+        or any(norm.weight.shape != attention.q_proj.weight.shape[1:] for norm in norms[:2])
+        or any(len(linear.weight) % width for linear in (attention.q_proj, attention.k_proj))
         or attention.k_proj.weight.shape != attention.v_proj.weight.shape
         or mlp.gate_proj.weight.shape != mlp.up_proj.weight.shape
         or any(map(_touched, (attention, mlp, mlp.act_fn, *modules, *linears)))
@@ -135,7 +139,9 @@ def _norm(module: nn.Module) -> _Norm | None:
 
 
 def _at_hand(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    """Whether it is fp32 and in memory: of weights that are gathered when they are needed the storage is empty meanwhile."""
+    held = x.device.type == "cpu" and x.untyped_storage().nbytes() >= 4 * (x.storage_offset() + x.numel())
+    return held and x.dtype == torch.float32
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -149,7 +155,11 @@ def _touched(module: nn.Module) -> bool:
 @contextmanager
 def native_layers(model: PreTrainedModel, lengths: Sequence[int], rows: Tensor | None = None) -> Iterator[None]:
     """For the time being, layers of the plain kind run so, on sequences of segments of `lengths` tokens, and update their input in place:
-    for one who gives them a buffer of his own. The last layer need give what it gives at `rows` alone, int64, ascending."""
+    for one who gives them a buffer of his own. The last layer need give what it gives at `rows` alone, int64 [rows], ascending. Raises
+    InputError for rows that C++ would read otherwise."""
+    if rows is not None and not (rows.dtype == torch.int64 and rows.ndim == 1 and rows.is_contiguous() and rows.device.type == "cpu"):
+        found = f"{rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
+        raise InputError(f"rows must be int64 [rows] in one piece on the CPU, found {found}")
     ends, layers = list(accumulate(lengths)), decoder_layers(model)
     with ExitStack() as stack:
         for layer in filter(_own_forward, layers):
@@ -166,7 +176,7 @@ def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         turns, plain = kwargs.get("position_embeddings"), _plain(layer)
-        if plain is None or not _fit(turns, hidden, plain.width):
+        if plain is None or not _fit(turns, hidden, plain):
             return own(hidden, *args, **kwargs)
         plain(hidden, [each.contiguous() for each in turns], ends, rows)
         return hidden
@@ -174,12 +184,14 @@ def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
     return run
 
 
-def _fit(turns: Any, hidden: Tensor, width: int) -> bool:
+def _fit(turns: Any, hidden: Tensor, layer: _PlainLayer) -> bool:
     """Whether hidden states are fp32 in one piece, of which no gradient is wanted, and positions are turns of whole heads, the same for all
     sequences."""
+    if hidden.ndim != 3 or hidden.shape[2:] != layer.before_attention.weight.shape:
+        return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (_at_hand(hidden) and hidden.is_contiguous()):
         return False
-    shape = (1, hidden.shape[1], width)
+    shape = (1, hidden.shape[1], layer.width)
     return isinstance(turns, tuple) and all(isinstance(x, Tensor) and _at_hand(x) and x.shape == shape for x in turns)
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from adept_fast import _C as native
 from adept_fast.data.items import IGNORE, Item
+from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers, has_native_layers, native_layers
 from adept_fast.scoring import layer_masking, score_layers, sweep
 from tests.scoring.test_layer_masking import by_hooks
@@ -127,6 +128,9 @@ def test_attention_of_large_scores() -> None:
         ({"ends": [4, 4]}, "segments do not ascend"),
         ({"asking": 3}, "that ask do not ascend"),
         ({"tokens": 2, "ends": [2], "asking": 2}, "that ask do not ascend"),
+        ({"heads": 0}, "no whole groups"),
+        ({"sequences": -1}, "negative number of sequences"),
+        ({"asking": 2}, "no queries, keys, values, turns or output"),
     ],
 )
 def test_wrong_shapes_are_refused(change: dict, says: str) -> None:
@@ -134,6 +138,33 @@ def test_wrong_shapes_are_refused(change: dict, says: str) -> None:
     sizes = {"sequences": 1, "tokens": 4, "heads": 2, "key_heads": 2, "width": 32, "ends": [4], "scale": 1.0, "threads": 1}
     with pytest.raises(ValueError, match=says):
         native.attention(0, 0, 0, 0, 0, 0, askers=askers.data_ptr(), **{**sizes, "asking": 0, **change})
+
+
+def test_null_addresses_and_negative_sizes_are_refused() -> None:
+    """C++ cannot know how long memory is, but it knows what is none."""
+    x = torch.zeros(64)
+    at, state = x.data_ptr(), torch.zeros(7, 2, dtype=torch.float64)
+    targets = torch.zeros(2, dtype=torch.int64)
+    block = {"logits": at, "rows": 2, "count": 16, "stride": 16, "first": 0, "targets": targets.data_ptr(), "bias": 0, "scale": 1.0}
+    block |= {"softcap": 0.0, "variants": 0, "gradient": False, "state": state.data_ptr(), "state_stride": 2, "threads": 1}
+    given = {"param": at, "param_format": 0, "grad": at, "grad_format": 0, "rows": 2, "columns": 3}
+    given |= {"running": 0, "row_sums": 0, "column_sums": 0, "threads": 1}
+    wrong = [
+        *((native.softmax, {**block, **change}) for change in ({"logits": 0}, {"targets": 0}, {"state": 0}, {"state_stride": 1})),
+        *((native.softmax, {**block, **change}) for change in ({"rows": -1}, {"first": -1}, {"count": 0}, {"stride": 8}, {"variants": 3})),
+        *((native.saliency, {**given, **change}) for change in ({"grad": 0}, {"rows": -2}, {"param_format": -1}, {"grad_format": 3})),
+        *((native.rms_norm, {"input": i, "weight": w, "output": o, "rows": 2, "width": 4, "epsilon": 0.1, "threads": 1})
+          for i, w, o in ((0, at, at), (at, 0, at), (at, at, 0))),
+        (native.rms_norm, {"input": at, "weight": at, "output": at, "rows": -1, "width": 4, "epsilon": 0.1, "threads": 1}),
+        (native.rms_norm, {"input": at, "weight": at, "output": at, "rows": 1, "width": 0, "epsilon": 0.1, "threads": 1}),
+        (native.gated_activation, {"gate": 0, "up": at, "count": 4, "threads": 1}),
+        (native.gated_activation, {"gate": at, "up": at, "count": -4, "threads": 1}),
+    ]  # fmt: skip
+    for call, arguments in wrong:
+        with pytest.raises(ValueError):
+            call(**arguments)
+    native.softmax(**block)
+    native.saliency(**given)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -286,6 +317,29 @@ def test_layer_whose_modules_are_changed_runs_its_own_forward() -> None:
     assert not has_native_layers(model)
     assert not has_native_layers(tiny_models.model(dtype=torch.bfloat16, **WIDE))
     assert not has_native_layers(tiny_models.model(hidden_act="gelu", **WIDE))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [torch.tensor([1, 3], dtype=torch.int32), torch.tensor([1, 2, 3, 4])[::2], torch.tensor([[1]])], ids=str)
+def test_rows_that_cpp_would_read_otherwise_are_refused(rows: Tensor) -> None:
+    with pytest.raises(InputError, match="rows must be int64"), native_layers(tiny_models.model(**WIDE), [5], rows):
+        pass
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"])
+def test_weights_of_sizes_that_do_not_belong_together_are_left_to_their_modules(place: str) -> None:
+    """Of other shapes, or with a storage that was shrunk, as FSDP1 does between its forwards."""
+    model = tiny_models.model(**WIDE, num_hidden_layers=1)
+    assert has_native_layers(model)
+    module = decoder_layers(model)[0].get_submodule(place)
+    kept = module.weight
+    if place != "mlp.down_proj":
+        module.weight = nn.Parameter(kept.detach()[:-1].clone())
+        assert not has_native_layers(model)
+    module.weight = nn.Parameter(kept.detach().clone())
+    assert has_native_layers(model)
+    module.weight.untyped_storage().resize_(0)
+    assert not has_native_layers(model)
 
 
 @pytest.mark.parametrize("place", ["input_layernorm", "mlp.up_proj"])
