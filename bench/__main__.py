@@ -59,7 +59,7 @@ def _help() -> str:
 
 def run(name: str, argv: list[str], save: bool) -> None:
     result = import_module(f"bench.{name}").main(argv)
-    line = json.dumps({"bench": name, "machine": machine_facts(), "result": result})
+    line = json.dumps({"bench": name, "machine": machine_facts(), "result": result}, allow_nan=False)
     if save:
         device = re.sub(r"[^a-z0-9]+", "-", str(result.get("device", "cpu")).lower()).strip("-")
         target = FOLDER / "results" / f"{name}-{device}.json"

@@ -103,7 +103,7 @@ def make(folder: Path, size: int) -> int:
         weight_map |= {piece.name: file for piece in pieces}
     write_shards(folder, plan, dict.fromkeys(plan, {"format": "pt"}), lambda _: None)
     total = sum(piece.size for pieces in shards for piece in pieces)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, allow_nan=False))
     for file in folder.iterdir():
         _sync(file)
     return count

@@ -27,5 +27,5 @@ class Kept:
             if time.monotonic() > self.end:
                 raise SystemExit(f"{len(self.found)} results so far, {key} is next: run the same command again")
             self.found[key] = make()
-            self.path.write_text(json.dumps(self.found))
+            self.path.write_text(json.dumps(self.found, allow_nan=False))
         return self.found[key]

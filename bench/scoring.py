@@ -55,7 +55,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     kept = json.loads(given.into.read_text()) if given.into and given.into.exists() else {}
     kept[given.part] = found
     if given.into:
-        given.into.write_text(json.dumps(kept))
+        given.into.write_text(json.dumps(kept, allow_nan=False))
     if len(kept) < parts:
         return {"parts": sorted(kept), "of": parts}
     return {**_facts(model, items, planned, given), **_result(model, items, planned, list(kept.values()))}

@@ -16,6 +16,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.strict_json import tagged, untagged
+from adept_fast.settings.keys import PRESERVING
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
@@ -96,7 +97,21 @@ class AdeptConfig:
             return attached
         config = getattr(model, "config", None)
         found = getattr(config, KEY, None)
-        return None if found is None else cls._read(found, Path(getattr(config, "name_or_path", ""), "config.json"))
+        if found is None:
+            return None
+        path = Path(getattr(config, "name_or_path", ""), "config.json")
+        record = cls._read(found, path)
+        record.require_layers(config.get_text_config(decoder=True).num_hidden_layers, path)
+        return record
+
+    def require_layers(self, layers: int, path: Path) -> None:
+        """Raise InputError unless a model of so many layers is the source with the copies."""
+        source = self.source.get("num_hidden_layers")
+        if layers <= self.copies[-1] or source not in (None, layers - len(self.copies)):
+            raise InputError(
+                f"{path}: {layers} layers, but its record has {len(self.copies)} copies, up to layer {self.copies[-1]}, in a source of "
+                f"{source}: it belongs to another checkpoint"
+            )
 
     @classmethod
     def _read(cls, content: Any, path: Path) -> AdeptConfig:
@@ -106,15 +121,39 @@ class AdeptConfig:
         try:
             if schema == 1:
                 content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
-            entries = [Inserted(*(int(entry.get(key, 0)) for key in ("layer", "copied_from", "round"))) for entry in content["inserted"]]
+            entries = [Inserted(**{"round": 0, **entry}) for entry in content["inserted"]]
             record = cls(**{**untagged(content), "inserted": tuple(entries)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a record of an expansion ({error}): expand the model again") from None
-        if not all(isinstance(table, Mapping) for table in (record.source, record.selection, record.inputs)):
-            raise InputError(f"{path}: not a record of an expansion (source, selection and inputs are tables): expand the model again")
-        if not entries or len({*record.copies}) < len(entries) or min(record.copies) < 1 or any(entry.copied_from < 0 for entry in entries):
-            raise InputError(f"{path}: its copies {list(record.copies)} cannot be: expand the model again")
+        if wrong := record._wrong():
+            raise InputError(f"{path}: not a record of an expansion ({wrong}): restore it, or expand the model again")
         return record
+
+    def _wrong(self) -> str | None:
+        """What contradicts itself, or is of no such kind, in a record that was read."""
+        tables = ("source", "selection", "parameters", "versions", "inputs", "proof")
+        if wrong := [name for name in tables if not isinstance(getattr(self, name), Mapping)]:
+            return f"{wrong[0]} is no table"
+        for entry in self.inserted:
+            if wrong := [key for key, value in vars(entry).items() if type(value) is not int or value < 0]:
+                return f"{wrong[0]} of a copy is {vars(entry)[wrong[0]]!r}, no index"
+        if not self.inserted:
+            return "inserted names no copy"
+        if list(self.copies) != sorted({*self.copies}):
+            return f"its copies {list(self.copies)} are not ascending, each once"
+        for copies, entry in enumerate(self.inserted):  # right after the layer it copies and that one's earlier copies
+            if entry.copied_from != entry.layer - copies - 1:
+                return f"layer {entry.layer} cannot be a copy of the source's layer {entry.copied_from}"
+        layers, config = self.source.get("num_hidden_layers"), self.source.get("config")
+        if layers is not None and (type(layers) is not int or layers <= self.inserted[-1].copied_from):
+            return f"a source of {layers!r} layers has no layer {self.inserted[-1].copied_from}"
+        if config is not None and not isinstance(config, Mapping):
+            return "source.config is no table"
+        if any(not isinstance(self.source.get(key, ""), str) for key in ("identity", "tensors_digest")):
+            return "source.identity and source.tensors_digest are text"
+        if self.initialisation not in PRESERVING:
+            return f"initialisation {self.initialisation!r} is none of {', '.join(PRESERVING)}"
+        return None
 
 
 def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
+from adept_fast.checkpoints.finite_bytes import all_finite
 from adept_fast.checkpoints.safetensors_index import BITS, BUFFER, LARGEST_HEADER, Stored
 from adept_fast.errors import InputError
 
@@ -41,7 +42,10 @@ class Piece:
     def blocks(self) -> Iterator[bytes | memoryview]:
         """The content of a piece that is not stored, a part at a time."""
         if self.made:
-            yield self.made()
+            made = self.made()
+            if not all_finite(bytearray(made), self.dtype):
+                raise InputError(f"{self.name} would hold NaN or infinity as {self.dtype}: nothing is written: take another dtype or share")
+            yield made
             return
         block = memoryview(self.fill * (BUFFER // len(self.fill)))
         for at in range(0, self.size, len(block)):

@@ -19,7 +19,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
 from adept_fast.errors import InputError
-from adept_fast.models import check_kind, require_causal, vocabulary_of
+from adept_fast.models import check_kind, decoder_layers, require_causal, vocabulary_of
 from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.keys import DTYPES
 from adept_fast.settings.validation import require
@@ -115,6 +115,7 @@ def load_model(
         model.to("cuda")
     record = AdeptConfig.find(folder)
     if record is not None:
+        record.require_layers(len(decoder_layers(model)), folder)
         model.adept_config = record
     require_causal(model)
     return model.eval()

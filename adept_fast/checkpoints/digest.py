@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from adept_fast.checkpoints.finite_bytes import all_finite, not_finite
 from adept_fast.checkpoints.safetensors_index import Stored, open_shards
 from adept_fast.errors import InputError
 
@@ -33,8 +34,13 @@ def kind_of(digest: str) -> str:
     return kind
 
 
-def tensors_digest(tensors: Mapping[str, Stored], kind: str = "xxh3_128", threads: int = THREADS) -> str:
-    """Digest over (name, dtype, shape, digest of the bytes) of each tensor, in the order of names; `threads` are hashed at a time."""
+def tensors_digest(
+    tensors: Mapping[str, Stored], kind: str = "xxh3_128", threads: int = THREADS, finite: Container[str] = ()
+) -> str:
+    """Digest over (name, dtype, shape, digest of the bytes) of each tensor, in the order of names; `threads` are hashed at a time.
+
+    finite: names, as stored, of tensors that must hold numbers: looked at while their bytes are in cache. Raises InputError for a NaN.
+    """
 
     def of(stored: Stored) -> str:
         digest, buffer, left = KINDS[kind](), memoryview(bytearray(min(IN_CACHE, stored.size))), stored.size
@@ -42,6 +48,8 @@ def tensors_digest(tensors: Mapping[str, Stored], kind: str = "xxh3_128", thread
             stream.seek(stored.start)
             while left and (count := stream.readinto(buffer[: min(left, len(buffer))])):
                 digest.update(buffer[:count])
+                if stored.name in finite and not all_finite(buffer[:count], stored.dtype):
+                    raise not_finite(stored, "it cannot be proven or trained: fetch the model again")
                 left -= count
         return digest.hexdigest()
 

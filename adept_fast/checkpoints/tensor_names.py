@@ -33,6 +33,7 @@ class Naming:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._targets = {source: entry.target_patterns for entry in self._converters for source in entry.source_patterns}
         self._skeleton, self._known, self._path = skeleton, skeleton.state_dict(), f"{layers}."
+        self._parameters = {parameter for parameter, _ in skeleton.named_parameters(remove_duplicate=False)}
         self.count = len(cast(nn.ModuleList, skeleton.get_submodule(layers)))
         self._converted: set[str] = set()
         self._in_memory = {name: self._loads_into(name) for name in names}
@@ -99,6 +100,10 @@ class Naming:
     def plain(self) -> set[str]:
         """All parameters that are stored as they are."""
         return {parameter for name in self._in_memory if (parameter := self.plain_parameter(name)) is not None}
+
+    def of_parameter(self, name: str) -> bool:
+        """Whether a stored tensor becomes a parameter, or a part of one: others are buffers (masks, say), or not read at all."""
+        return any(into in self._parameters for into in self._in_memory[name])
 
     def moved(self, name: str, layer: int) -> str:
         """The name of the same tensor of another layer."""

@@ -10,6 +10,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.digest import identity, kind_of, tensors_digest
+from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import read_header
 from adept_fast.errors import InputError
 from adept_fast.expansion.config_file import config_file
@@ -24,7 +25,8 @@ FILE = "adept_copies.safetensors"
 def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = False, trust_remote_code: bool = False) -> AdeptConfig:
     """Write the copies of the expanded or tuned checkpoint `source` and its record, and nothing else, to the folder `target`.
 
-    The tensors keep their names and bits. Returns the record, whose source.tensors_digest says what base they belong to.
+    The tensors keep their names and bits. Returns the record, whose source.tensors_digest says what base they belong to, and its
+    proof.copies_digest what they are. Raises ExpansionError where the originals were trained too, which a delta does not carry.
     """
     on_disk, record = open_expanded(source, trust_remote_code)
     copies = set(record.copies)
@@ -34,6 +36,8 @@ def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = Fals
     make_room(target, sum(piece.size for piece in pieces))
     with staged_folder(target) as staging:
         write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
+        proof = {"copies_digest": tensors_digest({stored.name: stored for stored in tensors})}
+        record = replace(record, proof=proof)
         record.save(staging)
     return record
 
@@ -63,6 +67,10 @@ def apply_copies(
             f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found}, expected {expected}"
         )
     tensors = {stored.name: stored for stored in read_header(delta / FILE)[0]}
+    written = record.proof.get("copies_digest")
+    if written is not None and tensors_digest(tensors, kind_of(written)) != written:
+        raise InputError(f"{delta / FILE}: corrupt: not the bytes that were extracted: extract the copies again")
+    require_finite(tensors.values(), "its training went wrong: extract the copies of a checkpoint before that")
     places = {entry.layer: entry for entry in record.inserted}
     layers, originals = [], iter(range(on_disk.count))
     for index in range(on_disk.count + len(places)):

@@ -54,7 +54,7 @@ def dial(
     Its selection.alpha says what the copies have by now of their training. Raises InputError for an alpha below 0.
     """
     alpha = check_alpha(alpha)
-    on_disk, record = open_expanded(source, trust_remote_code)
+    on_disk, record = open_expanded(source, trust_remote_code, verify)
     make = None if alpha == 1 else partial(_turned, on_disk, alpha)
     layers = [Layer(index, make if index in record.copies else None) for index in range(on_disk.count)]
     share = alpha * record.selection.get("alpha", 1.0)

@@ -12,6 +12,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted, versions
 from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.digest import kind_of
+from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.config_file import config_file
@@ -20,18 +21,26 @@ from adept_fast.expansion.rewrite_checkpoint import Layer, Made, OnDisk, arrange
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
 
-def open_expanded(folder: str | Path, trust_remote_code: bool = False) -> tuple[OnDisk, AdeptConfig]:
-    """A checkpoint with copies, and its record. Raises InputError where there is no record, or one that the checkpoint contradicts."""
+def open_expanded(folder: str | Path, trust_remote_code: bool = False, prove: bool = True) -> tuple[OnDisk, AdeptConfig]:
+    """A checkpoint with copies, and its record.
+
+    prove: compare its originals with the digest of the record, so that nobody takes the copies of a model that was trained whole for all
+    that it learnt (ExpansionError), and look whether the copies are numbers. Raises InputError where there is no record, or one that the
+    checkpoint contradicts.
+    """
     path = checkpoint.resolve(str(folder))
     record, on_disk = AdeptConfig.load(path), OnDisk.open(path, trust_remote_code)
-    expected = record.source.get("num_hidden_layers")
-    if expected != on_disk.count - len(record.copies) or any(entry.copied_from >= expected for entry in record.inserted):
-        raise InputError(
-            f"{path}: {on_disk.count} layers, but its record has {len(record.copies)} copies in a source of {expected}: "
-            "it belongs to another checkpoint"
-        )
-    if not record.source.get("tensors_digest"):
+    record.require_layers(on_disk.count, path)
+    if not record.source.get("tensors_digest") or not record.source.get("num_hidden_layers"):
         raise _not_described(path)
+    if prove:
+        require_finite(on_disk.parameters(record.copies), "its training went wrong: go back to a checkpoint before that")
+        digest = record.source["tensors_digest"]
+        if on_disk.originals_digest(record, kind_of(digest)) != digest:
+            raise ExpansionError(
+                f"{path}: its originals are not those of {record.source.get('name_or_path')}, bit for bit: they were trained, or saved in "
+                "another dtype; what they learnt does not lie in the copies"
+            )
     return on_disk, record
 
 

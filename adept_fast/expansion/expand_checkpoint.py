@@ -12,6 +12,7 @@ from typing import Any
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.digest import identity, kind_of
+from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.data.items import Item
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.expand_model import arrange_copies, expand_model
@@ -61,6 +62,8 @@ def expand_checkpoint(
     silenced = [Layer(source, make if index in made.new else None) for index, source in enumerate(made.sources)]
     plan = arrange(on_disk, silenced)
     extra, seen = {}, None
+    if earlier:  # the digest below is of the originals
+        require_finite(on_disk.parameters(earlier.copies), "train the copies again, or take them out (copies remove)")
     if steering or (verify and PRESERVING[initialisation]):
         base = checkpoint.load_model(folder, **loading)
         if verify and PRESERVING[initialisation]:
@@ -70,7 +73,8 @@ def expand_checkpoint(
         del base
     with ThreadPoolExecutor(1) as beside:  # hashing and copying both wait for other things than each other
         known = earlier.source.get("tensors_digest") if earlier else None
-        digest = beside.submit(on_disk.originals_digest, earlier, kind_of(known) if known else "xxh3_128", threads=1)
+        kind, finite = kind_of(known) if known else "xxh3_128", {stored.name for stored in on_disk.parameters()}
+        digest = beside.submit(on_disk.originals_digest, earlier, kind, threads=1, finite=finite)
 
         def record() -> AdeptConfig:
             tensors = digest.result()

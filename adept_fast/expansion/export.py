@@ -11,11 +11,12 @@ from torch import Tensor
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece
+from adept_fast.checkpoints.finite_bytes import DTYPES
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import open_expanded, write_remade
-from adept_fast.expansion.rewrite_checkpoint import DTYPES, Layer, OnDisk, as_bytes, as_tensor
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.runtime.input_files import read_json
 
 

@@ -42,7 +42,7 @@ def merge_copies(
     if how not in WAYS:
         raise InputError(f"how must be one of {', '.join(WAYS)}, found {how!r}")
     remote = bool(loading.get("trust_remote_code", False))
-    (first, ours), (second, theirs) = open_expanded(a, remote), open_expanded(b, remote)
+    (first, ours), (second, theirs) = open_expanded(a, remote, verify), open_expanded(b, remote, verify)
     digest = ours.source["tensors_digest"]
     known, kind = theirs.source["tensors_digest"], kind_of(digest)
     if digest != (known if kind_of(known) == kind else second.originals_digest(theirs, kind)):

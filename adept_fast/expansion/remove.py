@@ -26,7 +26,7 @@ def remove_copies(
     Without copies it is the original again: its tensors bit for bit, proven by their digest, its config, and no record (None is returned).
     Raises InputError for layers that are no copies, ExpansionError where the original's tensors are not all there.
     """
-    on_disk, record = open_expanded(source, trust_remote_code)
+    on_disk, record = open_expanded(source, trust_remote_code, verify)
     out = set(record.copies if copies is None else copies)
     if not out or not out <= set(record.copies):
         raise InputError(f"copies must be among the layers {list(record.copies)}, which are copies, found {sorted(out, key=str)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.digest import THREADS, tensors_digest
+from adept_fast.checkpoints.finite_bytes import DTYPES
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
 from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
@@ -34,7 +35,6 @@ from adept_fast.runtime.strict_json import dumps, tagged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPARE = 1 << 24  # bytes left free for headers, config and record
 Plan = dict[str, list[Piece]]  # file name -> its tensors
 Made = TypeVar("Made", bound=AdeptConfig | None)  # a record; None where no copy is left
@@ -82,10 +82,18 @@ class OnDisk:
             return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(initial(as_tensor(stored), value, how, name)))
         return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
 
-    def originals_digest(self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS) -> str:
-        """The digest of all tensors but the copies', under the names they have in the source."""
+    def parameters(self, layers: Collection[int] | None = None) -> list[Stored]:
+        """The stored tensors that parameters of the model are loaded from, of some layers (none: all there are)."""
+        found = [stored for stored in self.shards.tensors.values() if self.naming.of_parameter(stored.name)]
+        return found if layers is None else [stored for stored in found if self.naming.layer(stored.name) in layers]
+
+    def originals_digest(
+        self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS, finite: Container[str] = ()
+    ) -> str:
+        """The digest of all tensors but the copies', under the names they have in the source. finite: names of those, as they are stored,
+        for which InputError is raised where they hold a NaN or infinity."""
         if record is None:
-            return tensors_digest(self.shards.tensors, kind, threads)
+            return tensors_digest(self.shards.tensors, kind, threads, finite)
         places = {record.original(index): index for index in range(self.count - len(record.copies))}
         tensors = {}
         for name, stored in self.shards.tensors.items():
@@ -96,7 +104,7 @@ class OnDisk:
                 tensors[self.naming.moved(name, layer - len(record.copies))] = stored
             elif layer in places:
                 tensors[self.naming.moved(name, places[layer])] = stored
-        return tensors_digest(tensors, kind, threads)
+        return tensors_digest(tensors, kind, threads, finite)
 
 
 @dataclass(frozen=True)
