@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adept_fast.data.items import IGNORE
+from adept_fast.data.items import IGNORE, Item
 from tests.support import tiny_models
 
 ROWS, LENGTH = 2, 9
@@ -47,3 +47,23 @@ BATCHES = batches()
 def targets(batch: dict[str, Tensor]) -> int:
     """How many tokens count in the loss: the first of a row is never predicted."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def _item(tokens: str, targets: str) -> Item:
+    """A letter a token; targets: "x" where one counts."""
+    ids = [3 + ord(token) for token in tokens]
+    return Item(tuple(ids), tuple(token if there == "x" else IGNORE for token, there in zip(ids, targets, strict=True)))
+
+
+# Corpora, at least one item of each supervised.
+ITEMS = {
+    "two tokens": [_item("ab", "-x")],
+    "one target in the middle": [_item("abcdef", "--x---"), _item("uvwxyz", "xxxxxx")],
+    "the last token alone": [_item("abcdef", "-----x")],
+    "the first and the last token": [_item("abcdef", "x----x")],
+    "all tokens alike": [_item("a" * 20, "x" * 20), _item("a" * 7, "-" * 6 + "x")],
+    "one item again and again": [_item("abcdef", "---xxx")] * 5,
+    "many of two tokens": [_item(f"a{chr(98 + number)}", "-x") for number in range(9)],
+    "items without a target": [_item("abc", "x--"), _item("defg", "-xx-"), _item("h", "x"), _item("", ""), _item("ijk", "---")],
+    "a long and a short one": [_item("abcdefgh" * 12, "-x" * 48), _item("zy", "xx")],
+}
