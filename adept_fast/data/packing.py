@@ -45,6 +45,10 @@ class Blocks(Dataset):
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def alone(self, document: int) -> Blocks:
+        """The blocks of one document, none packed with it."""
+        return Blocks(self._documents, np.array([document]), self.block_size, self.pad_token)
+
     def documents(self, index: int) -> list[int]:
         """Lengths of the documents in a block, in order."""
         return [stop - start for start, stop in self._pieces[index]]

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adept_fast.data.packing import Blocks
-from adept_fast.data.records import IGNORE
-from adept_fast.data.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = (400, 200)  # characters of the begin and the end of a long one
+SHOWN = (600, 200)  # characters of the begin and the end of a long piece
+BLOCKS_SHOWN = 2  # of a document that goes on over several
 
 
-def preview(blocks: Blocks | Stream, tokenizer: PreTrainedTokenizerBase, documents: int = 2) -> list[str]:
-    """Lines that show so many documents of the first blocks: their tokens decoded, with what stands at their boundaries, every control
-    token by its name. One that does not fit a block is shown as far as the block has it."""
+def preview(blocks: Blocks, documents: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Lines that show documents by their numbers: tokens decoded, every control token by its name, what is written before a document and
+    behind it, and where it goes on in the next block."""
     lines = []
-    pieces = _pieces(blocks.head(documents) if isinstance(blocks, Stream) else blocks)
-    for number, ids in zip(range(1, documents + 1), pieces, strict=False):
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if len(text) > sum(SHOWN):
-            text = f"{text[: SHOWN[0]]} [... {len(text) - sum(SHOWN):,} characters ...] {text[-SHOWN[1] :]}"
-        lines += [f"document {number} as the model will see it ({len(ids):,} tokens):", *(f"  | {line}" for line in text.split("\n"))]
+    for document in documents:
+        alone = blocks.alone(document)
+        pieces = [alone[index]["input_ids"][: alone.documents(index)[0]].tolist() for index in range(len(alone))]
+        if not pieces:
+            continue
+        size = f"{sum(map(len, pieces)):,} tokens" + (f", {len(pieces)} blocks if it begins one" if len(pieces) > 1 else "")
+        lines.append(f"a document as the model will see it ({size}):")
+        for number, ids in enumerate(pieces[:BLOCKS_SHOWN]):
+            lines += ["  -- the next block --"] * bool(number) + [f"  | {line}" for line in _shortened(ids, tokenizer).split("\n")]
+        lines += [f"  -- {len(pieces) - BLOCKS_SHOWN} blocks more --"] * (len(pieces) > BLOCKS_SHOWN)
     return lines
 
 
-def _pieces(blocks: Blocks) -> Iterator[list[int]]:
-    """Token ids between the boundaries of documents: where positions begin again. Padding, which is not supervised, is none."""
-    for index in range(len(blocks)):
-        block = blocks[index]
-        starts = [*(block["position_ids"] == 0).nonzero()[:, 0].tolist(), len(block["position_ids"])]
-        for start, stop in zip(starts, starts[1:], strict=False):
-            if (block["labels"][start:stop] != IGNORE).any():
-                yield block["input_ids"][start:stop].tolist()
+def _shortened(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if len(text) <= sum(SHOWN):
+        return text
+    return f"{text[: SHOWN[0]]} [... {len(text) - sum(SHOWN):,} characters ...] {text[-SHOWN[1] :]}"

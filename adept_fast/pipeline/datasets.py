@@ -46,6 +46,12 @@ class TrainingText:
             sha.update(hashlib.sha256(text.encode()).digest() + str(weight).encode())
         return sha.hexdigest()
 
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of two texts to show: the first of each of the first two sources, or the first two."""
+        firsts = [int(np.argmax(self.sources == number)) for number in range(len(self.read)) if (self.sources == number).any()]
+        return (firsts if len(firsts) > 1 else [*range(min(2, len(self.texts)))])[:2]
+
     def tokenize(self, tokenizer: Any, quiet: bool = False) -> WeightedDocuments:
         documents = tokenize_documents(self.texts, tokenizer, quiet)
         for number, summary in enumerate(self.read):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.packing import Blocks
 from adept_fast.data.preview import preview
 from adept_fast.data.source_summary import table
 from adept_fast.data.stream import StreamedText
@@ -45,8 +46,9 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     text = training if isinstance(training, StreamedText) else training.tokenize(work.tokenizer, work.quiet)
     planned, blocks = plan(text, work.tokenizer, tuning_settings(work), work.positions)
     summaries = work.corpora.summaries()
-    unread = [line for _, summary in summaries[: len(work.corpora.trained_on)] for line in summary.keys_not_read()]
-    for line in [*table(summaries), *unread, *preview(blocks, work.tokenizer)]:
+    unread = dict.fromkeys(line for _, summary in summaries[: len(work.corpora.trained_on)] for line in summary.keys_not_read())
+    first, shown = (blocks, training.shown) if isinstance(blocks, Blocks) else (blocks.head(2), [0, 1])
+    for line in [*table(summaries), *unread, *preview(first, shown, work.tokenizer)]:
         work.say(line)
     for line in (str(planned), planned.warning, work.recipe.unused):
         if line:
