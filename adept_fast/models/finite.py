@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,14 @@ def require_finite(model: PreTrainedModel, losses: Tensor, what: str) -> None:
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         raise InputError(f"{what} {int(wrong[0, 0])} is not finite: {likely_cause(model)}")
+
+
+def require_finite_tensors(named: Iterable[tuple[str, Tensor]], where: str, way_out: str) -> None:
+    """Raise InputError for the first tensor that holds a NaN or infinity. Of a sharded one this process's part is looked at."""
+    for name, tensor in named:
+        values = local(tensor.detach())
+        if values.is_floating_point() and not values.is_meta and not bool(values.isfinite().all()):
+            raise InputError(f"{where}: {name} holds NaN or infinity: {way_out}")
 
 
 def likely_cause(model: PreTrainedModel) -> str:

@@ -25,7 +25,8 @@ from adept_fast.settings.keys import Tuning
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
-ELSEWHERE = ("training", "replay", "streaming", "shuffle_window")  # keys of tune that the digest of the domain covers, or that stand apart
+ELSEWHERE = ("training", "replay", "streaming", "shuffle_window", "skip_nonfinite")
+"""Keys of tune that the digest of the domain covers, that stand apart, or that change no bit until they let a run go on."""
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 

@@ -88,6 +88,7 @@ class Tuning:
     rate_conflict: bool = declare(False, meaning="slow units whose momentum opposes the probe's gradient, by 1 - max(0, -cos)")
     refresh_steps: int = declare(500, COUNT, "unit rates are measured again, held-out losses logged, a checkpoint written")
     block_size: int = declare(1024, Range(2), "tokens of a packed block")
+    skip_nonfinite: int = declare(0, Range(0), "so many steps of a loss or gradient that is not finite are skipped; one more stops the run")
     anchor_weight: float | None = declare(
         None, Range(0, 1000), "0.5: hold the model to its base without replay data, by that weight of KL(base || model), ..."
     )

@@ -41,7 +41,7 @@ class AdeptCallback(Monitor, ExportableState):
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
-    monitors, monitor_steps (None: each refresh), log, tokens_per_step, say: see Monitor; refreshes are logged too.
+    monitors, monitor_steps (None: each refresh), log, tokens_per_step, say, skip_nonfinite: see Monitor; refreshes are logged too.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
     tensor any other one made from `rate_groups`.
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
@@ -66,14 +66,16 @@ class AdeptCallback(Monitor, ExportableState):
         tokenizer: PreTrainedTokenizerBase | None = None,
         say: Callable[[str], None] | None = None,
         quiet: bool = False,
+        skip_nonfinite: int = Tuning.skip_nonfinite,
     ) -> None:
+        check(Tuning, "tune.", skip_nonfinite=skip_nonfinite)
         check(Tuning, "tune.", refresh_steps=refresh_steps, **({"units": units} if isinstance(units, str) else {}))
-        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet)
+        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
-        self.first, self.anchor, self.meter, self.tokenizer = first, anchor, meter, tokenizer
+        self.first, self.anchor, self.meter = first, anchor, meter
         self._anchored: Tensor | None = None
         self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
         self._items: list[Item] = []

@@ -18,6 +18,7 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models import text_config
+from adept_fast.models.finite import require_finite_tensors
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.dtensor import in_shards
@@ -91,7 +92,16 @@ def tune_baseline(
     run = Run.begin(model, source, corpus, settings, books)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
-    monitor = Monitor(monitors, run.monitor_steps or settings.refresh_steps, run.log, run.planned.tokens_per_step, books.say, books.quiet)
+    monitor = Monitor(
+        monitors,
+        run.monitor_steps or settings.refresh_steps,
+        run.log,
+        run.planned.tokens_per_step,
+        books.say,
+        books.quiet,
+        settings.skip_nonfinite,
+        run.tokenizer,
+    )
     trainer = StagedTrainer(prepared.model, run.args, train_dataset=run.blocks, data_collator=run.collate, callbacks=[monitor])
     if trainer.is_fsdp_enabled and method == "lora":
         raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
@@ -107,9 +117,11 @@ def tune_baseline(
     if touched or not changed:
         raise ExpansionError(f"training by {method} changed " + (f"{touched[0]}, which it must not touch" if touched else "nothing"))
     if distributed.rank() == 0:
+        merged.to(_dtype(source, merged))
+        require_finite_tensors(merged.named_parameters(), str(target), "training went wrong: start again with a lower learning rate")
         merged.config.use_cache = True
         with staged_folder(target) as staging:
-            merged.to(_dtype(source, merged)).save_pretrained(staging)
+            merged.save_pretrained(staging)
             checkpoint.carry_files(source, staging)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
             write_json(staging / FILE, {"schema": 1, "method": method, "inputs": books.inputs, "versions": versions(), **made})

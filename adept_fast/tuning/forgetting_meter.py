@@ -21,6 +21,7 @@ from torch import Tensor
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
+from adept_fast.models.finite import likely_cause, require_finite_tensors
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
 from adept_fast.ops.gradient_sums.op import whole_sums
@@ -124,6 +125,9 @@ class Meter:
             total = distributed.total(total)
             for name, gradient in sums.items():
                 sums[name] = distributed.total(gradient)
+        if not bool(total.isfinite()):
+            raise InputError(f"the forgetting meter's loss is not finite: {likely_cause(model)}")
+        require_finite_tensors(sums.items(), "the forgetting meter's gradient", "though its loss is finite: try float32")
         return float(total) / tokens, {name: gradient / tokens for name, gradient in sums.items()}
 
     def _predict(self, model: PreTrainedModel, units: Units) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ from adept_fast.models import bare
 from adept_fast.models.losses import corpus_loss
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.trainer_log import TrainerLog
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 
 class Monitor(TrainerCallback):
@@ -28,6 +29,8 @@ class Monitor(TrainerCallback):
 
     monitors: name -> items whose mean loss is taken at the start, every `monitor_steps` and at the end; they steer nothing.
     log: where losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
+    skip_nonfinite: steps whose loss or gradient is not finite that are skipped, logged and told before the run is stopped, with the text of
+    their documents where there is a tokenizer (or the Trainer's processing_class).
     tokens_per_step: for tokens/s, what a callback does itself left out, and peak memory in bytes in the log.
     """
 
@@ -39,13 +42,17 @@ class Monitor(TrainerCallback):
         tokens_per_step: int | None = None,
         say: Callable[[str], None] | None = None,
         quiet: bool = False,
+        skip_nonfinite: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        self.nonfinite, self.tokenizer = NonFiniteSteps(skip_nonfinite, say=self._say_all), tokenizer
         self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
         for name, items in self.monitors.items():
             if not any(item.supervised for item in items):
                 raise InputError(f"monitors: {name} has no item with a supervised token, so no mean loss")
         self.log, self.tokens_per_step, self.say, self.quiet = log, tokens_per_step, say, quiet
         self._timed: tuple[float, int] = (0.0, 0)
+        self._skipped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -64,6 +71,8 @@ class Monitor(TrainerCallback):
     ) -> None:
         if self.log and logs and "loss" in logs:
             content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
+            if self._skipped and args.logging_steps == 1:  # transformers puts the mean of the others, 0, in its place
+                content["loss"] = content["grad_norm"] = None
             now, steps = time.perf_counter(), state.global_step - self._timed[1]
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
@@ -75,14 +84,31 @@ class Monitor(TrainerCallback):
         if self.log:
             self.log.write("end", state.global_step)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """After clipping: what is skipped loses its gradients, and the optimizer does nothing."""
+        tokenizer = self.tokenizer or kwargs.get("processing_class")
+        self.nonfinite.decode = getattr(tokenizer, "decode", None)
+        scaled = getattr(optimizer, "scaler", None) is not None
+        self._skipped = self.nonfinite.skips(bare(model), state.global_step + 1, scaled)
+        if self._skipped and self.log:
+            self.log.write("skipped", state.global_step + 1, skipped=self.nonfinite.skipped)
+
+    def _say_all(self, line: str) -> None:
+        if self.say:
+            self.say(line)
+
     def _of_step(self) -> dict[str, float]:
         """What else stands in a step's line."""
         return {}
 
     def _open_log(self, state: TrainerState) -> None:
         """Leave writing to rank 0; a resumed run's log ends where its checkpoint does."""
+        skipped = self.log.count("skipped", state.global_step) if self.log and state.global_step else 0
         if not state.is_world_process_zero:
             self.log = self.say = None
+        self.nonfinite.skipped = skipped
         if self.log and state.global_step:
             self.log.cut(state.global_step)
 

@@ -15,12 +15,14 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast.errors import InputError
+from adept_fast.models.finite import require_finite_tensors
 from adept_fast.optim import AdamW
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.settings.training_arguments import PLAIN_ADAMW
-from adept_fast.tuning import sharded_checkpoint
+from adept_fast.tuning import checkpoint_digests, sharded_checkpoint
+from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.param_group_rates import refusal
 from adept_fast.tuning.sampler import WholeSteps
 
@@ -77,15 +79,28 @@ class StagedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
+            self._require_finite(str(output_dir or self.args.output_dir))
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self._save_trained(folder)
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Monitor):
+                callback.nonfinite.take(inputs, loss)
+        return loss
+
     def _save_trained(self, folder: Path) -> None:
+        self._require_finite(str(folder.name))
         if not in_shards(self.model):
             save_file({name: parameter.detach().contiguous() for name, parameter in self._trained().items()}, folder / TRAINED)
+
+    def _require_finite(self, where: str) -> None:
+        way_out = "training went wrong: go on from an earlier checkpoint, with a lower learning rate"
+        require_finite_tensors(self._trained().items(), where, way_out)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -108,8 +123,10 @@ class StagedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         path = folder / TRAINED
+        checkpoint_digests.verify(folder)
         if (folder / sharded_checkpoint.FOLDER).is_dir():
             sharded_checkpoint.load_trained(self.model, folder)
+            self._require_finite(str(folder))
             return
         if not path.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -122,6 +139,7 @@ class StagedTrainer(Trainer):
         with torch.no_grad():
             for name, tensor in saved.items():
                 parameters[name].copy_(tensor)
+        self._require_finite(str(folder))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -146,6 +164,7 @@ class StagedTrainer(Trainer):
                 for file in written.iterdir():
                     file.rename(staging / file.name)
                 written.rmdir()
+                checkpoint_digests.seal(staging)
         if leads:
             self._rotate(folder, final)
 

@@ -38,6 +38,13 @@ class TrainerLog:
             kept = [line for line, entry in zip(whole, entries, strict=True) if entry["step"] <= step and entry["event"] != "end"]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
+    def count(self, event: str, until: int) -> int:
+        """How many lines of an event there are up to a step."""
+        if not self.path.is_file():
+            return 0
+        entries = map(json.loads, self.path.read_text(encoding="utf-8").split("\n")[:-1])
+        return sum(entry["event"] == event and entry["step"] <= until for entry in entries)
+
     def write(self, event: str, step: int, **content: Any) -> None:
         """Raises DiskError, which names the file, for what the disk refuses, as where the folder was removed meanwhile."""
         line = dumps({"event": event, "step": step, **finite(content)})

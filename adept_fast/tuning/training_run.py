@@ -29,6 +29,7 @@ from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard, write_json
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.staging_folder import remove_leftovers
+from adept_fast.tuning import checkpoint_digests
 from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
 from adept_fast.tuning.forgetting_meter import stopped_in
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
@@ -37,7 +38,7 @@ from adept_fast.tuning.training_plan import Plan, plan
 from adept_fast.tuning.tuning_settings import TuningSettings, arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Run:
     books: Bookkeeping
     log: TrainerLog
     last: str | None
+    tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def begin(
@@ -111,11 +113,12 @@ class Run:
         work = books.work
         last = get_last_checkpoint(str(work)) if work.is_dir() else None
         if last is not None:
+            checkpoint_digests.verify(Path(last))
             books.say(f"resuming from {Path(last).name}")
         log = TrainerLog(books.log)
         if last is None:
             log.require_own()
-        return cls(planned, blocks, collate, args, books, log, last)
+        return cls(planned, blocks, collate, args, books, log, last, tokenizer)
 
     @property
     def monitor_steps(self) -> int | None:

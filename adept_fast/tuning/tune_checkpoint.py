@@ -60,6 +60,8 @@ def tune_checkpoint(
         tokens_per_step=run.planned.tokens_per_step,
         say=books.say,
         quiet=books.quiet,
+        skip_nonfinite=settings.skip_nonfinite,
+        tokenizer=run.tokenizer,
     )
     trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks, data_collator=run.collate)
     run.finish(trainer)

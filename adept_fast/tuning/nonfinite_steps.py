@@ -1,0 +1,97 @@
+"""Steps whose loss or gradient is no number: they stop the run, or are skipped and counted as far as the user allows.
+
+A skipped step loses its gradients, so that the optimizer finds nothing to do: parameters, moments and rates stay as they are to the bit,
+while schedule, data and step number go on. Under a loss scaler infinite gradients are its ordinary way to find a scale, and left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adept_fast.errors import InputError
+from adept_fast.models.finite import likely_cause
+from adept_fast.runtime import distributed
+from adept_fast.runtime.dtensor import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHOWN = 3  # documents of a step in a message, ...
+WORDS = 60  # ... of so many characters each
+
+
+class NonFiniteSteps:
+    """limit: how many steps may be skipped before the run stops, 0 for none. decode: token ids -> text, in
+    messages; say: hears of each."""
+
+    def __init__(self, limit: int = 0, decode: Callable[[list[int]], str] | None = None, say: Callable[[str], None] | None = None) -> None:
+        self.limit, self.decode, self.say = limit, decode, say
+        self.skipped = 0
+        self._losses: list[Tensor] = []
+        self._batches: list[dict[str, Any]] = []
+
+    def take(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """A batch of the step and its loss; nothing waits for the device."""
+        self._losses.append(loss.detach())
+        self._batches.append(inputs)
+
+    @torch.no_grad()
+    def skips(self, model: PreTrainedModel, step: int, scaled: bool = False) -> bool:
+        """Whether step `step` is skipped: called when its gradients are whole, before the optimizer's step.
+
+        Raises InputError, naming the step and the documents in it, for one more than may be. All processes answer alike.
+        """
+        losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        whole = all(bool(loss.isfinite().all()) for loss in losses)
+        finite = whole and (scaled or _finite([local(parameter.grad) for parameter in parameters]))
+        if not float(distributed.total(torch.tensor(float(not finite)))):
+            return False
+        what = "gradients are" if whole else "loss is"
+        found = f"step {step}: its {what} not finite; {self._documents(batches)}"
+        if self.skipped >= self.limit:
+            many = f"{self.skipped} steps were skipped before; " if self.skipped else ""
+            way_out = f"mend the documents, lower the learning rate, or set skip_nonfinite above {self.limit} to go on without such steps"
+            raise InputError(f"{found}; {many}{likely_cause(model)}; {way_out}")
+        self.skipped += 1
+        if not scaled:
+            for parameter in parameters:
+                parameter.grad = None
+        if self.say:
+            self.say(f"{found}: skipped, {self.skipped} of {self.limit} that may be")
+        return True
+
+    def _documents(self, batches: Sequence[dict[str, Any]]) -> str:
+        """The beginnings of the documents of some batches, as text where it can be had."""
+        found = [document for batch in batches for document in _parted(batch)]
+        shown = [repr(self.decode(ids)[:WORDS]) if self.decode else f"tokens {ids[:10]}" for ids in found[:SHOWN]]
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return f"its documents begin {', '.join(shown)}{more}" if shown else "its documents are not known"
+
+
+def _finite(gradients: Sequence[Tensor]) -> bool:
+    """One norm of each gradient, and one wait for all."""
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return True
+    norms = torch._foreach_norm(gradients, float("inf"))
+    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
+
+
+def _parted(batch: dict[str, Any]) -> list[list[int]]:
+    """Token ids of each document: rows, or parts of a row where positions start again."""
+    ids, positions = batch.get("input_ids"), batch.get("position_ids")
+    if not isinstance(ids, Tensor):
+        return []
+    found = []
+    for row, tokens in enumerate(ids.reshape(-1, ids.shape[-1]).tolist()):
+        starts = [0]
+        if isinstance(positions, Tensor) and positions.shape == ids.shape:
+            starts += [at for at in (positions.reshape(-1, ids.shape[-1])[row] == 0).nonzero()[:, 0].tolist() if at]
+        found += [tokens[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    return found
+
