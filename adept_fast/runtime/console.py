@@ -9,10 +9,8 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
-def say(line: str, stream: TextIO | None) -> None:
+def say(line: str, stream: TextIO) -> None:
     """Print a line at once. What the stream's encoding lacks is escaped; a stream that is closed or full is given up."""
-    if stream is None:
-        return
     encoding = stream.encoding or "utf-8"
     with outliving(stream):
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
@@ -45,3 +43,6 @@ def open_missing() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))

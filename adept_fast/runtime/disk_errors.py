@@ -11,6 +11,9 @@ from pathlib import Path
 
 from adept_fast.errors import InputError
 
+OF_RUST = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
+OF_TORCH = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs|iostream error")  # of torch.save
+UNKNOWN = 0  # the errno that torch.save does not keep
 REMEDIES = {
     errno.ENOSPC: "make room on its disk",
     errno.EDQUOT: "make room within the quota",
@@ -24,11 +27,8 @@ REMEDIES = {
     errno.ENOENT: "it, or its folder, was removed meanwhile: put it back",
     errno.ENAMETOOLONG: "take a shorter name",
     errno.ESTALE: "mount its file system again",
+    UNKNOWN: "make room on its disk, or check it",
 }
-BY_LIBRARIES = (  # what stands for an errno in messages of safetensors (Rust) and of torch.save, which keeps none
-    (re.compile(r"\(os error (\d+)\)"), None),
-    (re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs"), errno.EIO),
-)
 
 
 class DiskError(OSError):
@@ -42,19 +42,19 @@ def number_of(error: BaseException) -> int | None:
     """The errno that an exception stands for, whatever library raised it; None for one that stands for none."""
     if isinstance(error, OSError):
         return error.errno
-    for pattern, number in BY_LIBRARIES:
-        if found := pattern.search(str(error)):
-            return number or int(found[1])
-    return None
+    if found := OF_RUST.search(str(error)):
+        return int(found[1])
+    return UNKNOWN if OF_TORCH.search(str(error)) else None
 
 
 def told(path: object, number: int) -> str:
     """One line: the file, what the system said, the way out."""
-    return f"{path}: {os.strerror(number)}: {REMEDIES.get(number, 'see that it can be written')}, then the same command goes on"
+    what = os.strerror(number) if number != UNKNOWN else "could not be written"
+    return f"{path}: {what}: {REMEDIES.get(number, 'see that it can be written')}, then the same command goes on"
 
 
 @contextmanager
-def naming(path: Path, staged: Path | None = None) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Let what is refused while `path` is written be a DiskError that names it. An error that names a file neither `path` nor beneath
     its folder, which was read then, stays as it is."""
     try:

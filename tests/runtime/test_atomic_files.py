@@ -142,7 +142,7 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "full"), "No space left on device: make room on its disk, then the same command goes on"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device: make room on its disk, "),
-        (RuntimeError("[enforce fail at inline_container.cc:664] PytorchStreamWriter failed writing file"), "Input/output error: check "),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "could not be written: make room on its disk, "),
         (PermissionError(errno.EACCES, "no", "beneath"), "Permission denied: give yourself the permission"),
     ],
 )

@@ -1,8 +1,9 @@
 """Attempts of one command, each in a child of a process that has imported everything once: tenths of a second where imports take eight.
 
-Run as a program it reads one attempt a line from stdin, {"arguments", "place", "calls", "seconds", "output"}, and answers each with its
-return code: -9 for a child that was killed, at the given call of `place` (see kill_at) or after `seconds`. No OpenMP region may run
-before the fork: a child inherits the threads' bookkeeping, not the threads.
+Run as a program it reads one attempt a line from stdin, {"arguments", "place", "calls", "seconds", "output", "signal", "before", "after"},
+and answers each with its return code: -9 for a child that was killed, at the given call of `place` (see kill_at) or after `seconds` (or
+sent `signal` then). "before" and "after" name functions, "module:name", that are called with the request in the child, before and behind
+the command. No OpenMP region may run before the fork: a child inherits the threads' bookkeeping, not the threads.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Attempts:
         self, arguments: Sequence[str], output: Path, place: str = "", calls: int = 0, seconds: float = 0.0, **more: object
     ) -> tuple[int, str]:
         """Return code and what was said, stderr included unless `errors` names a file for it. more: folder to work in, cpu: seconds of it
-        that are allowed, memory: bytes that the child may take more than it has."""
+        that are allowed, memory: bytes that the child may take more than it has, signal: sent instead of SIGKILL, before and after: functions to call in it."""
         request = {"arguments": list(arguments), "place": place, "calls": calls, "seconds": seconds, "output": str(output), **more}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -109,9 +110,18 @@ def attempt(request: dict) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (held + request["memory"],) * 2)
     if request["place"]:
         kill_at(request["place"], request["calls"])
+    _call(request, "before")
     code = main(request["arguments"])
-    sys.stdout.flush()
+    _call(request, "after")
+    if sys.stdout is not None:
+        sys.stdout.flush()
     return code
+
+
+def _call(request: dict, when: str) -> None:
+    if when in request:
+        holder, name = found(request[when])
+        getattr(holder, name)(request)
 
 
 def serve() -> None:
@@ -133,7 +143,7 @@ def serve() -> None:
         if request["seconds"]:
             ended = os.pidfd_open(child)
             if not select.select([ended], [], [], request["seconds"])[0]:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, request.get("signal", signal.SIGKILL))
             os.close(ended)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
