@@ -69,6 +69,7 @@ def campaign(stages: Stages, names: list[str], kills: int, faults: int, seed: in
                 wrong += found
                 for line in found:
                     print(line, flush=True)
+            print(f"{name}: {hits[f'{name} {what}']} {what}", flush=True)
     return hits, wrong
 
 
@@ -82,8 +83,6 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, Stages(Path(folder)) as stages:
         hits, wrong = campaign(stages, given.stages or list(NAMES), given.kills, given.faults, given.seed)
-    for name in given.stages or NAMES:
-        print(f"{name}: {hits[f'{name} kills']} kills, {hits[f'{name} faults']} faults")
     print(f"{len(wrong)} of {hits.total()} went wrong, in {time.monotonic() - start:.0f} s")
     return 1 if wrong else 0
 
