@@ -80,6 +80,10 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
 def check_together(recipe: Recipe) -> None:
     """Raise InputError for settings that do not go together, or that nothing would come of."""
     method, score, expand, tune = METHODS[recipe.method], recipe.score, recipe.expand, recipe.tune
+    measured_on = {"probe": recipe.probe, "eval.general": recipe.eval.general, "eval.domain": recipe.eval.domain}
+    for key, source in measured_on.items():
+        if source is not None and (source.weight != 1 or source.share is not None):
+            raise InputError(f"{key}: weight and share say how much of a source is trained on, and {key} is not: leave them out")
     if method.uniform and expand.layers is not None:
         raise InputError(f"method={recipe.method} spaces the copies evenly: leave expand.layers out")
     if recipe.method == "replay" and tune.replay is None:

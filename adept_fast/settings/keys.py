@@ -31,7 +31,7 @@ class Score:
     loss: str | None = declare(None, LOSSES, "null measures all three and selects by answer, by kl for a chat model")
     max_items: int | None = declare(None, COUNT, "probe items scored, drawn by hash and seed")
     seed: int = declare(0, SEEDS, "of that draw, of intervals and of a race's order")
-    probe_format: str = declare("plain", STYLES, "chat puts instructions through the tokenizer's chat template")
+    probe_format: str = declare("plain", STYLES, "how instructions are written: end to end, or in Alpaca's or the tokenizer's template")
     regret: float | None = declare(
         None,
         Range(0),

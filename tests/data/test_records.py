@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from adept_fast.data.documents import document_tokens, tokenize_documents
 from adept_fast.data.items import IGNORE, Item, load_items, tokenize_item
 from adept_fast.data.readers import read
-from adept_fast.data.records import MalformedRecord, meaning, unread
+from adept_fast.data.records import FORMATS, MalformedRecord, meaning, unread
 from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
 from adept_fast.data.templates import document_text
@@ -237,6 +238,15 @@ def test_items_of_every_format_and_what_is_left_out_of_them(tmp_path: Path) -> N
         warnings.simplefilter("error")
         assert load_items([{"text": "the fox"}, items[3]], tokenizer())[1] == items[3]
         assert len(load_items("general", tokenizer())) > 100
+
+
+def test_the_page_names_every_format_by_its_keys() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [tuple(re.findall("`([a-z_]+)`", row.partition(";")[0])) for row in table]
+    assert {form.needed for form in FORMATS} <= {*named}
+    beside = {key for row in table for key in re.findall("`([a-z_]+)`", row.partition(";")[2])}
+    assert beside == {key for form in FORMATS for key in form.also}
 
 
 def test_malformed_rows_are_counted_up_to_a_limit() -> None:
