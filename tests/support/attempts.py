@@ -72,7 +72,7 @@ def kill_at(place: str, calls: int) -> None:
     original, left, inside = getattr(holder, name), [calls], [not outer]
 
     def counted(*args, **kwargs):
-        for each in [([one], *args[1:]) for one in args[0]] if inner.endswith("*") else [args]:
+        for each in [(type(args[0])([one]), *args[1:]) for one in getattr(args[0], "updates", args[0])] if inner.endswith("*") else [args]:
             left[0] -= inside[0]
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
