@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adept_fast.errors import ExpansionError
-from adept_fast.models import device_of, evaluating, unwrapped
+from adept_fast.errors import ExpansionError, InputError
+from adept_fast.models import device_of, evaluating, unwrapped, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +27,21 @@ def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
 
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
     """Raise ExpansionError with the largest logit difference unless both models agree bit for bit on `inputs` (token ids
-    [rows, tokens], default random ones): in one forward, and in greedy decoding through the family's own cache."""
+    [rows, tokens], default random ones): in one forward, and in greedy decoding through the family's own cache. Raises InputError for
+    inputs that are no tokens of the base, or none."""
     base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")
+    if inputs is not None:
+        _require_tokens(inputs, vocabulary_of(base))
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
     compare(observe(base, inputs), observe(expanded, inputs))
+
+
+def _require_tokens(inputs: Tensor, vocabulary: int) -> None:
+    if inputs.dtype != torch.int64 or inputs.ndim != 2 or not inputs.numel() or inputs.is_meta:
+        found = f"{inputs.dtype} of shape {tuple(inputs.shape)} on {inputs.device}"
+        raise InputError(f"inputs must be token ids, int64 [rows, tokens], one at least, found {found}")
+    if not 0 <= int(inputs.min()) <= int(inputs.max()) < vocabulary:
+        raise InputError(f"inputs must be from 0 to {vocabulary - 1}, found {int(inputs.min())} to {int(inputs.max())}")
 
 
 def largest_difference(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> float:

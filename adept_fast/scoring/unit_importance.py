@@ -172,6 +172,7 @@ def score_units(
     exp_avg of all parameters of `units`, to see where they conflict with the probe. Raises InputError for a probe with nothing
     supervised."""
     model = unwrapped(model)
+    units.require_fitting(model)
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))
     return unit_importance(units, parameter_sums(model, items, dims, "unit importance", quiet, share, momenta))

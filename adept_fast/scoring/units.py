@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.checkpoints.adept_config import record_of
+from adept_fast.errors import InputError
 from adept_fast.models import FUSED_ATTENTION, Part, describe, fused_rows, text_config, unwrapped
 from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.settings.keys import Tuning
@@ -100,6 +101,17 @@ class Units:
             Unit(name, kind, int(size), index in gates) for index, ((name, kind), size) in enumerate(zip(names, sizes, strict=True))
         )
         return cls(granularity, units, slices)
+
+    def require_fitting(self, model: nn.Module) -> None:
+        """Raise InputError unless these are units of this model, not of another."""
+        for name, cut in self.slices.items():
+            try:
+                shape = model.get_parameter(name).shape
+            except AttributeError:
+                raise InputError(f"units: {name} is no parameter of this model: cut it by Units.of(model)") from None
+            found = shape[cut.dim : cut.dim + cut.unit.ndim] or (1,)
+            if tuple(found) != tuple(cut.unit.shape):
+                raise InputError(f"units: {name} is {tuple(shape)} in this model, not cut so: cut it by Units.of(model)")
 
     @property
     def sizes(self) -> Tensor:

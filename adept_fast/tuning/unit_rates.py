@@ -145,8 +145,12 @@ def unit_rates(importance: UnitImportance, map: str | RateMap = Tuning.rate_map,
 
 def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Tensor) -> None:
     """Give the optimizer a multiplier of its learning rate for each unit: rates [units]. optimizer: adept_fast.AdamW, or any other one made
-    from `rate_groups`. Raises InputError for one that is neither."""
-    model = bare(model)
+    from `rate_groups`. Raises InputError for one that is neither, and for units of another model or rates that are not one a unit, finite
+    and >= 0."""
+    model, rates = bare(model), torch.as_tensor(rates)
+    units.require_fitting(model)
+    if rates.shape != (len(units),) or not bool((rates.isfinite() & (rates >= 0)).all()):
+        raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit, found shape {tuple(rates.shape)}")
     if not isinstance(optimizer, AdamW):
         set_group_rates(optimizer, units, rates)
         return
