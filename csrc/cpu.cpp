@@ -53,6 +53,9 @@ py::dict features() {
 template <class Row>
 std::pair<const Row*, std::int64_t> rows(const py::buffer_info& bytes) {
     const std::int64_t size = bytes.size * bytes.itemsize;
+    if (bytes.ndim != 1 || (bytes.size > 1 && bytes.strides[0] != bytes.itemsize)) {
+        throw py::value_error("a table is no contiguous row of bytes or words");
+    }
     if (size % static_cast<std::int64_t>(sizeof(Row)) != 0) {
         throw py::value_error("a table's size is no multiple of " + std::to_string(sizeof(Row)) + " bytes");
     }
@@ -94,6 +97,9 @@ void logits(std::int64_t logits, std::int64_t rows, std::int64_t count, std::int
 double squares(const py::buffer& table, int threads, const std::string& set) {
     const py::buffer_info bytes = table.request();
     const auto [gradients, count] = rows<Gradient>(bytes);
+    if (const char* wrong = wrong_gradients(gradients, count)) {
+        throw py::value_error(wrong);
+    }
     const InstructionSet& instructions = chosen(set);
     py::gil_scoped_release unlocked;
     return sum_of_squares(gradients, count, threads, instructions);

@@ -1,6 +1,7 @@
 #include "cpu_adamw.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -50,9 +51,9 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
     std::int64_t rates = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         const Tensor& t = tensors[i];
-        if (t.numel < 0 || t.length < 1 || t.inner < 1 || t.group < 0 || t.group >= group_count) {
-            return "a row of the tensor table is out of range";
-        }
+        if (const char* wrong = wrong_row(t, group_count)) return wrong;
+        const float step = *reinterpret_cast<const float*>(t.step);
+        if (!(step >= 0.0f && step < 9.0e18f) || std::floor(step) != step) return "a step is negative, or no whole number";
         rates += t.length > 1 ? 2 * t.length : 0;
     }
     // Room for fp64, or for fp32 twice. Kept, because fresh pages would cost more than the rates.
@@ -92,6 +93,16 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
             set.update(work[i], first, std::min(kChunk, work[i].tensor.numel - first));
         });
     });
+    return nullptr;
+}
+
+const char* wrong_gradients(const Gradient* gradients, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const Gradient& g = gradients[i];
+        if (g.numel < 0 || g.format < kFp32 || g.format > kFp64 || (g.numel > 0 && g.address == 0)) {
+            return "a row of the table of gradients is out of range";
+        }
+    }
     return nullptr;
 }
 

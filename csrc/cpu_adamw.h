@@ -39,6 +39,9 @@ const InstructionSet* const* instruction_sets();
 const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* groups, std::int64_t group_count, double grad_scale,
                        int threads, const InstructionSet& set);
 
+// What is wrong with the rows, or null; sum_of_squares takes them at their word.
+const char* wrong_gradients(const Gradient* gradients, std::int64_t count);
+
 // Of all elements, in fp64: the same bits for any number of threads and any instruction set.
 double sum_of_squares(const Gradient* gradients, std::int64_t count, int threads, const InstructionSet& set);
 

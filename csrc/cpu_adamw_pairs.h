@@ -103,7 +103,10 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
             std::uint16_t r0, r1;
             split_short(w0, p0, r0);
             split_short(w1, p1, r1);
-            store_pair(t.master, at, r0, r1);
+            // Of a frozen one both halves stay, not what they were joined to: NaN, infinities and -0 would lose the remainder.
+            p0 = frozen0 ? param.low() : p0;
+            p1 = frozen1 ? param.high() : p1;
+            store_pair(t.master, at, frozen0 ? kept.low() : r0, frozen1 ? kept.high() : r1);
         } else if (kMode == kKahan) {
             const float lost0 = is_finite(w0) ? w0 - from_bf16(p0) : 0.0f, lost1 = is_finite(w1) ? w1 - from_bf16(p1) : 0.0f;
             p0 = frozen0 ? param.low() : p0;

@@ -54,7 +54,7 @@ struct Rows {
 
     explicit Rows(const py::buffer& buffer) : info(buffer.request()) {
         const std::int64_t bytes = info.size * info.itemsize, size = sizeof(Row);
-        if (info.ndim != 1 || bytes % size != 0) {
+        if (info.ndim != 1 || (info.size > 1 && info.strides[0] != info.itemsize) || bytes % size != 0) {
             throw std::invalid_argument("rows of " + std::to_string(size) + " bytes expected, not " + std::to_string(bytes) + " bytes");
         }
         first = static_cast<const Row*>(info.ptr);
@@ -64,12 +64,20 @@ struct Rows {
 
 py::tuple adamw_table_size(const py::buffer& tensors) {
     const Rows<adept_fast::Tensor> rows(tensors);
+    for (std::int64_t i = 0; i < rows.count; ++i) {
+        if (const char* wrong = adept_fast::wrong_row(rows.first[i], rows.count)) {
+            throw std::invalid_argument(wrong);
+        }
+    }
     const auto size = adept_fast::adamw_table_size(rows.first, rows.count);
     return py::make_tuple(size.first, size.second);
 }
 
 void adamw_write_table(int device, std::int64_t stream, std::int64_t table, std::int64_t chunks, const py::buffer& tensors) {
     const Rows<adept_fast::Tensor> rows(tensors);
+    if (adept_fast::adamw_table_size(rows.first, rows.count).first != chunks) {
+        throw std::invalid_argument("a table of other chunks than its rows have");
+    }
     py::gil_scoped_release unlocked;
     adept_fast::adamw_write_table({device, stream}, {table, rows.count, chunks}, rows.first);
 }

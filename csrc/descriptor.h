@@ -30,4 +30,23 @@ struct Group {
     std::int64_t lr_address, beta1_address, beta2_address, kinds;  // kinds: lr | beta1 << 2 | beta2 << 4
 };
 
+// What is wrong with a row, or null: sizes, the addresses that its numbers ask for, a mode and formats that go together.
+inline const char* wrong_row(const Tensor& t, std::int64_t groups) {
+    if (t.numel < 0 || t.length < 1 || t.inner < 1 || t.group < 0 || t.group >= groups) return "a row of the tensor table is out of range";
+    if (t.formats < 0 || t.formats > 63 || t.mode < kDirect || t.mode > kStochastic) return "a row has a format or a mode that does not exist";
+    const std::int64_t format = t.formats & 3;
+    if (t.mode != kDirect && format != kBf16 && (format != kFp16 || t.mode == kRemainder || t.mode == kStochastic)) {
+        return "a row has a master that its parameter's format cannot have";
+    }
+    if (t.step == 0) return "a row has no step";
+    if (t.numel == 0) return nullptr;
+    // Written so that no product overflows.
+    if (t.length > t.numel || t.inner > t.numel / t.length || t.numel % (t.length * t.inner) != 0) return "a row's units do not fit its elements";
+    const bool kept = t.mode == kCopy || t.mode == kRemainder || t.mode == kKahan;
+    if (t.param == 0 || t.grad == 0 || t.exp_avg == 0 || t.exp_avg_sq == 0 || (kept && t.master == 0) || (t.length > 1 && t.multipliers == 0)) {
+        return "a row lacks the address of a tensor";
+    }
+    return nullptr;
+}
+
 }  // namespace adept_fast

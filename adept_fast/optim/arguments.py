@@ -14,6 +14,8 @@ from adept_fast.ops.adamw.checks import REAL as DTYPES
 from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
 
+ROUNDED_TO_ZERO = -1e-12  # torch's recursive CosineAnnealingLR ends a few 1e-20 below its eta_min
+
 
 def check_torch_arguments(
     lr: float | Tensor,
@@ -65,20 +67,19 @@ def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | N
 
 
 def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
-    """Raise InputError where a group's lr, betas, eps or weight_decay, as they stand now, would make non-finite numbers of finite ones.
-
-    What torch takes later on is taken too: an lr that a scheduler rounds below 0. Tensors on a GPU are not waited for."""
+    """Raise InputError where a group's lr, betas, eps or weight_decay, as they stand now, are out of range. Tensors on a GPU are not waited
+    for. An lr that a scheduler's rounding left below 0 is one of 0."""
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
         lr, beta1, beta2 = (_number(number, name, value) for name, value in (("lr", lr), ("betas", beta1), ("betas", beta2)))
     try:
-        fine = -inf < lr < inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < inf and -inf < weight_decay < inf
+        fine = ROUNDED_TO_ZERO < lr < inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < inf and 0 <= weight_decay < inf
     except TypeError:
         fine = False
     if not fine:
         raise InputError(
-            f"group {number}: lr={lr}, betas={(beta1, beta2)}, eps={eps}, weight_decay={weight_decay}: all must be finite numbers, "
-            "betas in [0, 1), eps >= 0; set them in optimizer.param_groups"
+            f"group {number}: lr={lr}, betas={(beta1, beta2)}, eps={eps}, weight_decay={weight_decay}: all must be finite and >= 0, "
+            "betas below 1; set them in optimizer.param_groups"
         )
 
 

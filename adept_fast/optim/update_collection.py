@@ -17,7 +17,7 @@ from adept_fast.ops.adamw.checks import check_row
 from adept_fast.ops.adamw.op import Row, in_memory
 from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
-from adept_fast.optim.arguments import DTYPES, check_hyperparameters, refuse_sparse
+from adept_fast.optim.arguments import DTYPES, check_dtypes, check_hyperparameters, refuse_sparse
 from adept_fast.optim.state import EDITED, MASTER_KEYS, RATES, Kept, check_placed, create_missing
 from adept_fast.optim.update_cache import Plan, plan_of
 from adept_fast.runtime import dtensor
@@ -130,6 +130,7 @@ class Rows(torch.optim.Optimizer):
         where = f"group {number}, parameter {position}"
         if param.dtype not in DTYPES and not param.is_complex():
             raise InputError(f"{where} is {param.dtype}, which AdamW cannot update: give it no gradient")
+        check_dtypes(where, param, self.master_weights)
         backend = self._backend(group, param)
         state, kept = self.state[param], self._kept(group, param, backend)
         create_missing(where, state, param, kept, group["amsgrad"])

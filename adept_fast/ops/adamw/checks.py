@@ -26,6 +26,7 @@ def check_row(where: str, row: Row | Update, mode: str | None, backend: str) -> 
     parameter. mode: master_weights."""
     param, native = row.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
+    check_form(where, "exp_avg", row.exp_avg, param)
     moments = (row.exp_avg.dtype,) if row.exp_avg.dtype in numbers and not (native and row.exp_avg.dtype == torch.float64) else numbers
     _check_memory(where, "parameter", param, written=True)
     for name, tensor, dtypes in (

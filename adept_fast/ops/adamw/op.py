@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw import reference
-from adept_fast.ops.adamw.checks import check_row
+from adept_fast.ops.adamw.checks import check_count, check_row
 from adept_fast.ops.adamw.memory_order import Pair, in_one_order, unit_walk
 from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Seen, Update
@@ -97,6 +97,9 @@ def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tenso
 def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if found_inf is not None and found_inf.item() != 0:
         return
+    for update in updates:
+        if update.step.device.type == "cpu":
+            check_count(f"parameter {update.seed} of all groups", update.step.item())
     for update in updates:
         reference.adamw_update_(update, grad_scale)
 
