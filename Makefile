@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: test demo gpu sanitize lint clean
+.PHONY: nightly test demo gpu sanitize lint clean
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -43,6 +43,14 @@ sanitize: $(VENV)/.test
 	nm $(SANITIZED)/adept_fast/_C*.so | grep -q __asan_report_load
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		../../$(RUN) -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS) -k "not forked and not memory_does_not_grow"
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		../../$(RUN) -m tests.crash --count 500 --seconds 120
+
+# Cases that must end in right numbers or a Python exception; another SEED draws others.
+COUNT ?= 3000
+SEED ?= 1000
+nightly: $(VENV)/.test
+	$(RUN) -m tests.crash --count $(COUNT) --seed $(SEED)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 
 from tests.crash import runner
 from tests.crash.case import Case
+
+ROOT = Path(__file__).parents[2]
 
 
 def killed(draw: random.Random) -> Case:
@@ -76,3 +81,10 @@ def test_a_signal_a_hang_and_wrong_numbers_are_laid_at_their_case() -> None:
         assert reason in faults[f"{family.__name__}:5"]
     assert f"{random.Random('wrong:5').random()}" in faults["wrong:5"]
     assert "python -m tests.crash wrong:5" in faults["wrong:5"]
+
+
+def test_300_cases_give_right_numbers_or_a_python_exception() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.crash", "--count", "300"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -62,6 +62,8 @@ class Table:
             found.update(i for i, (there, size) in enumerate(zip(held, needed, strict=True)) if there < size)
         if len({*map(Tensor.get_device, grads), *map(Tensor.get_device, params[:1])}) > 1:
             found.update(i for i, (param, grad) in enumerate(zip(params, grads, strict=True)) if param.device != grad.device)
+        if any(map(Tensor.is_neg, grads)):  # whose memory has the other sign
+            found.update(i for i, grad in enumerate(grads) if grad.is_neg())
         if 0 in self.rows[_GRAD::WORDS]:
             found.update(i for i, address in enumerate(self.rows[_GRAD::WORDS]) if address == 0 and numels[i] > 0)
         return found
