@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from dataclasses import replace
@@ -212,3 +213,14 @@ def test_what_cannot_be_streamed_says_so(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     with pytest.raises(InputError, match=r"bad.jsonl:2: not valid JSON"):
         text(tmp_path, Source(str(tmp_path / "bad.jsonl"))).look(tiny_models.tokenizer())
+
+
+def test_a_stream_of_single_tokens_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
+    tokenizer.eos_token = None  # each of these texts is one token then
+    made = text(tmp_path, Source(write(tmp_path, "jsonl", ["q", "x"])))
+    endless = Stream(made, [(1.0, 1.0)], tokenizer, blocks=3, block_size=8, seed=1)
+    with pytest.raises(InputError, match="a whole pass over it holds no document of two tokens or more"):
+        endless[0]
+    with pytest.raises(InputError, match="block_size must be 2 or more, found 1"):
+        Stream(made, [(1.0, 1.0)], tokenizer, blocks=3, block_size=1, seed=1)
