@@ -34,7 +34,7 @@ gpu: $(VENV)/.test
 SANITIZED := build/sanitized
 # C++ is compiled with CXXFLAGS by newer setuptools, with CFLAGS by older ones.
 SANITIZING := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,ops/test_adamw_cpu optim/test_adamw_units ops/test_linear_cross_entropy models/test_cpu_layers scoring/test_unit_importance))
+SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,ops/test_adamw_cpu optim/test_adamw_units ops/test_linear_cross_entropy ops/test_gradient_sums models/test_cpu_layers scoring/test_unit_importance))
 sanitize: $(VENV)/.test
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -rL adept_fast csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/adept_fast/_C*.so
