@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -172,8 +171,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder}: no tokenizer can be loaded ({str(error).strip().splitlines()[0]})") from None
+        len(tokenizer.get_vocab())
+    except Exception as error:  # tokenizers raises Exception itself
+        if type(error) is not Exception and not isinstance(error, _refusals()):
+            raise
+        raise InputError(f"{folder}: no tokenizer can be loaded ({_reason(error)}): fetch its tokenizer files again") from None
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # packing cuts, nothing is fed whole
     return tokenizer
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
 from adept_fast.report.page import filled, flat, read_log
-from adept_fast.report.results import number
+from adept_fast.report.results import check, number
 from adept_fast.runtime.atomic_files import write_json, write_text
-from adept_fast.runtime.input_files import read_json, read_yaml
+from adept_fast.runtime.input_files import making_sense, read_json, read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,14 +118,16 @@ def _finished(folder: Path) -> Finished:
         if not path.is_file():
             raise InputError(f"{path}: missing: {folder} holds no run that has ended: adept-fast run ends it")
     content, recipe = read_json(evaluation), read_yaml(kept)
-    models = content.get("models") or {}
+    check(content, evaluation)
+    models = content["models"]
     if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")
     log = read_log(folder / "trainer_log.jsonl")
     tokens = next((entry.get("tokens") for entry in log if entry.get("event") == "plan"), None)
     speeds = [entry["tokens_per_second"] for entry in log if entry.get("tokens_per_second")]
-    decisive = {key: value for key, value in flat(recipe) if key not in NOT_THE_RECIPE}
-    return Finished(folder, int(recipe.get("seed", 0)), decisive, content, tokens, statistics.median(speeds) if speeds else None)
+    with making_sense(kept, "restore it, or run adept-fast run again, which keeps it"):
+        decisive, seed = {key: value for key, value in flat(recipe) if key not in NOT_THE_RECIPE}, int(recipe.get("seed", 0))
+    return Finished(folder, seed, decisive, content, tokens, statistics.median(speeds) if speeds else None)
 
 
 def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
@@ -16,12 +15,15 @@ from adept_fast.report.charts import layer_profile, losses, measure_of
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.rates_chart import unit_rates
-from adept_fast.report.results import interval, is_finite, next_copy, number, resolve, table, verdict
+from adept_fast.report.results import check, interval, is_finite, next_copy, number, resolve, table, verdict
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.input_files import read_json, read_text
+from adept_fast.runtime.input_files import making_sense, read_json
+from adept_fast.scoring import LayerScores, UnitScores
 from adept_fast.tuning.methods import METHODS
+from adept_fast.tuning.trainer_log import read_log
 
+T = TypeVar("T")
 RECORD = "expanded/adept_config.json"
 MAKERS = {
     "eval.json": ("the results", "eval"),
@@ -45,6 +47,12 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
     evaluation, scores, units = (_read(output_dir / name) for name in ("eval.json", "scores.json", "unit_scores.json"))
+    if evaluation:
+        check(evaluation, files["eval.json"])
+    if scores:
+        LayerScores.of(scores, files["scores.json"])
+    if units:
+        UnitScores.of(units, output_dir / "unit_scores.json")
     record = AdeptConfig.load(files[RECORD].parent) if files[RECORD].is_file() else None
     log = read_log(files["trainer_log.jsonl"])
     models = (evaluation or {}).get("models") or {}
@@ -56,33 +64,42 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     model = str(next(filter(None, names), "model"))
     method = METHODS.get(recipe.get("method", "adept"), METHODS["adept"])
     unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
+
+    def sense(name: str, make: Callable[[], T]) -> T:
+        with making_sense(output_dir / name, "restore it, or delete it to make it again"):
+            return make()
+
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
-        "verdict": verdict(models),
+        "verdict": sense("eval.json", lambda: verdict(models)),
         "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if name not in unused and not files[name].is_file()],
         "models": list(resolve(models)),
-        "results": table(models),
+        "results": sense("eval.json", lambda: table(models)),
         "same": {name: result for name, result in models.items() if result and "same_as" in result},
-        "corpora": _corpora(models),
+        "corpora": sense("eval.json", lambda: _corpora(models)),
         "scores": scores,
-        "profile": to_svg(layer_profile(scores, chosen)) if scores else None,
-        "certainty": [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None],
-        "units": to_svg(unit_profile(units)) if units else None,
-        "next": next_copy(record.selection if record else {}),
-        "rates": to_svg(unit_rates(refreshes)) if refreshes else None,
+        "profile": sense("scores.json", lambda: to_svg(layer_profile(scores, chosen))) if scores else None,
+        "certainty": sense("scores.json", lambda: _certainty(scores or {})),
+        "units": sense("unit_scores.json", lambda: to_svg(unit_profile(units))) if units else None,
+        "next": sense(RECORD, lambda: next_copy(record.selection if record else {})),
+        "rates": sense("trainer_log.jsonl", lambda: to_svg(unit_rates(refreshes))) if refreshes else None,
         "refreshes": len(refreshes),
-        "forgetting": to_svg(forgetting(readings)) if readings else None,
-        "losses": to_svg(losses(measured)) if measured else None,
+        "forgetting": sense("trainer_log.jsonl", lambda: to_svg(forgetting(readings))) if readings else None,
+        "losses": sense("trainer_log.jsonl", lambda: to_svg(losses(measured))) if measured else None,
         "record": record,
-        "inserted": _inserted(record, scores),
+        "inserted": sense("scores.json", lambda: _inserted(record, scores)),
         "measure": measure_of(scores) if scores else None,
-        "costs": list(_costs(scores, log, evaluation)),
+        "costs": sense("trainer_log.jsonl", lambda: list(_costs(scores, log, evaluation))),
         "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
     target = output_dir / "report.html"
     write_text(target, filled("page.html", context))
     return target
+
+
+def _certainty(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores)) is not None]
 
 
 def filled(template: str, context: Mapping[str, Any]) -> str:
@@ -100,22 +117,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     if content.get("schema") != 1:
         raise InputError(f"{path}: schema {content.get('schema')!r} is not the known 1: use the version of adept_fast that wrote it")
     return content
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of trainer_log.jsonl; none without a file. A last line that is not whole, as a killed run leaves it, is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    for count, line in enumerate(read_text(path).split("\n")[:-1], 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{count}: not valid JSON ({error}): remove that line") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise InputError(f'{path}:{count}: expected an object with a whole "step": remove that line')
-        entries.append(entry)
-    return entries
 
 
 def _corpora(models: Mapping[str, Any]) -> list[str]:

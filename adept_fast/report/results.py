@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
+
+from adept_fast.errors import InputError
+from adept_fast.settings.validation import shown
 
 MODELS = ("base", "expanded", "tuned")
 NONE = "\N{EN DASH}"
@@ -40,6 +44,30 @@ def interval(low: Any, high: Any, digits: int = 3) -> str:
 
 def percent(value: Any, digits: int) -> str:
     return f"{number(100 * value, digits)} %" if is_finite(value) else number(value)
+
+
+def check(content: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for what is no eval.json: tables of models that hold numbers, or say whose numbers theirs are."""
+
+    def wrong(what: str, value: Any) -> InputError:
+        return InputError(f"{path}: {what} is {shown(value)}: restore it, or delete it and run adept-fast eval again")
+
+    models = content.get("models")
+    for key in ("models", "inputs"):
+        if not isinstance(content.get(key), Mapping):
+            raise wrong(key, content.get(key))
+    for name, result in models.items():
+        if not isinstance(result, Mapping):
+            raise wrong(f"models.{name}", result)
+        if "same_as" in result and result["same_as"] not in models:
+            raise wrong(f"models.{name}.same_as", result["same_as"])
+        for corpus in ("general", "domain"):
+            measured = result.get(corpus)
+            if not isinstance(measured, Mapping | None):
+                raise wrong(f"models.{name}.{corpus}", measured)
+            for key, value in (measured or {}).items():
+                if isinstance(value, bool) or not isinstance(value, int | float | None):
+                    raise wrong(f"models.{name}.{corpus}.{key}", value)
 
 
 def resolve(models: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

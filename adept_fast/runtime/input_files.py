@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,6 +105,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}: restore it or delete it to make it again")
     return content
+
+
+@contextmanager
+def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
+    """What a record's content breaks, while sense is made of it, is an InputError that names the file and the way out.
+
+    For reading and drawing alone: neither training nor writing goes on in it, so that no fault of theirs is taken for one of the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, *_of_formats()) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}: not as it was written ({reason[:200]}): {remedy}") from error
+
+
+def _of_formats() -> tuple[type[Exception], ...]:
+    """What the readers of safetensors files and the templates of pages raise, where they are there."""
+    loaded = (sys.modules.get("safetensors"), "SafetensorError"), (sys.modules.get("jinja2"), "TemplateError")
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from torch import Tensor
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file, write_json
 from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
-from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.input_files import making_sense, read_json, regular
 from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.budget import LayerCosts
+from adept_fast.settings.validation import check, require, shown
 
 SCHEMA = 1
+AGAIN = "delete it to score again"
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,39 @@ class Profiled:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; no per_item where it is missing. Raises InputError for a malformed file, or one of another schema."""
-        content = read_json(Path(path))
+        scores, items = cls.of(read_json(path), path), _items_path(path)
+        if not items.is_file():
+            return scores
+        with making_sense(items, AGAIN):
+            return replace(scores, per_item=_load_items(items, len(scores.values)))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: str | Path) -> Self:
+        """The same from the content of PATH, without per_item."""
         if content.get("schema") != SCHEMA:
-            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: delete it to score again")
-        try:
+            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: {AGAIN}")
+        with making_sense(path, AGAIN):
+            content = dict(content)
             content["profiles"] = {name: Profile(**_infinities(_tuples(entry))) for name, entry in content["profiles"].items()}
             if content.get("costs"):
                 content["costs"] = LayerCosts(**_tuples(content["costs"]))
-            return cls(per_item=_load_items(_items_path(path)), **_tuples(content))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not {cls.__name__} ({error}): delete it to score again") from None
+            scores = cls(**_tuples(content))
+            scores.check()
+            return scores
+
+    def check(self) -> None:
+        """Raise ValueError for fields that cannot belong together, or are of other types than their own."""
+        check(Profiled, method=self.method, loss=self.loss, items=self.items, tokens=self.tokens, seconds=self.seconds)
+        check(Profiled, confidence=self.confidence, inputs=self.inputs)
+        if self.loss not in self.profiles or self.items < 1 or self.tokens < 1 or not isinstance(self.model, str):
+            raise ValueError(f"loss {shown(self.loss)}, {shown(self.items)} items, {shown(self.tokens)} tokens, model {shown(self.model)}")
+        for name, profile in self.profiles.items():
+            columns = {"values": profile.values, "low": profile.low, "high": profile.high}
+            if {len(column) for column in columns.values()} != {len(self.values)} or not self.values:
+                raise ValueError(f"profiles.{name}: {', '.join(f'{len(column)} {key}' for key, column in columns.items())}")
+            for key, value in [*((key, value) for key, column in columns.items() for value in column), ("base_loss", profile.base_loss)]:
+                if not (isinstance(value, int | float) and not isinstance(value, bool)) and (key != "base_loss" or value is not None):
+                    raise ValueError(f"profiles.{name}.{key}: {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +179,17 @@ class LayerScores(Profiled):
     copies: tuple[int, ...] = ()
     analysis: Mapping[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        super().check()
+        check(LayerScores, copies=self.copies, notes=self.notes, certificate=self.certificate, analysis=self.analysis)
+        if any(not 0 <= layer < len(self.values) for layer in self.copies):
+            raise ValueError(f"copies {shown(self.copies)} among {len(self.values)} layers")
+        if self.costs is not None:
+            for key, value in vars(self.costs).items():
+                require(f"costs.{key}", value, tuple[int, ...] if isinstance(value, tuple) else int)
+            if {len(self.costs.parameters), len(self.costs.weights)} != {len(self.values)}:
+                raise ValueError(f"costs of {len(self.costs.parameters)} layers, values of {len(self.values)}")
+
     @property
     def candidates(self) -> list[int]:
         """The layers that may be copied."""
@@ -168,6 +204,12 @@ class UnitScores(Profiled):
     granularity: str
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
+
+    def check(self) -> None:
+        super().check()
+        check(UnitScores, granularity=self.granularity, layers=self.layers, kinds=self.kinds)
+        if not len(self.layers) == len(self.kinds) == len(self.values):
+            raise ValueError(f"{len(self.layers)} layers, {len(self.kinds)} kinds, {len(self.values)} values")
 
 
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +230,17 @@ def _items_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".items.safetensors")
 
 
-def _load_items(path: Path) -> dict[str, ItemScores]:
-    if not path.is_file():
-        return {}
+def _load_items(path: Path, columns: int) -> dict[str, ItemScores]:
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
+    tensors = load_file(regular(path))
     names = dict.fromkeys(key.partition(".")[0] for key in tensors)
-    return {name: ItemScores(tensors[f"{name}.sums"], tensors[f"{name}.weights"], tensors.get(f"{name}.base")) for name in names}
+    found = {name: ItemScores(tensors[f"{name}.sums"], tensors[f"{name}.weights"], tensors.get(f"{name}.base")) for name in names}
+    for name, scores in found.items():
+        items = len(scores.weights)
+        shapes = {"sums": tuple(scores.sums.shape[:2]), **({} if scores.base is None else {"base": tuple(scores.base.shape)})}
+        wanted = {"sums": (items, columns), "base": (items,)}
+        for key, shape in shapes.items():
+            if shape != wanted[key] or scores.weights.ndim != 1 or getattr(scores, key).dtype != torch.float64:
+                raise ValueError(f"{name}.{key} is {getattr(scores, key).dtype} {list(shape)}, not of {items} items and {columns} values")
+    return found

@@ -10,8 +10,12 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.input_files import read_text
 from adept_fast.runtime.strict_json import dumps, finite
+from adept_fast.settings.validation import shown
 
+NUMBERS = ("loss", "learning_rate", "steps", "tokens", "epochs", "documents", "tokens_per_second", "peak_memory", "seconds")
+"""Keys of an entry that hold numbers, or null."""
 BEGIN = '{"event": "plan"'
 
 
@@ -33,8 +37,7 @@ class TrainerLog:
     def cut(self, step: int) -> None:
         """Drop lines past `step`, the end of an earlier run, and a last line that was not whole."""
         if self.path.is_file():
-            whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-            entries = [json.loads(line) for line in whole]
+            whole, entries = read_text(self.path).split("\n")[:-1], read_log(self.path)
             kept = [line for line, entry in zip(whole, entries, strict=True) if entry["step"] <= step and entry["event"] != "end"]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
@@ -52,3 +55,25 @@ class TrainerLog:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of trainer_log.jsonl; none without a file. A last line that is not whole, as a killed run leaves it, is left out.
+
+    Raises InputError naming the line that is none of a log.
+    """
+    if not path.is_file():
+        return []
+    entries = []
+    for count, line in enumerate(read_text(path).split("\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{count}: not valid JSON ({error}): remove that line") from None
+        step, event = (entry.get("step"), entry.get("event")) if isinstance(entry, dict) else (None, None)
+        if type(step) is not int or step < 0 or not isinstance(event, str):
+            raise InputError(f'{path}:{count}: expected an object with a whole "step" and an "event": remove that line')
+        wrong = next((key for key in NUMBERS if not isinstance(entry.get(key), int | float | None)), None)
+        if wrong is not None:
+            raise InputError(f"{path}:{count}: {wrong} is no number, but {shown(entry[wrong])}: remove that line")
+        entries.append(entry)
+    return entries
