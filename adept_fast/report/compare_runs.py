@@ -16,6 +16,7 @@ from adept_fast.report.page import filled, flat, read_log
 from adept_fast.report.results import check, number
 from adept_fast.runtime.atomic_files import write_json, write_text
 from adept_fast.runtime.input_files import making_sense, read_json, read_yaml
+from adept_fast.runtime.provenance import inputs_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[st
         raise InputError("compare needs two output_dirs or more: adept-fast compare out/a out/b")
     for run in runs[1:]:
         for key, what in MEASURED_ON.items():
-            if run.evaluation["inputs"].get(key) != runs[0].evaluation["inputs"].get(key):
+            if inputs_of(run.evaluation).get(key) != inputs_of(runs[0].evaluation).get(key):
                 raise InputError(f"{run.folder} cannot be compared with {runs[0].folder}: measured with {what}")
     groups: dict[str, list[Finished]] = {}
     for run in runs:

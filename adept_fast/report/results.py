@@ -53,9 +53,9 @@ def check(content: Mapping[str, Any], path: Path) -> None:
         return InputError(f"{path}: {what} is {shown(value)}: restore it, or delete it and run adept-fast eval again")
 
     models = content.get("models")
-    for key in ("models", "inputs"):
-        if not isinstance(content.get(key), Mapping):
-            raise wrong(key, content.get(key))
+    for key, value in (("models", models), ("inputs", content.get("inputs", {}))):
+        if not isinstance(value, Mapping):
+            raise wrong(key, value)
     for name, result in models.items():
         if not isinstance(result, Mapping):
             raise wrong(f"models.{name}", result)
