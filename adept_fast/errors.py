@@ -13,3 +13,7 @@ class UnsupportedFamilyError(InputError):
 
 class ExpansionError(RuntimeError):
     """An expanded model that does not compute what its base computes."""
+
+
+class ForeignOriginalsError(ExpansionError, InputError):
+    """A checkpoint whose originals are not those that its record names: the proof fails because of what was given."""

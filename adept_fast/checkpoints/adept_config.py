@@ -134,6 +134,8 @@ class AdeptConfig:
         tables = ("source", "selection", "parameters", "versions", "inputs", "proof")
         if wrong := [name for name in tables if not isinstance(getattr(self, name), Mapping)]:
             return f"{wrong[0]} is no table"
+        if not isinstance(self.initialisation, str):
+            return f"initialisation is {self.initialisation!r}, no name"
         for entry in self.inserted:
             if wrong := [key for key, value in vars(entry).items() if type(value) is not int or value < 0]:
                 return f"{wrong[0]} of a copy is {vars(entry)[wrong[0]]!r}, no index"

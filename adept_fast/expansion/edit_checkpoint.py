@@ -14,7 +14,7 @@ from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import Stored
-from adept_fast.errors import ExpansionError, InputError
+from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, Made, OnDisk, arrange, prove_bytes, write_checkpoint
 
@@ -37,7 +37,7 @@ def open_expanded(folder: str | Path, trust_remote_code: bool = False, prove: bo
         require_finite(on_disk.parameters(record.copies), "its training went wrong: go back to a checkpoint before that")
         digest = record.source["tensors_digest"]
         if on_disk.originals_digest(record, kind_of(digest)) != digest:
-            raise ExpansionError(
+            raise ForeignOriginalsError(
                 f"{path}: its originals are not those of {record.source.get('name_or_path')}, bit for bit: they were trained, or saved in "
                 "another dtype; what they learnt does not lie in the copies"
             )

@@ -14,8 +14,9 @@ from adept_fast.expansion import PRESERVING
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.pipeline.tune import tuned_record
 from adept_fast.report import write_report
+from adept_fast.report.results import read_results
 from adept_fast.runtime.atomic_files import write_json
-from adept_fast.runtime.input_files import read_json, read_yaml
+from adept_fast.runtime.input_files import read_yaml
 from adept_fast.runtime.provenance import changed, digest, inputs_of
 
 
@@ -37,7 +38,7 @@ def base_against_tuned(
     inputs = {**work.base_inputs(), **digests, "eval.general_limit": limit, "expanded": expanded is not None}
     if tuned is not None:
         inputs["tuned"] = digest(inputs_of(tuned))
-    result = work.kept(work.eval_path, read_json)
+    result = work.kept(work.eval_path, read_results)
     if result is not None and not changed(inputs_of(result), inputs):
         work.say(f"{work.eval_path}: up to date")
     else:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import cached_property
@@ -27,6 +27,7 @@ from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import read_yaml
 from adept_fast.runtime.provenance import inputs_of, require_same
 from adept_fast.runtime.staging_folder import locked
+from adept_fast.settings.validation import shown
 from adept_fast.tuning.methods import METHODS, Method
 
 T = TypeVar("T")
@@ -152,6 +153,8 @@ class Workspace:
             return None
         found = read(path)
         recorded, model = inputs_of(found), self.recipe.model_name_or_path
+        if not isinstance(recorded, Mapping):
+            raise InputError(f"{path}: its inputs are no table, but {shown(recorded)}: restore it, or remove it to make it again")
         if inputs is None:
             require_same(path, {"model": recorded.get("model")}, {"model": self.identity}, model)
         else:

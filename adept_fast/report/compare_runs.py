@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
 from adept_fast.report.page import filled, flat, read_log
-from adept_fast.report.results import check, number
+from adept_fast.report.results import number, read_results
 from adept_fast.runtime.atomic_files import write_json, write_text
-from adept_fast.runtime.input_files import making_sense, read_json, read_yaml
+from adept_fast.runtime.input_files import making_sense, read_yaml
 from adept_fast.runtime.provenance import inputs_of
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def _finished(folder: Path) -> Finished:
     for path in (evaluation, kept):
         if not path.is_file():
             raise InputError(f"{path}: missing: {folder} holds no run that has ended: adept-fast run ends it")
-    content, recipe = read_json(evaluation), read_yaml(kept)
-    check(content, evaluation)
+    content, recipe = read_results(evaluation), read_yaml(kept)
     models = content["models"]
     if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from adept_fast.errors import InputError
+from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.validation import shown
 
 MODELS = ("base", "expanded", "tuned")
@@ -68,6 +69,13 @@ def check(content: Mapping[str, Any], path: Path) -> None:
             for key, value in (measured or {}).items():
                 if isinstance(value, bool) or not isinstance(value, int | float | None):
                     raise wrong(f"models.{name}.{corpus}.{key}", value)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of eval.json. Raises InputError where that is none."""
+    content = read_json(path)
+    check(content, path)
+    return content
 
 
 def resolve(models: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

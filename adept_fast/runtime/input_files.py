@@ -115,8 +115,10 @@ def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}: {remedy}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, *_of_formats()) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{path}: not as it was written ({reason[:200]}): {remedy}") from error

@@ -53,6 +53,7 @@ def parsed(text: str, what: str, as_written: bool = False) -> Any:
 def _size(node: Any, known: dict[int, int | None], depth: int = 0) -> int:
     """Nodes of a document with aliases followed. Raises ValueError for one that holds itself, or is nested too deeply."""
     if isinstance(node.value, str):
+        node.value.encode()  # half a character, as an escape can have it, is no text
         return 1
     if id(node) in known:
         size = known[id(node)]

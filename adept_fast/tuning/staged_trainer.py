@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from adept_fast.optim import AdamW
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.runtime.input_files import making_sense, regular
 from adept_fast.settings.training_arguments import PLAIN_ADAMW
 from adept_fast.tuning import checkpoint_digests, sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
@@ -129,11 +131,16 @@ class StagedTrainer(Trainer):
             self._require_finite(str(folder))
             return
         if not path.is_file():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if os.path.lexists(path):
+                regular(path)
+            with making_sense(folder, "delete it to start again, or to go on from an earlier one"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         if in_shards(self.model):
             raise InputError(f"{folder}: of a run that sharded nothing: resume it without FSDP, or delete it to start again")
-        parameters, saved = self._trained(), load_file(path)
+        parameters = self._trained()
+        with making_sense(path, "delete the checkpoint to start again"):
+            saved = load_file(path)
         if set(saved) != set(parameters):
             raise InputError(f"{path}: holds other tensors than are trained: delete the checkpoint, or resume with the model it is from")
         with torch.no_grad():

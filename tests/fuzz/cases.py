@@ -98,7 +98,8 @@ class Fuzzer:
         places = {name, *(str(parent) for parent in path.parents if str(parent) not in (".", "out", "stopped"))}
         if any(place in line for place in places) or (len(path.parts) == 1 and KEYS.get(path.stem, "none") in line):
             return True
-        return path.name == "recipe.yaml" and any(key in self.keys for key in re.findall(r"[a-z_.]+[a-z_]", line))
+        said = re.findall(r"[a-z_.]+[a-z_]", line)
+        return path.name == "recipe.yaml" and (any(key in self.keys for key in said) or "no such" in line or "neither a file nor" in line)
 
 
 @contextmanager
