@@ -51,6 +51,7 @@ COUNT ?= 3000
 SEED ?= 1000
 nightly: $(VENV)/.test
 	$(RUN) -m tests.crash --count $(COUNT) --seed $(SEED)
+	$(RUN) -m tests.fuzz --seed $${SEED:-$$(date +%j)} --cases 1500
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

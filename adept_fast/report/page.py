@@ -19,7 +19,6 @@ from adept_fast.report.results import check, interval, is_finite, next_copy, num
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import making_sense, read_json
-from adept_fast.scoring import LayerScores, UnitScores
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.trainer_log import read_log
 
@@ -49,10 +48,6 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     evaluation, scores, units = (_read(output_dir / name) for name in ("eval.json", "scores.json", "unit_scores.json"))
     if evaluation:
         check(evaluation, files["eval.json"])
-    if scores:
-        LayerScores.of(scores, files["scores.json"])
-    if units:
-        UnitScores.of(units, output_dir / "unit_scores.json")
     record = AdeptConfig.load(files[RECORD].parent) if files[RECORD].is_file() else None
     log = read_log(files["trainer_log.jsonl"])
     models = (evaluation or {}).get("models") or {}

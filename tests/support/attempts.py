@@ -45,7 +45,8 @@ class Attempts:
         self, arguments: Sequence[str], output: Path, place: str = "", calls: int = 0, seconds: float = 0.0, **more: object
     ) -> tuple[int, str]:
         """Return code and what was said, stderr included unless `errors` names a file for it. more: folder to work in, cpu: seconds of it
-        that are allowed, memory: bytes that the child may take more than it has, signal: sent in place of SIGKILL, before, after: functions."""
+        that are allowed, memory: bytes that the child may take more than it has, signal: sent in place of SIGKILL, before, after:
+        functions."""
         request = {"arguments": list(arguments), "place": place, "calls": calls, "seconds": seconds, "output": str(output), **more}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
