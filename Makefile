@@ -52,6 +52,7 @@ SEED ?= 1000
 nightly: $(VENV)/.test
 	$(RUN) -m tests.crash --count $(COUNT) --seed $(SEED)
 	$(RUN) -m tests.fuzz --seed $${SEED:-$$(date +%j)} --cases 1500
+	$(RUN) -m tests.reliability.campaign --seed $${SEED:-$$(date +%j)}
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

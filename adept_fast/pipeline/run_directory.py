@@ -40,7 +40,8 @@ class Workspace:
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> None:
         self.recipe, self.say, self.quiet = recipe, say, quiet
-        self.folder = recipe.folder
+        # Resolved where it goes up, so that no folder is made for the way alone, and none that was there is taken for one made here.
+        self.folder = Path(os.path.realpath(recipe.folder)) if ".." in recipe.folder.parts else recipe.folder
         self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
         self.log, self.checkpoints = self.folder / "trainer_log.jsonl", self.folder / "checkpoints"
         self.eval_path = self.folder / "eval.json"

@@ -1,0 +1,112 @@
+"""output_dir: what a run did not make there is neither written to nor deleted, least of all by a command that refuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from adept_fast.errors import InputError
+from adept_fast.pipeline import recipe
+from adept_fast.pipeline.run_directory import FILES, FOLDERS, Workspace
+from adept_fast.tuning.trainer_log import TrainerLog
+
+LEFT = ".adept_fast-0123456789abcdef.partial"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workspace:
+    (tmp_path / "out").mkdir()
+    return Workspace(recipe.load(None, [f"output_dir={tmp_path / 'out'}"], required=()))
+
+
+def test_a_refusal_deletes_nothing(work: Workspace) -> None:
+    (work.folder / ".partial-mine").write_text("kept")
+    (work.folder / LEFT).mkdir()
+    before = {*work.folder.rglob("*")}
+    with pytest.raises(InputError, match="refused"), work.held():
+        raise InputError("refused")
+    assert {*work.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
+def test_what_is_no_lock_is_named_and_stays(work: Workspace, tmp_path: Path, kind: str) -> None:
+    lock, precious = work.folder / ".lock", tmp_path / "precious"
+    precious.write_text("kept")
+    {
+        "link": lambda: lock.symlink_to(precious),
+        "dangling": lambda: lock.symlink_to(tmp_path / "nowhere"),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+    }[kind]()
+    with pytest.raises(InputError, match=r"out/\.lock: not the lock of a run.*: remove it or choose another output_dir"), work.held():
+        pass
+    assert precious.read_text() == "kept" and os.path.lexists(lock) and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_a_file_of_the_locks_name_keeps_its_content(work: Workspace, tmp_path: Path, hard: bool) -> None:
+    lock, precious = work.folder / ".lock", tmp_path / "precious"
+    precious.write_text("" if hard else "kept")
+    os.link(precious, lock)
+    if not hard:
+        precious.unlink()
+    with work.held():
+        assert lock.read_text() == ("" if hard else "kept")
+    assert lock.read_text() == ("" if hard else "kept")
+
+
+def test_a_lock_of_a_killed_run_goes(work: Workspace) -> None:
+    (work.folder / ".lock").touch()
+    with work.held():
+        pass
+    assert not [*work.folder.iterdir()]
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_what_cannot_be_an_artefact_is_named_before_anything_starts(work: Workspace, name: str) -> None:
+    path = work.folder / name
+    path.touch() if name in FOLDERS else path.mkdir()
+    what = "a file" if name in FOLDERS else "a folder"
+    with pytest.raises(InputError, match=f"out/{name}: {what}, in the place of what a run writes: move it away"), work.held():
+        pass
+    assert [*work.folder.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("how", ["link", "slash", "up", "newline"])
+def test_an_output_dir_by_another_name(work: Workspace, tmp_path: Path, how: str) -> None:
+    (tmp_path / "link").symlink_to(work.folder)
+    name = {"link": "link", "slash": "out/", "up": "new/../out", "newline": "o\nut"}[how]
+    named = Workspace(recipe.load(None, [f"output_dir={tmp_path}/{name}"] if how != "newline" else [], required=()))
+    if how == "newline":
+        named.folder = tmp_path / name
+    with named.held():
+        assert (named.folder / ".lock").is_file()
+        if how != "newline":
+            with pytest.raises(InputError, match="another run is working in this output_dir"), work.held():
+                pass
+    assert not [*work.folder.iterdir()] and {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_recipe_that_no_run_has_written_is_not_overwritten(work: Workspace) -> None:
+    work.check_kept_recipe()
+    work.keep_recipe()
+    work.check_kept_recipe()
+    kept = work.folder / "recipe.yaml"
+    for text in (kept.read_text() + "# mine\n", "model_name_or_path: model\n"):
+        kept.write_text(text)
+        with pytest.raises(InputError, match=r"recipe\.yaml: not as a run writes it"):
+            work.check_kept_recipe()
+
+
+@pytest.mark.parametrize("text", ["", '{"event": "pl', '{"event": "plan", "step": 0}\n'])
+def test_a_log_of_a_run_is_known(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trainer_log.jsonl").write_text(text)
+    TrainerLog(tmp_path / "trainer_log.jsonl").require_own()
+
+
+def test_a_log_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 10, "loss": 2.1}\n')
+    with pytest.raises(InputError, match=r"trainer_log\.jsonl: not the log of a run, which would overwrite it: rename it"):
+        TrainerLog(tmp_path / "trainer_log.jsonl").require_own()
