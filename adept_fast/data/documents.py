@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,13 @@ BATCH = 256  # documents per tokenizer call: enough for its threads, often enoug
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of all documents end to end (int32), and where each begins: document i is ids[starts[i]:starts[i + 1]]."""
+    """Token ids of all documents end to end (int32), and where each begins: document i is ids[starts[i]:starts[i + 1]].
+
+    begin: what their tokenizer begins every text with, so each document here and each piece of one (int32, mostly one token or none)."""
 
     ids: np.ndarray
     starts: np.ndarray
+    begin: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -76,12 +79,12 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
         try:
             arrays = load_file(cached)
             encoder.look(texts)
-            return Documents(arrays["ids"], arrays["starts"])
+            return Documents(arrays["ids"], arrays["starts"], arrays["begin"])
         except (SafetensorError, KeyError):
             cached.unlink(missing_ok=True)
     documents = _tokenize(texts, encoder, quiet)
     with staged_file(cached) as staging:
-        save_file({"ids": documents.ids, "starts": documents.starts}, staging)
+        save_file({"ids": documents.ids, "starts": documents.starts, "begin": documents.begin}, staging)
     return documents
 
 
@@ -107,4 +110,4 @@ def _tokenize(texts: Sequence[str], encoder: Encoder, quiet: bool) -> Documents:
             bar.update(len(batch))
     starts = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=starts[1:])
-    return Documents(np.concatenate(pieces) if pieces else np.zeros(0, np.int32), starts)
+    return Documents(np.concatenate(pieces) if pieces else np.zeros(0, np.int32), starts, np.array(encoder.begin, np.int32))

@@ -2,13 +2,15 @@
 
 Given to a model with position_ids, without attention_mask and with use_cache=False, transformers builds a mask that keeps documents
 apart; an all-ones attention_mask or a cache silently undoes it. The first label of each document in a block is -100: nothing before
-it may predict it. A document that does not fit goes on in the next block as a document of its own.
+it may predict it. A document that does not fit goes on in the next block as a document of its own: behind what the tokenizer begins
+every text with, where it does (a model that was trained so is at a loss without it), and its first own label is -100 too.
 Flash attention takes no such mask: its blocks go `flattened`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +18,55 @@ from torch.utils.data import Dataset
 
 from adept_fast.data.documents import Documents
 from adept_fast.data.items import IGNORE
+from adept_fast.errors import InputError
+
+SHORTEST = 16  # tokens of a piece; an eighth of a block where that is less
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where documents are cut. Without begin tokens: wherever a block ends. With them no piece is shorter than SHORTEST tokens, as its
+    begin would be much of it, and its text stand in no context: the block ends early instead, by less than twice that, and what would be
+    a short piece is joined to the one before or behind it.
+
+    begin: tokens before every text. Raises InputError for blocks of which they would be more than a quarter.
+    """
+
+    block_size: int
+    begin: int
+
+    def __post_init__(self) -> None:
+        least = 4 * (self.begin + 1)
+        if self.begin and self.block_size < least:
+            found = f"tune.block_size={self.block_size}: too small for a tokenizer that begins every text with {self.begin} tokens"
+            raise InputError(f"{found}: give {least} or more")
+
+    @property
+    def shortest(self) -> int:
+        return self.begin + min(SHORTEST, self.block_size // 8) if self.begin else 0
+
+    def __call__(self, length: int, room: int) -> int:
+        """How many of `length` tokens, begin included, go into a block that has `room` left; 0 where it ends there."""
+        if length <= room:
+            return length
+        count = min(room, length - self.shortest)
+        return count if count >= self.shortest else 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """ids: of a document, or a piece of one; inserted: how many of them were written before a piece that goes on."""
+
+    ids: np.ndarray
+    inserted: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def divided(self, count: int, begin: np.ndarray) -> tuple[Piece, Piece]:
+        """Its first `count` tokens, and the rest as a piece that goes on."""
+        rest = self.ids[count:]
+        return Piece(self.ids[:count], self.inserted), Piece(np.concatenate([begin, rest]), len(begin)) if len(rest) else Piece(rest)
 
 
 class Blocks(Dataset):
@@ -26,21 +77,24 @@ class Blocks(Dataset):
 
     def __init__(self, documents: Documents, order: np.ndarray, block_size: int, pad_token: int = 0, one_per_row: bool = False) -> None:
         self.block_size, self.pad_token = block_size, pad_token
-        self._documents = documents
-        self._pieces: list[list[tuple[int, int]]] = []  # per block: [start, stop) in documents.ids
+        self._documents, cut = documents, Cut(block_size, len(documents.begin))
+        self._pieces: list[list[tuple[int, int, int]]] = []  # per block: [start, stop) in documents.ids, and how many tokens go before
         room = 0
         for document in order:
-            start, stop = int(documents.starts[document]), int(documents.starts[document + 1])
+            start, stop, inserted = int(documents.starts[document]), int(documents.starts[document + 1]), 0
             while start < stop:
                 if room == 0 or one_per_row:
                     self._pieces.append([])
                     room = block_size
-                length = min(room, stop - start)
-                self._pieces[-1].append((start, start + length))
-                start += length
-                room -= length
+                length = cut(inserted + stop - start, room)
+                if length:
+                    self._pieces[-1].append((start, start + length - inserted, inserted))
+                    start += length - inserted
+                    room, inserted = room - length, cut.begin
+                else:
+                    room = 0
         # A block of single tokens has nothing to predict: its mean loss would be 0 / 0.
-        self._pieces = [pieces for pieces in self._pieces if any(stop - start > 1 for start, stop in pieces)]
+        self._pieces = [pieces for pieces in self._pieces if any(stop - start > 1 for start, stop, _ in pieces)]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -51,27 +105,34 @@ class Blocks(Dataset):
 
     def documents(self, index: int) -> list[int]:
         """Lengths of the documents in a block, in order."""
-        return [stop - start for start, stop in self._pieces[index]]
+        return [stop - start + inserted for start, stop, inserted in self._pieces[index]]
+
+    def goes_on(self, index: int) -> list[bool]:
+        """Whether each of them goes on with a document that an earlier block begins."""
+        starts = self._documents.starts
+        return [bool(starts[np.searchsorted(starts, start)] != start) for start, _, _ in self._pieces[index]]
 
     @property
     def tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(stop - start for block in self._pieces for start, stop in block)
+        """Tokens of documents: without padding, and without the begin that pieces of them are given."""
+        return sum(stop - start for block in self._pieces for start, stop, _ in block)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return packed([self._documents.ids[start:stop] for start, stop in self._pieces[index]], self.block_size, self.pad_token)
+        ids, begin = self._documents.ids, self._documents.begin
+        pieces = [Piece(np.concatenate([begin[:inserted], ids[start:stop]]), inserted) for start, stop, inserted in self._pieces[index]]
+        return packed(pieces, self.block_size, self.pad_token)
 
 
-def packed(pieces: Sequence[np.ndarray], block_size: int, pad_token: int) -> dict[str, torch.Tensor]:
-    """Token ids of documents, or pieces of them, end to end in one block."""
+def packed(pieces: Sequence[Piece], block_size: int, pad_token: int) -> dict[str, torch.Tensor]:
+    """Documents, or pieces of them, end to end in one block."""
     ids = np.full(block_size, pad_token, dtype=np.int64)
     labels = np.full(block_size, IGNORE, dtype=np.int64)
     positions = np.empty(block_size, dtype=np.int64)
     at = 0
     for piece in pieces:
-        end = at + len(piece)
-        ids[at:end] = piece
-        labels[at + 1 : end] = piece[1:]
+        end, known = at + len(piece), piece.inserted + 1
+        ids[at:end] = piece.ids
+        labels[at + known : end] = piece.ids[known:]
         positions[at:end] = np.arange(end - at)
         at = end
     positions[at:] = np.arange(block_size - at)

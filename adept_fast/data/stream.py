@@ -4,7 +4,8 @@ Documents of a source are shuffled within windows (as many documents as fit in m
 window). Sources are interleaved by their share of the tokens, without chance: each document comes from the source that is furthest
 behind, credit_i += share_i * n for the n tokens of the document, credit_chosen -= n; so every share is met to within one document.
 Blocks are cut from the documents in that order. The state behind block b is, per source, (position at the window's start, pass, window,
-index in the window), the credits, the tokens drawn, and those of the last document that are still to be packed.
+index in the window), the credits, the tokens drawn, and those of the last document that are still to be packed, with the begin (so
+many `inserted`) that they go on behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 
 from adept_fast.data.documents import BATCH, Documents, cache_folder, document_tokens
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.packing import Blocks, packed
+from adept_fast.data.packing import Blocks, Cut, Piece, packed
 from adept_fast.data.readers import reader
 from adept_fast.data.source_files import source_files
 from adept_fast.data.source_summary import ELSEWHERE, SourceSummary
@@ -221,7 +222,8 @@ class Stream(Dataset):
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
         self._sources = [_Shuffled(source, number, text, encoder, seed) for number, source in enumerate(text.sources)]
         self._credit, self._drawn = np.zeros(len(self._sources)), np.zeros(len(self._sources), np.int64)
-        self._rest, self._at = np.zeros(0, np.int32), 0
+        self._begin_tokens = np.array(encoder.begin, np.int32)
+        self._cut, self._rest, self._at = Cut(block_size, len(encoder.begin)), Piece(np.zeros(0, np.int32)), 0
         self._begin = self._snapshot()
         self._kept: deque[dict[str, Any]] = deque([self._begin], maxlen=ahead + 1)
 
@@ -268,13 +270,14 @@ class Stream(Dataset):
         made = [self._next_document() for _ in range(documents)]
         self._go_to(here)
         starts = np.concatenate([[0], np.cumsum([len(document) for document in made])])
-        return Blocks(Documents(np.concatenate(made), starts), np.arange(documents), self.block_size, self.pad_token, self.one_per_row)
+        found = Documents(np.concatenate(made), starts, self._begin_tokens)
+        return Blocks(found, np.arange(documents), self.block_size, self.pad_token, self.one_per_row)
 
     def _go_to(self, state: Mapping[str, Any]) -> None:
         for source, kept in zip(self._sources, state["sources"], strict=True):
             source.load(kept)
         self._credit, self._drawn = np.array(state["credit"]), np.array(state["drawn"], np.int64)
-        self._rest, self._at = np.array(state["rest"], np.int32), int(state["block"])
+        self._rest, self._at = Piece(np.array(state["rest"], np.int32), int(state.get("inserted", 0))), int(state["block"])
 
     def _before(self, block: int) -> dict[str, Any]:
         return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)
@@ -282,7 +285,7 @@ class Stream(Dataset):
     def _snapshot(self) -> dict[str, Any]:
         sources = [source.state() for source in self._sources]
         counts = {"credit": self._credit.tolist(), "drawn": self._drawn.tolist()}
-        return {"block": self._at, "sources": sources, **counts, "rest": self._rest}
+        return {"block": self._at, "sources": sources, **counts, "rest": self._rest.ids, "inserted": self._rest.inserted}
 
     def _next_document(self) -> np.ndarray:
         progress = self._at / max(1, self._blocks - 1)
@@ -294,20 +297,26 @@ class Stream(Dataset):
         self._drawn[chosen] += len(document)
         return document
 
-    def _next_block(self) -> list[np.ndarray]:
-        pieces: list[np.ndarray] = []
+    def _next_block(self) -> list[Piece]:
+        pieces: list[Piece] = []
         begun = [source.passes for source in self._sources]
-        while not any(len(piece) > 1 for piece in pieces):  # a block of single tokens has nothing to predict
+        while not any(map(_teaches, pieces)):  # a block of single tokens has nothing to predict
             pieces, room = [], self.block_size
             while room and not (pieces and self.one_per_row):
                 if not len(self._rest):
-                    self._rest = self._next_document()
+                    self._rest = Piece(self._next_document())
                     for source, passes in zip(self._sources, begun, strict=True):
-                        if source.passes > passes + 1 and not any(len(piece) > 1 for piece in (*pieces, self._rest)):
+                        if source.passes > passes + 1 and not any(map(_teaches, (*pieces, self._rest))):
                             raise InputError(f"{source.source.path}: a whole pass over it holds no document of two tokens or more")
-                pieces.append(self._rest[:room])
-                self._rest = self._rest[room:]
-                room -= len(pieces[-1])
+                if not (count := self._cut(len(self._rest), room)):
+                    break
+                piece, self._rest = self._rest.divided(count, self._begin_tokens)
+                pieces.append(piece)
+                room -= count
         self._at += 1
         self._kept.append(self._snapshot())
         return pieces
+
+
+def _teaches(piece: Piece) -> bool:
+    return len(piece) - piece.inserted > 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks, document_order
 from adept_fast.data.stream import Stream, StreamedText, shares
 from adept_fast.errors import InputError
@@ -81,7 +82,8 @@ def plan(
         rest = [index for index, source in enumerate(corpus.sources) if source.share is None]
         size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
         part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
-        blocks_of_rest = size[1] / block_size + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
+        each = block_size - len(Encoder.of(tokenizer).begin)  # where a block goes on with a document, as nearly all do
+        blocks_of_rest = size[1] / each + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
         steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
         epochs, size = steps / in_epoch, tuple(map(round, size))
     stream = Stream(

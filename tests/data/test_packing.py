@@ -9,17 +9,65 @@ from transformers import default_data_collator
 
 from adept_fast.data.documents import Documents
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.data.packing import Blocks, packed
+from adept_fast.data.packing import Blocks, Piece, packed
+from adept_fast.errors import InputError
 from adept_fast.models.losses import corpus_loss
 from adept_fast.tuning.collator import keeps_documents_apart
 from tests.support import tiny_models
 
 LENGTHS = [1, 7, 30, 13, 2, 75, 9, 20]
+BOS = 1
 
 
-def documents(lengths: list[int] = LENGTHS) -> Documents:
+def documents(lengths: list[int] = LENGTHS, begin: tuple[int, ...] = ()) -> Documents:
+    """Random ones; of those long enough each begins with `begin`."""
     ids = np.random.default_rng(0).integers(3, tiny_models.VOCABULARY, sum(lengths)).astype(np.int32)
-    return Documents(ids, np.concatenate([[0], np.cumsum(lengths)]))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for start in starts[:-1]:
+        ids[start : start + len(begin)] = begin
+    return Documents(ids, starts, np.array(begin, np.int32))
+
+
+def pieces(blocks: Blocks) -> list[tuple[torch.Tensor, torch.Tensor, bool, int]]:
+    """Of each piece its ids, its labels, whether it goes on with a document, and the room that its block had for it."""
+    found = []
+    for index in range(len(blocks)):
+        block, at = blocks[index], 0
+        assert torch.equal(block["position_ids"][: sum(blocks.documents(index))], torch.cat([*map(torch.arange, blocks.documents(index))]))
+        for length, later in zip(blocks.documents(index), blocks.goes_on(index), strict=True):
+            found.append((block["input_ids"][at : at + length], block["labels"][at : at + length], later, blocks.block_size - at))
+            at += length
+        assert (block["labels"][at:] == IGNORE).all()
+    return found
+
+
+@pytest.mark.parametrize("one_per_row", [False, True])
+@pytest.mark.parametrize("begin", [(BOS,), (BOS, 2)])
+@pytest.mark.parametrize("block_size", [24, 32, 128])
+def test_every_piece_begins_as_texts_do_and_none_is_short(block_size: int, begin: tuple[int, ...], one_per_row: bool) -> None:
+    lengths = [3, 7, 30, 13, 75, 9, 20, *range(3, 140)]
+    source, ahead = documents(lengths, begin), len(begin)
+    blocks = Blocks(source, np.arange(len(lengths)), block_size, one_per_row=one_per_row)
+    shortest, again, count = ahead + min(16, block_size // 8), [], 0
+    for ids, labels, later, room in pieces(blocks):
+        assert tuple(ids[:ahead].tolist()) == begin
+        assert len(ids) >= shortest or len(ids) == lengths[count], "a short piece is a whole document"
+        known = ahead + 1 if later else 1
+        assert (labels[:known] == IGNORE).all() and torch.equal(labels[known:], ids[known:]), "nothing of the document foretells its first"
+        again.append(ids[ahead:] if later else ids)
+        count += not later
+        assert room == block_size or not one_per_row
+    assert np.array_equal(torch.cat(again).numpy(), source.ids) and blocks.tokens == source.tokens == sum(lengths)
+    filled = np.array([sum(blocks.documents(index)) for index in range(len(blocks) - 1)])
+    assert one_per_row or (filled > block_size - 2 * shortest).all() and (filled <= block_size).all() and filled.mean() > 0.95 * block_size
+
+
+def test_blocks_that_cannot_hold_a_begin_and_text_are_refused() -> None:
+    for begin, least in (((BOS,), 8), ((BOS, 2), 12)):
+        assert Blocks(documents([30], begin), np.arange(1), least).tokens == 30
+        with pytest.raises(InputError, match=f"tune.block_size={least - 1}: too small .* with {len(begin)} tokens: give {least} or more"):
+            Blocks(documents([30], begin), np.arange(1), least - 1)
+    assert Blocks(documents([9]), np.arange(1), 3).tokens == 9
 
 
 def test_every_token_is_packed_once_and_boundaries_are_not_supervised() -> None:
@@ -81,7 +129,7 @@ def test_blocks_with_nothing_to_predict_are_left_out() -> None:
 
 
 def test_padding_is_a_document_of_its_own() -> None:
-    block = {name: tensor.tolist() for name, tensor in packed([np.array([5, 6]), np.array([7])], 6, 9).items()}
+    block = {name: tensor.tolist() for name, tensor in packed([Piece(np.array([5, 6])), Piece(np.array([7]))], 6, 9).items()}
     assert block == {"input_ids": [5, 6, 7, 9, 9, 9], "labels": [-100, 6, *[-100] * 4], "position_ids": [0, 1, 0, 0, 1, 2]}
 
 

@@ -120,6 +120,29 @@ def test_every_block_is_packed_and_isolated_like_blocks_in_memory(tmp_path: Path
         assert starts.sum() == 1 + (padding.any() and not padding.all())
 
 
+@pytest.mark.parametrize("one_per_row", [False, True])
+def test_every_piece_begins_as_texts_do_streamed_as_in_memory_and_from_any_state(tmp_path: Path, one_per_row: bool) -> None:
+    made, begins = text(tmp_path, Source(write(tmp_path, "jsonl"))), tiny_models.tokenizer(begins=True)
+    settings = {"blocks": 80, "block_size": 24, "one_per_row": one_per_row, "pad_token": 7, "seed": 5}
+    whole = Stream(made, [(1, 1)], begins, **settings)
+    expected, head = [whole[index] for index in range(80)], whole.head(100)
+    assert len(head) > 80 and any(any(head.goes_on(index)) for index in range(80))
+    for index, block in enumerate(expected):
+        for name, tensor in head[index].items():
+            assert torch.equal(block[name], tensor), (index, name)
+        firsts = (block["position_ids"] == 0).nonzero()[: len(head.documents(index)), 0]
+        assert block["input_ids"].eq(begins.bos_token_id).nonzero()[:, 0].tolist() == firsts.tolist()
+    running = Stream(made, [(1, 1)], begins, ahead=3, **settings)
+    for at in range(80):
+        running[min(at + 2, 79)]
+        state = json.loads(json.dumps(running.state(at)))
+        if at % 7 == 0:
+            resumed = Stream(made, [(1, 1)], begins, **settings)
+            resumed.load(state)
+            for index in range(at, min(at + 9, 80)):
+                assert all(torch.equal(resumed[index][name], tensor) for name, tensor in expected[index].items()), (at, index)
+
+
 @pytest.mark.parametrize("ahead", [1024, 3])
 def test_any_state_goes_on_to_the_same_blocks(tmp_path: Path, ahead: int) -> None:
     sources = Source(write(tmp_path, "jsonl.gz"), weight=2), Source(write(tmp_path, "txt", TEXTS[::3]), share=0.3, share_end=0.6)

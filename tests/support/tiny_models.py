@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adept_fast.data.items import IGNORE, Item
@@ -46,7 +47,8 @@ def model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float
 
 
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(begins: bool = False) -> PreTrainedTokenizerFast:
+    """begins: every text with <s>, as most do."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -57,12 +59,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
             vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         ),
     )
+    if begins:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", special.index("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def checkpoint(folder: Path, family: str = "llama", **changes: object) -> Path:
+def checkpoint(folder: Path, family: str = "llama", begins: bool = False, **changes: object) -> Path:
     model(family, **changes).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(begins).save_pretrained(folder)
     return folder
 
 
