@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,20 +15,21 @@ import torch
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import Documents, document_tokens
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import Item, document_text
+from adept_fast.data.items import document_text
 from adept_fast.data.packing import Blocks
 from adept_fast.data.readers import reader
 from adept_fast.data.sources import Source
 from adept_fast.tuning.piece_losses import piece_losses, pieces_of
+from bench import parser
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench pieces", description=__doc__)
-    parser.add_argument("--model", required=True, help="a checkpoint folder or hub name")
-    parser.add_argument("--text", required=True, help="a file of documents")
-    parser.add_argument("--blocks", type=int, default=32, help="how many blocks, from the file's beginning")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
-    given = parser.parse_args(argv)
+    options = parser("pieces", __doc__)
+    options.add_argument("--model", required=True, help="a checkpoint folder or hub name")
+    options.add_argument("--text", required=True, help="a file of documents")
+    options.add_argument("--blocks", type=int, default=32, help="how many blocks, from the file's beginning")
+    options.add_argument("--block-size", type=int, default=256, help="tokens of a block")
+    given = options.parse_args(argv)
     folder = checkpoint.resolve(given.model)
     model, encoder = checkpoint.load_model(folder, dtype="float32"), Encoder(checkpoint.load_tokenizer(folder))
     documents, started = _documents(given, encoder), time.perf_counter()
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     for name, begin in (("without", np.zeros(0, np.int32)), ("with", documents.begin)):
         blocks = Blocks(Documents(documents.ids, documents.starts, begin), np.arange(len(documents)), given.block_size)
         first, later = kinds = ([], [])
-        for item, goes_on in _pieces(blocks, given.blocks):
+        for item, goes_on in pieces_of(blocks, given.blocks):
             if item.supervised:
                 kinds[goes_on].append(item)
         measured = piece_losses(model, first, later)
@@ -55,9 +54,3 @@ def _documents(given: argparse.Namespace, encoder: Encoder) -> Documents:
     while sum(map(len, made)) < (given.blocks + 1) * given.block_size and (record := next(records, None)):
         made += document_tokens([document_text(record)], encoder)
     return Documents(np.concatenate(made), np.cumsum([0, *map(len, made)]), np.array(encoder.begin, np.int32))
-
-
-def _pieces(blocks: Blocks, count: int) -> Iterator[tuple[Item, bool]]:
-    pieces = pieces_of(blocks)
-    for index in range(min(count, len(blocks))):
-        yield from islice(pieces, len(blocks.documents(index)))

@@ -132,7 +132,9 @@ class Encoder:
     def look(self, texts: Iterable[str]) -> None:
         """Count control tokens of texts that are encoded already."""
         for text in texts:
-            self.found += self.count(text)
+            contents = [_contents(message) for message in text.chat.messages] if isinstance(text, Rendered) else [text]
+            for content in contents:
+                self.found += self.count(content)
 
     def count(self, text: str) -> Counter[str]:
         """How often each control token stands in a text."""

@@ -20,7 +20,8 @@ class SourceSummary:
 
     documents: read, and not left out, None if not counted; empty: left out, as their text is empty or null; malformed: what is wrong with
     each row that was left out, by where it stands;
-    unread: keys that stand beside what is read; elsewhere: documents that serve another purpose, by its name; tokens: None if not counted.
+    unread: keys that stand beside what is read; elsewhere: documents that serve another purpose, by its name; tokens: None if not counted;
+    control_tokens: how often each stands in the documents, of which tokens were counted.
     """
 
     source: Source
@@ -32,6 +33,7 @@ class SourceSummary:
     unread: set[str] = field(default_factory=set)
     elsewhere: dict[str, int] = field(default_factory=dict)
     tokens: int | None = None
+    control_tokens: dict[str, int] = field(default_factory=dict)
 
     def take(self, record: Record, read: Callable[[Record], T | None]) -> T | None:
         """What `read` makes of a record; None for one that is left out and counted. Raises MalformedRecord beyond the limit."""
@@ -56,7 +58,7 @@ class SourceSummary:
 
     def counts(self) -> dict[str, Any]:
         """As JSON has them."""
-        kept = {key: getattr(self, key) for key in ("documents", "empty", "malformed", "elsewhere", "tokens")}
+        kept = {key: getattr(self, key) for key in ("documents", "empty", "malformed", "elsewhere", "tokens", "control_tokens")}
         return {**kept, "unread": sorted(map(str, self.unread))}
 
     def restore(self, counts: Mapping[str, Any]) -> None:

@@ -43,13 +43,15 @@ Keep = Callable[[str], bool]
 @dataclass(frozen=True)
 class StreamedText:
     """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents;
-    malformed_rows: how many of a source may be left out, see SourceSummary."""
+    malformed_rows: how many of a source may be left out, see SourceSummary; special_tokens: what control tokens in a text become, as to
+    an Encoder."""
 
     sources: tuple[Source, ...]
     keep: Keep
     excluded: str
     window: int
     malformed_rows: int | None = None
+    special_tokens: str = "text"
 
     @property
     def digest(self) -> str:
@@ -62,7 +64,7 @@ class StreamedText:
         self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder, summary: SourceSummary | None = None
     ) -> Iterator[str]:
         """One pass over the texts of a source that may be trained on. summary: counts what is left out."""
-        summary, encoder = summary or self._summary(source), Encoder.of(tokenizer)
+        summary, encoder = summary or self._summary(source), self.encoder(tokenizer)
         for record in reader(source).records():
             text = summary.take(record, lambda record: document_text(record, encoder.tokenizer))
             if text is not None and self.keep(text):
@@ -70,18 +72,24 @@ class StreamedText:
             elif text is not None:
                 summary.serves_elsewhere(ELSEWHERE)
 
+    def encoder(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
+        """What turns the texts into tokens."""
+        return tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer, self.special_tokens)
+
     def _summary(self, source: Source) -> SourceSummary:
         return SourceSummary(source, self.malformed_rows, source_files(source))
 
     def count(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[tuple[int, int]]:
         """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
-        found = [self._look(source, Encoder.of(tokenizer), counted=True) for source in self.sources]
+        encoder = self.encoder(tokenizer)
+        found = [self._look(source, encoder, counted=True) for source in self.sources]
         return [(int(summary.documents or 0), int(summary.tokens or 0)) for summary in found]
 
     def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
         """What each source holds and what is left out of it, as one pass over its files finds it, so that a malformed row is found before
         the first step; cached as counts are. What datasets streams, from far away it may be, is read only if its tokens are counted."""
-        return [self._look(source, Encoder.of(tokenizer), counted=False) for source in self.sources]
+        encoder = self.encoder(tokenizer)
+        return [self._look(source, encoder, counted=False) for source in self.sources]
 
     def _look(self, source: Source, encoder: Encoder, counted: bool) -> SourceSummary:
         described = encoder.describe().decode(errors="replace"), str(encoder.tokenizer.chat_template)
@@ -91,10 +99,12 @@ class StreamedText:
         if cached := next((path for path in (tokens, *([] if counted else [looked])) if path.is_file()), None):
             summary.restore(read_json(cached))
             summary.check()
+            encoder.found.update(summary.control_tokens)
         elif counted:
-            texts, summary.tokens = self.texts(source, encoder, summary), 0
+            texts, summary.tokens, before = self.texts(source, encoder, summary), 0, encoder.found.copy()
             while batch := list(islice(texts, BATCH)):
                 summary.tokens += sum(map(len, document_tokens(batch, encoder)))
+            summary.control_tokens = dict(encoder.found - before)
             write_json(tokens, summary.counts())
         elif summary.files is None:
             summary.documents = None
@@ -218,7 +228,7 @@ class Stream(Dataset):
         if block_size < 2:
             raise InputError(f"block_size must be 2 or more, found {block_size}: a block of one token has nothing to predict")
         self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
-        encoder = Encoder.of(tokenizer)
+        self.encoder = encoder = text.encoder(tokenizer)
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
         self._sources = [_Shuffled(source, number, text, encoder, seed) for number, source in enumerate(text.sources)]
         self._credit, self._drawn = np.zeros(len(self._sources)), np.zeros(len(self._sources), np.int64)

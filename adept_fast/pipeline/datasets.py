@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from adept_fast.data.documents import WeightedDocuments, tokenize_documents
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import content_hash, is_tokenised
 from adept_fast.data.readers import read, reader
 from adept_fast.data.records import meaning
@@ -52,8 +52,8 @@ class TrainingText:
         firsts = [int(np.argmax(self.sources == number)) for number in range(len(self.read)) if (self.sources == number).any()]
         return (firsts if len(firsts) > 1 else [*range(min(2, len(self.texts)))])[:2]
 
-    def tokenize(self, tokenizer: Any, quiet: bool = False) -> WeightedDocuments:
-        documents = tokenize_documents(self.texts, tokenizer, quiet)
+    def tokenize(self, encoder: Encoder, quiet: bool = False) -> WeightedDocuments:
+        documents = tokenize_documents(self.texts, encoder, quiet)
         for number, summary in enumerate(self.read):
             summary.tokens = int(np.diff(documents.starts)[self.sources == number].sum())
         return WeightedDocuments(documents, self.weights)
@@ -225,7 +225,8 @@ class Corpora:
             return hashlib.sha256(text.encode()).digest() not in purposes and not falls_out(text, share)
 
         excluded = hashlib.sha256(b"".join(sorted(purposes)) + str(share).encode()).hexdigest()
-        return StreamedText(self.trained_on, keep, excluded, self.recipe.tune.shuffle_window, self.recipe.malformed_rows)
+        recipe = self.recipe
+        return StreamedText(self.trained_on, keep, excluded, recipe.tune.shuffle_window, recipe.malformed_rows, recipe.special_tokens)
 
     def training(self) -> TrainingText | StreamedText:
         """Domain and replay documents that serve no other purpose."""

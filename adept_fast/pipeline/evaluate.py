@@ -26,7 +26,8 @@ def evaluation_corpora(work: Workspace) -> tuple[EvaluationCorpus, EvaluationCor
     records = {"general": work.corpora.evaluation_general(limit)}
     if work.recipe.domain or work.recipe.eval.domain:
         records["domain"] = work.corpora.held_out(limit)
-    found = {name: corpus(name, each, work.tokenizer, work.positions, work.vocabulary(each)) for name, each in records.items()}
+    found = {name: corpus(name, each, work.encoder, work.positions, work.vocabulary(each)) for name, each in records.items()}
+    work.tell(work.encoder.news("what is evaluated on"))
     return found["general"], found.get("domain"), {name: work.corpora.digest(each) for name, each in records.items()}
 
 

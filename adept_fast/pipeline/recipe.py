@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adept_fast.data.encoding import SPECIAL_TOKENS
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
 from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
@@ -37,6 +38,9 @@ class Recipe:
         None, meaning="transformers' choice; to flash_attention_2 and its like packed documents go flattened, without a mask"
     )
     trust_remote_code: bool = declare(False)
+    special_tokens: str = declare(
+        "text", SPECIAL_TOKENS, 'what "</s>" and its like in the data become: plain text, or the tokens, where they stand there on purpose'
+    )
     seed: int = declare(0, SEEDS)
     malformed_rows: int = declare(0, Range(0), "rows of a source that may be left out because they cannot be read; 0 stops at the first")
     score: Score = Score()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.digest import fingerprint
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import Item, is_tokenised, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
@@ -110,6 +111,10 @@ class Workspace:
         return checkpoint.load_tokenizer(self.source, self.recipe.trust_remote_code)
 
     @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.recipe.special_tokens)
+
+    @cached_property
     def positions(self) -> int:
         return checkpoint.positions(self.source)
 
@@ -140,7 +145,8 @@ class Workspace:
 
     def base_inputs(self) -> dict[str, Any]:
         keys = ("dtype", "attn_implementation")
-        return {"model": self.identity, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
+        given = {"model": self.identity, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
+        return given if self.recipe.special_tokens == "text" else {**given, "special_tokens": self.recipe.special_tokens}
 
     def copies_inputs(self, layers: Sequence[int]) -> dict[str, Any]:
         """The initialisation is among them where it is not what it is by default."""
@@ -175,13 +181,19 @@ class Workspace:
         limit = self.positions
         records = list(records)
         vocabulary = self.vocabulary(records)
-        items = [tokenize_item(record, self.tokenizer, style, vocabulary) for record in records]
+        items = [tokenize_item(record, self.encoder, style, vocabulary) for record in records]
+        self.tell(self.encoder.news("probe"))
         fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
         if not fitting:
             raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")
         if len(fitting) < len(items):
             self.say(f"{len(items) - len(fitting)} of {len(items)} probe items are left out: too long for the model, or nothing supervised")
         return fitting
+
+    def tell(self, line: str | None) -> None:
+        """Say a line, if there is one."""
+        if line:
+            self.say(line)
 
     def keep_recipe(self) -> None:
         """recipe.yaml: the resolved recipe, which makes the run again."""

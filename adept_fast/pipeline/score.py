@@ -99,7 +99,7 @@ class Scoring:
         """The first DOMAIN_TOKENS of each document of the domain to be scored."""
         if not self.keys.domain_items:
             return []
-        items = [tokenize_item(record, self.work.tokenizer) for record in self.work.corpora.domain_scoring()]
+        items = [tokenize_item(record, self.work.encoder) for record in self.work.corpora.domain_scoring()]
         limit = min(DOMAIN_TOKENS, self.work.positions)
         return [Item(item.input_ids[:limit], item.input_ids[:limit]) for item in items if len(item.input_ids) > 1]
 

@@ -44,16 +44,15 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     from adept_fast.tuning import plan
 
     training = work.corpora.training()
-    text = training if isinstance(training, StreamedText) else training.tokenize(work.tokenizer, work.quiet)
-    planned, blocks = plan(text, work.tokenizer, tuning_settings(work), work.positions)
+    text = training if isinstance(training, StreamedText) else training.tokenize(work.encoder, work.quiet)
+    planned, blocks = plan(text, work.encoder, tuning_settings(work), work.positions)
     summaries = work.corpora.summaries()
     unread = dict.fromkeys(line for _, summary in summaries[: len(work.corpora.trained_on)] for line in summary.keys_not_read())
     first, shown = (blocks, training.shown) if isinstance(blocks, Blocks) else (blocks.head(2), [0, 1])
     for line in [*table(summaries), *unread, *preview(first, shown, work.tokenizer)]:
         work.say(line)
-    for line in (str(planned), planned.warning, work.recipe.unused):
-        if line:
-            work.say(line)
+    for line in (work.encoder.news("domain"), str(planned), planned.warning, work.recipe.unused):
+        work.tell(line)
     return text
 
 
@@ -78,7 +77,7 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
         raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
-    held = corpus("held-out domain documents", records, work.tokenizer, limit, work.vocabulary(records))
+    held = corpus("held-out domain documents", records, work.encoder, limit, work.vocabulary(records))
     monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
     with books.nothing_left_by_a_refusal():
         if record is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import Item
 from adept_fast.data.packing import Blocks
 from adept_fast.models.losses import corpus_loss
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PIECES = 24  # of each kind
 TOKENS = 128  # of each, and half of that at least
 FEWEST = 8
+BLOCKS = 256  # to look for them in
 CHANCE = 3.0  # standard errors
 
 
@@ -52,9 +54,9 @@ class PieceLosses:
         return f"first pieces {first} nats per token ({self.first_pieces}), later pieces {later} ({self.later_pieces})"
 
 
-def pieces_of(blocks: Blocks) -> Iterator[tuple[Item, bool]]:
-    """Each piece of each block as the block has it, and whether it goes on with a document."""
-    for index in range(len(blocks)):
+def pieces_of(blocks: Blocks, most: int) -> Iterator[tuple[Item, bool]]:
+    """Each piece of the first `most` blocks as the block has it, and whether it goes on with a document."""
+    for index in range(min(most, len(blocks))):
         block, at = blocks[index], 0
         ids, labels = block["input_ids"].tolist(), block["labels"].tolist()
         for length, later in zip(blocks.documents(index), blocks.goes_on(index), strict=True):
@@ -62,10 +64,21 @@ def pieces_of(blocks: Blocks) -> Iterator[tuple[Item, bool]]:
             at += length
 
 
+def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
+    """What is said of pieces that differ."""
+    if found is None or not found.differ:
+        return None
+    tokenizer, begin = encoder.tokenizer, encoder.begin
+    how = repr("".join(tokenizer.convert_ids_to_tokens(begin))) if begin else "nothing"
+    named = not begin and tokenizer.bos_token is not None
+    remedy = f"; if it was trained with {tokenizer.bos_token!r} before each, set add_bos_token in tokenizer_config.json" if named else ""
+    return f"warning: {found}: more than chance; look at the documents, and whether the model knows pieces that begin with {how}{remedy}"
+
+
 def compare_pieces(model: PreTrainedModel, blocks: Blocks, quiet: bool = True) -> PieceLosses | None:
     """The first PIECES pieces of each kind, cut to TOKENS tokens, so that all stand in as much context. None where there are not both."""
     tokens, kinds = min(TOKENS, blocks.block_size), ([], [])
-    for item, later in pieces_of(blocks):
+    for item, later in pieces_of(blocks, BLOCKS):
         if len(item.input_ids) >= tokens // 2 and len(kinds[later]) < PIECES:
             kinds[later].append(Item(item.input_ids[:tokens], item.labels[:tokens]))
         if min(map(len, kinds)) == PIECES:

@@ -22,8 +22,9 @@ MANY_EPOCHS = 4  # repeated text beyond this teaches little and is memorised
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do. tokens: processed in all, padding included; epochs: passes over the blocks. None: a stream that was
-    not counted, because max_steps was given."""
+    """What a run is going to do. corpus_tokens: of documents, without what later pieces of them begin with; tokens: processed in all,
+    padding included; epochs: passes over the blocks. None: a stream that was not counted, because max_steps was given. fewer: whether
+    blocks are smaller than was asked for."""
 
     documents: int | None
     corpus_tokens: int | None
@@ -34,6 +35,7 @@ class Plan:
     epochs: float | None
     one_per_row: bool
     streamed: bool = False
+    fewer: bool = False
 
     @property
     def tokens(self) -> int:
@@ -42,7 +44,8 @@ class Plan:
     def __str__(self) -> str:
         rows = "one document a row" if self.one_per_row else "packed"
         work = f"plan: {self.steps:,} steps of {self.tokens_per_step:,} tokens = {self.tokens:,} tokens"
-        how = f"blocks of {self.block_size}, {rows}"
+        most = " (all positions that the model has: tune.block_size asks for more)" if self.fewer else ""
+        how = f"blocks of {self.block_size}{most}, {rows}"
         if self.epochs is None:
             return f"{work} (streamed, {how})"
         size = f"{self.corpus_tokens:,} tokens, streamed" if self.streamed else f"{self.corpus_tokens:,} tokens in {self.blocks:,}"
@@ -57,13 +60,14 @@ class Plan:
 
 def plan(
     corpus: WeightedDocuments | StreamedText,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Encoder,
     settings: TuningSettings,
     positions: int,
     one_per_row: bool = False,
 ) -> tuple[Plan, Blocks | Stream]:
     """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
-    block_size, padding = min(settings.block_size, positions), tokenizer.pad_token_id or 0
+    encoder, block_size = Encoder.of(tokenizer), min(settings.block_size, positions)
+    padding, fewer = encoder.tokenizer.pad_token_id or 0, block_size < settings.block_size
     args = arguments(settings, Path("unused"), quiet=True)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens_per_step = per_step * block_size
@@ -74,22 +78,23 @@ def plan(
         if not len(blocks):
             raise InputError("domain: its weights leave no document of two tokens or more to train on")
         steps, in_epoch = _steps(args, per_step, len(blocks))
-        return Plan(len(documents), blocks.tokens, len(blocks), block_size, steps, tokens_per_step, steps / in_epoch, one_per_row), blocks
-    counts = _counted(corpus, tokenizer, args.max_steps <= 0)
+        size = len(documents), blocks.tokens, len(blocks)
+        return Plan(*size, block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer), blocks
+    counts = _counted(corpus, encoder, args.max_steps <= 0)
     mixture = shares(corpus.sources, counts and [tokens for _, tokens in counts])
     steps, epochs, size = args.max_steps, None, (None, None)
     if counts:
         rest = [index for index, source in enumerate(corpus.sources) if source.share is None]
         size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
         part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
-        each = block_size - len(Encoder.of(tokenizer).begin)  # where a block goes on with a document, as nearly all do
+        each = block_size - len(encoder.begin)  # where a block goes on with a document, as nearly all do
         blocks_of_rest = size[1] / each + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
         steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
         epochs, size = steps / in_epoch, tuple(map(round, size))
     stream = Stream(
         corpus,
         mixture,
-        tokenizer,
+        encoder,
         blocks=steps * per_step,
         block_size=block_size,
         seed=settings.seed,
@@ -97,7 +102,7 @@ def plan(
         one_per_row=one_per_row,
         ahead=4 * per_step,
     )
-    return Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True), stream
+    return Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True, fewer=fewer), stream
 
 
 def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, int]:
@@ -113,9 +118,9 @@ def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, 
     return steps, in_epoch
 
 
-def _counted(corpus: StreamedText, tokenizer: PreTrainedTokenizerBase, needed: bool) -> list[tuple[int, int]] | None:
+def _counted(corpus: StreamedText, encoder: Encoder, needed: bool) -> list[tuple[int, int]] | None:
     """Documents and tokens of each source, where steps or shares depend on them; tokens pass over once for it."""
     unshared = sum(source.share is None for source in corpus.sources)
     if needed and not unshared:
         raise InputError("tune.max_steps is needed: with a share given for every source nothing says how long an epoch is")
-    return corpus.count(tokenizer) if needed or unshared > 1 else None
+    return corpus.count(encoder) if needed or unshared > 1 else None

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import WeightedDocuments
+from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream, StreamedText
 from adept_fast.errors import InputError
@@ -32,6 +33,7 @@ from adept_fast.runtime.staging_folder import remove_leftovers
 from adept_fast.tuning import checkpoint_digests
 from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
 from adept_fast.tuning.forgetting_meter import stopped_in
+from adept_fast.tuning.piece_losses import compare_pieces, warning
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.training_plan import Plan, plan
@@ -96,11 +98,12 @@ class Run:
         """Plan the training of `model`, loaded from `folder`; nothing is written yet."""
         tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
         checkpoint.require_vocabulary(folder, tokenizer, model)
-        planned, blocks = plan(corpus, tokenizer, settings, positions)
+        encoder = corpus.encoder(tokenizer) if isinstance(corpus, StreamedText) else Encoder(tokenizer)
+        planned, blocks = plan(corpus, encoder, settings, positions)
         collate = collator(model)
         if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
             collate = default_data_collator
-            planned, blocks = plan(corpus, tokenizer, settings, positions, one_per_row=True)
+            planned, blocks = plan(corpus, encoder, settings, positions, one_per_row=True)
             books.say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
@@ -118,6 +121,8 @@ class Run:
         log = TrainerLog(books.log)
         if last is None:
             log.require_own()
+            if line := warning(compare_pieces(model, blocks.head() if isinstance(blocks, Stream) else blocks), encoder):
+                books.say(line)
         return cls(planned, blocks, collate, args, books, log, last, tokenizer)
 
     @property
@@ -142,6 +147,8 @@ class Run:
         done = None if self.last is None else int(self.last.rpartition("-")[2])
         if done is None or (done < self.planned.steps and not stopped_in(Path(self.last))):
             trainer.train(resume_from_checkpoint=self.last)
+            if isinstance(self.blocks, Stream) and self.planned.epochs is None and (line := self.blocks.encoder.news("domain")):
+                self.books.say(line)  # else they were counted, and told, before
             return
         trainer._load_from_checkpoint(self.last)  # killed after the last step: the Trainer would make one more
         if distributed.rank() == 0:
