@@ -15,10 +15,10 @@ import torch
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import Documents, document_tokens
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import document_text
 from adept_fast.data.packing import Blocks
 from adept_fast.data.readers import reader
 from adept_fast.data.sources import Source
+from adept_fast.data.templates import document_text
 from adept_fast.tuning.piece_losses import piece_losses, pieces_of
 from bench import parser
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from adept_fast.data.source_files import source_files
 from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
 from adept_fast.data.splits import HELD_OUT, ProbeParts, by_hash, falls_out, hold_out, split_probe
-from adept_fast.data.stream import StreamedText
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe

@@ -13,7 +13,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.packing import Blocks
 from adept_fast.data.preview import preview
 from adept_fast.data.source_summary import table
-from adept_fast.data.stream import StreamedText
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import corpus
 from adept_fast.pipeline.run_directory import Workspace

@@ -15,7 +15,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import versions
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
-from adept_fast.data.stream import StreamedText
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models import text_config
 from adept_fast.models.finite import require_finite_tensors

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks, document_order
-from adept_fast.data.stream import Stream, StreamedText, shares
+from adept_fast.data.stream import Stream
+from adept_fast.data.streamed_text import StreamedText, shares
 from adept_fast.errors import InputError
 from adept_fast.tuning.tuning_settings import TuningSettings, arguments, check_warmup
 

@@ -24,7 +24,8 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks
-from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.data.stream import Stream
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard, write_json

@@ -9,7 +9,7 @@ from typing import Any
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
-from adept_fast.data.stream import StreamedText
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards

@@ -17,7 +17,8 @@ import torch
 from adept_fast.data.documents import document_tokens
 from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Source
-from adept_fast.data.stream import Stream, StreamedText, shares
+from adept_fast.data.stream import Stream
+from adept_fast.data.streamed_text import StreamedText, shares
 from adept_fast.errors import InputError
 from tests.support import tiny_models
 
@@ -218,7 +219,7 @@ def test_tokens_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert made.count(tiny_models.tokenizer()) == [(len(kept), sum(map(len, kept)))]
     others = StreamedText(made.sources, lambda document: True, "other", 9)
     assert others.count(tiny_models.tokenizer())[0][0] == len(TEXTS) > len(kept)
-    monkeypatch.setattr("adept_fast.data.stream.document_tokens", None)
+    monkeypatch.setattr("adept_fast.data.streamed_text.document_tokens", None)
     assert made.count(tiny_models.tokenizer()) == [(len(kept), sum(map(len, kept)))]
 
 

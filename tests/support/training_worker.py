@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainingArguments
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
 from adept_fast.data.sources import Source
-from adept_fast.data.stream import Stream, StreamedText
+from adept_fast.data.stream import Stream
+from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
 from adept_fast.pipeline.recipe import Recipe, load

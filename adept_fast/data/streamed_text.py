@@ -1,0 +1,124 @@
+"""Text that is read while training: from which sources, what of them may be trained on, how much it is, and each source's share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from adept_fast.data.documents import BATCH, cache_folder, document_tokens
+from adept_fast.data.encoding import Encoder
+from adept_fast.data.readers import reader
+from adept_fast.data.source_files import source_files
+from adept_fast.data.source_summary import ELSEWHERE, SourceSummary
+from adept_fast.data.sources import Source
+from adept_fast.data.templates import document_text
+from adept_fast.errors import InputError
+from adept_fast.runtime.atomic_files import write_json
+from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.provenance import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Keep = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class StreamedText:
+    """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents;
+    malformed_rows: how many of a source may be left out, see SourceSummary; special_tokens: what control tokens in a text become, as to
+    an Encoder."""
+
+    sources: tuple[Source, ...]
+    keep: Keep
+    excluded: str
+    window: int
+    malformed_rows: int | None = None
+    special_tokens: str = "text"
+
+    @property
+    def digest(self) -> str:
+        """What decides the stream's documents and their order, but for the seed."""
+        keys = ("split", "column", "weight", "share", "share_end")
+        sources = [(reader(source).identity(), *(getattr(source, key) for key in keys), *written(source)) for source in self.sources]
+        return digest([sources, self.excluded, self.window])
+
+    def texts(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder, summary: SourceSummary | None = None
+    ) -> Iterator[str]:
+        """One pass over the texts of a source that may be trained on. summary: counts what is left out."""
+        summary, encoder = summary or self._summary(source), self.encoder(tokenizer)
+        for record in reader(source).records():
+            text = summary.take(record, lambda record: document_text(record, encoder.tokenizer))
+            if text is not None and self.keep(text):
+                yield text
+            elif text is not None:
+                summary.serves_elsewhere(ELSEWHERE)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
+        """What turns the texts into tokens."""
+        return tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer, self.special_tokens)
+
+    def _summary(self, source: Source) -> SourceSummary:
+        return SourceSummary(source, self.malformed_rows, source_files(source))
+
+    def count(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[tuple[int, int]]:
+        """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
+        encoder = self.encoder(tokenizer)
+        found = [self._look(source, encoder, counted=True) for source in self.sources]
+        return [(int(summary.documents or 0), int(summary.tokens or 0)) for summary in found]
+
+    def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
+        """What each source holds and what is left out of it, as one pass over its files finds it, so that a malformed row is found before
+        the first step; cached as counts are. What datasets streams, from far away it may be, is read only if its tokens are counted."""
+        encoder = self.encoder(tokenizer)
+        return [self._look(source, encoder, counted=False) for source in self.sources]
+
+    def _look(self, source: Source, encoder: Encoder, counted: bool) -> SourceSummary:
+        described = encoder.describe().decode(errors="replace"), str(encoder.tokenizer.chat_template)
+        made_from = digest([reader(source).identity(), source.column, source.template, self.excluded, *described])
+        summary, folder = self._summary(source), cache_folder()
+        tokens, looked = folder / "counts" / f"{made_from}.json", folder / "looks" / f"{made_from}.json"
+        if cached := next((path for path in (tokens, *([] if counted else [looked])) if path.is_file()), None):
+            summary.restore(read_json(cached))
+            summary.check()
+            encoder.found.update(summary.control_tokens)
+        elif counted:
+            texts, summary.tokens, before = self.texts(source, encoder, summary), 0, encoder.found.copy()
+            while batch := list(islice(texts, BATCH)):
+                summary.tokens += sum(map(len, document_tokens(batch, encoder)))
+            summary.control_tokens = dict(encoder.found - before)
+            write_json(tokens, summary.counts())
+        elif summary.files is None:
+            summary.documents = None
+        else:
+            deque(self.texts(source, encoder, summary), maxlen=0)
+            write_json(looked, summary.counts())
+        return summary
+
+
+def written(source: Source) -> tuple[str, ...]:
+    """How a source's records are written as text, where it is not the way that it is by default."""
+    return () if source.template == "plain" else (source.template,)
+
+
+def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tuple[float, float]]:
+    """(start, end) share of each source; those without one divide what is left in proportion to weight x tokens.
+
+    tokens: of each source; needed where two sources or more have no share. Raises InputError for shares that do not make 1.
+    """
+    given = [(source.share, source.share if source.share_end is None else source.share_end) for source in sources]
+    left = [1 - sum(share[end] for share in given if None not in share) for end in (0, 1)]
+    rest = [index for index, share in enumerate(given) if None in share]
+    if min(left) < -1e-9 or (max(left) > 1e-9 and not rest):
+        found = " and ".join(f"{1 - value:.3g}" for value in left)
+        raise InputError(f"domain and tune.replay: their shares make {found} at the start and the end of the run, not 1")
+    parts = [sources[index].weight * (tokens[index] if tokens is not None else 1) for index in rest]
+    if rest and not sum(parts):
+        raise InputError(f"{', '.join(sources[index].path for index in rest)}: no token to train on, or weights of 0")
+    for index, part in zip(rest, parts, strict=True):
+        given[index] = (left[0] * part / sum(parts), left[1] * part / sum(parts))
+    return given
