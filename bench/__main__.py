@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(argv: list[str]) -> dict" in path.read_text())
-ASKED_FOR = ("importance", "pieces", "race")
+ASKED_FOR = ("adamw_builds", "importance", "pieces", "race")
 
 
 def _cpu_model() -> str:

@@ -63,8 +63,9 @@ class AdamW(Rows):
     parameter's device, where lr and betas given as tensors are read too; differentiable=True takes the plain path. GradScaler's
     grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
 
-    Raises InputError (a ValueError) for arguments out of range and unknown backends, RuntimeError for a forced backend that is not
-    available and for sparse gradients.
+    Raises InputError (a ValueError) for arguments out of range and unknown backends; at a step for gradients, moments, masters or steps
+    that do not have the shape, device or memory of their parameter, naming group and position, and for lr, betas, eps or weight_decay
+    that were set out of range since. RuntimeError for a forced backend that is not available and for sparse gradients.
 
     Example: the first 64 rows at half the rate, the next 64 frozen, the rest at the full one
         >>> opt = AdamW(model.parameters(), lr=2e-4, weight_decay=0.1, master_weights="remainder")
