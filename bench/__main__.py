@@ -1,7 +1,7 @@
 """python -m bench NAME [--save] [options] runs main(argv) -> dict of bench/NAME.py and prints it as one JSON line, with machine facts.
 
 --save also writes bench/results/NAME-DEVICE.json. NAME --help has the options. `all` runs every benchmark, each in a process of its own,
-but for those that go on part by part or need a model: importance, pieces, race.
+but for those that go on part by part or need a model or another checkout: adamw_builds, importance, pieces, race.
 """
 
 from __future__ import annotations
