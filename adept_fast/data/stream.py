@@ -135,6 +135,11 @@ class Stream(Dataset):
     def __len__(self) -> int:
         return self._blocks
 
+    @property
+    def annealed(self) -> bool:
+        """Whether the shares of its sources move over the run, so that they depend on its length."""
+        return bool((self._mixture[:, 0] != self._mixture[:, 1]).any())
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self._blocks:
             raise IndexError(f"block {index} of {self._blocks}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,18 @@ from adept_fast.evaluation import corpus
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
-from adept_fast.runtime.provenance import require_same
+from adept_fast.runtime.provenance import inputs_of, require_same
+from adept_fast.settings.argument_effects import SCHEDULE, changes_the_run
 from adept_fast.settings.keys import Tuning
+from adept_fast.settings.training_arguments import known
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings
 
-ELSEWHERE = ("training", "replay", "streaming", "shuffle_window", "skip_nonfinite")
-"""Keys of tune that the digest of the domain covers, that stand apart, or that change no bit until they let a run go on."""
+ELSEWHERE = ("training", "replay", "streaming", "shuffle_window", "max_items", "extend", "skip_nonfinite")
+"""Keys of tune that digests cover, that stand apart, or that change no bit until they let a run go on."""
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+OF_RATES = ("units", "rate_map", "rate_floor", "rate_average", "rate_conflict")
 
 
 def tuning_settings(work: Workspace) -> TuningSettings:
@@ -63,18 +67,17 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     distributed.join()
     keys, record = work.recipe.tune, work.copies() if work.method.copies else None
     inputs = _inputs(work, record)
-    if work.kept(work.tuned, tuned_record, inputs):
+    if not _due(work, inputs):
         return
     settings = tuning_settings(work)
     check_settings(settings)
     text = training_text(work) if text is None else text
     batch = distributed.processes() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
-    given = {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in BATCH} | {"global batch": batch}
-    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
-    if books.started.exists():
-        require_same(work.checkpoints, read_json(books.started), given, work.recipe.model_name_or_path)
-    elif any(work.checkpoints.glob("checkpoint-*")):
-        raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
+    books = Bookkeeping(work.checkpoints, work.log, inputs, {**_of_recipe(inputs), "global batch": batch}, work.say, work.quiet)
+    if books.last is not None:
+        if not books.started.exists():
+            raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
+        require_same(work.checkpoints, _of_recipe(read_json(books.started)), books.given, work.recipe.model_name_or_path)
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.encoder, limit, work.vocabulary(records))
@@ -91,6 +94,42 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
             work.say(f"{work.tuned}: tuned by {method}, without copies")
 
 
+def _due(work: Workspace, inputs: Mapping[str, Any]) -> bool:
+    """Whether tuned/ is to be made, or made anew because the run goes on to another number of steps. Raises InputError, naming what
+    differs, for one that was made with other settings."""
+    if not work.tuned.exists():
+        return True
+    recorded = inputs_of(tuned_record(work.tuned))
+    require_same(work.tuned, _compared(recorded), _compared(inputs), work.recipe.model_name_or_path)
+    schedule = [f"tune.{name}" for name in sorted(SCHEDULE) if recorded.get(f"tune.{name}") != inputs.get(f"tune.{name}")]
+    if not schedule:
+        work.say(f"{work.tuned}: up to date")
+        return False
+    if not any(work.checkpoints.glob("checkpoint-*")):
+        raise InputError(
+            f"{work.tuned} was made with other settings ({', '.join(schedule)}), and {work.checkpoints} holds no checkpoint to go on from: "
+            "choose another output_dir, or remove it to redo it"
+        )
+    anew = "it stands until training has gone on; then it, eval.json and the report are made anew"
+    work.say(f"{work.tuned}: {', '.join(schedule)} changed: {anew}")
+    return True
+
+
+def _compared(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for an artefact to be that of these settings: no setting that changes no bit, none at its default, the batch
+    of a process however it is cut. What gives each step its learning rate is compared with the checkpoint."""
+    names = {key: key.removeprefix("tune.") for key in inputs if key.startswith("tune.") and key.removeprefix("tune.") in known()}
+    left = {key: value for key, value in inputs.items() if key not in names and key not in ("tune.extend", "extended")}
+    changing = {key: inputs[key] for key, name in names.items() if changes_the_run(name) and inputs[key] != known()[name][1]}
+    batch = math.prod(int(inputs.get(f"tune.{key}", 1)) for key in BATCH)
+    return {**left, **changing, "tune.per_device_train_batch_size": batch}
+
+
+def _of_recipe(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that are no TrainingArguments, which each checkpoint keeps itself."""
+    return {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in known()}
+
+
 def tuned_record(folder: Path) -> AdeptConfig | dict[str, Any]:
     """What says how a checkpoint was tuned, by whatever method."""
     baseline = folder / "baseline.json"
@@ -98,15 +137,23 @@ def tuned_record(folder: Path) -> AdeptConfig | dict[str, Any]:
 
 
 def _inputs(work: Workspace, record: AdeptConfig | None) -> dict[str, Any]:
-    tune = work.recipe.tune
+    tune, method = work.recipe.tune, work.method
+    idle = {
+        *(OF_RATES if not method.rates else ()),
+        *(("refresh_steps",) if not method.copies else ()),
+        *(("lora_rank",) if work.recipe.method != "lora" else ()),
+        *(("anchor_every", "anchor_tokens") if tune.anchor_weight is None else ()),
+        *(("general_action",) if tune.general_limit is None else ()),
+    }
     inputs = {
         **work.base_inputs(),
         "method": work.recipe.method,
         **({} if record is None else work.copies_inputs([entry.copied_from for entry in record.inserted])),
         "domain": work.corpora.training().digest,
         "steering items": work.corpora.digest(work.corpora.steering()),
+        **({} if tune.general_limit is None else {"metering items": work.corpora.digest(work.corpora.metering())}),
         "seed": work.recipe.seed,
-        **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE},
+        **{f"tune.{key}": value for key, value in vars(tune).items() if key not in ELSEWHERE and key not in idle},
         **{f"tune.{key}": value for key, value in tune.training.items()},
     }
     return json.loads(json.dumps(inputs, default=str))

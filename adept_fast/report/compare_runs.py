@@ -123,7 +123,7 @@ def _finished(folder: Path) -> Finished:
     if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")
     log = read_log(folder / "trainer_log.jsonl")
-    tokens = next((entry.get("tokens") for entry in log if entry.get("event") == "plan"), None)
+    tokens = next((entry.get("tokens") for entry in reversed(log) if entry.get("event") == "plan"), None)
     speeds = [entry["tokens_per_second"] for entry in log if entry.get("tokens_per_second")]
     with making_sense(kept, "restore it, or run adept-fast run again, which keeps it"):
         decisive, seed = {key: value for key, value in flat(recipe) if key not in NOT_THE_RECIPE}, int(recipe.get("seed", 0))

@@ -137,7 +137,7 @@ def _costs(scores: Mapping[str, Any] | None, log: list[dict[str, Any]], evaluati
     if scores and is_finite(scores.get("seconds")):
         size = f"{scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens"
         yield "Scoring", f"{duration(scores['seconds'])} for {size}"
-    plan = next((entry for entry in log if entry.get("event") == "plan"), {})
+    plan = next((entry for entry in reversed(log) if entry.get("event") == "plan"), {})
     speeds = [entry["tokens_per_second"] for entry in log if is_finite(entry.get("tokens_per_second"))]
     end = next((entry for entry in log if entry.get("event") == "end"), {})
     done = max((entry["step"] for entry in log), default=0)

@@ -5,6 +5,7 @@ A name that is a symbolic link is replaced, not followed. Files and folders get 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.disk_errors import naming
 from adept_fast.runtime.staging_folder import modes, staging_folder
 from adept_fast.runtime.strict_json import dumps
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def _sync(path: Path) -> None:
@@ -67,6 +70,30 @@ def staged_folder(path: Path) -> Iterator[Path]:
                 raise
             raise InputError(f"{path} was made by another process meanwhile: remove it or choose another output_dir") from None
         _sync(path.parent)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name to write a folder to; on success it takes the place of `path`, which stays as it was until then."""
+    path = Path(path)
+    with naming(path), staging_folder(path.parent) as aside:
+        new = aside / path.name
+        yield new
+        if os.path.lexists(path) and not _exchange(new, path):
+            os.rename(path, aside / f"earlier-{path.name}")
+            os.rename(new, path)
+        elif not os.path.lexists(path):
+            os.rename(new, path)
+        _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths trade what they name, in one step; False where system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def discard(path: Path) -> None:

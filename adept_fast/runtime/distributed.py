@@ -60,6 +60,15 @@ def total(values: Tensor) -> Tensor:
     return summed.to(values.device)
 
 
+def of_first(value: T) -> T:
+    """What the first process has, in all."""
+    if not active():
+        return value
+    found = [value]
+    distributed.broadcast_object_list(found)
+    return found[0]
+
+
 def leads() -> bool:
     """Whether this process is the one that writes, before as after they have joined."""
     return os.environ.get("RANK", "0") == "0"

@@ -98,6 +98,9 @@ class Tuning:
         None, Range(0), "0.05: once general loss on probe items held back for it has risen by so many nats per token, ..."
     )
     general_action: str = declare("stop", ACTIONS, "... stop there, or halve all rates at each refresh that finds it above")
+    extend: bool = declare(
+        False, meaning="go on with another number of steps where the schedule would have given the steps that are done other rates"
+    )
     training: Mapping[str, Any] = field(
         default_factory=DEFAULTS.copy,
         metadata={"known": known, "checked": checked, "meaning": "these five and any other name of transformers' TrainingArguments"},

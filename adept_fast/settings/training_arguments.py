@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from adept_fast.errors import InputError
 from adept_fast.settings.key_value import unknown
-from adept_fast.settings.validation import COUNT, Range, options, require
+from adept_fast.settings.validation import COUNT, Range, options, require, shown
 from adept_fast.settings.values import read
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 DEFAULTS = {
     "learning_rate": 2.0e-4,
@@ -52,16 +56,56 @@ NOT_EVALUATED = (
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval"),
 )
 HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
+REFUSED = {
+    "auto_find_batch_size": "out of memory, it would begin again with another batch than planned, in silence: "
+    "set per_device_train_batch_size and gradient_accumulation_steps",
+    "enable_jit_checkpoint": "it saves within a step, before rates and random numbers are those that a resumed run would have: "
+    "save_steps says how often a killed run can go on",
+    "use_cache": "packed documents are kept apart without a cache only",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation would cast all weights for good: load the model in that dtype"),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "unit-wise rates need adept_fast.AdamW, with adam_beta1 and its like"),
+    "parallelism_config": "several processes share the work by DDP or FSDP2, as accelerate launch is told",
+}
+"""What no trainer here can do right, and why: only the default is taken, from a recipe as from Python."""
 LEFT_OUT = {
+    **REFUSED,
     **dict.fromkeys(NOT_EVALUATED, "held-out losses are logged every tune.eval_steps, and nothing else is evaluated"),
     **dict.fromkeys(HUB, "checkpoints hold the copies alone; publish output_dir/tuned when it is done"),
     "ignore_data_skip": "a resumed run would train again on what it began with",
-    **dict.fromkeys(("optim_args", "optim_target_modules"), "unit-wise rates need adept_fast.AdamW, with tune.adam_beta1 and its like"),
-    "parallelism_config": "several processes share the work by DDP or FSDP2, as accelerate launch is told",
     "restore_callback_states_from_checkpoint": "a resumed run restores them itself",
     "save_only_model": "a killed run could not go on with its rates and moments",
 }
-"""What would do harm, or nothing, and why: only the default is taken."""
+"""In a recipe: these too, which would do harm there, or nothing."""
+
+
+def refuse(args: TrainingArguments, copies: bool = False) -> None:
+    """Raise InputError for TrainingArguments that a trainer here could not obey. copies: whether it trains copies alone."""
+    for name, why in REFUSED.items():
+        if (value := getattr(args, name, None)) not in (None, known()[name][1] if name in known() else None):
+            raise InputError(f"{name}={shown(value)}: {why}: leave it out")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in PLAIN_ADAMW:
+        raise InputError(f"optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default")
+    if args.push_to_hub and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end":
+        raise InputError(
+            f"push_to_hub: checkpoints hold what is trained alone, no whole model: give hub_strategy='end', and call push_to_hub() after "
+            f"training, which publishes a whole one (found {shown(str(args.hub_strategy))})"
+        )
+    if getattr(args.accelerator_config, "split_batches", False):
+        raise InputError(
+            "accelerator_config.split_batches: per_device_train_batch_size is the batch of one process here: leave split_batches out"
+        )
+    if copies and is_reentrant(args):
+        raise InputError(
+            "gradient_checkpointing_kwargs: use_reentrant=True gives no gradient where a layer's input needs none, as that of the lowest "
+            "copy: leave it out"
+        )
+
+
+def is_reentrant(args: TrainingArguments) -> bool:
+    """Whether activations are to be checkpointed in torch's older way."""
+    kwargs = args.activation_checkpointing_kwargs
+    return bool(args.activation_checkpointing and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"))
 
 
 @cache

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast.data.items import Item, load_items
@@ -17,6 +16,7 @@ from adept_fast.errors import InputError
 from adept_fast.models import bare, require_causal, unwrapped, vocabulary_of
 from adept_fast.optim import AdamW
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.runtime.provenance import changed, digest
 from adept_fast.scoring.unit_importance import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.scoring.units import Units
 from adept_fast.settings.keys import Tuning
@@ -25,6 +25,7 @@ from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.param_group_rates import has_rate_groups, multiply_rates, refuse_flattened
+from adept_fast.tuning.resume import GoesOnByItself, items_digest
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.unit_rates import RateMap, RateRule, apply_rates
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 
-class AdeptCallback(Monitor, ExportableState):
+class AdeptCallback(Monitor, GoesOnByItself):
     """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
 
     probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units.
@@ -42,6 +43,7 @@ class AdeptCallback(Monitor, ExportableState):
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
     monitors, monitor_steps (None: each refresh), log, tokens_per_step, say, skip_nonfinite: see Monitor; refreshes are logged too.
+    train_original: let other parameters than the copies train too; without it a Trainer with such parameters is refused.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
     tensor any other one made from `rate_groups`.
     A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
@@ -67,6 +69,7 @@ class AdeptCallback(Monitor, ExportableState):
         say: Callable[[str], None] | None = None,
         quiet: bool = False,
         skip_nonfinite: int = Tuning.skip_nonfinite,
+        train_original: bool = False,
     ) -> None:
         check(Tuning, "tune.", skip_nonfinite=skip_nonfinite)
         check(Tuning, "tune.", refresh_steps=refresh_steps, **({"units": units} if isinstance(units, str) else {}))
@@ -78,7 +81,11 @@ class AdeptCallback(Monitor, ExportableState):
         self.first, self.anchor, self.meter = first, anchor, meter
         self._anchored: Tensor | None = None
         self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
+        self.train_original = train_original
+        self.restored_by_trainer = False  # whether that knows that this callback restores itself
         self._items: list[Item] = []
+        self._made_with: dict[str, Any] | None = None
+        self._refreshed: int | None = None  # the step of the last refresh
         self._causal = False  # whether the model was found so
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
@@ -96,12 +103,17 @@ class AdeptCallback(Monitor, ExportableState):
         refuse_flattened(model, optimizer)
         self.on_init_end(args, state, control, model)
         model = bare(model)
+        self._refuse_other_training(model, args)
+        made_with = self.made_with(model, self.tokenizer or kwargs.get("processing_class"))
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        if differing := changed(saved.get("made_with", made_with), made_with):
+            raise InputError(f"the checkpoint was made with other settings ({', '.join(differing)}): go on with those, or begin anew")
+        self._made_with = made_with
         self._open_log(state)
-        tokenizer = self.tokenizer or kwargs.get("processing_class")
-        self._items = load_items(self.probe, tokenizer, vocabulary=vocabulary_of(model))
         inner = rated(optimizer)
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("spread_out") if state.global_step else None
-        self._spread_out = None if saved is None else torch.tensor(saved, dtype=torch.float64)
+        spread_out = saved.get("spread_out")
+        self._spread_out = None if spread_out is None else torch.tensor(spread_out, dtype=torch.float64)
+        self._refreshed = saved.get("refreshed", state.global_step)
         if self.meter:
             self.meter.restart()
             if state.global_step:
@@ -114,7 +126,38 @@ class AdeptCallback(Monitor, ExportableState):
             multiply_rates(inner)
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
+        elif self._refreshed != state.global_step and state.global_step % self.refresh_steps == 0:
+            self._refresh(inner, model, state.global_step)  # the run had ended there, and goes on
         self._start_timer(state.global_step)
+
+    def made_with(self, model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:
+        """What makes another run, by name. Reads the probe."""
+        self._items = self._items or load_items(self.probe, tokenizer, vocabulary=vocabulary_of(model))
+        units = Units.of(model, self.units) if isinstance(self.units, str) else self.units
+        rule, anchor, meter = self.rule, self.anchor, self.meter
+        named = rule.map if isinstance(rule.map, str) else getattr(rule.map, "__qualname__", type(rule.map).__name__)
+        return {
+            "the units": digest([(unit.name, unit.kind) for unit in units]),
+            "refresh_steps": self.refresh_steps,
+            "the probe": items_digest(self._items),
+            **{"rate_map": named, "rate_floor": rule.floor, "rate_average": rule.average, "rate_conflict": rule.conflict},
+            "the anchor": None if anchor is None else [anchor.weight, anchor.every, [items_digest(group) for group in anchor.groups]],
+            "the meter's limit": None if meter is None or meter.limit is None else [meter.limit, meter.action, items_digest(meter.items)],
+        }
+
+    def _refuse_other_training(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+        """Raise InputError where more than the copies would train, or where transformers would make this callback anew."""
+        others = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in self.units.slices]
+        if others and not self.train_original:
+            raise InputError(
+                f"{len(others):,} parameters outside the copies would train too, first {others[0]}: call adept_fast.freeze_original(model) "
+                "before the Trainer is made; AdeptCallback(..., train_original=True) lets them train"
+            )
+        if args.restore_callback_states_from_checkpoint and not self.restored_by_trainer:
+            raise InputError(
+                "restore_callback_states_from_checkpoint: this Trainer would make AdeptCallback anew, without its probe: leave it out (the "
+                "callback restores itself), or use AdeptTrainer"
+            )
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
         from adept_fast.expansion import first_importance
@@ -136,13 +179,19 @@ class AdeptCallback(Monitor, ExportableState):
     ) -> None:
         model, step = bare(model), state.global_step
         with self._untimed():
-            if step % self.refresh_steps == 0 or control.should_training_stop:  # by what came before: the last step, too
+            due = step % self.refresh_steps == 0
+            if due or control.should_training_stop:  # by what came before: the last step, too
+                before = None if due or not self.meter else self.meter.kept()
                 self._read(model, step, control)
-            if step % self.refresh_steps == 0 and not control.should_training_stop:
-                inner = rated(optimizer)
-                momenta = self._momenta(inner, model) if self.rule.conflict else None
-                self._set(inner, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
+                if before is not None:
+                    self.meter.put_back(before)  # of which a run that goes on knows nothing
+            if due and not control.should_training_stop:
+                self._refresh(rated(optimizer), model, step)
             self._monitor_where_due(model, state, control)
+
+    def _refresh(self, optimizer: Optimizer, model: PreTrainedModel, step: int) -> None:
+        momenta = self._momenta(optimizer, model) if self.rule.conflict else None
+        self._set(optimizer, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
 
     def _of_step(self) -> dict[str, float]:
         anchored, self._anchored = self._anchored, None
@@ -153,6 +202,7 @@ class AdeptCallback(Monitor, ExportableState):
         self._spread_out = self.rule.spread_out(importance, self._spread_out)
         rates = self.rule.rates(self._spread_out, importance) * (self.meter.scale if self.meter else 1.0)
         apply_rates(optimizer, model, units, rates)
+        self._refreshed = step
         if self.log:
             conflict = {} if importance.conflict is None else {"conflict": _named(units, importance.conflict)}
             self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor), **conflict)
@@ -164,9 +214,10 @@ class AdeptCallback(Monitor, ExportableState):
         return {name: state["exp_avg"] for name, state in states.items() if state}
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in trainer_state.json: the moving average, which a resumed run goes on from."""
+        """What the Trainer keeps in trainer_state.json, and a resumed run goes on from: the moving average, the last refresh, settings."""
         kept = None if self._spread_out is None or not self.rule.average else self._spread_out.tolist()
-        return {"args": {}, "attributes": {"spread_out": kept}}
+        made_with = {} if self._made_with is None else {"made_with": self._made_with}
+        return {"args": {}, "attributes": {"spread_out": kept, "refreshed": self._refreshed, **made_with}}
 
     def _read(self, model: PreTrainedModel, step: int, control: TrainerControl) -> None:
         if not self.meter:

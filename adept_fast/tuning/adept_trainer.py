@@ -29,11 +29,14 @@ class AdeptTrainer(StagedTrainer):
     the record and the unit rates too. Raises InputError for a model that was not expanded.
     """
 
+    copies_alone = True
+
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
         if unwrapped(model) is not model:
             raise InputError("model: the Trainer wraps it itself: pass the model inside, and torch_compile=True in args to compile it")
         freeze_original(model)
         self._adept = adept
+        adept.restored_by_trainer = True
         super().__init__(model, args, **kwargs)
         self.add_callback(adept)
         adept.on_init_end(args, self.state, self.control, model)
@@ -41,6 +44,12 @@ class AdeptTrainer(StagedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with fast_step(self.model):
             return super().train(*args, **kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **self._adept.made_with(bare(self.model), self._adept.tokenizer or self.processing_class)}
+
+    def _load_best_model(self) -> None:
+        StagedTrainer._load_from_checkpoint(self, str(self.state.best_model_checkpoint))
 
     def _save_trained(self, folder: Path) -> None:
         super()._save_trained(folder)

@@ -20,7 +20,7 @@ from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models import text_config
 from adept_fast.models.finite import require_finite_tensors
 from adept_fast.runtime import distributed
-from adept_fast.runtime.atomic_files import staged_folder, write_json
+from adept_fast.runtime.atomic_files import replaced_folder, staged_folder, write_json
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.validation import Range, require
@@ -102,10 +102,11 @@ def tune_baseline(
         settings.skip_nonfinite,
         run.tokenizer,
     )
-    trainer = StagedTrainer(prepared.model, run.args, train_dataset=run.blocks, data_collator=run.collate, callbacks=[monitor])
+    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend, "named": "tune."}
+    trainer = StagedTrainer(prepared.model, run.args, callbacks=[monitor], **given)
     if trainer.is_fsdp_enabled and method == "lora":
         raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
-    run.finish(trainer)
+    made_with = run.finish(trainer)
     if in_shards(trainer.model):
         merged = checkpoint.load_model(source, **loading)
         merged.load_state_dict(sharded_checkpoint.gathered(trainer.model), strict=False)
@@ -119,12 +120,12 @@ def tune_baseline(
     if distributed.rank() == 0:
         merged.to(_dtype(source, merged))
         require_finite_tensors(merged.named_parameters(), str(target), "training went wrong: start again with a lower learning rate")
-        merged.config.use_cache = True
-        with staged_folder(target) as staging:
+        with replaced_folder(target) as new, staged_folder(new) as staging:
             merged.save_pretrained(staging)
             checkpoint.carry_files(source, staging)
+            inputs = made_with.added_to(books.inputs)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
-            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": books.inputs, "versions": versions(), **made})
+            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made})
     distributed.wait()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,13 @@ class Meter:
     def restart(self) -> None:
         """Forget all readings: the next one is the first of a run."""
         self._state, self._before = _State(), {}
+
+    def kept(self) -> tuple[_State, dict[str, Tensor]]:
+        """Its readings so far, for `put_back`."""
+        return replace(self._state), dict(self._before)
+
+    def put_back(self, kept: tuple[_State, dict[str, Tensor]]) -> None:
+        self._state, self._before = kept
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:

@@ -40,7 +40,7 @@ class Anchor:
         if not items:
             raise InputError("an anchor needs items with a token to compare the model with the base on")
         self.weight, self.every = weight, every
-        self._groups = list(_groups(items, tokens))
+        self.groups = list(_groups(items, tokens))
 
     def due(self, step: int) -> bool:
         """Whether step `step` (from 0, when copies are silent and there is nothing to hold) has the anchor's loss."""
@@ -53,7 +53,7 @@ class Anchor:
         share: processes that hold the same model share the items out; each adds its part, so that the mean over processes, which DDP
         takes, is the whole gradient. Of a sharded model (FSDP2) all run all items, whatever `share` says."""
         model = unwrapped(model)
-        items = self._groups[step // self.every % len(self._groups)]
+        items = self.groups[step // self.every % len(self.groups)]
         tokens = sum(len(item.input_ids) for item in items)
         share = share and not in_shards(model)
         mine = distributed.share(items) if share else items

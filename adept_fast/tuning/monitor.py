@@ -104,13 +104,15 @@ class Monitor(TrainerCallback):
         return {}
 
     def _open_log(self, state: TrainerState) -> None:
-        """Leave writing to rank 0; a resumed run's log ends where its checkpoint does."""
+        """Leave writing to rank 0; a resumed run's log ends where its checkpoint does, a new run's begins behind an earlier one's."""
         skipped = self.log.count("skipped", state.global_step) if self.log and state.global_step else 0
         if not state.is_world_process_zero:
             self.log = self.say = None
         self.nonfinite.skipped = skipped
         if self.log and state.global_step:
             self.log.cut(state.global_step)
+        elif self.log:
+            self.log.begin()
 
     def _start_timer(self, step: int) -> None:
         self._timed = (time.perf_counter(), step)

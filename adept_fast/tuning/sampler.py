@@ -6,8 +6,26 @@ import math
 from collections.abc import Iterator, Sized
 from itertools import cycle, islice
 
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
+
+
+class OfEpoch(Sampler[int]):
+    """A sampler with a generator, from which it draws its order: made anew from seed and epoch, so that a resumed run has the same."""
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(self._sampler)
 
 
 class WholeSteps(Sampler[int]):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adept_fast.errors import InputError
@@ -22,11 +24,12 @@ from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.input_files import making_sense, regular
-from adept_fast.settings.training_arguments import PLAIN_ADAMW
+from adept_fast.settings.training_arguments import refuse
 from adept_fast.tuning import checkpoint_digests, sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.param_group_rates import refusal
-from adept_fast.tuning.sampler import WholeSteps
+from adept_fast.tuning.resuming_trainer import ResumingTrainer
+from adept_fast.tuning.sampler import OfEpoch, WholeSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +38,19 @@ TRAINED = "adept_copies.safetensors"
 NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
-class StagedTrainer(Trainer):
+class StagedTrainer(ResumingTrainer):
     """Trainer(model, args, ...) for whatever parameters of a model require grad.
 
-    Steps with adept_fast.AdamW (exact fp32 masters where the parameters are bf16 or fp16) and switches the cache off, as packed documents
-    need it. Checkpoints are staged and renamed, by all processes together where they are several (a shared file system); under FSDP2 they
-    hold each process's part. `save_model()` writes the whole model. Raises InputError for engines that flatten parameters.
+    Steps with adept_fast.AdamW (exact fp32 masters where the parameters are bf16 or fp16). Checkpoints are staged and renamed, by all
+    processes together where they are several (a shared file system); under FSDP2 they hold each process's part. `save_model()` writes the
+    whole model. What it was made with, `extend` and `named`: see ResumingTrainer. Raises InputError for arguments that cannot work here,
+    and for engines that flatten parameters.
     """
 
+    copies_alone = False  # whether it trains nothing but copies
+
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
-        model.config.use_cache = False
+        refuse(args, self.copies_alone)
         self._staging: Path | None = None
         self._written: list[Path] = []
         super().__init__(model, args, **kwargs)
@@ -58,9 +64,6 @@ class StagedTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
-        optim = str(getattr(args.optim, "value", args.optim))
-        if optim not in PLAIN_ADAMW:
-            raise InputError(f"tune.optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default")
         trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
         dtypes = {parameter.dtype for parameter in trained}
         masters = "copy" if torch.float16 in dtypes else "remainder" if torch.bfloat16 in dtypes else None
@@ -72,17 +75,20 @@ class StagedTrainer(Trainer):
         }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler, args = super()._get_train_sampler(train_dataset), self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if type(sampler) is LengthGroupedSampler:
+            return OfEpoch(sampler, seed)
         if type(sampler) is not RandomSampler:
             return sampler
-        args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return WholeSteps(sampler.data_source, per_step, args.seed if args.data_seed is None else args.data_seed)
+        return WholeSteps(sampler.data_source, per_step, seed)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:
+        if not _internal_call or output_dir is None:  # asked for, or by push_to_hub()
             self._require_finite(str(output_dir or self.args.output_dir))
-            super().save_model(output_dir, _internal_call)
+            with self._users_config():
+                super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,10 +123,14 @@ class StagedTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / sharded_checkpoint.FOLDER).is_dir():
+            if checkpoint is not None and not (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+                raise InputError(f"{checkpoint}: holds no {OPTIMIZER_NAME} (save_only_model?): a run cannot go on from it")
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        sharded_checkpoint.load_optimizer(self.model, self.stepped, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            sharded_checkpoint.load_optimizer(self.model, self.stepped, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if checkpoint is not None and self._run.extended and isinstance(self.lr_scheduler, LambdaLR):
+            self._take_the_new_rate()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -143,10 +153,18 @@ class StagedTrainer(Trainer):
             saved = load_file(path)
         if set(saved) != set(parameters):
             raise InputError(f"{path}: holds other tensors than are trained: delete the checkpoint, or resume with the model it is from")
+        for name, tensor in saved.items():
+            if tensor.shape != parameters[name].shape:
+                found = f"{name} is {tuple(tensor.shape)} there, {tuple(parameters[name].shape)} in the model"
+                raise InputError(f"{path}: {found}: resume with the model it is from, or delete the checkpoint")
         with torch.no_grad():
             for name, tensor in saved.items():
                 parameters[name].copy_(tensor)
         self._require_finite(str(folder))
+
+    def _load_best_model(self) -> None:
+        """The trained parameters of the best checkpoint, by metric_for_best_model; the others never changed."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -163,11 +181,12 @@ class StagedTrainer(Trainer):
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
+                written = staging / final.name
+                self._note(written, folder)
             finally:
                 self._staging = None
             distributed.wait()
             if leads:
-                written = staging / final.name
                 for file in written.iterdir():
                     file.rename(staging / file.name)
                 written.rmdir()
@@ -175,13 +194,25 @@ class StagedTrainer(Trainer):
         if leads:
             self._rotate(folder, final)
 
+    def _note(self, written: Path, folder: Path) -> None:
+        """What the Trainer, which writes elsewhere than the checkpoint will stand, cannot know: where the best one is, how it was made."""
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.name == written.name or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self._run.save(written)
+
     def _rotate(self, folder: Path, newest: Path) -> None:
         """Delete all but the last `save_total_limit` checkpoints: first those that were there before, then this run's, each by their steps.
-        What another program has made stays."""
+        The newest and the best stay, and what another program has made."""
         self._written.append(newest)
         there = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and _is_own(path)]
         there.sort(key=lambda path: (path in self._written, int(path.name.rpartition("-")[2])))
-        for old in there[: -(self.args.save_total_limit or len(there))]:
+        limit, best = self.args.save_total_limit or len(there), self.state.best_model_checkpoint
+        kept = {newest.name, *([] if best is None else [Path(best).name])}
+        spare = [path for path in there if path.name not in kept]
+        for old in spare[: max(0, len(there) - max(limit, len(kept)))]:
             discard(old)
 
 

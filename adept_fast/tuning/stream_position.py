@@ -7,16 +7,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 from adept_fast.data.stream import Stream
 from adept_fast.errors import InputError
+from adept_fast.tuning.resume import GoesOnByItself
 from adept_fast.tuning.trainer_log import TrainerLog
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "dataloader_num_workers": 0}  # workers would each keep the stream's order
 
 
-class StreamPosition(TrainerCallback, ExportableState):
+class StreamPosition(TrainerCallback, GoesOnByItself):
     """Writes the stream's state behind the blocks that were trained on, not those that were read ahead; sets it from `checkpoint`.
 
     per_step: blocks of an optimizer step, over all processes and accumulated batches. log: takes, with each loss, the shares of several

@@ -20,8 +20,8 @@ BEGIN = '{"event": "plan"'
 
 
 class TrainerLog:
-    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, skipped, end. A
-    number that is not finite stands there as null."""
+    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, skipped, end; "begin"
+    where another run follows in the same file. A number that is not finite stands there as null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,18 +35,40 @@ class TrainerLog:
                 raise InputError(f"{self.path}: not the log of a run, which would overwrite it: rename it, or choose another output_dir")
 
     def cut(self, step: int) -> None:
-        """Drop lines past `step`, the end of an earlier run, and a last line that was not whole."""
+        """Of the last run in the file drop lines past `step`, its end, and a last line that was not whole."""
         if self.path.is_file():
-            whole, entries = read_text(self.path).split("\n")[:-1], read_log(self.path)
-            kept = [line for line, entry in zip(whole, entries, strict=True) if entry["step"] <= step and entry["event"] != "end"]
+            whole, entries = self._read()
+            begun = max((index for index, entry in enumerate(entries) if entry["event"] == "begin"), default=0)
+            kept = [
+                line
+                for index, (line, entry) in enumerate(zip(whole, entries, strict=True))
+                if index < begun or (entry["step"] <= step and entry["event"] != "end")
+            ]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def count(self, event: str, until: int) -> int:
-        """How many lines of an event there are up to a step."""
+        """How many lines of an event the last run has up to a step."""
         if not self.path.is_file():
             return 0
-        entries = map(json.loads, self.path.read_text(encoding="utf-8").split("\n")[:-1])
-        return sum(entry["event"] == event and entry["step"] <= until for entry in entries)
+        _, entries = self._read()
+        begun = max((index for index, entry in enumerate(entries) if entry["event"] == "begin"), default=0)
+        return sum(entry["event"] == event and entry["step"] <= until for entry in entries[begun:])
+
+    def begin(self) -> None:
+        """Mark where a new run begins, in a file that holds the steps of an earlier one."""
+        if self.path.is_file():
+            _, entries = self._read()
+            if any(entry["step"] > 0 or entry["event"] == "end" for entry in entries):
+                self.write("begin", 0, run=sum(entry["event"] == "begin" for entry in entries) + 2)
+
+    def planned_steps(self) -> int | None:
+        """Of the last plan."""
+        entries = self._read()[1] if self.path.is_file() else []
+        return next((entry.get("steps") for entry in reversed(entries) if entry["event"] == "plan"), None)
+
+    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Whole lines, as they stand and as they read."""
+        return read_text(self.path).split("\n")[:-1], read_log(self.path)
 
     def write(self, event: str, step: int, **content: Any) -> None:
         """Raises DiskError, which names the file, for what the disk refuses, as where the folder was removed meanwhile."""

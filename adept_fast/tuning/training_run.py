@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -35,6 +34,8 @@ from adept_fast.tuning import checkpoint_digests
 from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
 from adept_fast.tuning.forgetting_meter import stopped_in
 from adept_fast.tuning.piece_losses import compare_pieces, warning
+from adept_fast.tuning.resume import RunRecord, step_of
+from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.training_plan import Plan, plan
@@ -61,6 +62,11 @@ class Bookkeeping:
     def started(self) -> Path:
         return self.work / "inputs.json"
 
+    @property
+    def last(self) -> str | None:
+        """The checkpoint that a run goes on from."""
+        return get_last_checkpoint(str(self.work)) if self.work.is_dir() else None
+
     @contextmanager
     def nothing_left_by_a_refusal(self) -> Iterator[None]:
         """Where a training is refused before its first checkpoint, neither folder nor log stays that was not there before."""
@@ -68,7 +74,7 @@ class Bookkeeping:
         try:
             yield
         except InputError:
-            if distributed.leads() and not (self.work.is_dir() and get_last_checkpoint(str(self.work))):
+            if distributed.leads() and self.last is None:
                 for path in filter(Path.exists, made):
                     discard(path) if path.is_dir() else path.unlink()
             raise
@@ -114,8 +120,7 @@ class Run:
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
-        work = books.work
-        last = get_last_checkpoint(str(work)) if work.is_dir() else None
+        last = books.last
         if last is not None:
             checkpoint_digests.verify(Path(last))
             books.say(f"resuming from {Path(last).name}")
@@ -130,31 +135,52 @@ class Run:
     def monitor_steps(self) -> int | None:
         return None if self.args.eval_steps is None else int(self.args.eval_steps)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Train to the last step, from the last checkpoint where there is one; a new run begins its log."""
+    def finish(self, trainer: StagedTrainer) -> RunRecord:
+        """Train to the last step, from the last checkpoint where there is one; a new run begins its log. Returns what it was made with."""
+        books, planned = self.books, self.planned
+        done = None if self.last is None else step_of(Path(self.last))
+        extended = () if self.last is None else trainer.goes_on(Path(self.last)).extended
         if distributed.rank() == 0:
-            self.books.work.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.books.work)
-        if self.last is None and distributed.rank() == 0:
-            write_json(self.books.started, self.books.given)
-            self.books.log.unlink(missing_ok=True)
-            planned = self.planned
-            self.log.write("plan", 0, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
+            books.work.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(books.work)
+            if self.last is None:
+                write_json(books.started, books.given)
+                books.log.unlink(missing_ok=True)
+                self._log_plan(0)
+        if extended:
+            self._say_extended(extended[-1], done)
         if isinstance(self.blocks, Stream):
-            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // self.planned.steps, self.last, self.log))
+            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log))
         for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())
-        done = None if self.last is None else int(self.last.rpartition("-")[2])
-        if done is None or (done < self.planned.steps and not stopped_in(Path(self.last))):
+        if done is None or (done < planned.steps and not stopped_in(Path(self.last))):
             trainer.train(resume_from_checkpoint=self.last)
             if isinstance(self.blocks, Stream) and self.planned.epochs is None and (line := self.blocks.encoder.news("domain")):
                 self.books.say(line)  # else they were counted, and told, before
-            return
-        trainer._load_from_checkpoint(self.last)  # killed after the last step: the Trainer would make one more
+            return trainer.run
+        if done < planned.steps:
+            books.say(f"{Path(self.last).name}: general loss had passed tune.general_limit there, so training does not go on")
+        trainer._load_from_checkpoint(self.last)  # killed after the last step
         if distributed.rank() == 0:
             self.log.cut(done)
             self.log.write("end", done)
+        return trainer.goes_on(Path(self.last))
+
+    def _say_extended(self, entry: Mapping[str, Any], done: int) -> None:
+        before, now = entry["steps"]
+        if entry["step"] != done or before == now == self.planned.steps:
+            return
+        course = "" if entry["as_from_the_start"] else ", which is not what as many from the start would have given (tune.extend)"
+        self.books.say(f"going on from step {done:,}: {before:,} steps became {now:,}{course}")
+        if distributed.rank() == 0:
+            self.log.cut(done)
+            if self.log.planned_steps() != now:
+                self._log_plan(done)
+
+    def _log_plan(self, step: int) -> None:
+        planned = self.planned
+        self.log.write("plan", step, steps=planned.steps, tokens=planned.tokens, epochs=planned.epochs, documents=planned.documents)
 
 
 class _Steps(TrainerCallback):

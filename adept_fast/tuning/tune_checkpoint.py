@@ -12,6 +12,7 @@ from adept_fast.data.items import Item
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.runtime import distributed
+from adept_fast.runtime.atomic_files import replaced_folder
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.adept_callback import AdeptCallback
@@ -34,7 +35,8 @@ def tune_checkpoint(
     metering: Sequence[Item] = (),
     **loading: Any,
 ) -> None:
-    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint.
+    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint, and so does one
+    that had ended, for more steps: an earlier `target` stands until the new one is whole.
 
     corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
     metering: held-back general items, on which forgetting is measured and foretold.
@@ -63,10 +65,13 @@ def tune_checkpoint(
         skip_nonfinite=settings.skip_nonfinite,
         tokenizer=run.tokenizer,
     )
-    trainer = AdeptTrainer(model, run.args, adept=adept, train_dataset=run.blocks, data_collator=run.collate)
-    run.finish(trainer)
+    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend, "named": "tune."}
+    trainer = AdeptTrainer(model, run.args, adept=adept, **given)
+    made_with = run.finish(trainer)
     state = sharded_checkpoint.gathered(trainer.model) if in_shards(trainer.model) else model.state_dict()
     if distributed.rank() == 0:
         remote = bool(loading.get("trust_remote_code", False))
-        export_tuned(expanded, target, state, inputs=books.inputs, quiet=books.quiet, trust_remote_code=remote)
+        with replaced_folder(target) as new:
+            inputs = made_with.added_to(books.inputs)
+            export_tuned(expanded, new, state, inputs=inputs, quiet=books.quiet, trust_remote_code=remote)
     distributed.wait()
