@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from adept_fast.data.stream import Stream
+from adept_fast.tuning import checkpoint_digests
 from adept_fast.tuning.resume import MODEL, GoesOnByItself, RunRecord, checkpoint_of, frozen_digest, going_on, step_of
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class ResumingTrainer(Trainer):
 
     def goes_on(self, checkpoint: Path) -> RunRecord:
         """What a run that goes on from `checkpoint` is made with. Raises InputError where it was made otherwise."""
+        checkpoint_digests.verify(checkpoint)
         return going_on(checkpoint, self._made_with(self._planned_steps()), self._extend, self._named)
 
     def _planned_steps(self) -> int:
