@@ -154,8 +154,9 @@ def checkpoint_of(given: str | bool | None, output_dir: str) -> Path | None:
         return Path(last)
     path = Path(given)
     if not (path / TRAINER_STATE_NAME).is_file():
-        found = "no such folder" if not path.is_dir() else f"no {TRAINER_STATE_NAME}: not a checkpoint, or one that is not whole"
-        raise InputError(f"{path}: {found}: give a folder named {PREFIX_CHECKPOINT_DIR}-STEP")
+        if path.is_dir():
+            raise InputError(f"{path / TRAINER_STATE_NAME}: missing: delete {path.name}, or give the folder of a whole checkpoint")
+        raise InputError(f"{path}: no such folder: give one named {PREFIX_CHECKPOINT_DIR}-STEP")
     return path
 
 
