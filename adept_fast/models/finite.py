@@ -22,6 +22,7 @@ def require_finite(model: PreTrainedModel, losses: Tensor, what: str) -> None:
         raise InputError(f"{what} {int(wrong[0, 0])} is not finite: {likely_cause(model)}")
 
 
+@torch.no_grad()
 def require_finite_tensors(named: Iterable[tuple[str, Tensor]], where: str, way_out: str) -> None:
     """Raise InputError for the first tensor that holds a NaN or infinity. Of a sharded one this process's part is looked at."""
     for name, tensor in named:
@@ -30,6 +31,7 @@ def require_finite_tensors(named: Iterable[tuple[str, Tensor]], where: str, way_
             raise InputError(f"{where}: {name} holds NaN or infinity: {way_out}")
 
 
+@torch.no_grad()
 def likely_cause(model: PreTrainedModel) -> str:
     """Why a loss of this model is not finite: a tensor of it is not, or its activations overflow in its dtype."""
     for name, parameter in model.named_parameters():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adept_fast.checkpoints.checkpoint import load_skeleton
@@ -214,6 +215,7 @@ def test_enough_types_are_supported() -> None:
 @pytest.mark.parametrize("model_type", ["musicgen", "musicgen_melody"])
 def test_what_is_no_decoder_alone_is_refused_from_its_config(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedFamilyError, match=f"^{model_type}: {re.escape(NOT_A_MODEL_OF_ITS_OWN[model_type])}$"):
         load_skeleton(tmp_path)
 
