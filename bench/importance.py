@@ -24,8 +24,8 @@ from adept_fast.scoring import LayerScores
 from adept_fast.scoring.cheap_scores import cheap_scores
 from adept_fast.scoring.packs import pack, swept_length
 from adept_fast.scoring.scores import STATISTICS
+from adept_fast.scoring.settings import CHEAP
 from adept_fast.scoring.sweep import bypassed, pack_hidden, plan
-from adept_fast.settings.keys import CHEAP
 from bench import parser
 from bench.kept import Kept
 

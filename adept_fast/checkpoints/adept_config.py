@@ -16,11 +16,12 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.strict_json import tagged, untagged
-from adept_fast.settings.keys import PRESERVING
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
 SCHEMA = 2
+PRESERVING = {"zero_output": True, "zero_gate_up": True, "small_random": False, "scaled_source": False}
+"""The ways to initialise a copy, and whether the model then computes what it did."""
 
 
 @dataclass(frozen=True)

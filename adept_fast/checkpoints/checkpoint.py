@@ -20,12 +20,12 @@ from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
 from adept_fast.errors import InputError
 from adept_fast.models import check_kind, decoder_layers, require_causal, vocabulary_of
 from adept_fast.runtime.input_files import read_json
-from adept_fast.settings.keys import DTYPES
 from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.evaluation.settings import Eval
 from adept_fast.expansion import dialled_model
 from adept_fast.models import unwrapped
 from adept_fast.models.losses import CorpusLoss, corpus_loss
 from adept_fast.runtime.bootstrap import bootstrap
-from adept_fast.settings.keys import Eval
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from torch import nn
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, Inserted, record_of, versions
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import fills, initial
+from adept_fast.expansion.settings import Expand
 from adept_fast.models import (
     Family,
     decoder_layers,
@@ -28,7 +29,6 @@ from adept_fast.models import (
     same_layers,
     unwrapped,
 )
-from adept_fast.settings.keys import Expand
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adept_fast.checkpoints.adept_config import PRESERVING
 from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.models import Family
-from adept_fast.settings.keys import PRESERVING
 
 NOISE, SHARE = 0.02, 0.1
 UP = ".up_proj.weight"

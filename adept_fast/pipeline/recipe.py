@@ -8,15 +8,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adept_fast.checkpoints.checkpoint import DTYPES
 from adept_fast.data.encoding import SPECIAL_TOKENS
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
+from adept_fast.evaluation.settings import Eval
+from adept_fast.expansion.settings import Expand
 from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
 from adept_fast.runtime.yaml_text import parsed
+from adept_fast.scoring.settings import Score
 from adept_fast.settings.key_value import settings
-from adept_fast.settings.keys import DTYPES, SEEDS, Eval, Expand, Score, Tune
-from adept_fast.settings.validation import Range, declare, shown
+from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, shown
 from adept_fast.tuning.methods import METHODS
+from adept_fast.tuning.settings import Tuning
+
+
+@dataclass(frozen=True)
+class Tune(Tuning):
+    max_items: int = declare(64, COUNT, "probe items and held-out documents measured at each refresh")
+    replay: Source | None = declare(
+        None, meaning="a general corpus mixed into training: file, dataset name or {path, ..., weight or share}"
+    )
+    streaming: bool | None = declare(
+        None, meaning="read documents while training; null: where they exceed 1 GiB on disk, or a source has a share"
+    )
+    shuffle_window: int = declare(10_000, COUNT, "documents of a source that a stream shuffles at a time")
+    lora_rank: int = declare(16, COUNT, "of method: lora")
 
 
 @dataclass(frozen=True)

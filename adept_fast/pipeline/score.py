@@ -28,7 +28,7 @@ from adept_fast.scoring import (
     score_layers,
     selection_stability,
 )
-from adept_fast.settings.keys import LOSSES
+from adept_fast.scoring.settings import LOSSES
 
 Scores = TypeVar("Scores", LayerScores, UnitScores)
 

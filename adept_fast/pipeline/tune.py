@@ -22,8 +22,8 @@ from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.provenance import inputs_of, require_same
 from adept_fast.settings.argument_effects import SCHEDULE, changes_the_run
-from adept_fast.settings.keys import Tuning
 from adept_fast.settings.training_arguments import known
+from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
     from adept_fast.tuning import TuningSettings

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers
-from adept_fast.settings.keys import Budget
+from adept_fast.scoring.settings import Budget
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:

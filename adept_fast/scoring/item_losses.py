@@ -21,8 +21,8 @@ from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.journal import Journal
 from adept_fast.scoring.packs import Pack, pack, packed
 from adept_fast.scoring.scores import ItemScores
+from adept_fast.scoring.settings import LOSSES
 from adept_fast.scoring.sweep import SweepPlan
-from adept_fast.settings.keys import LOSSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

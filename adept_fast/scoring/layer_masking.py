@@ -16,8 +16,8 @@ from torch import Tensor
 from adept_fast.models import decoder_layers, device_of
 from adept_fast.models.lm_head import token_losses, variant_losses
 from adept_fast.scoring.packs import Pack
+from adept_fast.scoring.settings import LOSSES
 from adept_fast.scoring.sweep import SweepPlan, flops, one_by_one, sweep
-from adept_fast.settings.keys import LOSSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

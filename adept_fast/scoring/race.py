@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast.settings.keys import Expand, Score
+from adept_fast.scoring.settings import Score, Selection
 from adept_fast.settings.validation import Range, check, require
 
 
@@ -37,7 +37,7 @@ class Race:
     first: items of the first part; growth: how many times as many items each later look has.
     """
 
-    k: int = Expand.k
+    k: int = Selection.k
     regret: float = 0.04
     confidence: float = Score.confidence
     first: int = 32

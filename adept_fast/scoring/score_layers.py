@@ -20,8 +20,8 @@ from adept_fast.scoring.item_losses import Measuring
 from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.race import Race, certificate, run
 from adept_fast.scoring.scores import ItemScores, LayerScores
+from adept_fast.scoring.settings import CHEAP, LOSSES, Score
 from adept_fast.scoring.sweep import plan
-from adept_fast.settings.keys import CHEAP, LOSSES, Score
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:

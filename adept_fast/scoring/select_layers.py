@@ -11,18 +11,18 @@ from torch import Tensor
 from adept_fast.errors import InputError
 from adept_fast.scoring.budget import check_budget, within
 from adept_fast.scoring.scores import LayerScores, require_scores
-from adept_fast.settings.keys import Expand
+from adept_fast.scoring.settings import Selection
 from adept_fast.settings.validation import Range, check, require
 
 
 def check_choice(layers: int, k: int, placement: str) -> None:
     """Raise InputError for a k or placement that a model of `layers` layers cannot have."""
-    check(Expand, "expand.", placement=placement)
+    check(Selection, "expand.", placement=placement)
     require("expand.k", k, int, Range(1, layers, why="the number of layers to choose from"))
 
 
 def select_layers(
-    scores: LayerScores, k: int | None = None, placement: str = Expand.placement, budget: Mapping[str, float] | None = None
+    scores: LayerScores, k: int | None = None, placement: str = Selection.placement, budget: Mapping[str, float] | None = None
 ) -> list[int]:
     """k layers (4 by default) that are no copies, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth
     bands (LLaMA Pro); "lowest_per_band": the lowest of each. Scores of a race give the layers that it is the proof of.
@@ -38,7 +38,7 @@ def select_layers(
             raise InputError("a budget chooses k itself, from scores with costs and without a race: give no k, and score without one")
         check_budget(budget, scores.costs, candidates)
         return within(budget, scores.costs, [select_layers(scores, 1 + more, placement) for more in range(len(candidates))])
-    k = Expand.k if k is None else k
+    k = Selection.k if k is None else k
     check_choice(len(candidates), k, placement)
     if scores.certificate and placement != "uniform":
         if (k, placement) != (scores.certificate["k"], "lowest"):

@@ -45,9 +45,9 @@ from adept_fast.scoring.item_losses import Measuring
 from adept_fast.scoring.layer_masking import item_losses
 from adept_fast.scoring.packs import Pack
 from adept_fast.scoring.scores import UnitScores
+from adept_fast.scoring.settings import Score
 from adept_fast.scoring.sweep import SweepPlan, call_flops, plan, row_hidden
 from adept_fast.scoring.units import OUTPUTS
-from adept_fast.settings.keys import Score
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.errors import InputError
 from adept_fast.models import FUSED_ATTENTION, Part, describe, fused_rows, text_config, unwrapped
 from adept_fast.ops.gradient_sums.op import Dims
-from adept_fast.settings.keys import Tuning
-from adept_fast.settings.validation import check
+from adept_fast.scoring.settings import GRANULARITIES
+from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -71,7 +71,7 @@ class Units:
     @classmethod
     def of(cls, model: PreTrainedModel, granularity: str = "tensor") -> Units:
         """The units of an expanded model's copies. Raises InputError for an unknown granularity or a model without copies."""
-        check(Tuning, units=granularity)
+        require("granularity", granularity, str, GRANULARITIES)
         model = unwrapped(model)
         record, family, config = record_of(model), describe(model), text_config(model)
         layers = model.get_submodule(family.layers)

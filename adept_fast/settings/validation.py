@@ -42,6 +42,7 @@ class Range:
 
 
 COUNT = Range(1)
+SEEDS = Range(0, 2**32 - 1)
 Bounds = Range | Collection[str]
 """A range, or the names that a text may be."""
 

@@ -19,13 +19,13 @@ from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.provenance import changed, digest
 from adept_fast.scoring.unit_importance import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.scoring.units import Units
-from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.param_group_rates import has_rate_groups, multiply_rates, refuse_flattened
 from adept_fast.tuning.resume import GoesOnByItself, items_digest
+from adept_fast.tuning.settings import Tuning
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.unit_rates import RateMap, RateRule, apply_rates
 

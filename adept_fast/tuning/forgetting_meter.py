@@ -31,8 +31,8 @@ from adept_fast.runtime.input_files import making_sense, regular
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.strict_json import dumps
 from adept_fast.scoring.units import Units
-from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
+from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

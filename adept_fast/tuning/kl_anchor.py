@@ -23,9 +23,9 @@ from adept_fast.models import device_of, head_logits, last_hidden, unwrapped
 from adept_fast.models.gradient_scope import in_eval_mode
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
-from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
 from adept_fast.tuning.fast_step import embeddings_apart
+from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, TrainingArguments, default_data_colla
 from transformers.utils import is_liger_kernel_available
 
 from adept_fast.errors import InputError
-from adept_fast.settings.keys import SEEDS, Tuning
 from adept_fast.settings.training_arguments import DEFAULTS, WSD, checked
-from adept_fast.settings.validation import check, declare
+from adept_fast.settings.validation import SEEDS, check, declare
+from adept_fast.tuning.settings import Tuning
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.unit_rates import RateRule
 

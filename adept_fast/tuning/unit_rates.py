@@ -30,9 +30,9 @@ from adept_fast.models import bare
 from adept_fast.optim import AdamW
 from adept_fast.scoring.unit_importance import UnitImportance
 from adept_fast.scoring.units import Units
-from adept_fast.settings.keys import Tuning
 from adept_fast.settings.validation import check
 from adept_fast.tuning.param_group_rates import set_group_rates
+from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

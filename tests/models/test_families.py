@@ -18,8 +18,8 @@ from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.expansion import copies, expand_model, freeze_original, verify_expansion
 from adept_fast.models import decoder_layers, describe, hidden_of, layers_path
 from adept_fast.optim import AdamW
+from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.scoring.units import Units
-from adept_fast.settings.keys import GRANULARITIES
 from tests.support import families_table, tiny_families
 
 SUPPORTED = """

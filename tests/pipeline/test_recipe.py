@@ -10,7 +10,7 @@ import pytest
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe, load
-from adept_fast.settings.keys import Budget
+from adept_fast.scoring.settings import Budget
 from adept_fast.settings.training_arguments import DEFAULTS, known
 
 NEEDED = ["model_name_or_path=M", "domain=d.txt"]
@@ -140,8 +140,8 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
 
 
 def test_the_names_that_a_key_may_have_are_those_that_there_are() -> None:
-    from adept_fast.settings.keys import RATE_MAPS
     from adept_fast.tuning import MAPS
+    from adept_fast.tuning.settings import RATE_MAPS
 
     assert RATE_MAPS == tuple(MAPS)
 

@@ -15,7 +15,7 @@ import torch
 from adept_fast import mask_units
 from adept_fast.cli.main import main
 from adept_fast.scoring import LayerScores, Race, UnitScores, score_layers
-from adept_fast.settings.keys import CHEAP
+from adept_fast.scoring.settings import CHEAP
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 

@@ -152,9 +152,9 @@ def test_recipes_that_are_none_name_the_file_or_the_key(tmp_path: Path, content:
 
 
 def test_aliases_and_merged_tables_are_read(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("probe: &p {path: a.txt, weight: 2}\neval:\n  general: *p\n  domain: {<<: *p, path: b.txt}\n")
+    (tmp_path / "recipe.yaml").write_text("probe: &p {path: a.txt, column: body}\neval:\n  general: *p\n  domain: {<<: *p, path: b.txt}\n")
     recipe = load(str(tmp_path / "recipe.yaml"), NEEDED)
-    assert recipe.probe == recipe.eval.general == Source("a.txt", weight=2) and recipe.eval.domain == Source("b.txt", weight=2)
+    assert recipe.probe == recipe.eval.general == Source("a.txt", column="body") and recipe.eval.domain == Source("b.txt", column="body")
 
 
 @pytest.mark.parametrize(

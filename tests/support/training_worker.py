@@ -26,8 +26,8 @@ from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.pipeline.run import STAGES
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.scoring.units import Units
-from adept_fast.settings.keys import GRANULARITIES
 from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, forgetting_meter, sharded_checkpoint
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.staged_trainer import StagedTrainer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adept_fast.settings.keys import GRANULARITIES
+from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.tuning import AdeptTrainer, sharded_checkpoint
 from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes
