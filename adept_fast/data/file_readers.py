@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,12 +44,10 @@ class FileReader:
         raise NotImplementedError
 
     def identity(self) -> str:
-        """sha256 of the file."""
+        """sha256 of the file, read once for as long as it stays as it is."""
         with open_input(self.path) as file:
-            digest = hashlib.sha256()
-            while part := file.read(BUFFER):
-                digest.update(part)
-            return digest.hexdigest()
+            found = os.fstat(file.fileno())
+            return _sha256(self.path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
     def _record(self, content: Any, where: str, fault: str | None = None, nulls: frozenset[str] = frozenset()) -> Record:
         return Record(content, where, self.source.column, self.source.template, nulls, fault)
@@ -63,6 +63,16 @@ class FileReader:
                     at = 1
         except UNREADABLE as error:
             raise InputError(f"{self.path}: cannot be read ({error})") from None
+
+
+@lru_cache(None)
+def _sha256(path: Path, state: tuple[int, ...]) -> str:
+    """Of a file in that state."""
+    with open_input(path) as file:
+        digest = hashlib.sha256()
+        while part := file.read(BUFFER):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def opened(path: Path) -> BinaryIO:

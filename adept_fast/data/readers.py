@@ -7,7 +7,9 @@ own state of a streamed dataset (exact without datasets' shuffle buffer, which i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from adept_fast.data.source_files import source_files
 from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
 from adept_fast.runtime.provenance import digest
+
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError)  # what datasets raises of data that it cannot load
 
 
 class Reader(Protocol):
@@ -72,12 +76,21 @@ class Files:
         return digest([[file.name.partition(".")[2], file_reader(file, self.source).identity()] for file in self.files])
 
 
+def _dataset_id(path: str) -> str:
+    """What datasets knows a dataset's files by: names, sizes, times or etags."""
+    builder = _dataset(Source(path), "load_dataset_builder")
+    return f"{builder.config_id} {builder.hash}"
+
+
+_remote_dataset_id = lru_cache(None)(_dataset_id)
+
+
 def _dataset(source: Source, how: str, **options: Any) -> Any:
     import datasets
 
     try:
         return getattr(datasets, how)(source.path, **options)
-    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
 
@@ -85,6 +98,24 @@ def _dataset(source: Source, how: str, **options: Any) -> Any:
 def _of_row(row: Any, source: Source, number: int) -> Record:
     content, nulls = without_nulls(row)
     return Record(content, f"{source.path} row {number}", source.column, source.template, nulls)
+
+
+def _readable(rows: Iterable[Any], source: Source, number: int) -> Iterator[Any]:
+    """Rows behind that number, as datasets gives them. Raises InputError where it cannot go on, as at a file that is cut off."""
+    import datasets
+
+    rows = iter(rows)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).partition("\n")[0]
+            where = f"{source.path}: cannot be read behind row {number:,}"
+            raise InputError(f"{where} ({reason}): repair it, and the same command goes on") from None
+        number += 1
+        yield row
 
 
 class Streamed:
@@ -96,15 +127,15 @@ class Streamed:
 
     def identity(self) -> str:
         """What datasets knows its files by: names, sizes, times or etags."""
-        builder = _dataset(self.source, "load_dataset_builder")
-        return f"{builder.config_id} {builder.hash} {self.source.split}"
+        found = _dataset_id(self.source.path) if os.path.isdir(self.source.file) else _remote_dataset_id(self.source.path)
+        return f"{found} {self.source.split}"
 
     def records(self) -> Iterator[Record]:
         rows = _dataset(self.source, "load_dataset", split=self.source.split or "train", streaming=True)
         if self.position["dataset"] is not None:
             rows.load_state_dict(copy.deepcopy(self.position["dataset"]))
         number = self.position["row"]
-        for content in rows:
+        for content in _readable(rows, self.source, number):
             number += 1
             self.position = {"row": number, "dataset": rows.state_dict()}
             yield _of_row(content, self.source, number)

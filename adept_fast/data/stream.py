@@ -4,8 +4,8 @@ Documents of a source are shuffled within windows (as many documents as fit in m
 window). Sources are interleaved by their share of the tokens, without chance: each document comes from the source that is furthest
 behind, credit_i += share_i * n for the n tokens of the document, credit_chosen -= n; so every share is met to within one document.
 Blocks are cut from the documents in that order. The state behind block b is, per source, (position at the window's start, pass, window,
-index in the window), the credits, the tokens drawn, and those of the last document that are still to be packed, with the begin (so
-many `inserted`) that they go on behind.
+index in the window, what was read), the shares, the credits, the tokens drawn, and those of the last document that are still to be packed,
+with the begin (so many `inserted`) that they go on behind.
 """
 
 from __future__ import annotations
@@ -19,85 +19,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from adept_fast.data.documents import BATCH, Documents, document_tokens
+from adept_fast.data.documents import Documents
 from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks, Cut, Piece, packed
-from adept_fast.data.readers import reader
-from adept_fast.data.source_summary import SourceSummary
-from adept_fast.data.sources import Source
+from adept_fast.data.shuffled_source import ShuffledSource
 from adept_fast.data.streamed_text import StreamedText
-from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class _Shuffled:
-    """The documents of one source as tokens, shuffled within windows, pass after pass."""
-
-    def __init__(self, source: Source, number: int, text: StreamedText, encoder: Encoder, seed: int) -> None:
-        self.source, self.number, self.text, self.encoder, self.seed = source, number, text, encoder, seed
-        self._summary = SourceSummary(source, text.malformed_rows)
-        self.load({"position": reader(source).position, "pass": 0, "window": 0, "index": 0})
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self._start = {key: state[key] for key in ("position", "pass", "window")}
-        self._index = int(state["index"])
-        self._texts: list[str] | None = None
-        self._tokens: tuple[int, list[np.ndarray]] = (0, [])
-        self._open(self._start["position"])
-
-    def state(self) -> dict[str, Any]:
-        return {**self._start, "index": self._index}
-
-    @property
-    def passes(self) -> int:
-        """Passes over the source before the one at hand."""
-        return int(self._start["pass"])
-
-    def _open(self, position: Mapping[str, Any] | None) -> None:
-        self._reader = reader(self.source)
-        if position is not None:
-            self._reader.position = dict(position)
-        self._records = self._reader.records()
-
-    def next(self) -> np.ndarray:
-        if self._texts is None:
-            self._fill()
-        if self._index == len(self._texts):
-            self._start = {"position": self._reader.position, "pass": self._start["pass"], "window": self._start["window"] + 1}
-            self._index = 0
-            self._fill()
-        first, batch = self._tokens
-        if not first <= self._index < first + len(batch):
-            assert self._texts is not None
-            first, batch = self._index, document_tokens(self._texts[self._index : self._index + BATCH], self.encoder)
-            self._tokens = first, batch
-        self._index += 1
-        return batch[self._index - 1 - first]
-
-    def _fill(self) -> None:
-        """Read the window that begins where the reader stands; at the source's end the next pass begins."""
-        texts = self._read()
-        if not texts:
-            self._open(None)
-            self._start = {"position": self._reader.position, "pass": self._start["pass"] + 1, "window": 0}
-            texts = self._read()
-        if not texts:
-            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or stands in probe or eval.general")
-        order = np.random.default_rng([self.seed, self.number, self._start["pass"], self._start["window"]]).permutation(len(texts))
-        self._texts, self._tokens = [texts[index] for index in order], (0, [])
-
-    def _read(self) -> list[str]:
-        texts: list[str] = []
-        for record in self._records:
-            text = self._summary.take(record, lambda record: document_text(record, self.encoder.tokenizer))
-            if text is not None and self.text.keep(text):
-                texts.append(text)
-                if len(texts) == self.text.window:
-                    break
-        return texts
 
 
 class Stream(Dataset):
@@ -125,7 +55,7 @@ class Stream(Dataset):
         self.block_size, self.pad_token, self.one_per_row = block_size, pad_token, one_per_row
         self.encoder = encoder = text.encoder(tokenizer)
         self._blocks, self._mixture = blocks, np.array(mixture, dtype=np.float64)
-        self._sources = [_Shuffled(source, number, text, encoder, seed) for number, source in enumerate(text.sources)]
+        self._sources = [ShuffledSource(source, number, text, encoder, seed) for number, source in enumerate(text.sources)]
         self._credit, self._drawn = np.zeros(len(self._sources)), np.zeros(len(self._sources), np.int64)
         self._begin_tokens = np.array(encoder.begin, np.int32)
         self._cut, self._rest, self._at = Cut(block_size, len(encoder.begin)), Piece(np.zeros(0, np.int32)), 0
@@ -153,7 +83,8 @@ class Stream(Dataset):
 
     def state(self, block: int) -> dict[str, Any]:
         """A JSON-like state from which the stream goes on with `block` (which may lie a few blocks past it)."""
-        return json.loads(json.dumps({**(kept := self._before(block)), "rest": np.asarray(kept["rest"]).tolist()}))
+        kept = self._before(block)
+        return json.loads(json.dumps({**kept, "rest": np.asarray(kept["rest"]).tolist(), "shares": self._mixture.tolist()}))
 
     def drawn(self, block: int) -> dict[str, float]:
         """What share of the tokens drawn for the blocks before `block` each source gave, by path (and split, where given)."""
@@ -164,14 +95,22 @@ class Stream(Dataset):
             shares[name] = shares.get(name, 0) + count / max(1, sum(tokens))
         return shares
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises InputError for one that was kept from other sources."""
+    def load(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from a state. Returns paths of the sources that were changed since, where they are still to be read. Raises InputError for
+        a state that was kept from other sources, or from other documents than those that stand there now."""
         if len(state["sources"]) != len(self._sources):
             found = f"{len(state['sources'])} sources, the recipe {len(self._sources)}"
             raise InputError(f"the checkpoint's stream has {found}: delete the checkpoint")
-        self._go_to(state)
+        changed = [source.source.path for source, kept in zip(self._sources, state["sources"], strict=True) if source.go_on(kept)]
+        if state["shares"] != self._mixture.tolist():
+            raise InputError(
+                f"{', '.join(changed) or 'domain'}: changed, and with it each source's share of all tokens, by which this run has drawn: "
+                "bring back what it was to go on, or choose another output_dir"
+            )
+        self._go_to({**state, "sources": [source.state() for source in self._sources]})
         self._kept.clear()
         self._kept.append(self._snapshot())
+        return changed
 
     def head(self, documents: int = 64) -> Blocks:
         """The first documents as blocks of their own, to look at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from adept_fast.data.documents import BATCH, cache_folder, document_tokens
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.readers import reader
+from adept_fast.data.readers import Reader, reader
 from adept_fast.data.source_files import source_files
 from adept_fast.data.source_summary import ELSEWHERE, SourceSummary
 from adept_fast.data.sources import Source
@@ -42,16 +43,28 @@ class StreamedText:
     @property
     def digest(self) -> str:
         """What decides the stream's documents and their order, but for the seed."""
+        return self._digest([reader(source).identity() for source in self.sources])
+
+    @property
+    def settings_digest(self) -> str:
+        """The same without what the sources hold, which the stream's state compares as far as it was read."""
+        return self._digest([None] * len(self.sources))
+
+    def _digest(self, identities: Sequence[str | None]) -> str:
         keys = ("split", "column", "weight", "share", "share_end")
-        sources = [(reader(source).identity(), *(getattr(source, key) for key in keys), *written(source)) for source in self.sources]
-        return digest([sources, self.excluded, self.window])
+        described = [(*(getattr(source, key) for key in keys), *written(source)) for source in self.sources]
+        return digest([[(found, *keys) for found, keys in zip(identities, described, strict=True)], self.excluded, self.window])
 
     def texts(
-        self, source: Source, tokenizer: PreTrainedTokenizerBase | Encoder, summary: SourceSummary | None = None
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase | Encoder,
+        summary: SourceSummary | None = None,
+        reading: Reader | None = None,
     ) -> Iterator[str]:
-        """One pass over the texts of a source that may be trained on. summary: counts what is left out."""
+        """The texts of a source that may be trained on, from where `reading` stands (none: all). summary: counts what is left out."""
         summary, encoder = summary or self._summary(source), self.encoder(tokenizer)
-        for record in reader(source).records():
+        for record in (reading or reader(source)).records():
             text = summary.take(record, lambda record: document_text(record, encoder.tokenizer))
             if text is not None and self.keep(text):
                 yield text
@@ -73,7 +86,7 @@ class StreamedText:
 
     def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
         """What each source holds and what is left out of it, as one pass over its files finds it, so that a malformed row is found before
-        the first step; cached as counts are. What datasets streams, from far away it may be, is read only if its tokens are counted."""
+        the first step; cached as counts are. What datasets streams from elsewhere is read only if its tokens are counted."""
         encoder = self.encoder(tokenizer)
         return [self._look(source, encoder, counted=False) for source in self.sources]
 
@@ -92,7 +105,7 @@ class StreamedText:
                 summary.tokens += sum(map(len, document_tokens(batch, encoder)))
             summary.control_tokens = dict(encoder.found - before)
             write_json(tokens, summary.counts())
-        elif summary.files is None:
+        elif summary.files is None and not os.path.isdir(source.file):
             summary.documents = None
         else:
             deque(self.texts(source, encoder, summary), maxlen=0)

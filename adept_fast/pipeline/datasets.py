@@ -219,8 +219,8 @@ class Corpora:
 
     @cached_property
     def _stream(self) -> StreamedText:
-        purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes}
         share = HELD_OUT if self.recipe.eval.domain is None else 0.0
+        purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes if not falls_out(text, share)}
 
         def keep(text: str) -> bool:
             return hashlib.sha256(text.encode()).digest() not in purposes and not falls_out(text, share)

@@ -73,11 +73,15 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     check_settings(settings)
     text = training_text(work) if text is None else text
     batch = distributed.processes() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
-    books = Bookkeeping(work.checkpoints, work.log, inputs, {**_of_recipe(inputs), "global batch": batch}, work.say, work.quiet)
+    given = {**_of_recipe(inputs), "global batch": batch}
+    if isinstance(text, StreamedText):
+        given["domain"] = text.settings_digest  # each checkpoint keeps what was read; what was not may be repaired
+    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
     if books.last is not None:
         if not books.started.exists():
             raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
-        require_same(work.checkpoints, _of_recipe(read_json(books.started)), books.given, work.recipe.model_name_or_path)
+        recorded = _of_recipe(read_json(books.started))
+        require_same(work.checkpoints, recorded, given, work.recipe.model_name_or_path, _explained(work))
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.encoder, limit, work.vocabulary(records))
@@ -100,7 +104,7 @@ def _due(work: Workspace, inputs: Mapping[str, Any]) -> bool:
     if not work.tuned.exists():
         return True
     recorded = inputs_of(tuned_record(work.tuned))
-    require_same(work.tuned, _compared(recorded), _compared(inputs), work.recipe.model_name_or_path)
+    require_same(work.tuned, _compared(recorded), _compared(inputs), work.recipe.model_name_or_path, _explained(work))
     schedule = [f"tune.{name}" for name in sorted(SCHEDULE) if recorded.get(f"tune.{name}") != inputs.get(f"tune.{name}")]
     if not schedule:
         work.say(f"{work.tuned}: up to date")
@@ -113,6 +117,13 @@ def _due(work: Workspace, inputs: Mapping[str, Any]) -> bool:
     anew = "it stands until training has gone on; then it, eval.json and the report are made anew"
     work.say(f"{work.tuned}: {', '.join(schedule)} changed: {anew}")
     return True
+
+
+def _explained(work: Workspace) -> dict[str, str]:
+    """What it means that these inputs differ."""
+    if work.corpora.streamed:
+        return {"domain": "what a source holds, how it is read, or what is held out or measured on"}
+    return {"domain": "a row that was repaired, added or taken away makes another corpus, trained on in another order"}
 
 
 def _compared(inputs: Mapping[str, Any]) -> dict[str, Any]:

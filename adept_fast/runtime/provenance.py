@@ -27,12 +27,14 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
 
 
-def require_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str) -> None:
-    """Raise InputError, naming what differs, for an artefact that was made from another model or with other settings."""
+def require_same(
+    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str, explained: Mapping[str, str] | None = None
+) -> None:
+    """Raise InputError, naming what differs, for an artefact that was made from another model or with other settings. explained: what it
+    means that an input differs, by its name, where that is not plain."""
     differing = changed(recorded, now)
     if "model" in differing:
         raise InputError(f"{path} belongs to another model than {model}: choose another output_dir")
     if differing:
-        raise InputError(
-            f"{path} was made with other settings ({', '.join(differing)}): choose another output_dir, or remove it to redo it"
-        )
+        names = ", ".join(f"{name}: {explained[name]}" if name in (explained or ()) else name for name in differing)
+        raise InputError(f"{path} was made with other settings ({names}): choose another output_dir, or remove it to redo it")

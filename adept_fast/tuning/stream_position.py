@@ -20,17 +20,18 @@ class StreamPosition(TrainerCallback, GoesOnByItself):
     """Writes the stream's state behind the blocks that were trained on, not those that were read ahead; sets it from `checkpoint`.
 
     per_step: blocks of an optimizer step, over all processes and accumulated batches. log: takes, with each loss, the shares of several
-    sources in the tokens drawn so far.
+    sources in the tokens drawn so far. changed: paths of the sources that were changed since the checkpoint, ahead of the position.
     """
 
     def __init__(self, stream: Stream, per_step: int, checkpoint: str | None = None, log: TrainerLog | None = None) -> None:
         self._stream, self._per_step, self._log, self._step = stream, per_step, log, 0
+        self.changed: list[str] = []
         if checkpoint is not None:
             path = Path(checkpoint) / TRAINER_STATE_NAME
             kept = TrainerState.load_from_json(str(path)).stateful_callbacks.get(type(self).__name__)
             if kept is None:
                 raise InputError(f"{path}: holds no position in the stream: delete the checkpoint to start again")
-            stream.load(kept["attributes"]["position"])
+            self.changed = stream.load(kept["attributes"]["position"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step = state.global_step

@@ -140,6 +140,11 @@ class Run:
         books, planned = self.books, self.planned
         done = None if self.last is None else step_of(Path(self.last))
         extended = () if self.last is None else trainer.goes_on(Path(self.last)).extended
+        if isinstance(self.blocks, Stream):
+            position = StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log)
+            trainer.add_callback(position)
+            for path in position.changed:
+                books.say(f"{path}: changed since, but not where it was read: going on with it as it is now")
         if distributed.rank() == 0:
             books.work.mkdir(parents=True, exist_ok=True)
             remove_leftovers(books.work)
@@ -149,8 +154,6 @@ class Run:
                 self._log_plan(0)
         if extended:
             self._say_extended(extended[-1], done)
-        if isinstance(self.blocks, Stream):
-            trainer.add_callback(StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log))
         for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())

@@ -38,7 +38,7 @@ MOMENTS = (  # and the number of its calls to draw from
     ("adept_fast.tuning.staged_trainer:discard>os:unlink", 16),  # the old one half deleted
     ("adept_fast.tuning.trainer_log:TrainerLog.write", 12),
     ("adept_fast.data.stream:Stream._next_block", 14),  # streaming
-    ("adept_fast.data.stream:_Shuffled._fill", 3),
+    ("adept_fast.data.shuffled_source:ShuffledSource._fill", 3),
     ("adept_fast.optim.adamw:AdamW.step", 7),
     ("adept_fast.ops.adamw.cpu:adamw*", 7 * 24),  # between two parameters of a step
 )
