@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adept_fast.kernels.gradient_sums_vectors import Vector, add_vectors
+
+__all__ = ["Vector", "add_vectors", "saliency_sums"]
+
 TILE = 1024  # 2048 made ptxas spill a register on sm_100 (Triton 3.9, fp32 rows)
 PROGRAMS = 1024
 

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "accelerate", "data
 
 def describe() -> str:
     """Aligned plain text. transformers and its like are looked up, not imported."""
-    sections = [("versions", _versions()), ("cpu", _cpu()), ("gpus", _gpus()), ("backends", _backends())]
+    sections = [("versions", _versions()), ("cpu", _cpu()), ("gpus", _gpus()), ("backends", _backends()), ("operations", _operations())]
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections)
 
 
@@ -55,9 +55,16 @@ def _gpus() -> list[tuple[str, str]]:
 def _backends() -> list[tuple[str, str]]:
     rows = []
     for name, status in dispatch.status().items():
-        uses = [operation for operation, names in dispatch.IMPLEMENTED.items() if name in names]
         rows.append((name, f"{'found' if status.found else 'not found'}: {status.reason}"))
         if not status.found:
             rows.append(("", f"remedy: {status.remedy}"))
-        rows.append(("", f"runs: {', '.join(uses) or 'nothing yet'}"))
+    return rows
+
+
+def _operations() -> list[tuple[str, str]]:
+    """Each operation's backends, the preferred one first, and the module of each."""
+    rows = []
+    for operation, modules in dispatch.IMPLEMENTED.items():
+        names = [operation, *[""] * (len(modules) - 1)]
+        rows += [(name, f"{backend:<6}  {module}") for name, (backend, module) in zip(names, modules.items(), strict=True)]
     return rows

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from adept_fast.errors import InputError
 from adept_fast.models.decoder_layers import decoder_layers, replaced_forward
-from adept_fast.ops.dispatch import native_on_cpu
+from adept_fast.ops import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,4 +197,4 @@ def _fit(turns: Any, hidden: Tensor, layer: _PlainLayer) -> bool:
 
 def has_native_layers(model: PreTrainedModel) -> bool:
     """Whether any layer may run so."""
-    return native_on_cpu() and any(_own_forward(layer) and _plain(layer) is not None for layer in decoder_layers(model))
+    return dispatch.has_native_layers() and any(_own_forward(layer) and _plain(layer) is not None for layer in decoder_layers(model))

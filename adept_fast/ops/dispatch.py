@@ -1,4 +1,7 @@
-"""Which implementation of an operation runs. Decided here, once per process, with one override: ADEPT_FAST_BACKEND."""
+"""The registry of operations: which backends implement each, in which module, and which one runs.
+
+One override serves all operations: the argument `backend` where an operation has one, else the environment variable ADEPT_FAST_BACKEND.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,31 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
 from adept_fast.errors import InputError
 
-# operation -> implementations, the preferred one first
-IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "adamw": ("cuda", "triton", "cpu", "torch"),
-    "gradient_sums": ("triton", "cpu", "torch"),
-    "linear_cross_entropy": ("triton", "cpu", "torch"),
+# operation -> backend -> the module that implements it, the preferred backend first
+IMPLEMENTED: dict[str, dict[str, str]] = {
+    "adamw": {
+        "cuda": "adept_fast.ops.adamw.cuda",
+        "triton": "adept_fast.kernels.adamw",
+        "cpu": "adept_fast.ops.adamw.cpu",
+        "torch": "adept_fast.ops.adamw.reference",
+    },
+    "gradient_sums": {
+        "triton": "adept_fast.kernels.gradient_sums",
+        "cpu": "adept_fast.ops.gradient_sums.cpu",
+        "torch": "adept_fast.ops.gradient_sums.reference",
+    },
+    "linear_cross_entropy": {
+        "triton": "adept_fast.kernels.linear_cross_entropy",
+        "cpu": "adept_fast.ops.linear_cross_entropy.cpu",
+        "torch": "adept_fast.ops.linear_cross_entropy.reference",
+    },
+    "decoder_layers": {"cpu": "adept_fast._C", "torch": "the model's own modules"},
 }
 OVERRIDE = "ADEPT_FAST_BACKEND"
 OLDEST = (8, 0)  # compute capability
@@ -25,7 +43,11 @@ OLDEST = (8, 0)  # compute capability
 
 @dataclass(frozen=True)
 class Status:
-    """`reason`: what was found, or why it cannot be used; `remedy`: what to do about that, empty where found."""
+    """Whether a backend can be used.
+
+    reason: what was found, or why the backend cannot be used.
+    remedy: what makes it usable; empty where it is found.
+    """
 
     found: bool
     reason: str
@@ -124,20 +146,31 @@ def _fits(name: str, device: torch.device) -> bool:
 
 
 def status() -> dict[str, Status]:
-    """For "cuda", "triton", "cpu" and "torch": found or not, why, and the remedy."""
+    """The status of each backend: "cuda", "triton", "cpu", "torch"."""
     return {name: find() for name, find in _FIND.items()}
 
 
-def native_on_cpu() -> bool:
-    """Whether adept_fast._C may do on the CPU what a model's own modules do otherwise."""
-    return os.environ.get(OVERRIDE) in (None, "", "cpu") and _cpu().found
+def implementation(operation: str, backend: str) -> ModuleType:
+    """The module in which `backend`, as `resolve` chose it, implements `operation`."""
+    return import_module(IMPLEMENTED[operation][backend])
+
+
+def has_native_layers() -> bool:
+    """Whether adept_fast._C may run decoder layers on the CPU.
+
+    An override that names a backend without this operation leaves the layers to the model instead of raising: no caller asked for it.
+    """
+    forced = os.environ.get(OVERRIDE)
+    return (not forced or forced in IMPLEMENTED["decoder_layers"]) and resolve("decoder_layers", torch.device("cpu")) == "cpu"
 
 
 def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
-    """The backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
+    """Choose the backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
 
-    `forced`, or else the environment variable ADEPT_FAST_BACKEND, is taken at its word: InputError for a name that does not exist,
-    RuntimeError, with the remedy, where that backend is missing, lacks the operation or cannot run on the device.
+    `forced`, or else ADEPT_FAST_BACKEND, decides. Without them the first backend that is found and fits the device runs.
+
+    Raises InputError for a forced backend that does not exist; RuntimeError, with the remedy, for one that is missing, lacks the operation
+    or cannot run on the device.
     """
     implemented = IMPLEMENTED[operation]
     name = forced or os.environ.get(OVERRIDE)

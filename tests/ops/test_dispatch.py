@@ -72,7 +72,7 @@ def test_what_keeps_cuda_from_use(monkeypatch: pytest.MonkeyPatch, module: objec
 
 def test_cuda_is_found_with_a_driver_and_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adept_fast._CUDA", native(13010, [H200]))
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", ("cuda", "cpu", "torch"))
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", dict.fromkeys(("cuda", "cpu", "torch"), ""))
     monkeypatch.setitem(sys.modules, "adept_fast._C", None)
     assert dispatch.status()["cuda"] == dispatch.Status(True, "sm_90, compute_90")
     assert dispatch.resolve("adamw", CUDA) == "cuda"
@@ -87,7 +87,7 @@ def test_status_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_native_cpu_code_is_preferred_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", ("cpu", "torch"))
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", dict.fromkeys(("cpu", "torch"), ""))
     features = {"compiler": "gcc 14", "instruction_sets": ["avx2", "generic"]}
     monkeypatch.setitem(sys.modules, "adept_fast._C", SimpleNamespace(features=lambda: features))
     assert dispatch.status()["cpu"] == dispatch.Status(True, "gcc 14, avx2, generic")
@@ -105,7 +105,7 @@ def test_torch_runs_everything_everywhere(operation: str, device: torch.device) 
 
 def test_interpreted_triton_takes_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "gradient_sums", ("triton", "torch"))
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "gradient_sums", dict.fromkeys(("triton", "torch"), ""))
     assert dispatch.resolve("gradient_sums", CPU) == "torch"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     _forget()
@@ -129,7 +129,7 @@ def test_argument_wins_over_environment_and_empty_means_unset(monkeypatch: pytes
 
 
 def test_forced_backend_that_lacks_the_operation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "gradient_sums", ("triton", "torch"))
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "gradient_sums", dict.fromkeys(("triton", "torch"), ""))
     monkeypatch.setenv("ADEPT_FAST_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="ADEPT_FAST_BACKEND=cuda: gradient_sums is not implemented there; choose one of triton, torch"):
         dispatch.resolve("gradient_sums", CUDA)
@@ -144,7 +144,7 @@ def test_forced_backend_that_is_missing_raises_with_the_remedy(monkeypatch: pyte
 
 def test_forced_backend_that_does_not_fit_the_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adept_fast._CUDA", native(13010, [H200]))
-    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", ("cuda", "torch"))
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "adamw", dict.fromkeys(("cuda", "torch"), ""))
     with pytest.raises(RuntimeError, match="cuda does not run on cpu tensors; choose one of torch"):
         dispatch.resolve("adamw", CPU, "cuda")
 
@@ -156,6 +156,27 @@ def test_info_names_versions_backends_and_remedies(monkeypatch: pytest.MonkeyPat
     for needed in ("adept_fast", torch.__version__, "torch threads", missing, "remedy: ", "gradient_sums"):
         assert needed in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_info_prints_the_registry() -> None:
+    text = info.describe()
+    assert all(module in text for modules in dispatch.IMPLEMENTED.values() for module in modules.values())
+
+
+def test_every_module_of_the_registry_implements_its_operation() -> None:
+    pytest.importorskip("triton"), pytest.importorskip("adept_fast._C"), pytest.importorskip("adept_fast._CUDA")
+    functions = {"adamw": "adamw", "gradient_sums": "saliency_sums", "linear_cross_entropy": "linear_cross_entropy"}
+    for operation, name in functions.items():
+        for backend in dispatch.IMPLEMENTED[operation]:
+            plain = "adamw_update_" if (operation, backend) == ("adamw", "torch") else name
+            assert callable(getattr(dispatch.implementation(operation, backend), plain)), (operation, backend)
+
+
+@pytest.mark.parametrize(("forced", "native"), [("", True), ("cpu", True), ("torch", False), ("triton", False)])
+def test_decoder_layers_are_native_unless_another_backend_is_named(monkeypatch: pytest.MonkeyPatch, forced: str, native: bool) -> None:
+    pytest.importorskip("adept_fast._C")
+    monkeypatch.setenv("ADEPT_FAST_BACKEND", forced)
+    assert dispatch.has_native_layers() == native
 
 
 def test_native_modules_tell_what_they_are() -> None:

@@ -205,7 +205,7 @@ HOOKS = [((False, True, False), 2), ((False, False, True), 2), ((True, True, Tru
 def hooked(device: str, wide: bool, products: bool, running: bool) -> dict[str, float | bool]:
     """GradientSums over two backwards through matrices and vectors: the largest error of what is summed over its bound, whether each
     backward's terms of vectors are exact, how often the kernel for vectors was launched."""
-    from adept_fast.kernels import gradient_sums_vectors
+    from adept_fast.kernels import gradient_sums
     from adept_fast.ops.gradient_sums.op import GradientSums
 
     generator = torch.Generator().manual_seed(6)
@@ -218,7 +218,7 @@ def hooked(device: str, wide: bool, products: bool, running: bool) -> dict[str, 
     def loss(factor: list[Tensor]) -> Tensor:
         return sum((parameter.double() * each).sin().sum() for parameter, each in zip(parameters.values(), factor, strict=True))
 
-    with patch.object(gradient_sums_vectors, "add_vectors", wraps=gradient_sums_vectors.add_vectors) as launched:
+    with patch.object(gradient_sums, "add_vectors", wraps=gradient_sums.add_vectors) as launched:
         with GradientSums(parameters, {name: range(value.ndim) for name, value in made.items()}, products, running) as sums:
             for factor in factors:
                 sums.backward(loss(factor))

@@ -14,7 +14,7 @@ from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
 from adept_fast.models import decoder_layers
 from adept_fast.models.losses import batch_loss, corpus_loss
-from adept_fast.ops.dispatch import native_on_cpu
+from adept_fast.ops.dispatch import has_native_layers
 from adept_fast.scoring import layer_masking, mask_units, score_layers, sweep
 from adept_fast.scoring.unit_importance import score_units
 from adept_fast.scoring.units import Units
@@ -44,7 +44,7 @@ def supervised(items: Sequence[Item]) -> list[Item]:
 @pytest.mark.parametrize("name", ITEMS)
 def test_layers(name: str, shape: str) -> None:
     model, items = model_of(shape), ITEMS[name]
-    assert sweep.plan(model, supervised(items)).native == (shape == "native" and native_on_cpu())
+    assert sweep.plan(model, supervised(items)).native == (shape == "native" and has_native_layers())
     scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, domain=items, quiet=True)
     expected = by_hooks(model, supervised(items))
     for profile, values in expected.items():

@@ -7,20 +7,18 @@ gradients multiplied by `grad_scale` (fp64, 0-d) first; where `found_inf` (fp32,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adept_fast.ops import dispatch
 from adept_fast.ops.adamw import reference
 from adept_fast.ops.adamw.checks import check_count, check_row
 from adept_fast.ops.adamw.memory_order import Pair, in_one_order, unit_walk
 from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Seen, Update
 from adept_fast.runtime.dtensor import Mesh
-
-_MODULES = {"cuda": "adept_fast.ops.adamw.cuda", "triton": "adept_fast.kernels.adamw", "cpu": "adept_fast.ops.adamw.cpu"}
 
 
 class Row(NamedTuple):
@@ -87,7 +85,7 @@ def launch(
 
 def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     updates = table.updates
-    import_module(_MODULES[backend]).adamw(table, grad_scale, found_inf)
+    dispatch.implementation("adamw", backend).adamw(table, grad_scale, found_inf)
     # Autograd and the check for edits see writes by this counter alone.
     columns = list(zip(*updates, strict=True))
     optional = [x for column in columns[4:6] for x in column if x is not None]
@@ -115,7 +113,7 @@ def sum_of_squares(grads: Sequence[Tensor], backend: str = "torch") -> Tensor:
     sums = []
     for device, of_one in devices.items():
         native = backend == "cpu" == device.type and not torch.compiler.is_compiling()
-        sums.append((import_module(_MODULES["cpu"]) if native else reference).sum_of_squares(of_one))
+        sums.append((dispatch.implementation("adamw", "cpu") if native else reference).sum_of_squares(of_one))
     total = sums[0]
     for other in sums[1:]:
         total = total + other.to(total.device)

@@ -15,6 +15,14 @@ INSTRUCTIONS = ""  # the best that the CPU has
 THREADS = 0  # torch's
 
 
+def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See adept_fast.ops.gradient_sums.reference. Both fp32, bf16 or fp16."""
+    sums = torch.zeros(3, parameter.shape[dim], dtype=torch.float64)
+    SaliencyPass({dim % parameter.ndim: sums}, parameter.shape, None).add(parameter.detach(), gradient.detach())
+    squares, magnitudes, products = sums.float().unbind(0)
+    return squares, magnitudes, products
+
+
 class SaliencyPass:
     """Adds sums of g^2, |theta g| and theta g along dimensions of a parameter's gradients to `sums`, and the gradients to `running`.
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
 from adept_fast.ops.accumulator import accumulator
-from adept_fast.ops.gradient_sums import reference
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import local, shard_of
 
 if TYPE_CHECKING:
     from adept_fast.ops.gradient_sums.cpu import SaliencyPass
 
+Sums = tuple[Tensor, Tensor, Tensor]
+"""sum g^2, sum |theta g| and sum theta g, one number an index."""
 NARROW = {torch.float32, torch.bfloat16, torch.float16}  # what C++ and the kernel of vectors read
 Dims = int | tuple[int, int]
 """A dimension, or two adjacent ones taken as one: the experts and rows of [experts, rows, columns]."""
@@ -76,24 +77,17 @@ def _require_alike(name: str, shape: Sequence[int], parameter: Tensor, gradient:
         raise InputError(f"{name}: expected {wanted}, found {found}")
 
 
-def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def saliency_sums(parameter: Tensor, gradient: Tensor, dim: int) -> Sums:
     """sum g^2, sum |theta g| and sum theta g for each index of `dim`, fp32 [parameter.shape[dim]], by the backend that fits the device."""
     if not (parameter.is_floating_point() and gradient.is_floating_point() and -parameter.ndim <= dim < parameter.ndim):
         found = f"{parameter.dtype} of shape {tuple(parameter.shape)}, {gradient.dtype} and {dim}"
         raise InputError(f"sums need a parameter and a gradient of floating point, and one of their dimensions, found {found}")
     _require_alike("parameter", parameter.shape, parameter, gradient)
     chosen = dispatch.resolve("gradient_sums", parameter.device)
-    if chosen == "triton":
-        from adept_fast.kernels import gradient_sums
-
-        return gradient_sums.saliency_sums(parameter, gradient, dim)
-    if chosen == "cpu" and {parameter.dtype, gradient.dtype} <= NARROW:
-        from adept_fast.ops.gradient_sums import cpu
-
-        sums = torch.zeros(3, parameter.shape[dim], dtype=torch.float64)
-        cpu.SaliencyPass({dim % parameter.ndim: sums}, parameter.shape, None).add(parameter.detach(), gradient.detach())
-        return tuple(sums.float().unbind(0))
-    return reference.saliency_sums(parameter, gradient, dim)
+    if chosen == "cpu" and not {parameter.dtype, gradient.dtype} <= NARROW:
+        chosen = "torch"
+    sums: Sums = dispatch.implementation("gradient_sums", chosen).saliency_sums(parameter, gradient, dim)
+    return sums
 
 
 class GradientSums:
@@ -139,11 +133,9 @@ class GradientSums:
                 waiting.setdefault(gathered.small.device, []).append(gathered)
         for device, small in waiting.items():
             if dispatch.resolve("gradient_sums", device) == "triton" and all(map(_is_plain, small)):
-                from adept_fast.kernels import gradient_sums_vectors
-                from adept_fast.kernels.gradient_sums_vectors import Vector
-
-                vectors = [Vector(_part(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
-                gradient_sums_vectors.add_vectors(vectors)
+                kernels = dispatch.implementation("gradient_sums", "triton")
+                vectors = [(_part(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
+                kernels.add_vectors([kernels.Vector(*vector) for vector in vectors])
             else:
                 _add_small(small)
             for gathered in small:
@@ -229,9 +221,8 @@ def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | No
     """How C++ adds up gradients of a parameter, where it is to."""
     if dispatch.resolve("gradient_sums", parameter.device) != "cpu" or parameter.dtype not in NARROW or any(map(_is_pair, sums)):
         return None
-    from adept_fast.ops.gradient_sums import cpu
-
-    return cpu.SaliencyPass(sums, parameter.shape, running)
+    native: SaliencyPass = dispatch.implementation("gradient_sums", "cpu").SaliencyPass(sums, parameter.shape, running)
+    return native
 
 
 def _is_pair(dim: Dims) -> bool:

@@ -9,7 +9,6 @@ Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses withou
 
 from __future__ import annotations
 
-from importlib import import_module
 from math import isfinite
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops import dispatch as backends
+from adept_fast.ops import dispatch
 from adept_fast.ops.accumulator import accumulator
 from adept_fast.ops.linear_cross_entropy import reference
 from adept_fast.ops.linear_cross_entropy.reference import Projection
@@ -25,7 +24,6 @@ from adept_fast.ops.linear_cross_entropy.reference import Projection
 IGNORE = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FACTORS = 1e-30, 1e30  # what a scale or a soft-cap may be, for its reciprocal to be an fp32 too
-_MODULES = {"triton": "adept_fast.kernels.linear_cross_entropy", "cpu": "adept_fast.ops.linear_cross_entropy.cpu"}
 
 
 class Divergence(NamedTuple):
@@ -50,7 +48,7 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
             rows, head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
         )
     else:
-        chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+        chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
         losses = _scattered(chosen, rows, head, targets.flatten(), False)[0]
     return losses.view(targets.shape)
 
@@ -58,7 +56,7 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
 def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Losses as of `linear_cross_entropy`, and the token that is likeliest in each row (rows without a target too), int64. No gradient."""
     hidden, head = _cast(hidden, head, targets)
-    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
     known = torch.where(targets == IGNORE, 0, targets).flatten()
     found = _run(chosen, hidden.reshape(targets.numel(), hidden.shape[-1]).detach(), head, known, 0, False)
     return torch.where(targets == IGNORE, 0, found.losses.view(targets.shape)), found.argmax.view(targets.shape)
@@ -70,7 +68,7 @@ def linear_divergence(hidden: Tensor, head: Projection, targets: Tensor, *, back
         raise InputError(f"a divergence needs hidden [variants, rows, width] and targets [rows], found {_shapes(hidden, None, targets)}")
     variants, rows = hidden.shape[:2]
     hidden, head = _cast(hidden, head, targets.expand(variants, rows))
-    chosen = backends.resolve("linear_cross_entropy", hidden.device, backend)
+    chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
     there = (targets != IGNORE).nonzero()[:, 0]
     found = _run(chosen, hidden.detach()[:, there].flatten(0, 1), head, targets[there].repeat(variants), variants, False)
     losses, kl = (found.losses.new_zeros(variants, rows) for _ in range(2))
@@ -129,7 +127,7 @@ def _shapes(hidden: Tensor, head: Projection | None, targets: Tensor) -> str:
 def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variants: int, gradient: bool) -> reference.RowLosses:
     """By `chosen`, of rows that all have a target: see reference.linear_cross_entropy."""
     wide = torch.float64 in (hidden.dtype, head.weight.dtype)
-    module = reference if chosen == "torch" or wide else import_module(_MODULES[chosen])
+    module = dispatch.implementation("linear_cross_entropy", "torch" if wide else chosen)
     with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
         return module.linear_cross_entropy(hidden, head, targets, variants, gradient)
 
@@ -152,7 +150,7 @@ def _operator(
     """Losses [rows], and their gradient to `hidden` [rows, width], both of the accumulator's type."""
     head = Projection(weight, bias, scale, softcap)
     _require_fitting(hidden, head, targets)
-    return _scattered(backends.resolve("linear_cross_entropy", hidden.device, backend), hidden, head, targets, True)
+    return _scattered(dispatch.resolve("linear_cross_entropy", hidden.device, backend), hidden, head, targets, True)
 
 
 @_operator.register_fake
