@@ -158,6 +158,8 @@ def send_in(request: dict) -> None:
     """A signal in the midst of writing: at the second checkpoint, or the first proof."""
     from tests.support.attempts import found
 
+    # Whoever starts the tests in the background or under nohup has them ignored.
+    signal.signal(request["send"], signal.default_int_handler if request["send"] == signal.SIGINT else signal.SIG_DFL)
     holder, name = found(request["at"])
     original, left = getattr(holder, name), [int(name == "save_file")]
 
