@@ -86,7 +86,7 @@ def tokenize_item(
 
     style: how an instruction and its output are written, one of STYLES; plain: as the record's source says.
     """
-    require("score.probe_format", style, str, STYLES)
+    require("style", style, str, STYLES)
     found, template = meaning(record), record.template if style == "plain" else style
     if found is None:
         raise MalformedRecord(f"{record.where}: is empty")

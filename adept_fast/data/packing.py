@@ -38,7 +38,7 @@ class Cut:
     def __post_init__(self) -> None:
         least = 4 * (self.begin + 1)
         if self.begin and self.block_size < least:
-            found = f"tune.block_size={self.block_size}: too small for a tokenizer that begins every text with {self.begin} tokens"
+            found = f"block_size={self.block_size}: too small for a tokenizer that begins every text with {self.begin} tokens"
             raise InputError(f"{found}: give {least} or more")
 
     @property

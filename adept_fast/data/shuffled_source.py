@@ -111,7 +111,7 @@ class ShuffledSource:
             self._begin_window(self._start["pass"] + 1, 0)
             texts = self._read()
         if not texts:
-            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or stands in probe or eval.general")
+            raise InputError(f"{self.source.path}: holds no document to train on: every one is held out or serves to measure")
         self._through = self._before.then(texts)
         order = np.random.default_rng([self.seed, self.number, self._start["pass"], self._start["window"]]).permutation(len(texts))
         self._texts, self._tokens = [texts[index] for index in order], (0, [])

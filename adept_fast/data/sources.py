@@ -36,7 +36,7 @@ class Source:
         table, known = {"path": value} if isinstance(value, str) else value, [entry.name for entry in fields(cls)]
         if not isinstance(table, Mapping) or "path" not in table or set(table) - set(known):
             raise InputError(f"a source is a path or {{{', '.join(known)}}}, found {shown(value)}")
-        check(cls, "a source's ", **table)
+        check(cls, **table)
         source = cls(**table)
         if source.share is None and source.share_end is not None:
             raise InputError(f"{source.path}: share_end needs share, the part that it starts from")

@@ -128,7 +128,7 @@ def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tupl
     rest = [index for index, share in enumerate(given) if None in share]
     if min(left) < -1e-9 or (max(left) > 1e-9 and not rest):
         found = " and ".join(f"{1 - value:.3g}" for value in left)
-        raise InputError(f"domain and tune.replay: their shares make {found} at the start and the end of the run, not 1")
+        raise InputError(f"sources: their shares make {found} at the start and the end of the run, not 1", "sources")
     parts = [sources[index].weight * (tokens[index] if tokens is not None else 1) for index in rest]
     if rest and not sum(parts):
         raise InputError(f"{', '.join(sources[index].path for index in rest)}: no token to train on, or weights of 0")

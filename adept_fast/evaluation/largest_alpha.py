@@ -41,7 +41,7 @@ def largest_alpha(
 
     Loss need not rise evenly with alpha: eighths are tried from 1 down to the first within the limit, then the steps above it by halving.
     """
-    check(Eval, "eval.", needed=True, general_limit=limit)
+    check(Eval, "general_", needed=True, limit=limit)
     model = unwrapped(model)
     base = _measured(model, general, 0, quiet)
     tried: dict[int, Tried] = {}

@@ -86,7 +86,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     expansions too; call freeze_original before training. initialisation: see initialise.py; all but zero_output and zero_gate_up give
     copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent, or that reads ahead.
     """
-    check(Expand, "expand.", initialisation=initialisation)
+    check(Expand, initialisation=initialisation)
     model = unwrapped(model)
     family, earlier = describe(model), AdeptConfig.of(model)
     require_causal(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers, layer_indices
+from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring import LayerCosts, LayerScores, Race, check_budget, check_choice, evenly, next_layer, select_layers, undecided
@@ -18,11 +19,14 @@ def check_layers(work: Workspace) -> None:
         if given is not None:
             layer_indices(given, layers, name)
     if expand.layers is None:
-        check_choice(len(candidates), expand.k, expand.placement)
+        with section("expand"):
+            check_choice(len(candidates), expand.k, expand.placement)
     if expand.budget is not None:
-        check_budget(expand.budget.shares, LayerCosts.of(work.skeleton), candidates)
+        with section("expand"):
+            check_budget(expand.budget.shares, LayerCosts.of(work.skeleton), candidates)
     if (raced := race(work)) is not None:
-        raced.check(len(candidates))
+        with section("score"), section("expand"):
+            raced.check(len(candidates))
 
 
 def race(work: Workspace) -> Race | None:
@@ -35,6 +39,7 @@ def by_scores(work: Workspace) -> bool:
     return work.method.copies and work.recipe.expand.layers is None and not work.method.uniform
 
 
+@section("expand")
 def choose(work: Workspace, scores: LayerScores | None) -> list[int]:
     """The layers to copy, ascending. Raises InputError where the recipe has them chosen by scores, and there are none."""
     expand = work.recipe.expand

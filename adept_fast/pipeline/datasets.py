@@ -158,7 +158,10 @@ class Corpora:
         if given is not None:
             return self._with_text(self._records("eval", given), given.column)
         name = ", ".join(source.path for source in self.recipe.domain)
-        held = self._fallen_out(name) if self.streamed else hold_out([text for text, _ in self._documents], name)
+        try:
+            held = self._fallen_out(name) if self.streamed else hold_out([text for text, _ in self._documents], name)
+        except InputError as error:
+            raise InputError(f"{error} or set eval.domain") from None
         return [Record({"text": text}, "held-out document") for text in sorted(held)]
 
     def _fallen_out(self, name: str) -> set[str]:

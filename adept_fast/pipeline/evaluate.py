@@ -11,6 +11,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig, versions
 from adept_fast.errors import InputError
 from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate, largest_alpha
 from adept_fast.expansion import PRESERVING
+from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.pipeline.tune import tuned_record
 from adept_fast.report import write_report
@@ -31,6 +32,7 @@ def evaluation_corpora(work: Workspace) -> tuple[EvaluationCorpus, EvaluationCor
     return found["general"], found.get("domain"), {name: work.corpora.digest(each) for name, each in records.items()}
 
 
+@section("eval", limit="eval.general_limit")
 def base_against_tuned(
     work: Workspace, general: EvaluationCorpus, domain: EvaluationCorpus | None, digests: Mapping[str, str]
 ) -> dict[str, Any]:

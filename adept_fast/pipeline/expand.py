@@ -6,10 +6,12 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
 from adept_fast.expansion import PRESERVING, expand_checkpoint, largest_difference, verify_expansion
 from adept_fast.pipeline.choose_layers import choose, selection
+from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.scoring import LayerScores
 
 
+@section("expand")
 def expand(work: Workspace) -> AdeptConfig:
     """expanded/ and its record."""
     if not work.method.copies:

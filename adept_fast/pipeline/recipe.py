@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from adept_fast.checkpoints.checkpoint import DTYPES
 from adept_fast.data.encoding import SPECIAL_TOKENS
@@ -17,7 +19,8 @@ from adept_fast.expansion.settings import Expand
 from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
 from adept_fast.runtime.yaml_text import parsed
 from adept_fast.scoring.settings import Score
-from adept_fast.settings.key_value import settings
+from adept_fast.settings.key_value import keys_of, settings
+from adept_fast.settings.training_arguments import SET_ELSEWHERE
 from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, shown
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.settings import Tuning
@@ -79,6 +82,19 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@contextmanager
+def section(table: str, **others: str) -> Iterator[None]:
+    """Name settings at fault by their keys: "refresh_steps must be ..." becomes "tune.refresh_steps must be ...". table: of the recipe;
+    others: arguments that are keys by another name."""
+    try:
+        yield
+    except InputError as error:
+        own = set(keys_of(get_type_hints(Recipe)[table])) - (SET_ELSEWHERE.keys() if table == "tune" else set())
+        keys = {name: f"{table}.{name}" for name in error.arguments if re.split(r"[.\[]", name)[0] in own}
+        error.rename({**keys, **others})
+        raise
 
 
 def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str] = ("model_name_or_path", "domain")) -> Recipe:

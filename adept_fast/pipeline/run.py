@@ -19,7 +19,7 @@ from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_corpora,
 from adept_fast.pipeline.expand import expand, verify
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.pipeline.score import score
-from adept_fast.pipeline.tune import training_text, tune, tuning_settings
+from adept_fast.pipeline.tune import TUNE, training_text, tune, tuning_settings
 
 
 def run(work: Workspace) -> dict[str, Any]:
@@ -40,20 +40,25 @@ def run(work: Workspace) -> dict[str, Any]:
 
 def _check(work: Workspace) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
-    from adept_fast.tuning import check_meter, check_rank, check_settings
-
     work.check_kept_recipe()
-    settings = tuning_settings(work)
-    check_settings(settings)
-    check_meter(settings, work.corpora.metering())
+    _check_tuning(work)
     check_layers(work)
     describe(work.skeleton)
-    if work.recipe.method == "lora":
-        check_rank(work.skeleton, work.recipe.tune.lora_rank)
     checkpoint.require_vocabulary(work.source, work.tokenizer, work.skeleton)
     for record in (*work.corpora.probe.scoring, *work.corpora.probe.steering):
         if is_tokenised(record):
             tokenize_item(record, None, vocabulary=vocabulary_of(work.skeleton))
+
+
+@TUNE
+def _check_tuning(work: Workspace) -> None:
+    from adept_fast.tuning import check_meter, check_rank, check_settings
+
+    settings = tuning_settings(work)
+    check_settings(settings)
+    check_meter(settings, work.corpora.metering())
+    if work.recipe.method == "lora":
+        check_rank(work.skeleton, work.recipe.tune.lora_rank)
 
 
 STAGES: dict[str, Callable[[Workspace], Any]] = {

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.models import decoder_layers, text_config
 from adept_fast.pipeline.choose_layers import check_layers, choose, race
+from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.runtime import distributed
@@ -36,6 +37,7 @@ APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of t
 DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 
 
+@section("score")
 def score(work: Workspace) -> LayerScores:
     """scores.json, and unit_scores.json where the recipe asks for it."""
     distributed.join()

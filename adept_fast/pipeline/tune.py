@@ -17,6 +17,7 @@ from adept_fast.data.source_summary import table
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.evaluation import corpus
+from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 ELSEWHERE = ("training", "replay", "streaming", "shuffle_window", "max_items", "extend", "skip_nonfinite")
 """Keys of tune that digests cover, that stand apart, or that change no bit until they let a run go on."""
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+TUNE = section("tune", training="tune", rank="tune.lora_rank", corpus="domain", sources="domain and tune.replay")
+"""Calls a setting of tuning that is at fault by its key."""
 OF_RATES = ("units", "rate_map", "rate_floor", "rate_average", "rate_conflict")
 
 
@@ -42,6 +45,7 @@ def tuning_settings(work: Workspace) -> TuningSettings:
     return TuningSettings(**shared, equal_rates=not work.method.rates, seed=work.recipe.seed)
 
 
+@TUNE
 def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     """What to train on, as tokens or to be streamed. Says what was read, shows two documents as the model will see them, and says what
     tuning is going to do."""
@@ -60,6 +64,7 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     return text
 
 
+@TUNE
 def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) -> None:
     """tuned/ of expanded/, or of the base by a method without copies. text: what to train on, where it is at hand already."""
     from adept_fast.tuning import Bookkeeping, check_settings, tune_baseline, tune_checkpoint

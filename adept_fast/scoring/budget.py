@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from adept_fast.errors import InputError
 from adept_fast.models import decoder_layers
 from adept_fast.scoring.settings import Budget
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, under
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,11 +58,13 @@ def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Seq
     """Raise InputError for a budget that is none, or that not one of `candidates` fits."""
     known = [entry.name for entry in fields(Budget)]
     if not budget or not set(known).issuperset(budget):
-        raise InputError(f"expand.budget takes {' and '.join(known)}, shares of full training, found {dict(budget)}")
-    check(Budget, "expand.budget.", needed=True, **budget)
+        raise InputError(f"budget takes {' and '.join(known)}, shares of full training, found {dict(budget)}", "budget")
+    with under("budget."):
+        check(Budget, needed=True, **budget)
     for name, share in budget.items():
         if share < (least := min(costs.shares([layer])[name] for layer in candidates)):
-            raise InputError(f"expand.budget.{name}={share:g} allows no copy: that of one layer takes {least:.4g} of full training")
+            found = f"budget.{name}={share:g}"
+            raise InputError(f"{found} allows no copy: that of one layer takes {least:.4g} of full training", f"budget.{name}")
 
 
 def within(budget: Mapping[str, float], costs: LayerCosts, choices: Sequence[list[int]]) -> list[int]:
@@ -70,5 +72,5 @@ def within(budget: Mapping[str, float], costs: LayerCosts, choices: Sequence[lis
     fitting = [layers for layers in choices if all(costs.shares(layers)[name] <= share for name, share in budget.items())]
     if not fitting:
         cheapest = {name: round(min(costs.shares(layers)[name] for layers in choices), 4) for name in budget}
-        raise InputError(f"expand.budget {dict(budget)} allows no copy: the cheapest choice takes {cheapest} of full training")
+        raise InputError(f"budget {dict(budget)} allows no copy: the cheapest choice takes {cheapest} of full training", "budget")
     return fitting[-1]

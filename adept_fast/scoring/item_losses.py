@@ -23,9 +23,17 @@ from adept_fast.scoring.packs import Pack, pack, packed
 from adept_fast.scoring.scores import ItemScores
 from adept_fast.scoring.settings import LOSSES
 from adept_fast.scoring.sweep import SweepPlan
+from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def require_losses(loss: str, losses: Collection[str]) -> None:
+    """Raise InputError unless the primary profile and those beside it are known ones."""
+    require("loss", loss, str, LOSSES)
+    for index, name in enumerate(losses):
+        require(f"losses[{index}]", name, str, LOSSES)
 
 
 class Masks(Protocol):

@@ -44,10 +44,10 @@ class Race:
     growth: float = 1.25
 
     def check(self, candidates: int) -> None:
-        require("a race's k", self.k, int, Range(1, candidates - 1, why="one below the layers to choose from"))
-        check(Score, "a race's ", needed=True, regret=self.regret, confidence=self.confidence)
-        require("a race's first", self.first, int, Range(8))
-        require("a race's growth", self.growth, float, Range(1, above=True))
+        require("k", self.k, int, Range(1, candidates - 1, why="one below the layers that a race can choose from"))
+        check(Score, needed=True, regret=self.regret, confidence=self.confidence)
+        require("first", self.first, int, Range(8))
+        require("growth", self.growth, float, Range(1, above=True))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adept_fast.errors import InputError
 from adept_fast.models import evaluating, unwrapped, vocabulary_of
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.scoring.cheap_scores import cheap_scores
-from adept_fast.scoring.item_losses import Measuring
+from adept_fast.scoring.item_losses import Measuring, require_losses
 from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.race import Race, certificate, run
 from adept_fast.scoring.scores import ItemScores, LayerScores
@@ -58,8 +58,7 @@ def score_layers(
     """
     model, wanted = unwrapped(model), {loss, *losses}
     check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
-    for name in (loss, *losses):
-        check(Score, needed=True, loss=name)
+    require_losses(loss, losses)
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]

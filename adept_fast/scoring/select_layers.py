@@ -17,8 +17,8 @@ from adept_fast.settings.validation import Range, check, require
 
 def check_choice(layers: int, k: int, placement: str) -> None:
     """Raise InputError for a k or placement that a model of `layers` layers cannot have."""
-    check(Selection, "expand.", placement=placement)
-    require("expand.k", k, int, Range(1, layers, why="the number of layers to choose from"))
+    check(Selection, placement=placement)
+    require("k", k, int, Range(1, layers, why="the number of layers to choose from"))
 
 
 def select_layers(

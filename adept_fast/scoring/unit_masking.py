@@ -41,14 +41,14 @@ from adept_fast.models import (
     with_hidden,
 )
 from adept_fast.runtime.provenance import digest
-from adept_fast.scoring.item_losses import Measuring
+from adept_fast.scoring.item_losses import Measuring, require_losses
 from adept_fast.scoring.layer_masking import item_losses
 from adept_fast.scoring.packs import Pack
 from adept_fast.scoring.scores import UnitScores
-from adept_fast.scoring.settings import Score
+from adept_fast.scoring.settings import MASKED, Score
 from adept_fast.scoring.sweep import SweepPlan, call_flops, plan, row_hidden
 from adept_fast.scoring.units import OUTPUTS
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, require
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class MaskedUnit:
 def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[int] | None = None) -> list[MaskedUnit]:
     """The units of some layers (none: of all), by layer. Raises InputError for an unknown granularity, a wrong layer, or no units."""
     model = unwrapped(model)
-    check(Score, needed=True, units=granularity)
+    require("granularity", granularity, str, MASKED)
     modules, configs = decoder_layers(model), layer_configs(model)
     wanted = layer_indices(range(len(modules)) if layers is None else layers, len(modules))
     silent = describe(model).silent if granularity == "head" else ()
@@ -135,8 +135,7 @@ def mask_units(
     """
     model = unwrapped(model)
     check(Score, sweep_tokens=sweep_tokens, seed=seed)
-    for name in (loss, *losses):
-        check(Score, needed=True, loss=name)
+    require_losses(loss, losses)
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     started, units = time.perf_counter(), masked_units(model, granularity, layers)
     with evaluating(model):

@@ -52,7 +52,8 @@ def meant(key: str, known: Collection[str]) -> tuple[str, ...]:
     another table, else by the nearest name there; none where nothing is near."""
     word = key.rpartition(".")[2].strip().lstrip("-").lower().replace("-", "_")
     last = {name: name.rpartition(".")[2] for name in known}
-    by_table = next((name for name in MEANT.get(word, ()) if name in last), None)
+    table = MEANT.get(word, ())
+    by_table = next((name for name in (*table, *(name.rpartition(".")[2] for name in table)) if name in last), None)
     if by_table:
         return (by_table,)
     beside = [name for name in last if name.rpartition(".")[0] == key.rpartition(".")[0]]

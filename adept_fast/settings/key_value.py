@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
 from adept_fast.settings.aliases import meant
-from adept_fast.settings.validation import check, cut, options, shown
+from adept_fast.settings.validation import check, cut, options, shown, under
 from adept_fast.settings.values import given, read
 
 T = TypeVar("T")
@@ -86,9 +86,11 @@ def _build(cls: type, content: Mapping[str, Any], prefix: str, everywhere: Colle
     for key, value in content.items():
         if key in declared:
             values[key] = _read(value, hints[key], prefix + key, everywhere)
-            check(cls, prefix, **{key: values[key]})
+            with under(prefix):
+                check(cls, **{key: values[key]})
         elif others is not None and key in others.metadata["known"]():
-            values[others.name][key] = others.metadata["checked"](key, value)
+            with under(prefix):
+                values[others.name][key] = others.metadata["checked"](key, value)
         else:
             raise unknown(str(key), [*declared, *(others.metadata["known"]() if others else ())], prefix, everywhere)
     missing = [name for name, entry in declared.items() if name not in values and entry.default is entry.default_factory is MISSING]
@@ -107,7 +109,10 @@ def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
         try:
             return kind.of(value)
         except InputError as error:
-            raise InputError(f"{key}: {error}") from None
+            if not error.arguments:
+                raise InputError(f"{key}: {error}") from None
+            error.rename({name: f"{key}.{name}" for name in error.arguments})
+            raise
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
         if read(value, inner if inner is int else str) is None:

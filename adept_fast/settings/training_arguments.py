@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -69,7 +70,7 @@ REFUSED = {
 """What no trainer here can do right, and why: only the default is taken, from a recipe as from Python."""
 LEFT_OUT = {
     **REFUSED,
-    **dict.fromkeys(NOT_EVALUATED, "held-out losses are logged every tune.eval_steps, and nothing else is evaluated"),
+    **dict.fromkeys(NOT_EVALUATED, "held-out losses are logged every eval_steps, and nothing else is evaluated"),
     **dict.fromkeys(HUB, "checkpoints hold the copies alone; publish output_dir/tuned when it is done"),
     "ignore_data_skip": "a resumed run would train again on what it began with",
     "restore_callback_states_from_checkpoint": "a resumed run restores them itself",
@@ -82,10 +83,10 @@ def refuse(args: TrainingArguments, copies: bool = False) -> None:
     """Raise InputError for TrainingArguments that a trainer here could not obey. copies: whether it trains copies alone."""
     for name, why in REFUSED.items():
         if (value := getattr(args, name, None)) not in (None, known()[name][1] if name in known() else None):
-            raise InputError(f"{name}={shown(value)}: {why}: leave it out")
+            raise InputError(f"{name}={shown(value)}: {why}: leave it out", name)
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in PLAIN_ADAMW:
-        raise InputError(f"optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default")
+        raise InputError(f"optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default", "optim")
     if args.push_to_hub and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end":
         raise InputError(
             f"push_to_hub: checkpoints hold what is trained alone, no whole model: give hub_strategy='end', and call push_to_hub() after "
@@ -118,20 +119,20 @@ def known() -> dict[str, tuple[Any, Any]]:
 
 
 def checked(key: str, value: Any) -> Any:
-    """The value of a TrainingArguments name under tune. Raises InputError naming the key and what it may be."""
-    name = f"tune.{key}"
+    """The value of a TrainingArguments name. Raises InputError naming it, and what it may be."""
     if key in SET_ELSEWHERE:
-        raise InputError(f"{name} is set by the recipe's {SET_ELSEWHERE[key]}")
+        raise InputError(f"{key} is set by the recipe's {SET_ELSEWHERE[key]}", key)
     if key not in known():
-        raise unknown(key, known(), "tune.")
+        raise unknown(key, known(), "")
     hint, default = known()[key]
     kind, optional = options(hint)
     named = next((each for each in get_args(kind) if isinstance(each, type) and issubclass(each, Enum)), ())
     bounds = BOUNDS.get(key) or tuple(each.value for each in named)
     value = read(value, str if bounds and not isinstance(bounds, Range) else hint)
     if key in LEFT_OUT and value != default:
-        raise InputError(f"{name}: {LEFT_OUT[key]}: leave it out")
+        named = [name for name in known().keys() - SET_ELSEWHERE.keys() if re.search(rf"\b{name}\b", LEFT_OUT[key])]
+        raise InputError(f"{key}: {LEFT_OUT[key]}: leave it out", key, *named)
     if (value is None and optional) or (key == "lr_scheduler_type" and value in WSD):
         return value
-    require(name, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)
+    require(key, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)
     return value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import reduce
 from numbers import Integral, Real
@@ -58,14 +59,25 @@ def options(hint: Any) -> tuple[Any, bool]:
     return reduce(or_, (kind for kind in kinds if kind is not NoneType)), NoneType in kinds
 
 
-def check(declared: type, prefix: str = "", /, needed: bool = False, **given: Any) -> None:
-    """Raise InputError for a value that the field of its name, of the dataclass `declared`, cannot have. prefix: of names in messages;
-    needed: None is no value here, where the field may have it too."""
+def check(declared: type, group: str = "", /, needed: bool = False, **given: Any) -> None:
+    """Raise InputError for an argument that the field of its name, of the dataclass `declared`, cannot have. group: what names of fields
+    begin with and those of arguments do not, "rate_" of rate_floor; needed: None is no value here, where the field may have it too."""
     hints = get_type_hints(declared)
     for entry in fields(declared):
         kind, optional = options(hints[entry.name])
-        if entry.name in given and (needed or not optional or given[entry.name] is not None):
-            require(prefix + entry.name, given[entry.name], kind, entry.metadata.get("bounds"))
+        name = entry.name.removeprefix(group)
+        if entry.name == group + name and name in given and (needed or not optional or given[name] is not None):
+            require(name, given[name], kind, entry.metadata.get("bounds"))
+
+
+@contextmanager
+def under(table: str) -> Iterator[None]:
+    """Call the arguments that an error names by their keys: "k must be ..." becomes "expand.k must be ..." under "expand."."""
+    try:
+        yield
+    except InputError as error:
+        error.rename({name: table + name for name in error.arguments})
+        raise
 
 
 def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
@@ -74,7 +86,7 @@ def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> N
         for index, entry in enumerate(value):
             require(f"{name}[{index}]", entry, get_args(kind)[0], bounds)
     elif not _is(value, kind) or (bounds is not None and value not in bounds):
-        raise InputError(f"{name} must be {described(kind, bounds)}, found {shown(value)}")
+        raise InputError(f"{name} must be {described(kind, bounds)}, found {shown(value)}", name)
 
 
 def described(kind: Any, bounds: Bounds | None = None) -> str:

@@ -71,8 +71,8 @@ class AdeptCallback(Monitor, GoesOnByItself):
         skip_nonfinite: int = Tuning.skip_nonfinite,
         train_original: bool = False,
     ) -> None:
-        check(Tuning, "tune.", skip_nonfinite=skip_nonfinite)
-        check(Tuning, "tune.", refresh_steps=refresh_steps, **({"units": units} if isinstance(units, str) else {}))
+        named = {"units": units} if isinstance(units, str) else {}
+        check(Tuning, refresh_steps=refresh_steps, skip_nonfinite=skip_nonfinite, **named)
         super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps
@@ -210,7 +210,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
     def _momenta(self, optimizer: Optimizer, model: PreTrainedModel) -> dict[str, Tensor]:
         states = {name: optimizer.state.get(model.get_parameter(name)) for name in self.units.slices}
         if any(state and "exp_avg" not in state for state in states.values()):
-            raise InputError(f"tune.rate_conflict needs Adam's momentum (exp_avg), which {type(optimizer).__name__} does not keep")
+            raise InputError(f"conflict needs Adam's momentum (exp_avg), which {type(optimizer).__name__} does not keep")
         return {name: state["exp_avg"] for name, state in states.items() if state}
 
     def state(self) -> dict[str, Any]:

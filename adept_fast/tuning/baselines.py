@@ -48,7 +48,7 @@ class Prepared:
 
 def check_rank(model: PreTrainedModel, rank: int) -> None:
     """Raise InputError for a rank above the model's width, at which LoRA is no longer low."""
-    require("tune.lora_rank", rank, int, Range(1, text_config(model).hidden_size, why="the model's width"))
+    require("rank", rank, int, Range(1, text_config(model).hidden_size, why="the model's width"))
 
 
 def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepared:

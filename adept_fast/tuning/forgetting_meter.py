@@ -66,7 +66,7 @@ class Meter:
         self.items = [item for item in items if item.supervised]
         if not self.items:
             raise InputError("a forgetting meter needs items with a supervised token")
-        check(Tuning, "tune.", general_limit=limit, general_action=action)
+        check(Tuning, "general_", limit=limit, action=action)
         self.limit, self.action = limit, action
         self._state = _State()
         self._before: dict[str, Tensor] = {}  # "theta.NAME" and "gradient.NAME"

@@ -35,7 +35,7 @@ class Anchor:
     """items: the general corpus, gone through in order, again and again. Which of them a step takes depends on its number alone."""
 
     def __init__(self, items: Sequence[Item], weight: float, every: int = Tuning.anchor_every, tokens: int = Tuning.anchor_tokens) -> None:
-        check(Tuning, "tune.", needed=True, anchor_weight=weight, anchor_every=every, anchor_tokens=tokens)
+        check(Tuning, "anchor_", needed=True, weight=weight, every=every, tokens=tokens)
         items = [item for item in items if item.input_ids]
         if not items:
             raise InputError("an anchor needs items with a token to compare the model with the base on")

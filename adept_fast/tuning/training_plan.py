@@ -77,7 +77,7 @@ def plan(
         order = document_order(len(documents), corpus.weights, settings.seed)
         blocks = Blocks(documents, order, block_size, padding, one_per_row)
         if not len(blocks):
-            raise InputError("domain: its weights leave no document of two tokens or more to train on")
+            raise InputError("corpus: its weights leave no document of two tokens or more to train on", "corpus")
         steps, in_epoch = _steps(args, per_step, len(blocks))
         size = len(documents), blocks.tokens, len(blocks)
         return Plan(*size, block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer), blocks
@@ -110,8 +110,10 @@ def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, 
     """Steps of the run and of an epoch of so many blocks. Raises InputError for batches or a warmup that do not fit them."""
     if per_step > MANY_EPOCHS * blocks:
         raise InputError(
-            f"tune.per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {per_step:,} blocks, the corpus has "
-            f"{math.ceil(blocks):,}: give a smaller one, or a smaller tune.block_size"
+            f"per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {per_step:,} blocks, the corpus has "
+            f"{math.ceil(blocks):,}: give a smaller one, or a smaller block_size",
+            "per_device_train_batch_size",
+            "block_size",
         )
     in_epoch = math.ceil(blocks / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(in_epoch * args.num_train_epochs)
@@ -123,5 +125,5 @@ def _counted(corpus: StreamedText, encoder: Encoder, needed: bool) -> list[tuple
     """Documents and tokens of each source, where steps or shares depend on them; tokens pass over once for it."""
     unshared = sum(source.share is None for source in corpus.sources)
     if needed and not unshared:
-        raise InputError("tune.max_steps is needed: with a share given for every source nothing says how long an epoch is")
+        raise InputError("max_steps is needed: with a share given for every source nothing says how long an epoch is", "max_steps")
     return corpus.count(encoder) if needed or unshared > 1 else None

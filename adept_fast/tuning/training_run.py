@@ -117,7 +117,7 @@ class Run:
         args = arguments(settings, books.work, books.quiet, planned.steps)
         if args.world_size != distributed.processes():
             found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
-            raise InputError(f"{found}: start them by accelerate launch, on CPUs with tune.use_cpu=true")
+            raise InputError(f"{found}: start them by accelerate launch, on CPUs with use_cpu=true", "use_cpu")
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
         last = books.last

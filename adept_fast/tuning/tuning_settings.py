@@ -25,13 +25,13 @@ from adept_fast.tuning.unit_rates import RateRule
 @dataclass(frozen=True)
 class TuningSettings(Tuning):
     """What steers a run; `training`: TrainingArguments by name. equal_rates: every unit at the same rate. Raises InputError for values
-    that are none of their key's."""
+    that are none of their argument's."""
 
     equal_rates: bool = declare(False)
     seed: int = declare(0, SEEDS)
 
     def __post_init__(self) -> None:
-        check(TuningSettings, "tune.", **vars(self))
+        check(TuningSettings, **vars(self))
         for name, value in self.training.items():
             checked(name, value)
 
@@ -79,32 +79,35 @@ def check_settings(settings: TuningSettings) -> None:
     except InputError:
         raise
     except REFUSALS as error:
-        raise InputError(f"{_refused(settings, error)}: {_said(error)}") from None
+        causes = _refused(settings, error)
+        raise InputError(f"{', '.join(causes) or 'training'}: {_said(error)}", *(causes or ["training"])) from None
     if args.max_steps > 0:
         check_warmup(args, args.max_steps)
     if args.learning_rate * args.weight_decay > 1:
-        found = f"tune.learning_rate={args.learning_rate:g} times tune.weight_decay={args.weight_decay:g}"
-        raise InputError(f"{found} is above 1: a step would take more than the whole of each weight away")
+        found = f"learning_rate={args.learning_rate:g} times weight_decay={args.weight_decay:g}"
+        why = "a step would take more than the whole of each weight away"
+        raise InputError(f"{found} is above 1: {why}", "learning_rate", "weight_decay")
 
 
 def check_meter(settings: TuningSettings, metering: Sequence[Any]) -> None:
     """Raise InputError where general loss is limited, and nothing held back to measure it on."""
     if settings.general_limit is not None and not metering:
-        raise InputError("tune.general_limit: the probe is too small to hold items back for it: give a probe of 20 items or more")
+        why = "the probe is too small to hold items back for it: give a probe of 20 items or more"
+        raise InputError(f"general_limit: {why}", "general_limit")
 
 
 def check_warmup(args: TrainingArguments, steps: int) -> None:
     """Raise InputError for a warmup that a run of so many steps would not see the end of."""
     if args.warmup_steps > steps:
-        raise InputError(f"tune.warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps: give fewer, or a share below 1")
+        found = f"warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps"
+        raise InputError(f"{found}: give fewer, or a share below 1", "warmup_steps")
 
 
-def _refused(settings: TuningSettings, error: Exception) -> str:
+def _refused(settings: TuningSettings, error: Exception) -> list[str]:
     """The keys for which transformers raises it: those that were given, and without one of which it takes the rest, or refuses another."""
     given = [name for name, value in settings.training.items() if name not in DEFAULTS or value != DEFAULTS[name]]
     outcomes = {name: _outcome(settings, without=name) for name in given}
-    causes = [name for name in given if outcomes[name] is None] or [name for name in given if outcomes[name] != _said(error)]
-    return ", ".join(f"tune.{name}" for name in causes) or "tune"
+    return [name for name in given if outcomes[name] is None] or [name for name in given if outcomes[name] != _said(error)]
 
 
 def _outcome(settings: TuningSettings, without: str) -> str | None:
@@ -123,11 +126,12 @@ def _tried(settings: TuningSettings) -> TrainingArguments:
     """What transformers makes of them, tried on a model of one weight."""
     args = arguments(settings, Path("unused"), quiet=True)
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise InputError("tune.use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false")
+        raise InputError("use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false", "use_liger_kernel")
     options = args.gradient_checkpointing_kwargs or {}
     checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options}).backward()
     if args.gradient_checkpointing and not settings.equal_rates and options.get("use_reentrant"):
-        raise InputError("tune.gradient_checkpointing_kwargs: importances need use_reentrant: false: leave it out")
+        key = "gradient_checkpointing_kwargs"
+        raise InputError(f"{key}: importances need use_reentrant: false: leave it out", key)
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
     stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
     schedule = get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)

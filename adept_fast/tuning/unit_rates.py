@@ -105,8 +105,8 @@ class RateRule:
     conflict: bool = Tuning.rate_conflict
 
     def __post_init__(self) -> None:
-        named = {} if callable(self.map) else {"rate_map": self.map}
-        check(Tuning, "tune.", **named, rate_floor=self.floor, rate_average=self.average, rate_conflict=self.conflict)
+        named = {} if callable(self.map) else {"map": self.map}
+        check(Tuning, "rate_", **named, floor=self.floor, average=self.average, conflict=self.conflict)
 
     def spread_out(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
         """2 (1 - I_norm), averaged with `before`, the result of the last refresh: fp64 [units].

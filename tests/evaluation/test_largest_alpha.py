@@ -64,5 +64,5 @@ def test_the_ends_of_the_dial(tuned: Path, general: EvaluationCorpus) -> None:
     found = largest_alpha(model, general, None, 0.0, quiet=True)
     assert (found["alpha"], found["rise"], found["high"]) == (0, 0, 0) and found["tried"][1]["high"] > 0
     for limit in (-0.1, float("nan")):
-        with pytest.raises(InputError, match="eval.general_limit"):
+        with pytest.raises(InputError, match="^limit must be"):
             largest_alpha(model, general, None, limit)

@@ -328,7 +328,7 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     given += ["expand.k=4", "score.max_items=4", "tune.max_items=4", "tune.max_steps=2", "tune.block_size=64"]
     given += ["eval.max_items=4", "eval.general_limit=9"]
     assert main(["run", *given, "expand.k=5"]) == 2 and "from 1 to 4" in capsys.readouterr().err
-    assert main(["run", *given, "score.regret=0.1"]) == 2 and "a race's k must be a whole number from 1 to 3" in capsys.readouterr().err
+    assert main(["run", *given, "score.regret=0.1"]) == 2 and "expand.k must be a whole number from 1 to 3" in capsys.readouterr().err
     assert main(["run", *given, "expand.budget.parameters=0.9"]) == 0, capsys.readouterr().err
     assert "alpha 1 is the largest share" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["dial"]["limit"] == 9

@@ -69,7 +69,7 @@ def test_on_disk_as_in_memory(how: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_one_is_refused() -> None:
-    with pytest.raises(InputError, match="expand.initialisation must be one of zero_output"):
+    with pytest.raises(InputError, match="^initialisation must be one of zero_output"):
         expand_model(tiny_models.model(), [1], "ones")
 
 

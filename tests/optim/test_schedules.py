@@ -59,7 +59,7 @@ def test_settings_of_wsd_are_kept(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "cosin"}, "cosin"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_type": "wsd", "lr_scheduler_kwargs": {"decay": 3}}, "decay"),
-        ({"eval_strategy": "steps", "eval_steps": 5}, "tune.eval_steps"),
+        ({"eval_strategy": "steps", "eval_steps": 5}, "every eval_steps"),
     ],
 )
 def test_schedules_that_cannot_work_are_refused_early(training: dict, message: str) -> None:

@@ -200,7 +200,7 @@ def test_copies_are_no_candidates_and_a_race_bounds_the_regret_among_the_others(
     assert sum(stability["frequency"]) == pytest.approx(2) and stability["frequency"][2] == stability["frequency"][5] == 0
     with pytest.raises(InputError, match="from 1 to 6, the number"):
         select_layers(exact, 7)
-    with pytest.raises(InputError, match="a race's k must be a whole number from 1 to 5"):
+    with pytest.raises(InputError, match="^k must be a whole number from 1 to 5"):
         score_layers(model, items, race=Race(k=6), quiet=True)
 
 

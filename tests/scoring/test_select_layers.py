@@ -262,7 +262,7 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", f"probe={tmp_path / 'probe.jsonl'}"]
     race = Workspace(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)), quiet=True)
-    with pytest.raises(InputError, match="a race's k must be a whole number from 1 to 5"), race.held():
+    with pytest.raises(InputError, match="^expand.k must be a whole number from 1 to 5"), race.held():
         STAGES["score"](race)
     assert not (tmp_path / "out").exists(), "something was measured first"
     said: list[str] = []

@@ -50,7 +50,7 @@ def test_names_and_numbers_of_units() -> None:
     fused = Units.of(expanded("phi3"))
     assert [unit.kind for unit in fused][:4] == ["o_proj", "qkv_proj[q]", "qkv_proj[k]", "qkv_proj[v]"]
     assert {unit.name for unit in fused} >= {"model.layers.2.mlp.gate_up_proj[gate]", "model.layers.5.mlp.gate_up_proj[up]"}
-    with pytest.raises(InputError, match="units must be one of"):
+    with pytest.raises(InputError, match="^granularity must be one of"):
         Units.of(llama, "layer")
     with pytest.raises(InputError, match="no adept_config"):
         Units.of(tiny_models.model())
