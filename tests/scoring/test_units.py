@@ -155,7 +155,7 @@ def test_callable_maps_are_checked() -> None:
     for bad in (lambda values, units: values[:3], lambda values, units: -values, lambda values, units: values / 0):
         with pytest.raises(InputError, match="finite values >= 0"):
             unit_rates(given, bad)
-    with pytest.raises(InputError, match="rate_map must be one of"):
+    with pytest.raises(InputError, match="^map must be one of"):
         unit_rates(given, "ranks")
     with pytest.raises(InputError, match="q_proj is not finite"):
         unit_rates(importance([float("nan")] * 18, units))
