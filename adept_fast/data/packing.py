@@ -39,7 +39,7 @@ class Cut:
         least = 4 * (self.begin + 1)
         if self.begin and self.block_size < least:
             found = f"block_size={self.block_size}: too small for a tokenizer that begins every text with {self.begin} tokens"
-            raise InputError(f"{found}: give {least} or more")
+            raise InputError(f"{found}: give {least} or more", "block_size")
 
     @property
     def shortest(self) -> int:
