@@ -148,11 +148,11 @@ def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Ten
     from `rate_groups`. Raises InputError for one that is neither, and for units of another model or rates that are not one a unit, finite
     and >= 0."""
     model, rates = bare(model), torch.as_tensor(rates)
-    units.require_fitting(model)
     if rates.shape != (len(units),) or not bool((rates.isfinite() & (rates >= 0)).all()):
         raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit, found shape {tuple(rates.shape)}")
     if not isinstance(optimizer, AdamW):
-        set_group_rates(optimizer, units, rates)
+        set_group_rates(optimizer, units, rates)  # of an engine, perhaps, that has flattened the parameters
         return
+    units.require_fitting(model)
     for name, multipliers in units.spread(rates).items():
         optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)
