@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationCorpus:
-    """items: what the loss is taken on. candidates and answers: for questions, one an item; else empty."""
+    """items: what the loss is taken on. candidates and answers: for questions, one an item; else empty. notes: what was cut or left out."""
 
     name: str
     items: tuple[Item, ...]
     candidates: tuple[Candidates, ...] = ()
     answers: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def corpus(
     name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None = None
 ) -> EvaluationCorpus:
-    """Tokenise records, all questions or none. Texts are cut to `max_length` tokens; questions that are longer are left out.
+    """Tokenise records, all questions or none. Texts are cut to `max_length` tokens; questions that are longer are left out. `notes` counts
+    both.
 
     vocabulary: what the tokens of records that are tokenised already must be below.
     """
@@ -37,21 +39,35 @@ def corpus(
         other = next(record for record in records if not is_choice(record))
         raise InputError(f"{other.where}: no 'choices', as other records of {name} have: keep questions and texts in separate files")
     if not questions:
-        items = [_cut(tokenize_item(record, tokenizer, vocabulary=vocabulary), max_length) for record in records]
-        items = [item for item in items if item.supervised]
+        whole = [tokenize_item(record, tokenizer, vocabulary=vocabulary) for record in records]
+        cut = [_cut(item, max_length) for item in whole]
+        items = [item for item in cut if item.supervised]
         if not items:
-            raise InputError(f"{name}: no supervised token within the model's {max_length} positions")
-        return EvaluationCorpus(name, tuple(items))
-    asked = [tokenize_choices(record, tokenizer) for record in questions]
-    asked = [choices for choices in asked if max(len(option.input_ids) for option in choices.options) <= max_length]
+            raise InputError(f"{name}: no supervised token within the first {max_length} tokens of its texts")
+        longer = sum(len(item.input_ids) > max_length for item in whole)
+        unanswered = len(cut) - len(items)
+        notes = (
+            _note(name, longer, len(whole), "texts", f"are longer than {max_length} tokens: the loss is taken on their first {max_length}"),
+            _note(name, unanswered, len(whole), "texts", f"have no supervised token in their first {max_length}: they are left out"),
+        )
+        return EvaluationCorpus(name, tuple(items), notes=tuple(filter(None, notes)))
+    every = [tokenize_choices(record, tokenizer) for record in questions]
+    asked = [choices for choices in every if max(len(option.input_ids) for option in choices.options) <= max_length]
     if not asked:
-        raise InputError(f"{name}: no question fits the model's {max_length} positions")
+        raise InputError(f"{name}: no question fits in {max_length} tokens")
+    long = _note(name, len(every) - len(asked), len(every), "questions", f"do not fit in {max_length} tokens: they are left out")
     return EvaluationCorpus(
         name,
         tuple(choices.options[choices.answer] for choices in asked),
         tuple(map(_first_difference, asked)),
         tuple(choices.answer for choices in asked),
+        (long,) if long else (),
     )
+
+
+def _note(name: str, count: int, total: int, what: str, fate: str) -> str:
+    """A line; empty where the count is 0."""
+    return f"{name}: {count:,} of {total:,} {what} {fate}" if count else ""
 
 
 def _cut(item: Item, length: int) -> Item:

@@ -28,7 +28,8 @@ def evaluation_corpora(work: Workspace) -> tuple[EvaluationCorpus, EvaluationCor
     if work.recipe.domain or work.recipe.eval.domain:
         records["domain"] = work.corpora.held_out(limit)
     found = {name: corpus(name, each, work.encoder, work.positions, work.vocabulary(each)) for name, each in records.items()}
-    work.tell(work.encoder.news("what is evaluated on"))
+    for line in (work.encoder.news("what is evaluated on"), *(note for each in found.values() for note in each.notes)):
+        work.tell(line)
     return found["general"], found.get("domain"), {name: work.corpora.digest(each) for name, each in records.items()}
 
 

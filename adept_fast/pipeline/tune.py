@@ -90,6 +90,8 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.encoder, limit, work.vocabulary(records))
+    for line in held.notes:
+        work.say(line)
     monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
     with books.nothing_left_by_a_refusal():
         if record is not None:
