@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted, versions
+from adept_fast.checkpoints.adept_config import FILE, AdeptConfig, Inserted, versions
 from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
@@ -78,7 +78,7 @@ def write_remade(
 
     def check(written: Path) -> None:
         prove_bytes(plan, written)
-        made = OnDisk.open(written)
+        made = _opened(written, on_disk)
         kind = kind_of(source["tensors_digest"])
         if made.originals_digest(record, kind) != source["tensors_digest"]:
             raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
@@ -86,6 +86,18 @@ def write_remade(
             prove(written)
 
     return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
+
+
+def _opened(written: Path, on_disk: OnDisk) -> OnDisk:
+    """What was written, opened again. Its bytes are proven and its config is the record's: where they contradict each other the record is
+    wrong, and no folder that is removed again is named."""
+    try:
+        return OnDisk.open(written)
+    except InputError as error:
+        record = on_disk.folder / FILE
+        where = f"{record}: its source.config" if record.is_file() else f"{on_disk.folder}: its config"
+        reason = str(error).replace(str(written), "what it gives")
+        raise InputError(f"{where} does not fit the tensors ({reason}): restore it") from error
 
 
 def _parameters(on_disk: OnDisk, record: AdeptConfig, layers: Sequence[Layer]) -> dict[str, int]:

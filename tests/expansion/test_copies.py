@@ -179,6 +179,19 @@ def test_a_record_without_its_tables_is_refused(made: Path, tmp_path: Path, key:
         AdeptConfig.load(tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"intermediate_size": 56}])
+def test_a_record_whose_config_contradicts_the_tensors_is_named(made: Path, tmp_path: Path, changes: dict[str, int]) -> None:
+    folder = shutil.copytree(made / "a", tmp_path / "a")
+    record = json.loads((folder / "adept_config.json").read_text())
+    record["source"]["config"] |= changes
+    (folder / "adept_config.json").write_text(json.dumps(record))
+    for number, way in enumerate((remove_copies, lambda *paths: dial(*paths, 0.5, quiet=True))):
+        with pytest.raises(InputError) as refusal:
+            way(folder, tmp_path / f"out{number}")
+        assert str(folder / "adept_config.json") in str(refusal.value) and ".partial" not in str(refusal.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> None:
     """It has sha256 digests, by which copies are removed and applied, and compared with those of a later record."""
     folder = shutil.copytree(made / "a", tmp_path / "old")
