@@ -127,7 +127,7 @@ def _ways(shapes: list[tuple[int, int]], units: int, setup: Setup, device: torch
     plain, by_unit, by_row, by_column, clipped = ours(), ours(), ours(), ours(), ours(max_grad_norm=1e9)
     for other in (by_unit, by_row, by_column, clipped):
         # One state for all: a state each would not fit a GPU, and remainders would be cleared as after an edit, at each other's steps.
-        other.state, other._written = plain.state, plain._written
+        other.state, other._collector.written = plain.state, plain._collector.written
     multipliers = _multipliers(units, device).split([len(rows) for rows in cut])
     for p, rows, values in zip(params, cut, multipliers, strict=True):
         by_unit.set_unit_lr(p, values.repeat_interleave(torch.tensor(rows, device=device)))

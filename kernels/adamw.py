@@ -18,10 +18,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adept_fast.kernels.adamw_scalars import ROW, SCALARS, mix, prepare_kernel
-from adept_fast.kernels.adamw_tables import MODES, by_setup, chunks_on, groups_on, tensors_on
-from adept_fast.ops.adamw.descriptors import WORDS
-from adept_fast.ops.adamw.planned_rows import Table
+from adept_fast.kernels.adamw_scalars import (
+    CORRECTION,
+    EPSILON,
+    GRAD_SCALE,
+    KEY_HIGH,
+    KEY_LOW,
+    RATE,
+    ROW,
+    SCALARS,
+    SLOW1,
+    SLOW2,
+    UPDATES,
+    WEIGHT1,
+    WEIGHT2,
+    WEIGHT_DECAY,
+    mix,
+    prepare_kernel,
+)  # fmt: skip
+from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
+from adept_fast.ops.adamw.descriptors import WORD, WORDS
+from adept_fast.ops.adamw.table import Table
+from adept_fast.ops.native_formats import MODES
 
 BLOCK = 1024  # elements at a time; unit numbers are computed exactly up to 1024
 BLOCKS = 8  # in a row, by one program
@@ -30,6 +48,17 @@ COPY = tl.constexpr(MODES["copy"])
 REMAINDER = tl.constexpr(MODES["remainder"])
 KAHAN = tl.constexpr(MODES["kahan"])
 STOCHASTIC = tl.constexpr(MODES["stochastic"])
+PARAM_WORD = tl.constexpr(WORD.param)
+GRAD_WORD = tl.constexpr(WORD.grad)
+EXP_AVG_WORD = tl.constexpr(WORD.exp_avg)
+EXP_AVG_SQ_WORD = tl.constexpr(WORD.exp_avg_sq)
+MAX_EXP_AVG_SQ_WORD = tl.constexpr(WORD.max_exp_avg_sq)
+MASTER_WORD = tl.constexpr(WORD.master)
+MULTIPLIERS_WORD = tl.constexpr(WORD.multipliers)
+NUMEL_WORD = tl.constexpr(WORD.numel)
+LENGTH_WORD = tl.constexpr(WORD.length)
+INNER_WORD = tl.constexpr(WORD.inner)
+FIRST_INDEX_WORD = tl.constexpr(WORD.first_index)
 # Triton's own division and square root flush denormals; its interpreter, which does not, knows no PTX.
 PTX = tl.constexpr(isinstance(mix, triton.JITFunction) and torch.version.hip is None)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -215,32 +244,32 @@ def update_kernel(
     first = (chunk >> 32) * (BLOCK * BLOCKS)
     row = rows + tensor * ROW
     s = scalars + tensor * SCALARS
-    if tl.load(s + 11) != 0.0:
-        lr = tl.load(s)
-        weight_decay = tl.load(s + 1)
-        correction = tl.load(s + 2)
+    if tl.load(s + UPDATES) != 0.0:
+        lr = tl.load(s + RATE)
+        weight_decay = tl.load(s + WEIGHT_DECAY)
+        correction = tl.load(s + CORRECTION)
         scalar = (
-            tl.load(s + 3).to(tl.float32),
-            tl.load(s + 4).to(tl.float32),
-            tl.load(s + 5).to(tl.float32),
-            tl.load(s + 6).to(tl.float32),
-            tl.load(s + 7) != 0.0,
-            tl.load(s + 8) != 0.0,
-            tl.load(s + 9).to(tl.uint32),
-            tl.load(s + 10).to(tl.uint32),
+            tl.load(s + GRAD_SCALE).to(tl.float32),
+            tl.load(s + EPSILON).to(tl.float32),
+            tl.load(s + WEIGHT1).to(tl.float32),
+            tl.load(s + WEIGHT2).to(tl.float32),
+            tl.load(s + SLOW1) != 0.0,
+            tl.load(s + SLOW2) != 0.0,
+            tl.load(s + KEY_LOW).to(tl.uint32),
+            tl.load(s + KEY_HIGH).to(tl.uint32),
         )
-        param = tl.load(row)
-        grad = tl.load(row + 1)
-        exp_avg = tl.load(row + 2)
-        exp_avg_sq = tl.load(row + 3)
-        max_exp_avg_sq = tl.load(row + 4)
-        master = tl.load(row + 5)
+        param = tl.load(row + PARAM_WORD)
+        grad = tl.load(row + GRAD_WORD)
+        exp_avg = tl.load(row + EXP_AVG_WORD)
+        exp_avg_sq = tl.load(row + EXP_AVG_SQ_WORD)
+        max_exp_avg_sq = tl.load(row + MAX_EXP_AVG_SQ_WORD)
+        master = tl.load(row + MASTER_WORD)
         addresses = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master)
-        multipliers = tl.load(row + 7)
-        numel = tl.load(row + 8)
-        length = tl.load(row + 9)
-        inner = tl.load(row + 10)
-        first_index = tl.load(row + 11)
+        multipliers = tl.load(row + MULTIPLIERS_WORD)
+        numel = tl.load(row + NUMEL_WORD)
+        length = tl.load(row + LENGTH_WORD)
+        inner = tl.load(row + INNER_WORD)
+        first_index = tl.load(row + FIRST_INDEX_WORD)
         aligned = ((param | grad | exp_avg | exp_avg_sq | max_exp_avg_sq | master) & 15) == 0
         # 64-bit division is slow: once here, then unit and place in it move along.
         unit = first // inner
@@ -282,7 +311,7 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
         return
     device = updates[0].param.device
     rows, setups = by_setup(table)
-    numels = rows[8::WORDS]
+    numels = rows[WORD.numel :: WORDS]
     with torch.cuda.device_of(updates[0].param):
         tensors, groups = tensors_on(device, rows, updates), groups_on(device, table.options)
         chunks = chunks_on(device, numels, BLOCK * BLOCKS)
@@ -290,7 +319,7 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
         grid = (triton.cdiv(len(updates), TENSORS),)
         prepare_kernel[grid](tensors, groups, scalars, grad_scale, found_inf, len(updates), TENSORS=TENSORS, enable_fp_fusion=False)
         tensor = program = 0
-        for (param, grad, moments, mode, amsgrad), count in setups:
+        for setup, count in setups:
             programs = sum(-(-n // (BLOCK * BLOCKS)) for n in numels[tensor : tensor + count])
             if programs:
                 update_kernel[(programs,)](
@@ -298,11 +327,11 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
                     chunks,
                     scalars,
                     program,
-                    PARAM=TRITON_DTYPES[param],
-                    GRAD=TRITON_DTYPES[grad],
-                    MOMENTS=TRITON_DTYPES[moments],
-                    MODE=MODES[mode],
-                    AMSGRAD=amsgrad,
+                    PARAM=TRITON_DTYPES[setup.param],
+                    GRAD=TRITON_DTYPES[setup.grad],
+                    MOMENTS=TRITON_DTYPES[setup.moments],
+                    MODE=MODES[setup.mode],
+                    AMSGRAD=setup.amsgrad,
                     BLOCK=BLOCK,
                     BLOCKS=BLOCKS,
                     enable_fp_fusion=False,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from struct import pack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.descriptors import WORDS
-from adept_fast.ops.adamw.planned_rows import Table
+from adept_fast.ops.adamw.descriptors import group_rows
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.table import ROW_BYTES, Table
 
-GROUP_WORDS = 10
-MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4}
 TABLES_KEPT = 64
 RESERVED_WORDS = 2**17  # of pinned memory
 
@@ -37,19 +34,16 @@ _reserve = torch.empty(0, dtype=torch.int64)
 
 def by_setup(table: Table) -> tuple[array[int], list[tuple[Setup, int]]]:
     """(rows of the table, those of a set-up together; set-ups with their number of rows, in that order)."""
-    found: dict[tuple[torch.dtype, torch.dtype, torch.dtype, str | None, bool], list[int]] = {}
+    found: dict[Setup, list[int]] = {}
     for i, u in enumerate(table.updates):
-        setup = (u[0].dtype, u[1].dtype, u[2].dtype, u[12].master_weights, u[4] is not None)
-        if setup in found:
-            found[setup].append(i)
-        else:
-            found[setup] = [i]
+        mode = None if u.param.dtype == torch.float32 else u.options.master_weights
+        setup = Setup(u.param.dtype, u.grad.dtype, u.exp_avg.dtype, mode, u.max_exp_avg_sq is not None)
+        found.setdefault(setup, []).append(i)
     rows = table.rows
     if len(found) > 1:
         content = rows.tobytes()
-        rows = array("q", b"".join(content[8 * WORDS * i : 8 * WORDS * (i + 1)] for part in found.values() for i in part))
-    setups = [(Setup(*setup[:3], None if setup[0] == torch.float32 else setup[3], setup[4]), len(part)) for setup, part in found.items()]
-    return rows, setups
+        rows = array("q", b"".join(content[ROW_BYTES * i : ROW_BYTES * (i + 1)] for part in found.values() for i in part))
+    return rows, [(setup, len(part)) for setup, part in found.items()]
 
 
 def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]) -> Tensor:
@@ -63,21 +57,14 @@ def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]
 
 
 def groups_on(device: torch.device, options: Sequence[AdamWOptions]) -> Tensor:
-    """A row: lr, beta1, beta2, eps, weight_decay, maximize (fp64), addresses of lr, beta1 and beta2 where they are tensors on the device,
-    and which are (2 bits each; fp32 1, fp64 2)."""
-    rows = bytearray()
-    for o in options:
-        numbers, addresses, kinds = [], [], 0
-        for i, x in enumerate(o[:3]):
-            kind = 0
-            if isinstance(x, Tensor):
-                kind = 1 if x.dtype == torch.float32 else 2 if x.dtype == torch.float64 else 0
-                kind = kind if x.device == device else 0
-            numbers.append(0.0 if kind else float(x))
-            addresses.append(x.data_ptr() if kind else 0)
-            kinds |= kind << 2 * i
-        rows += pack("6d4q", *numbers, o.eps, o.weight_decay, o.maximize, *addresses, kinds)
-    return _on_device("groups", bytes(rows), lambda: torch.frombuffer(rows, dtype=torch.int64), device)
+    """The rows of groups. lr and betas stay tensors where the kernels can read them; others are read here."""
+
+    def readable(x: float | Tensor) -> float | Tensor:
+        there = isinstance(x, Tensor) and x.device == device and x.dtype in (torch.float32, torch.float64)
+        return x if there else float(x)
+
+    rows = group_rows([o._replace(lr=readable(o.lr), beta1=readable(o.beta1), beta2=readable(o.beta2)) for o in options])
+    return _on_device("groups", rows, lambda: torch.frombuffer(bytearray(rows), dtype=torch.int64), device)
 
 
 def chunks_on(device: torch.device, numels: array[int], size: int) -> Tensor:

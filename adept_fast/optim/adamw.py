@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
+from adept_fast.ops.adamw.memory_order import Operands
 from adept_fast.ops.adamw.op import launch, sum_of_squares
 from adept_fast.ops.adamw.reference import clip_scale
 from adept_fast.optim.arguments import (
@@ -20,9 +21,10 @@ from adept_fast.optim.arguments import (
     checked_multipliers,
     checked_rates,
     checked_scale,
+    refuse_sparse,
 )  # fmt: skip
-from adept_fast.optim.state import RATES, protect_from_cast, rates_into_state, restored, widen_sharded_remainders
-from adept_fast.optim.update_collection import Rows, scalar
+from adept_fast.optim.state import RATES, Settings, protect_from_cast, rates_into_state, restored, state_format, widen_sharded_remainders
+from adept_fast.optim.update_collection import StepUpdates, UpdateCollector, backend_of, options_of, scalar
 from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_heal
 )
 
 
-class AdamW(Rows):
+class AdamW(torch.optim.Optimizer):
     r"""AdamW with a learning-rate multiplier per unit (row, column, expert, parameter), exact low-precision masters and fused clipping.
 
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
@@ -99,7 +101,7 @@ class AdamW(Rows):
         check_own_arguments(state_dtype, master_weights, max_grad_norm)
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend
-        self._written, self._plans = {}, {}
+        self._collector = UpdateCollector()
         defaults = {
             "lr": lr,
             "betas": tuple(scalar(beta) for beta in betas),
@@ -123,7 +125,7 @@ class AdamW(Rows):
             check_hyperparameters(number, group)
             for position, param in enumerate(group["params"]):
                 check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
-                self._backend(group, param)
+                backend_of(self._settings(), param)
             if RATES in group:
                 group[RATES] = checked_rates(f"group {number}", group, group[RATES])
         except (ValueError, RuntimeError):
@@ -157,7 +159,8 @@ class AdamW(Rows):
     def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
         """(multipliers, dim) of `param` as set, dim counted from the front, or None. Raises InputError for a parameter that is not here."""
         group, position = self._locate(param)
-        return group.get(RATES, {}).get(position)
+        rates: dict[int, tuple[Tensor, int]] = group.get(RATES, {})
+        return rates.get(position)
 
     def _locate(self, param: Tensor) -> tuple[dict[str, Any], int]:
         for group in self.param_groups:
@@ -179,26 +182,56 @@ class AdamW(Rows):
         return loss
 
     def _update(self) -> None:
-        work, tables, copies, grads, meshes = self._collected()
-        if not work:
+        settings = self._settings()
+        if torch.compiler.is_compiling() or settings.differentiable:
+            updates = self._described(settings)
+        else:
+            updates = self._collector.collect(settings, self.param_groups, self.state)
+        if not updates.batches:
             return
         found_inf = checked_scale("found_inf", getattr(self, "found_inf", None), torch.float32)
         grad_scale = checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
         scale = None if grad_scale is None else grad_scale.reciprocal()
-        if self.max_grad_norm is not None:
-            summed_by = next((backend for device, backend in work if device.type == "cpu"), "torch")
-            squares = dtensor.total(partial(sum_of_squares, backend=summed_by), grads, meshes)
-            scale = clip_scale(squares, self.max_grad_norm, scale)
-        for (device, backend), updates in work.items():
-            scales = (x if x is None else x.to(device) for x in (scale, found_inf))
-            launch(backend, updates, *scales, tables.get((device, backend)))
-        for original, copy in copies:
+        if settings.max_grad_norm is not None:
+            summed_by = next((backend for device, backend in updates.batches if device.type == "cpu"), "torch")
+            squares = dtensor.total(partial(sum_of_squares, backend=summed_by), updates.grads, updates.meshes)
+            scale = clip_scale(squares, settings.max_grad_norm, scale)
+        for (device, backend), batch in updates.batches.items():
+            scale_there, found_there = (x if x is None else x.to(device) for x in (scale, found_inf))
+            launch(backend, batch.updates, scale_there, found_there, batch.table)
+        for original, copy in updates.copies:
             original.copy_(copy)
-        if self.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        self._written[param] = param._version
+        if settings.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
+            self._collector.note_versions(self.param_groups)
+
+    def _settings(self) -> Settings:
+        differentiable = self.defaults["differentiable"]
+        return Settings(self.state_dtype, self.master_weights, self.max_grad_norm, self.backend, differentiable)
+
+    def _described(self, settings: Settings) -> StepUpdates:
+        """Find the updates of this step without plans, through a method that torch.compile knows."""
+        updates, first = StepUpdates(settings.max_grad_norm is not None), 0
+        for number, group in enumerate(self.param_groups):
+            columns: list[list[Any]] = [[] for _ in Operands._fields]
+            self._init_group(group, first, number, *columns)
+            options = options_of(group, settings)
+            for fields in zip(*columns, strict=True):
+                updates.add_described(Operands(*fields), options)
+            first += len(group["params"])
+        return updates
+
+    def _init_group(self, group: dict[str, Any], first: int, number: int, *columns: list[Any]) -> None:
+        """Append to `columns`, one per field of Operands, what each parameter with a gradient has.
+
+        torch.compile runs a method of this name while it traces, and guards what the lists then hold.
+        """
+        check_hyperparameters(number, group)
+        refuse_sparse(group["params"])
+        for position, param in enumerate(group["params"]):
+            if param.grad is not None:
+                given = self._collector.describe(self._settings(), number, group, position, first, self.state)
+                for column, value in zip(columns, given, strict=True):
+                    column.append(value)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's. Per parameter that has been updated the keys `unit_lr` (fp32, the shape given) and `unit_dim` stand beside its state;
@@ -241,7 +274,8 @@ class AdamW(Rows):
     def _set_state(self, state: dict[str, Any]) -> None:
         before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
-        self._written, self._plans = {}, {}
+        self._collector = UpdateCollector()
+        settings = self._settings()
         for number, group in enumerate(self.param_groups):
             for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
                 group.setdefault(name, self.defaults[name])
@@ -251,7 +285,7 @@ class AdamW(Rows):
             for position, param in enumerate(group["params"]):
                 if param in self.state:
                     where = f"group {number}, parameter {position}"
-                    kept = restored(where, param, self.state[param], self._kept(group, param, self._backend(group, param)))
+                    kept = restored(where, param, self.state[param], state_format(settings, group, param, backend_of(settings, param)))
                     if "unit_lr" in kept:
                         given = kept.pop("unit_lr"), kept.pop("unit_dim", 0)
                         rates[position] = checked_multipliers(param, *given, where=f"{where}: unit_lr")

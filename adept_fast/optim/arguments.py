@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.checks import REAL as DTYPES
+from adept_fast.ops.adamw.checks import REAL
 from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
 
@@ -58,8 +58,8 @@ def check_torch_arguments(
 
 def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | None, max_grad_norm: float | None) -> None:
     """Raise InputError for a state_dtype, master_weights or max_grad_norm that does not exist."""
-    if state_dtype not in (None, *DTYPES):
-        raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, DTYPES))} and None")
+    if state_dtype not in (None, *REAL):
+        raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, REAL))} and None")
     if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
         raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -113,7 +113,8 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
             raise InputError(
                 f"{where}: unit_lr has {position!r}: {given!r}, where {len(group['params'])} positions can have (multipliers, dim)"
             )
-        result[position] = checked_multipliers(group["params"][position], *given, where=f"{where}, parameter {position}: unit_lr")
+        multipliers, dim = given
+        result[position] = checked_multipliers(group["params"][position], multipliers, dim, f"{where}, parameter {position}: unit_lr")
     return result
 
 

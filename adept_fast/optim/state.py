@@ -5,14 +5,16 @@ torch's load_state_dict casts floating states to the parameter's dtype; fp32 rat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.checks import REMEDY, check_count, check_form
+from adept_fast.ops.adamw.checks import MASTER_DTYPES, REMEDY, check_count, check_form
+from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
 
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
@@ -21,9 +23,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
 
 
-@dataclass(frozen=True)
-class Kept:
-    """How one parameter's state is kept: where its step stands, the dtype of its moments, the key (or None) and dtype of its master."""
+class Settings(NamedTuple):
+    """The arguments of AdamW, by their names, that hold for every group."""
+
+    state_dtype: torch.dtype | None
+    master_weights: str | None
+    max_grad_norm: float | None
+    backend: str | None
+    differentiable: bool
+
+
+class StateFormat(NamedTuple):
+    """The form of one parameter's state: the device of its step, the dtype of its moments, the key and dtype of its master."""
 
     step_device: torch.device
     moments: torch.dtype
@@ -31,7 +42,19 @@ class Kept:
     master: torch.dtype
 
 
-def create_missing(where: str, state: dict[str, Any], param: Tensor, kept: Kept, amsgrad: bool) -> None:
+def state_format(settings: Settings, group: Mapping[str, Any], param: Tensor, backend: str) -> StateFormat:
+    """The form that the state of `param` has here."""
+    mode = settings.master_weights if needs_master(param) else None
+    on_device = group["capturable"] or group["fused"] or backend in ("cuda", "triton")
+    return StateFormat(
+        step_device=param.device if on_device else torch.device("cpu"),
+        moments=param.dtype if settings.state_dtype is None or param.is_complex() else settings.state_dtype,
+        master_key=None if mode is None else MASTER_KEYS.get(mode),
+        master=param.dtype if mode is None else MASTER_DTYPES.get(mode, param.dtype),
+    )
+
+
+def create_missing(where: str, state: dict[str, Any], param: Tensor, kept: StateFormat, amsgrad: bool) -> None:
     """Add the keys that an update of `param` needs and `state` lacks: all of them before the first step, later those of an option that
     was switched on. Raises InputError, naming `where`, for a state of which a part is gone."""
     check_complete(where, state)
@@ -53,24 +76,26 @@ def check_complete(where: str, state: dict[str, Any]) -> None:
         raise InputError(f"{where}: its state has {', '.join(map(str, state))} but no {' and no '.join(missing)}; {REMEDY}")
 
 
-def check_placed(where: str, param: Tensor, state: dict[str, Any], kept: Kept, amsgrad: bool) -> None:
+def check_placed(where: str, param: Tensor, state: dict[str, Any], kept: StateFormat, amsgrad: bool) -> None:
     """Raise InputError where the state of a DTensor parameter is cut otherwise than that, or a plain parameter's is cut at all."""
     for key in (*MOMENTS[: 3 if amsgrad else 2], kept.master_key):
         if key is not None:
             check_cut(where, key, state[key], param)
 
 
-def check_cut(where: str, name: str, tensor: object, param: Tensor) -> None:
+def check_cut(where: str, name: str, tensor: Tensor, param: Tensor) -> None:
     """Raise InputError unless `tensor` is a DTensor of the mesh and placements of `param`, or both are plain."""
-    if is_sharded(tensor) != is_sharded(param):
+    if not (is_sharded(tensor) and is_sharded(param)):
+        if not is_sharded(tensor) and not is_sharded(param):
+            return
         raise InputError(f"{where}: {name} is {_cut(tensor)}, its parameter {_cut(param)}; {REMEDY}")
-    if is_sharded(param) and (tensor.device_mesh != param.device_mesh or tensor.placements != param.placements):
+    if tensor.device_mesh != param.device_mesh or tensor.placements != param.placements:
         raise InputError(f"{where}: {name} is {_cut(tensor)}, its parameter {_cut(param)}; {REMEDY}")
-    if is_sharded(param) and tensor.shape != param.shape:
+    if tensor.shape != param.shape:
         raise InputError(f"{where}: {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}; {REMEDY}")
 
 
-def _cut(tensor: object) -> str:
+def _cut(tensor: Tensor) -> str:
     return f"a DTensor {tuple(tensor.placements)} on {tensor.device_mesh}" if is_sharded(tensor) else "no DTensor"
 
 
@@ -118,7 +143,7 @@ def protect_from_cast(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
     return state_dict | {"state": {parameter: wrap(state) for parameter, state in state_dict["state"].items()}}
 
 
-def restored(where: str, param: Tensor, state: dict[str, Any], kept: Kept) -> dict[str, Any]:
+def restored(where: str, param: Tensor, state: dict[str, Any], kept: StateFormat) -> dict[str, Any]:
     """A loaded state, unwrapped, each key in the dtype it is kept in; a master of another mode, or one that was cast, is left out.
 
     Raises InputError, naming `where`, for what is not AdamW's, lacks a key or does not go with `param`."""

@@ -4,192 +4,230 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops import dispatch as backends
-from adept_fast.ops.adamw.checks import check_row
-from adept_fast.ops.adamw.op import Row, in_memory
-from adept_fast.ops.adamw.planned_rows import Table
-from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
-from adept_fast.optim.arguments import DTYPES, check_dtypes, check_hyperparameters, refuse_sparse
-from adept_fast.optim.state import EDITED, MASTER_KEYS, RATES, Kept, check_placed, create_missing
-from adept_fast.optim.update_cache import Plan, plan_of
+from adept_fast.ops import dispatch
+from adept_fast.ops.adamw.checks import REAL, check_operands
+from adept_fast.ops.adamw.memory_order import Operands, Pair, in_memory
+from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.table import Table
+from adept_fast.optim.arguments import check_dtypes, check_hyperparameters, refuse_sparse
+from adept_fast.optim.state import EDITED, RATES, Settings, check_placed, create_missing, state_format
+from adept_fast.optim.update_cache import Place, Plan, outdated, plan_of
 from adept_fast.runtime import dtensor
 
-if TYPE_CHECKING:
-    from adept_fast.ops.adamw.memory_order import Pair
-
-    Place = tuple[torch.device, str]  # device, backend
-    Work = dict[Place, list[Update]]
-    Described = tuple[Update, Sequence[Pair], dtensor.Mesh | None, Place]
+Group = dict[str, Any]
+States = Mapping[Tensor, dict[str, Any]]
 
 
-class Rows(torch.optim.Optimizer):
-    """The part of AdamW, which see, that describes updates and carries none out."""
+@dataclass
+class Batch:
+    """Updates on one device by one backend, and the plan of each."""
 
-    state_dtype: torch.dtype | None
-    master_weights: str | None
-    backend: str | None
-    _written: dict[Tensor, int]  # version counter after the last step, of parameters whose state an edit makes stale
-    _plans: dict[int, tuple[tuple[Any, ...], dict[int, Plan | None]]]  # per group: what they rely on, by position
+    updates: list[Update] = field(default_factory=list)
+    plans: list[Plan | None] = field(default_factory=list)
+    table: Table | None = None
 
-    def _collected(self) -> tuple[Work, dict[Place, Table], list[Pair], list[Tensor], list[dtensor.Mesh | None]]:
-        """The updates of this step by device and backend, tables of those that native code reads, pairs (tensor, copy) to write back, and
-        where gradients are clipped those and their meshes.
 
-        Tensors that are still the same objects as when their update was planned, but not the same memory, are described anew."""
-        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
-            work, *rest = self._walked(self._described)
-            return work, {}, *rest
-        work, *rest = self._walked(self._planned)
-        tables = {place: Table(updates) for place, updates in work.items()}
-        changed = [updates[i].seed for place, updates in work.items() for i in tables[place].changed()]
+@dataclass
+class StepUpdates:
+    """All updates of a step.
+
+    copies: (tensor, copy) to write back. grads, meshes: where gradients are clipped, each and what it is sharded over.
+    """
+
+    clipped: bool
+    batches: dict[Place, Batch] = field(default_factory=dict)
+    copies: list[Pair] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    meshes: list[dtensor.Mesh | None] = field(default_factory=list)
+
+    def add(self, place: Place, update: Update, plan: Plan | None, mesh: dtensor.Mesh | None) -> None:
+        """Append an update; plan: None where it is described in every step."""
+        if place not in self.batches:
+            self.batches[place] = Batch()
+        batch = self.batches[place]
+        batch.updates.append(update)
+        batch.plans.append(plan)
+        if self.clipped:
+            self.grads.append(update.grad)
+            self.meshes.append(mesh)
+
+    def add_described(self, given: Operands, options: AdamWOptions) -> Update:
+        """Append the update of `given`, without a plan."""
+        update, copies = in_memory(given, options)
+        self.copies.extend(copies)
+        self.add((update.param.device, given.backend), update, None, given.mesh)
+        return update
+
+
+@dataclass
+class GroupPlans:
+    """The plans of one group by position, and the settings that they rely on."""
+
+    settings: tuple[Any, ...]
+    plans: dict[int, Plan | None] = field(default_factory=dict)
+
+
+class UpdateCollector:
+    """Finds the updates of each step. Held by AdamW; remembers plans, and which version of a parameter the last step left."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, GroupPlans] = {}  # by number of group
+        self.written: dict[Tensor, int] = {}
+
+    def collect(self, settings: Settings, groups: Sequence[Group], states: States) -> StepUpdates:
+        """Find the updates of this step, with the table of each batch.
+
+        A tensor that is the object that was planned, but not the same memory, is described anew.
+        """
+        step = self._walk(settings, groups, states)
+        changed = [batch.updates[i].seed for batch in step.batches.values() for i in _tabulated(batch)]
         if changed:
-            firsts = [0, *accumulate(len(group["params"]) for group in self.param_groups)]
-            for number in changed:
-                index = bisect_right(firsts, number) - 1
-                self._plans[index][1].pop(number - firsts[index], None)
-            work, *rest = self._walked(self._planned)
-            tables = {place: Table(updates) for place, updates in work.items()}
-        return work, tables, *rest
+            firsts = [0, *accumulate(len(group["params"]) for group in groups)]
+            for seed in changed:
+                number = bisect_right(firsts, seed) - 1
+                self.plans[number].plans.pop(seed - firsts[number], None)
+            step = self._walk(settings, groups, states)
+            for batch in step.batches.values():
+                batch.table = Table(batch.updates)
+        return step
 
-    def _walked(self, described: Callable[..., Iterator[Described]]) -> tuple[Work, list[Pair], list[Tensor], list[dtensor.Mesh | None]]:
-        work: Work = {}
-        copies, grads, meshes, first = [], [], [], 0
-        for number, group in enumerate(self.param_groups):
-            lr, beta1, beta2 = scalar(group["lr"]), *group["betas"]
-            options = AdamWOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], self.master_weights)
-            for update, copied, mesh, place in described(number, group, first, options):
-                if place not in work:
-                    work[place] = []
-                work[place].append(update)
-                if copied:
-                    copies.extend(copied)
-                if self.max_grad_norm is not None:
-                    grads.append(update.grad)
-                    meshes.append(mesh)
+    def _walk(self, settings: Settings, groups: Sequence[Group], states: States) -> StepUpdates:
+        step, first = StepUpdates(settings.max_grad_norm is not None), 0
+        for number, group in enumerate(groups):
+            options = options_of(group, settings)
+            check_hyperparameters(number, group)
+            relied_on = (settings, os.environ.get(dispatch.OVERRIDE), group["amsgrad"], first)
+            if number not in self.plans or self.plans[number].settings != relied_on:
+                self.plans[number] = GroupPlans(relied_on)
+            plans = self.plans[number].plans
+            rates = group.get(RATES, {})
+            dense = False
+            for position, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                plan = plans.get(position)
+                update = None if plan is None else plan.update(param, grad, states[param], rates.get(position), options)
+                if plan is not None and update is not None:
+                    self.reset_if_edited(states, param, plan.master_key)
+                    step.add(plan.place, update, plan, None)
+                    continue
+                if not dense:
+                    refuse_sparse(group["params"])
+                    dense = True
+                given = self.describe(settings, number, group, position, first, states)
+                update, copies = in_memory(given, options)
+                key = state_format(settings, group, param, given.backend).master_key
+                plan = plans[position] = plan_of(param, given, update, key, rates.get(position))
+                step.copies.extend(copies)
+                step.add((update.param.device, given.backend), update, plan, given.mesh)
             first += len(group["params"])
-        return work, copies, grads, meshes
+        return step
 
-    def _planned(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
-        """(update, copies to write back, mesh, (device, backend)) of each parameter with a gradient, by its plan where that still holds."""
-        check_hyperparameters(number, group)
-        settings = (self.backend, os.environ.get(backends.OVERRIDE), self.master_weights, group["amsgrad"], first)
-        if number not in self._plans or self._plans[number][0] != settings:
-            self._plans[number] = settings, {}
-        plans = self._plans[number][1]
-        dense = False
-        for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            plan = plans.get(position)
-            rates = group[RATES].get(position) if RATES in group else None
-            update = None if plan is None else plan.update(param, grad, self.state[param], rates, options)
-            if update is not None:
-                self._reset_if_edited(param, plan.master_key)
-                yield update, (), None, plan.place
-                continue
-            if not dense:
-                refuse_sparse(group["params"])
-                dense = True
-            row = self._row(number, group, position, param, first)
-            update, copies = in_memory(row, options)
-            key = self._kept(group, param, row.backend).master_key
-            plans[position] = plan_of(param, row, update, key, group[RATES].get(position) if RATES in group else None)
-            yield update, copies, row.mesh, (update.param.device, row.backend)
+    def describe(self, settings: Settings, number: int, group: Group, position: int, first: int, states: States) -> Operands:
+        """Gather a parameter's gradient, state (created where missing) and rates, and check them against each other.
 
-    def _described(self, number: int, group: dict[str, Any], first: int, options: AdamWOptions) -> Iterator[Described]:
-        """The same without plans, through a method that torch.compile knows."""
-        columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [], [], [])
-        self._init_group(group, first, number, *columns)
-        for fields in zip(*columns, strict=True):
-            row = Row(*fields)
-            update, copies = in_memory(row, options)
-            yield update, copies, row.mesh, (update.param.device, row.backend)
-
-    def _init_group(self, group: dict[str, Any], first: int, number: int, *columns: list[Any]) -> None:
-        """Append to the columns, one per field of Row, a row for each parameter with a gradient. torch.compile runs a method of this name
-        while it traces, and guards what the lists then hold."""
-        check_hyperparameters(number, group)
-        refuse_sparse(group["params"])
-        for position, param in enumerate(group["params"]):
-            if param.grad is not None:
-                for column, value in zip(columns, self._row(number, group, position, param, first), strict=True):
-                    column.append(value)
-
-    def _row(self, number: int, group: dict[str, Any], position: int, param: Tensor, first: int) -> Row:
-        """A parameter with its gradient, state (created where missing) and rates, checked against each other; of a sharded one, this
-        process's part."""
-        where = f"group {number}, parameter {position}"
-        if param.dtype not in DTYPES and not param.is_complex():
+        first: the position of the group's first parameter among those of all groups.
+        """
+        param, where = group["params"][position], f"group {number}, parameter {position}"
+        if param.dtype not in REAL and not param.is_complex():
             raise InputError(f"{where} is {param.dtype}, which AdamW cannot update: give it no gradient")
-        check_dtypes(where, param, self.master_weights)
-        backend = self._backend(group, param)
-        state, kept = self.state[param], self._kept(group, param, backend)
+        check_dtypes(where, param, settings.master_weights)
+        backend = backend_of(settings, param)
+        state, kept = states[param], state_format(settings, group, param, backend)
         create_missing(where, state, param, kept, group["amsgrad"])
         check_placed(where, param, state, kept, group["amsgrad"])
-        rates, dim = group.get(RATES, {}).get(position, (None, 0))
-        if rates is not None:
-            if rates.shape != param.shape[dim : dim + rates.ndim]:
-                raise InputError(
-                    f"{where}: unit_lr of shape {tuple(rates.shape)} from dim={dim} no longer fits it, now of shape "
-                    f"{tuple(param.shape)}; set them again with set_unit_lr"
-                )
-            if rates.device != param.device:
-                rates = rates.to(param.device)
-                group[RATES][position] = (rates, dim)
+        rates, dim = _fitting_rates(where, group, position, param)
         shard = dtensor.shard_of(param)
-        row = Row(
-            dtensor.local(param),
-            dtensor.local(param.grad, param),
-            dtensor.local(state["exp_avg"]),
-            dtensor.local(state["exp_avg_sq"]),
-            dtensor.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
-            None if kept.master_key is None else dtensor.local(state[kept.master_key]),
-            state["step"],
-            rates if shard is None or rates is None else shard.multipliers(rates, dim),
-            dim,
-            0 if shard is None else shard.first_index,
-            first + position,
-            None if shard is None else shard.mesh,
-            backend,
+        given = Operands(
+            param=dtensor.local(param),
+            grad=dtensor.local(param.grad, param),
+            exp_avg=dtensor.local(state["exp_avg"]),
+            exp_avg_sq=dtensor.local(state["exp_avg_sq"]),
+            max_exp_avg_sq=dtensor.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
+            master=None if kept.master_key is None else dtensor.local(state[kept.master_key]),
+            step=state["step"],
+            multipliers=rates if shard is None or rates is None else shard.multipliers(rates, dim),
+            dim=dim,
+            first_index=0 if shard is None else shard.first_index,
+            seed=first + position,
+            mesh=None if shard is None else shard.mesh,
+            backend=backend,
         )
-        check_row(where, row, self.master_weights, backend)
-        self._reset_if_edited(param, kept.master_key)
-        return row
+        check_operands(where, given, settings.master_weights, backend)
+        self.reset_if_edited(states, param, kept.master_key)
+        return given
 
-    def _reset_if_edited(self, param: Tensor, master_key: str | None) -> None:
+    def reset_if_edited(self, states: States, param: Tensor, master_key: str | None) -> None:
         """Zero a remainder or compensation whose parameter was written to since the last step."""
-        if master_key in EDITED and self._written.get(param, param._version) != param._version:
-            self.state[param][master_key].zero_()
+        if master_key in EDITED and self.written.get(param, param._version) != param._version:
+            states[param][master_key].zero_()
 
-    def _backend(self, group: dict[str, Any], param: Tensor) -> str:
-        """What updates `param`; native code and Triton keep to fp32, bf16 and fp16 on GPUs, fp64 is left to plain torch there."""
-        if self.defaults["differentiable"]:
-            return "torch"
-        name = backends.resolve("adamw", param.device, self.backend)
-        if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, self.state_dtype)):
-            if self.backend or os.environ.get(backends.OVERRIDE):
-                raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
-            return "torch"
-        return name
+    def note_versions(self, groups: Sequence[Group]) -> None:
+        """Remember the version counter that this step left of each parameter it updated."""
+        for group in groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.written[param] = param._version
 
-    def _kept(self, group: dict[str, Any], param: Tensor, backend: str) -> Kept:
-        """How the state of `param` is kept here."""
-        moments = param.dtype if self.state_dtype is None or param.is_complex() else self.state_dtype
-        key = MASTER_KEYS.get(self.master_weights) if needs_master(param) else None
-        master = {"copy": torch.float32, "remainder": torch.int16}.get(self.master_weights, param.dtype)
-        on_device = group["capturable"] or group["fused"] or backend in ("cuda", "triton")
-        return Kept(param.device if on_device else torch.device("cpu"), moments, key, master)
+
+def options_of(group: Group, settings: Settings) -> AdamWOptions:
+    """The hyperparameters of a group as they stand now."""
+    beta1, beta2 = group["betas"]
+    return AdamWOptions(
+        lr=scalar(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+        master_weights=settings.master_weights,
+    )
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """A tensor of one element as a 0-d one; numbers as they are."""
+    """Make a tensor of one element 0-d; numbers stay."""
     return value.squeeze() if isinstance(value, Tensor) else value
+
+
+def backend_of(settings: Settings, param: Tensor) -> str:
+    """Choose what updates `param`. CUDA and Triton keep to fp32, bf16 and fp16; fp64 on a GPU is left to plain torch."""
+    if settings.differentiable:
+        return "torch"
+    name = dispatch.resolve("adamw", param.device, settings.backend)
+    if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, settings.state_dtype)):
+        if settings.backend or os.environ.get(dispatch.OVERRIDE):
+            raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
+        return "torch"
+    return name
+
+
+def _tabulated(batch: Batch) -> list[int]:
+    """Build the table of a batch; returns the indices of updates whose plan does not hold."""
+    batch.table = Table(batch.updates)
+    return outdated(batch.table, batch.plans)
+
+
+def _fitting_rates(where: str, group: Group, position: int, param: Tensor) -> tuple[Tensor | None, int]:
+    """(multipliers, dim) of a parameter, moved to its device; (None, 0) where it has none."""
+    if position not in group.get(RATES, {}):
+        return None, 0
+    rates, dim = group[RATES][position]
+    if rates.shape != param.shape[dim : dim + rates.ndim]:
+        raise InputError(
+            f"{where}: unit_lr of shape {tuple(rates.shape)} from dim={dim} no longer fits it, now of shape "
+            f"{tuple(param.shape)}; set them again with set_unit_lr"
+        )
+    if rates.device != param.device:
+        rates = rates.to(param.device)
+        group[RATES][position] = (rates, dim)
+    return rates, dim

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import Update, adamw_update_
+from adept_fast.ops.adamw.table import Table
 from adept_fast.optim import AdamW
 from tests.support.adamw_cases import CHUNK, FORMATS, OPTIONS, UNITS, Case, assert_same_bits, bits, cases, compare, make, placed
 

@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adept_fast.ops.adamw.descriptors import group_rows, tensor_rows
+from adept_fast.ops.adamw.descriptors import WORD, WORDS, GradientRow, GroupRow, TensorRow, group_rows
 from adept_fast.ops.adamw.reference import Update
+from adept_fast.ops.adamw.table import Columns, Table
+from adept_fast.ops.native_formats import FORMATS as NATIVE_FORMATS
+from adept_fast.ops.native_formats import MODES
 from tests.support.adamw_cases import CHUNK, FORMATS, OPTIONS, UNITS, Case, assert_same_bits, cases, compare, make
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,39 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def row(numel: int, length: int, inner: int) -> array[int]:
-    return array("q", [0] * 8 + [numel, length, inner] + [0] * 5)
+    words = array("q", [0] * WORDS)
+    words[WORD.numel], words[WORD.length], words[WORD.inner] = numel, length, inner
+    return words
+
+
+def declared(header: str, name: str) -> tuple[str, ...]:
+    """The members of a struct, or the numbers of an enum's by their names, as csrc/`header` has them, in order."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / header).read_text(encoding="utf-8"))
+    body = re.search(rf"(?:struct|enum) {name}\b[^{{]*{{(.*?)}};", text, re.DOTALL)
+    assert body is not None, (header, name)
+    members = [part.replace("std::int64_t", "").replace("double", "").strip() for part in re.split(r"[;,]", body[1])]
+    return tuple(member for member in members if member)
+
+
+def test_python_declares_the_words_in_the_order_of_the_structs() -> None:
+    assert TensorRow._fields == declared("descriptor.h", "Tensor")
+    assert GroupRow._fields == declared("descriptor.h", "Group")
+    assert GradientRow._fields == declared("cpu_adamw.h", "Gradient")
+    formats = {torch.float32: "kFp32", torch.bfloat16: "kBf16", torch.float16: "kFp16", torch.float64: "kFp64"}
+    assert tuple(f"{formats[dtype]} = {number}" for dtype, number in NATIVE_FORMATS.items()) == declared("descriptor.h", "Format")
+    assert tuple(f"k{(mode or 'direct').title()} = {number}" for mode, number in MODES.items()) == declared("descriptor.h", "Master")
+
+
+def test_a_table_has_the_fields_of_its_updates() -> None:
+    assert Columns._fields == Update._fields
+    updates = [make(Case((torch.bfloat16,) * 3, "kahan", True, "rows", 1), seed) for seed in (5, 6)]
+    table = Table(updates)
+    for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step", "multipliers"):
+        assert [*table.rows[getattr(WORD, name) :: WORDS]] == [getattr(update, name).data_ptr() for update in updates]
+    for name in ("length", "inner", "first_index", "seed"):
+        assert [*table.rows[getattr(WORD, name) :: WORDS]] == [getattr(update, name) for update in updates]
+    assert [*table.rows[WORD.numel :: WORDS]] == [1001, 1001] and [*table.rows[WORD.group :: WORDS]] == [0, 1]
+    assert [*table.rows[WORD.formats :: WORDS]] == [0b010101] * 2 and [*table.rows[WORD.mode :: WORDS]] == [MODES["kahan"]] * 2
 
 
 def address(words: array[int]) -> ctypes.c_void_p:
@@ -77,9 +112,9 @@ def test_multipliers_of_large_tensors(grid: ctypes.CDLL, length: int, inner: int
 
 
 def on_host(grid: ctypes.CDLL, updates: Sequence[Update], blocks: int, grad_scale: float = 1.0) -> int:
-    rows, options = tensor_rows(list(zip(*updates, strict=True)))
-    groups = ctypes.create_string_buffer(group_rows(options))
-    return grid.step(address(rows), ctypes.c_int64(len(updates)), groups, ctypes.c_int64(blocks), ctypes.c_double(grad_scale))
+    table = Table(updates)
+    groups = ctypes.create_string_buffer(group_rows(table.options))
+    return grid.step(address(table.rows), ctypes.c_int64(len(updates)), groups, ctypes.c_int64(blocks), ctypes.c_double(grad_scale))
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -141,8 +176,9 @@ def test_rows_have_the_size_of_the_structs(extension: Path) -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     update = make(Case((torch.float32,) * 3, None, False, "rows", 0), 0)
-    rows, options = tensor_rows(list(zip(update, strict=True)))
-    assert native.struct_bytes() == {"Tensor": 8 * len(rows), "Group": len(group_rows(options)), "StepScalars": 56}
+    table = Table([update])
+    rows = table.rows
+    assert native.struct_bytes() == {"Tensor": 8 * len(rows), "Group": len(group_rows(table.options)), "StepScalars": 56}
     assert native.adamw_table_size(rows)[0] == -(-update.param.numel() // CHUNK)
     with pytest.raises(ValueError, match="rows of 128 bytes"):
         native.adamw_table_size(rows[:-1])

@@ -68,8 +68,9 @@ def test_two_processes_tune_what_one_tunes(expanded: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, *settings(expanded, "two", batch=2)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith(("plan:", "step ", str(expanded)))]
-    assert told == ["plan", "step 0", "step 2", "step 4", "step 6", str(expanded / "two" / "tuned")], done.stdout
+    tuned = str(expanded / "two" / "tuned")
+    told = [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith(("plan:", "step ", tuned))]
+    assert told == ["plan", "step 0", "step 2", "step 4", "step 6", tuned], done.stdout
     assert main(["tune", *settings(expanded, "one")]) == 0
     logs = [[json.loads(line) for line in (expanded / name / "trainer_log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert [(entry["event"], entry["step"]) for entry in logs[0]] == [(entry["event"], entry["step"]) for entry in logs[1]]

@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.planned_rows import Table
+from adept_fast.ops.adamw.descriptors import WORD, WORDS
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_, split_master
+from adept_fast.ops.adamw.table import Table
 
 pytest.importorskip("triton")
 
@@ -272,7 +273,7 @@ def test_tables_are_kept_until_they_change() -> None:
     def tables() -> list[Tensor]:
         table = Table(updates)
         rows, _ = by_setup(table)
-        return [tensors_on(device, rows, updates), groups_on(device, table.options), chunks_on(device, rows[8::16], 128)]
+        return [tensors_on(device, rows, updates), groups_on(device, table.options), chunks_on(device, rows[WORD.numel :: WORDS], 128)]
 
     first, again = tables(), tables()
     assert all(x is y for x, y in zip(first, again, strict=True))

@@ -166,7 +166,7 @@ def test_changes_between_steps_do_what_they_do_without_plans(first: Callable[[Ad
                 if change is not None:
                     change(opt)
                 if forgets:
-                    opt._plans.clear()
+                    opt._collector.plans.clear()
                 opt.step()
             ends.append([tensor.detach() for group in opt.param_groups for param in group["params"] for tensor in _kept(opt, param)])
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), (first.__name__, second.__name__)
@@ -294,7 +294,7 @@ def test_plans_hold_from_the_second_step_on_and_keep_no_gradient(monkeypatch: py
     give_gradients(params, 0)
     opt.step()
     described = []
-    monkeypatch.setattr(opt, "_row", lambda *arguments: described.append(arguments))
+    monkeypatch.setattr(opt._collector, "describe", lambda *arguments: described.append(arguments))
     give_gradients(params, 1)
     gone = [weakref.ref(param.grad) for param in params]
     opt.step()

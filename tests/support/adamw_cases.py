@@ -89,11 +89,14 @@ def placed(update: Update, device: str) -> Update:
         return torch.empty(x.numel() + shift, dtype=x.dtype, device=device)[shift:].view(x.shape).copy_(x)
 
     options = update.options._replace(**{name: copy(getattr(update.options, name)) for name in ("lr", "beta1", "beta2")})
-    return update._replace(**{name: copy(getattr(update, name)) for name in Update._fields[:8]}, options=options)
+    return update._replace(**{name: copy(x) for name, x in update._asdict().items() if isinstance(x, Tensor)}, options=options)
+
+
+WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
 
 
 def written(update: Update) -> list[Tensor]:
-    return [x for x in (update.param, *update[2:7]) if x is not None]
+    return [x for name in WRITTEN if (x := getattr(update, name)) is not None]
 
 
 def bits(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the tensors of one update must be, before native code is given their addresses: of one shape and device, in dtypes that go
 together, and within their memory. Compared where an update is described anew and where a state is loaded; a planned step compares
-addresses (planned_rows.py)."""
+addresses (table.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adept_fast.errors import InputError
 from adept_fast.ops.adamw.reference import Update, needs_master
 
 if TYPE_CHECKING:
-    from adept_fast.ops.adamw.op import Row
+    from adept_fast.ops.adamw.memory_order import Operands
 
 REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -21,37 +21,38 @@ MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16}  # kahan: the 
 REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to start it again"
 
 
-def check_row(where: str, row: Row | Update, mode: str | None, backend: str) -> None:
-    """Raise InputError, naming `where` (the parameter) and both shapes, dtypes or devices, where a tensor of `row` does not go with its
+def check_operands(where: str, given: Operands | Update, mode: str | None, backend: str) -> None:
+    """Raise InputError, naming `where` (the parameter) and both shapes, dtypes or devices, where a tensor of `given` does not go with its
     parameter. mode: master_weights."""
-    param, native = row.param, backend in ("cuda", "triton")
+    param, native = given.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
-    check_form(where, "exp_avg", row.exp_avg, param)
-    moments = (row.exp_avg.dtype,) if row.exp_avg.dtype in numbers and not (native and row.exp_avg.dtype == torch.float64) else numbers
+    check_form(where, "exp_avg", given.exp_avg, param)
+    first = given.exp_avg.dtype
+    moments = (first,) if first in numbers and not (native and first == torch.float64) else numbers
     _check_memory(where, "parameter", param, written=True)
     for name, tensor, dtypes in (
-        ("gradient", row.grad, numbers),
-        ("exp_avg", row.exp_avg, moments),
-        ("exp_avg_sq", row.exp_avg_sq, moments),
-        ("max_exp_avg_sq", row.max_exp_avg_sq, moments),
-        ("master", row.master, (MASTER_DTYPES.get(mode, param.dtype),)),
+        ("gradient", given.grad, numbers),
+        ("exp_avg", given.exp_avg, moments),
+        ("exp_avg_sq", given.exp_avg_sq, moments),
+        ("max_exp_avg_sq", given.max_exp_avg_sq, moments),
+        ("master", given.master, (MASTER_DTYPES.get(mode or "", param.dtype),)),
     ):
         if tensor is not None:
             check_like(where, name, tensor, param, dtypes)
             _check_memory(where, name, tensor, written=name != "gradient")
-    if row.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
+    if given.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
         raise InputError(f"{where}: master_weights={mode!r} has no master to go with it; {REMEDY}")
-    if native and row.exp_avg.dtype == torch.float64:
+    if native and given.exp_avg.dtype == torch.float64:
         raise InputError(f"{where}: exp_avg is torch.float64, which backend {backend!r} does not update; choose 'torch' or state_dtype")
-    check_step(where, row.step, {param.device} if native else {param.device, torch.device("cpu")})
-    if row.multipliers is not None:
-        rates = row.multipliers
+    check_step(where, given.step, {param.device} if native else {param.device, torch.device("cpu")})
+    if given.multipliers is not None:
+        rates = given.multipliers
         if rates.dtype != torch.float32 or rates.device != param.device:
             raise InputError(f"{where}: unit_lr is {rates.dtype} on {rates.device}, not float32 on {param.device}; use set_unit_lr")
         _check_memory(where, "unit_lr", rates, written=False)
 
 
-def check_form(where: str, name: str, tensor: object, param: Tensor) -> None:
+def check_form(where: str, name: str, tensor: Tensor, param: Tensor) -> None:
     """Raise InputError unless `tensor` is a dense one of the shape of `param`, complex where that is, and has values where that has."""
     if not isinstance(tensor, Tensor):
         raise InputError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor of shape {tuple(param.shape)}; {REMEDY}")
@@ -65,7 +66,7 @@ def check_form(where: str, name: str, tensor: object, param: Tensor) -> None:
         raise InputError(f"{where}: {name} is on meta, without values, its parameter on {param.device}; {REMEDY}")
 
 
-def check_like(where: str, name: str, tensor: object, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_like(where: str, name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise InputError unless `tensor` has the form and device of `param`, and one of `dtypes`."""
     check_form(where, name, tensor, param)
     if tensor.dtype not in dtypes:

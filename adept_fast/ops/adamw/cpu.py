@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adept_fast import _C
 from adept_fast.ops.adamw.descriptors import gradient_rows, group_rows
-from adept_fast.ops.adamw.planned_rows import Table
+from adept_fast.ops.adamw.table import Table
 
 
 def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

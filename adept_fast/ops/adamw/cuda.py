@@ -9,8 +9,8 @@ from torch import Tensor
 
 from adept_fast import _CUDA
 from adept_fast.ops.adamw.descriptors import group_rows
-from adept_fast.ops.adamw.planned_rows import Table
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.table import Table
 
 # (device, stream, rows) -> (table in device memory, chunks), the latest used last. A table is written once, belongs to one stream's memory
 # and is used on that stream alone: dropping it gives its memory back in stream order, after every launch that reads it.
@@ -41,14 +41,16 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
 
 def _readable(options: AdamWOptions, device: torch.device) -> AdamWOptions:
     """With lr and betas as numbers, or as tensors that kernels on `device` can read."""
-    changed = {}
-    for name in ("lr", "beta1", "beta2"):
-        value = getattr(options, name)
-        if isinstance(value, Tensor) and value.device.type == "cpu":
-            changed[name] = value.item()
-        elif isinstance(value, Tensor) and (value.device != device or value.dtype not in (torch.float32, torch.float64)):
-            changed[name] = value.to(device, torch.float64)
-    return options._replace(**changed) if changed else options
+
+    def readable(value: float | Tensor) -> float | Tensor:
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type == "cpu":
+            return value.item()
+        there = value.device == device and value.dtype in (torch.float32, torch.float64)
+        return value if there else value.to(device, torch.float64)
+
+    return options._replace(lr=readable(options.lr), beta1=readable(options.beta1), beta2=readable(options.beta2))
 
 
 def _address(scalar: Tensor | None) -> int:

@@ -7,23 +7,97 @@ stride s and size n is then (i // s) % n, in transposed and channels-last tensor
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.runtime.dtensor import Mesh
+
 Pair = tuple[Tensor, Tensor]
 
 
-def in_one_order(tensors: list[Tensor | None], row_major: bool) -> tuple[list[Tensor | None], list[Pair]]:
-    """The tensors, all dense and in the order of dimensions of the first (row-major where asked for), and the pairs (tensor, copy) of
-    those that had to be copied."""
+class Operands(NamedTuple):
+    """One parameter with a gradient as the optimizer has it, in any memory order. Of a sharded one, this process's part.
+
+    dim: the first dimension of the parameter that `multipliers` covers. mesh: what a sharded parameter is sharded over.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    master: Tensor | None
+    step: Tensor
+    multipliers: Tensor | None
+    dim: int
+    first_index: int
+    seed: int
+    mesh: Mesh | None
+    backend: str
+
+
+def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair]]:
+    """Bring the tensors into one memory order, all real.
+
+    Returns the update, and the pairs (original, copy) of tensors that had to be copied and are written to.
+    """
+    param, grad, multipliers = given.param, given.grad, given.multipliers
+    if param.numel() == 0:
+        multipliers = None
+    walk = None if multipliers is None else unit_walk(param, multipliers, given.dim)
+    if grad.is_complex():
+        grad = grad.resolve_conj()
+    elif grad.dtype == torch.float64 != param.dtype:
+        grad = grad.float()  # what the arithmetic is in
+    grad = grad.resolve_neg()
+    needed = [param, grad, given.exp_avg, given.exp_avg_sq]
+    optional = [x for x in (given.max_exp_avg_sq, given.master) if x is not None]
+    ordered, copies = in_one_order([*needed, *optional], row_major=multipliers is not None and walk is None)
+    if multipliers is not None and ordered[0] is not param:
+        walk = unit_walk(ordered[0], multipliers, given.dim)
+    length, inner = walk or (1, 1)
+    if param.is_complex():
+        ordered = [torch.view_as_real(x) for x in ordered]
+        inner *= 2
+    if multipliers is not None:
+        multipliers = multipliers.reshape(-1).contiguous()
+    copies = [(original, copy) for original, copy in copies if original is not grad]
+    param, grad, exp_avg, exp_avg_sq, *optional = ordered
+    max_exp_avg_sq = None if given.max_exp_avg_sq is None else optional[0]
+    master = None if given.master is None else optional[-1]
+    update = Update(
+        param=param,
+        grad=grad,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        max_exp_avg_sq=max_exp_avg_sq,
+        master=master,
+        step=given.step,
+        multipliers=multipliers,
+        length=length,
+        inner=inner,
+        first_index=given.first_index,
+        seed=given.seed,
+        options=options,
+    )
+    return update, copies
+
+
+def in_one_order(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], list[Pair]]:
+    """Make the tensors dense and ordered as the first one's dimensions are, or row-major.
+
+    Returns them, and the pairs (tensor, copy) of those that had to be copied.
+    """
     first = tensors[0]
-    if all(x is None or x.is_contiguous() for x in tensors):
+    if all(x.is_contiguous() for x in tensors):
         return tensors, []
     like = torch.empty(first.shape, device="meta") if row_major else torch.empty_like(first, device="meta")
     ordered, copies = [], []
     for x in tensors:
-        if x is not None and x.stride() != like.stride():
+        if x.stride() != like.stride():
             copy = torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
             copies.append((x, copy))
             x = copy

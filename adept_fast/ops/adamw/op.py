@@ -1,80 +1,27 @@
-"""The way of an update from tensors of any layout to the backend that carries it out, in eager mode and through torch.compile.
+"""A step's updates handed to their backend, in eager mode and through torch.compile.
 
-A backend is a function of (table of updates, grad_scale, found_inf), all on one device: it advances every `step` and updates, with
-gradients multiplied by `grad_scale` (fp64, 0-d) first; where `found_inf` (fp32, 0-d) is not 0 it does nothing.
+A backend is a module with a function `adamw(table, grad_scale, found_inf)`, all on one device. It advances every `step` and updates, with
+gradients multiplied by `grad_scale` (fp64, 0-d) first. Where `found_inf` (fp32, 0-d) is not 0 it does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from adept_fast.ops import dispatch
 from adept_fast.ops.adamw import reference
-from adept_fast.ops.adamw.checks import check_count, check_row
-from adept_fast.ops.adamw.memory_order import Pair, in_one_order, unit_walk
-from adept_fast.ops.adamw.planned_rows import Table
-from adept_fast.ops.adamw.reference import AdamWOptions, Seen, Update
-from adept_fast.runtime.dtensor import Mesh
-
-
-class Row(NamedTuple):
-    """One parameter with a gradient, before its tensors are brought into one memory order; of a sharded one, this process's part."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    master: Tensor | None
-    step: Tensor
-    multipliers: Tensor | None
-    dim: int
-    first_index: int
-    seed: int
-    mesh: Mesh | None
-    backend: str
-
-
-def in_memory(row: Row, options: AdamWOptions) -> tuple[Update, list[Pair]]:
-    """The update with all tensors real and in one memory order, and (original, copy) of those that were copied for that and are written to.
-
-    `row.multipliers` covers dimensions dim .. dim + ndim - 1 of the parameter."""
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers, dim, first_index, seed = row[:11]
-    if param.numel() == 0:
-        multipliers = None
-    walk = None if multipliers is None else unit_walk(param, multipliers, dim)
-    if grad.is_complex():
-        grad = grad.resolve_conj()
-    elif grad.dtype == torch.float64 != param.dtype:
-        grad = grad.float()  # what the arithmetic is in
-    grad = grad.resolve_neg()
-    tensors = [param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master]
-    tensors, copies = in_one_order(tensors, row_major=multipliers is not None and walk is None)
-    if multipliers is not None and tensors[0] is not param:
-        walk = unit_walk(tensors[0], multipliers, dim)
-    length, inner = walk or (1, 1)
-    if param.is_complex():
-        tensors = [x if x is None else torch.view_as_real(x) for x in tensors]
-        inner *= 2
-    if multipliers is not None:
-        multipliers = multipliers.reshape(-1).contiguous()
-    copies = [(original, copy) for original, copy in copies if original is not grad]
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master = tensors
-    update = Update(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, step, multipliers, length, inner, first_index, seed, options, Seen()
-    )
-    return update, copies
+from adept_fast.ops.adamw.checks import check_count, check_operands
+from adept_fast.ops.adamw.reference import AdamWOptions, Update
+from adept_fast.ops.adamw.table import Table
 
 
 def launch(
     backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None, table: Table | None = None
 ) -> None:
-    """Carry out `updates`, all on one device, by `backend`: "cuda", "triton", "cpu" or "torch". table: of these updates, where there is one
-    already."""
+    """Run `updates`, all on one device, by `backend`: "cuda", "triton", "cpu" or "torch". table: the table of these updates, if built."""
     if torch.compiler.is_compiling() and backend != "torch":
         _through_the_compiler(backend, updates, grad_scale, found_inf)
     elif backend == "torch":
@@ -84,12 +31,11 @@ def launch(
 
 
 def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    updates = table.updates
     dispatch.implementation("adamw", backend).adamw(table, grad_scale, found_inf)
     # Autograd and the check for edits see writes by this counter alone.
-    columns = list(zip(*updates, strict=True))
-    optional = [x for column in columns[4:6] for x in column if x is not None]
-    torch.autograd.graph.increment_version([*columns[0], *columns[2], *columns[3], *columns[6], *optional])
+    each = table.columns
+    optional = [*_present(each.max_exp_avg_sq), *_present(each.master)]
+    torch.autograd.graph.increment_version([*each.param, *each.exp_avg, *each.exp_avg_sq, *each.step, *optional])
 
 
 def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -103,14 +49,16 @@ def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tens
 
 
 def sum_of_squares(grads: Sequence[Tensor], backend: str = "torch") -> Tensor:
-    """Of all elements of `grads`, which are real, dense and may be on several devices: fp64, 0-d, on the device of the first. "cpu" as
-    `backend` sums those on the CPU natively."""
+    """Sum the squares of all elements of `grads`: fp64, 0-d, on the device of the first.
+
+    grads: real and dense, on any devices. backend: "cpu" sums those on the CPU natively.
+    """
     devices: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         if grad.device not in devices:
             devices[grad.device] = []
         devices[grad.device].append(grad)
-    sums = []
+    sums: list[Tensor] = []
     for device, of_one in devices.items():
         native = backend == "cpu" == device.type and not torch.compiler.is_compiling()
         sums.append((dispatch.implementation("adamw", "cpu") if native else reference).sum_of_squares(of_one))
@@ -120,22 +68,46 @@ def sum_of_squares(grads: Sequence[Tensor], backend: str = "torch") -> Tensor:
     return total
 
 
-def _through_the_compiler(backend: str, updates: list[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """As lists of tensors and numbers, which an operator can take; what is absent is left out of its list and not marked present."""
-    tensors: list[list[Tensor]] = [[x for x in column if x is not None] for column in zip(*[u[:8] for u in updates], strict=True)]
-    present = [x is not None for u in updates for x in (u.max_exp_avg_sq, u.master, u.multipliers)]
-    walks = [number for u in updates for number in u[8:12]]
-    scalars: list[Tensor] = []
-    numbers: list[float] = []
-    for u in updates:
-        o = u.options
-        for x in o[:3]:
-            numbers.append(-1.0 if isinstance(x, Tensor) else x)
-            if isinstance(x, Tensor):
-                scalars.append(x)
-        numbers.extend((o.eps, o.weight_decay, float(o.maximize)))
-    master_weights = updates[0].options.master_weights or ""
-    torch.ops.adept_fast.adamw_(*tensors, scalars, grad_scale, found_inf, present, walks, numbers, master_weights, backend)
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _number(x: float | Tensor) -> float:
+    """-1 in the place of a tensor: no hyperparameter is below 0."""
+    return -1.0 if isinstance(x, Tensor) else x
+
+
+def _through_the_compiler(backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Call the operator, which takes lists of tensors and numbers: absent tensors are left out of their list and marked absent."""
+    options = [u.options for u in updates]
+    torch.ops.adept_fast.adamw_(
+        params=[u.param for u in updates],
+        grads=[u.grad for u in updates],
+        exp_avgs=[u.exp_avg for u in updates],
+        exp_avg_sqs=[u.exp_avg_sq for u in updates],
+        max_exp_avg_sqs=_present([u.max_exp_avg_sq for u in updates]),
+        masters=_present([u.master for u in updates]),
+        steps=[u.step for u in updates],
+        multipliers=_present([u.multipliers for u in updates]),
+        has_max_exp_avg_sq=[u.max_exp_avg_sq is not None for u in updates],
+        has_master=[u.master is not None for u in updates],
+        has_multipliers=[u.multipliers is not None for u in updates],
+        lengths=[u.length for u in updates],
+        inners=[u.inner for u in updates],
+        first_indices=[u.first_index for u in updates],
+        seeds=[u.seed for u in updates],
+        tensor_options=[x for o in options for x in (o.lr, o.beta1, o.beta2) if isinstance(x, Tensor)],
+        lrs=[_number(o.lr) for o in options],
+        beta1s=[_number(o.beta1) for o in options],
+        beta2s=[_number(o.beta2) for o in options],
+        epsilons=[o.eps for o in options],
+        weight_decays=[o.weight_decay for o in options],
+        maximize=[o.maximize for o in options],
+        master_weights=options[0].master_weights or "",
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        backend=backend,
+    )
 
 
 @torch.library.custom_op(
@@ -150,25 +122,45 @@ def _operator(
     masters: Sequence[Tensor],
     steps: Sequence[Tensor],
     multipliers: Sequence[Tensor],
-    scalars: Sequence[Tensor],
+    has_max_exp_avg_sq: Sequence[bool],
+    has_master: Sequence[bool],
+    has_multipliers: Sequence[bool],
+    lengths: Sequence[int],
+    inners: Sequence[int],
+    first_indices: Sequence[int],
+    seeds: Sequence[int],
+    tensor_options: Sequence[Tensor],
+    lrs: Sequence[float],
+    beta1s: Sequence[float],
+    beta2s: Sequence[float],
+    epsilons: Sequence[float],
+    weight_decays: Sequence[float],
+    maximize: Sequence[bool],
+    master_weights: str,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    present: Sequence[bool],
-    walks: Sequence[int],
-    numbers: Sequence[float],
-    master_weights: str,
     backend: str,
 ) -> None:
-    vmax, master, rates, scalar = iter(max_exp_avg_sqs), iter(masters), iter(multipliers), iter(scalars)
+    maxima, kept, rates, scalars = iter(max_exp_avg_sqs), iter(masters), iter(multipliers), iter(tensor_options)
     updates = []
-    for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
-        own = numbers[6 * i : 6 * i + 6]
-        three = [next(scalar) if x < 0 else x for x in own[:3]]
-        options = AdamWOptions(*three, own[3], own[4], bool(own[5]), master_weights or None)
-        has_vmax, has_master, has_rates = present[3 * i : 3 * i + 3]
-        optional = (next(column) if there else None for column, there in ((vmax, has_vmax), (master, has_master), (rates, has_rates)))
-        maximum, kept, unit = optional
-        updates.append(Update(param, grad, exp_avg, exp_avg_sq, maximum, kept, step, unit, *walks[4 * i : 4 * i + 4], options))
-    for update in updates:  # a traced step knows dtypes and shapes, not memory
-        check_row(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)
+    for i, param in enumerate(params):
+        lr, beta1, beta2 = (next(scalars) if x < 0 else x for x in (lrs[i], beta1s[i], beta2s[i]))
+        update = Update(
+            param=param,
+            grad=grads[i],
+            exp_avg=exp_avgs[i],
+            exp_avg_sq=exp_avg_sqs[i],
+            max_exp_avg_sq=next(maxima) if has_max_exp_avg_sq[i] else None,
+            master=next(kept) if has_master[i] else None,
+            step=steps[i],
+            multipliers=next(rates) if has_multipliers[i] else None,
+            length=lengths[i],
+            inner=inners[i],
+            first_index=first_indices[i],
+            seed=seeds[i],
+            options=AdamWOptions(lr, beta1, beta2, epsilons[i], weight_decays[i], maximize[i], master_weights or None),
+        )
+        # A traced step knows dtypes and shapes, not memory.
+        check_operands(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)
+        updates.append(update)
     _run(backend, Table(updates), grad_scale, found_inf)

@@ -21,15 +21,6 @@ class AdamWOptions(NamedTuple):
     master_weights: str | None
 
 
-class Seen:
-    """The row of a planned update as it was when its tensors were checked, without gradient and group (planned_rows.py)."""
-
-    __slots__ = ("row",)
-
-    def __init__(self) -> None:
-        self.row = b""
-
-
 class Update(NamedTuple):
     """One parameter to update, in the form that every backend takes. `param`, `step`, the moments and `master` are written to.
 
@@ -52,7 +43,6 @@ class Update(NamedTuple):
     first_index: int
     seed: int
     options: AdamWOptions
-    seen: Seen | None = None  # of planned updates: planned_rows.py
 
 
 def adamw_(
@@ -136,10 +126,22 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
     on_host = update.step.device.type == "cpu" and not isinstance(options.lr, Tensor) and not differentiable
     step = update.step.item() if on_host else update.step.to(update.param.device, torch.float64)
     for first, shape, multipliers in _blocks(update, whole=differentiable):
-        tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.master)
         strides = (shape[1] * shape[2], shape[2], 1)
-        cut = [x if x is None else x.as_strided(shape, strides, x.storage_offset() + first) for x in tensors]
-        _update_block(*cut, multipliers, step, grad_scale, update.seed, update.first_index + first, options)
+
+        def cut(x: Tensor, shape: tuple[int, ...] = shape, strides: tuple[int, ...] = strides, first: int = first) -> Tensor:
+            return x.as_strided(shape, strides, x.storage_offset() + first)
+
+        block = update._replace(
+            param=cut(update.param),
+            grad=cut(update.grad),
+            exp_avg=cut(update.exp_avg),
+            exp_avg_sq=cut(update.exp_avg_sq),
+            max_exp_avg_sq=None if update.max_exp_avg_sq is None else cut(update.max_exp_avg_sq),
+            master=None if update.master is None else cut(update.master),
+            multipliers=multipliers,
+            first_index=update.first_index + first,
+        )
+        _update_block(block, step, grad_scale)
 
 
 def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, int], Tensor | None]]:
@@ -159,39 +161,31 @@ def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, 
         yield first * length * inner, (min(step, periods - first), length, inner), multipliers
 
 
-def _update_block(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    master: Tensor | None,
-    multipliers: Tensor | None,
-    step: float | Tensor,
-    grad_scale: Tensor | None,
-    seed: int,
-    first_index: int,
-    options: AdamWOptions,
-) -> None:
+def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None) -> None:
+    """Update a block, whose multipliers broadcast against it. step: the number of this update."""
+    param, multipliers, options = block.param, block.multipliers, block.options
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    grad = grad.to(dtype)
+    grad = block.grad.to(dtype)
     if grad_scale is not None:
         grad = grad * grad_scale
     if options.maximize:
         grad = -grad
     mode = options.master_weights if needs_master(param) else None
     # Autograd saves what it reads: with it, work on copies, written back at the end.
-    moments = [x if x is None else x.to(dtype, copy=torch.is_grad_enabled()) for x in (exp_avg, exp_avg_sq, max_exp_avg_sq)]
-    weight = _read_weight(mode, param, master)
-    if torch.is_grad_enabled() and weight is param:
+    copy = torch.is_grad_enabled()
+    exp_avg, exp_avg_sq = block.exp_avg.to(dtype, copy=copy), block.exp_avg_sq.to(dtype, copy=copy)
+    max_exp_avg_sq = None if block.max_exp_avg_sq is None else block.max_exp_avg_sq.to(dtype, copy=copy)
+    weight = _read_weight(mode, param, block.master)
+    if copy and weight is param:
         weight = param.clone()
-    weight = adamw_(weight, grad, *moments, multipliers, step, options)
-    for stored, value in zip((exp_avg, exp_avg_sq, max_exp_avg_sq), moments, strict=True):
-        if stored is not value:
+    weight = adamw_(weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, multipliers, step, options)
+    moments = ((block.exp_avg, exp_avg), (block.exp_avg_sq, exp_avg_sq), (block.max_exp_avg_sq, max_exp_avg_sq))
+    for stored, value in moments:
+        if stored is not None and value is not None and stored is not value:
             stored.copy_(value)
-    rounded, new_master = _round_weight(mode, weight, param.dtype, seed, step, first_index)
-    for stored, value in ((param, rounded), (master, new_master)):
-        if value is not None:
+    rounded, new_master = _round_weight(mode, weight, param.dtype, block.seed, step, block.first_index)
+    for stored, value in ((param, rounded), (block.master, new_master)):
+        if stored is not None and value is not None:
             stored.copy_(value if multipliers is None else torch.where(multipliers == 0, stored, value.to(stored.dtype)))
 
 
@@ -202,11 +196,14 @@ def needs_master(param: Tensor) -> bool:
 
 def _read_weight(mode: str | None, param: Tensor, master: Tensor | None) -> Tensor:
     weight = param if param.dtype == torch.float64 else param.float()
+    if mode not in ("copy", "remainder", "kahan"):
+        return weight
+    assert master is not None
     if mode == "copy":
         return torch.where(master.to(param.dtype) == param, master, weight)
     if mode == "remainder":
         return join_master(param, master)
-    return weight + master if mode == "kahan" else weight
+    return weight + master
 
 
 def _round_weight(

@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from adept_fast import _C
+import adept_fast._C as _C
+from adept_fast.ops.native_formats import FORMATS
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/descriptor.h
 INSTRUCTIONS = ""  # the best that the CPU has
 THREADS = 0  # torch's
 
@@ -35,12 +35,12 @@ class SaliencyPass:
         self._sums, self._shape, self._running = sums, shape, running  # kept alive: the passes hold addresses
         self._products = any(len(total) == 3 for total in sums.values())
         last = len(shape) - 1
-        self._passes: list[tuple[int, Tensor | None, tuple[int, ...]]] = []
+        self._passes: list[tuple[int, Tensor | None, tuple[int | str, ...]]] = []
         if last in sums or last - 1 in sums or running is not None:
             self._passes.append(self._pass(last - 1, sums.get(last), running))
         self._passes += [self._pass(dim, None, None) for dim in sums if dim < last - 1]
 
-    def _pass(self, dim: int, column_sums: Tensor | None, running: Tensor | None) -> tuple[int, Tensor | None, tuple[int, ...]]:
+    def _pass(self, dim: int, column_sums: Tensor | None, running: Tensor | None) -> tuple[int, Tensor | None, tuple[int | str, ...]]:
         """Of [product of the dimensions up to `dim`, product of those behind it]: (dim, row sums to fold into dim's, native arguments)."""
         rows, columns, sums = prod(self._shape[: dim + 1]), prod(self._shape[dim + 1 :]), self._sums.get(dim)
         unfolded = None if sums is None or rows == self._shape[dim] else sums.new_zeros(len(sums), rows)

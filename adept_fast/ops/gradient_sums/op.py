@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class _Gathered:
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         self.seen = True
+        assert gradient is not None
         gradient, theta = _part(gradient, parameter), _part(parameter)
         _require_alike(self.name, self.shape, theta, gradient)
         if self.native is not None:
@@ -127,18 +128,18 @@ class GradientSums:
     @torch.no_grad()
     def _take_small(self) -> None:
         """All vectors' gradients of a backward at once: a launch for each would take longer than its work."""
-        waiting: dict[torch.device, list[_Gathered]] = {}
+        waiting: dict[torch.device, list[tuple[_Gathered, Tensor]]] = {}
         for gathered in self._gathered:
             if gathered.small is not None:
-                waiting.setdefault(gathered.small.device, []).append(gathered)
+                waiting.setdefault(gathered.small.device, []).append((gathered, gathered.small))
         for device, small in waiting.items():
-            if dispatch.resolve("gradient_sums", device) == "triton" and all(map(_is_plain, small)):
+            if dispatch.resolve("gradient_sums", device) == "triton" and all(_is_plain(each, gradient) for each, gradient in small):
                 kernels = dispatch.implementation("gradient_sums", "triton")
-                vectors = [(_part(each.parameter.detach()), each.small, each.sums[0], each.running) for each in small]
+                vectors = [(_part(each.parameter.detach()), gradient, each.sums[0], each.running) for each, gradient in small]
                 kernels.add_vectors([kernels.Vector(*vector) for vector in vectors])
             else:
                 _add_small(small)
-            for gathered in small:
+            for gathered, _ in small:
                 gathered.small = None
 
     @torch.no_grad()
@@ -195,25 +196,25 @@ class GradientSums:
             values.copy_(found.view_as(values))
 
 
-def _add_small(small: Sequence[_Gathered]) -> None:
+def _add_small(small: Sequence[tuple[_Gathered, Tensor]]) -> None:
     """Add the terms of vectors on one device in plain torch."""
-    sizes = [gathered.small.numel() for gathered in small]
-    gradient = torch.cat([gathered.small.double() for gathered in small])
-    theta = torch.cat([_part(gathered.parameter.detach()).double() for gathered in small])
+    sizes = [part.numel() for _, part in small]
+    gradient = torch.cat([part.double() for _, part in small])
+    theta = torch.cat([_part(gathered.parameter.detach()).double() for gathered, _ in small])
     found = torch.stack([gradient.square(), (theta * gradient).abs(), theta * gradient]).split(sizes, 1)
-    for gathered, values in zip(small, found, strict=True):
+    for (gathered, part), values in zip(small, found, strict=True):
         gathered.sums[0] += values[: len(gathered.sums[0])]
         if gathered.running is not None:
-            gathered.running += gathered.small
+            gathered.running += part
 
 
 def _length(shape: Sequence[int], dim: Dims) -> int:
     return shape[dim] if isinstance(dim, int) else shape[dim[0]] * shape[dim[1]]
 
 
-def _is_plain(gathered: _Gathered) -> bool:
+def _is_plain(gathered: _Gathered, gradient: Tensor) -> bool:
     """Whether a kernel reads this vector and its gradient as they lie in memory."""
-    tensors = (_part(gathered.parameter.detach()), gathered.small)
+    tensors = (_part(gathered.parameter.detach()), gradient)
     return all(tensor.is_contiguous() and tensor.dtype in NARROW for tensor in tensors)
 
 
@@ -225,7 +226,7 @@ def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | No
     return native
 
 
-def _is_pair(dim: Dims) -> bool:
+def _is_pair(dim: Dims) -> TypeGuard[tuple[int, int]]:
     return not isinstance(dim, int)
 
 
@@ -234,9 +235,9 @@ def _add(sums: Mapping[Dims, Tensor], parameter: Tensor, gradient: Tensor, runni
     pairs = [*filter(_is_pair, sums)]
     for pair in pairs:
         _add({pair[0]: sums[pair]}, parameter.flatten(*pair), gradient.flatten(*pair), None)
-    if pairs:
-        sums = {dim: total for dim, total in sums.items() if isinstance(dim, int)}
     for dim, total in sums.items():
+        if not isinstance(dim, int):
+            continue
         for kind, found in zip(total, saliency_sums(parameter, gradient, dim), strict=False):
             kind += found
     if running is not None:

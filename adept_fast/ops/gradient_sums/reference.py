@@ -18,4 +18,5 @@ def saliency_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor
     dtype, length = accumulator(param, grad), param.shape[dim]
     theta, g = (x.detach().movedim(dim, 0).reshape(length, x.numel() // max(length, 1)).to(dtype) for x in (param, grad))
     product = theta * g
-    return tuple(x.sum(1).float() for x in (g.square(), product.abs(), product))
+    squares, magnitudes, products = (x.sum(1).float() for x in (g.square(), product.abs(), product))
+    return squares, magnitudes, products

@@ -9,8 +9,9 @@ Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +45,9 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
     hidden, head = _cast(hidden, head, targets)
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     if hidden.requires_grad and torch.is_grad_enabled():
-        losses, _ = torch.ops.adept_fast.linear_cross_entropy(
+        losses: Tensor = torch.ops.adept_fast.linear_cross_entropy(
             rows, head.weight, head.bias, targets.flatten(), head.scale, head.softcap, backend
-        )
+        )[0]
     else:
         chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
         losses = _scattered(chosen, rows, head, targets.flatten(), False)[0]
@@ -129,7 +130,8 @@ def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variant
     wide = torch.float64 in (hidden.dtype, head.weight.dtype)
     module = dispatch.implementation("linear_cross_entropy", "torch" if wide else chosen)
     with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
-        return module.linear_cross_entropy(hidden, head, targets, variants, gradient)
+        found: reference.RowLosses = module.linear_cross_entropy(hidden, head, targets, variants, gradient)
+    return found
 
 
 def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -161,17 +163,18 @@ def _(
     return hidden.new_empty(targets.shape, dtype=dtype), torch.empty_like(hidden, dtype=dtype)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+# torch's stub of a context lacks `saved_tensors` and what a setup puts there.
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], inputs[0], inputs[3])
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     slope, hidden, targets = ctx.saved_tensors
     losses = torch.where(targets == IGNORE, 0, losses)  # which may be anything, and 0 times that is not always 0
     found = (losses[:, None] * slope).to(ctx.dtype)
     if torch.is_grad_enabled():  # by create_graph=True; `slope` does not know that it depends on `hidden`
-        found = _Once.apply(found, hidden)
+        found = _once(found, hidden)
     return (found, *(None,) * 6)
 
 
@@ -187,4 +190,6 @@ class _Once(torch.autograd.Function):
         raise InputError("linear_cross_entropy has no second derivative: take F.cross_entropy of the logits where one is needed")
 
 
+# torch's stub of `apply` has no annotations.
+_once: Callable[[Tensor, Tensor], Tensor] = _Once.apply
 _operator.register_autograd(_backward, setup_context=_keep)
