@@ -35,7 +35,7 @@ from adept_fast.kernels.adamw_scalars import (
     WEIGHT_DECAY,
     mix,
     prepare_kernel,
-)  # fmt: skip
+)
 from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
 from adept_fast.ops.adamw.descriptors import WORD, WORDS
 from adept_fast.ops.adamw.table import Table

@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per unit: the class, its state, and the way of an update from tensors to a backend."""
+"""AdamW with one learning rate per unit: adamw.py steps, update_collection.py finds the updates, ops/adamw/op.py runs them."""
 
 from adept_fast.optim.adamw import AdamW
 

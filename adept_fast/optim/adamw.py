@@ -118,7 +118,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's, and checks that this optimizer's backend and master weights can serve the parameters."""
+        """Add a group as torch does. Raises InputError where its hyperparameters, backend or master weights cannot serve it."""
         super().add_param_group(param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
@@ -157,7 +157,7 @@ class AdamW(torch.optim.Optimizer):
             group[RATES][position] = (values, dim)
 
     def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
-        """(multipliers, dim) of `param` as set, dim counted from the front, or None. Raises InputError for a parameter that is not here."""
+        """Return (multipliers, dim) of `param`, dim counted from the front, or None. Raises InputError for an unknown parameter."""
         group, position = self._locate(param)
         rates: dict[int, tuple[Tensor, int]] = group.get(RATES, {})
         return rates.get(position)
@@ -234,8 +234,10 @@ class AdamW(torch.optim.Optimizer):
                     column.append(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's. Per parameter that has been updated the keys `unit_lr` (fp32, the shape given) and `unit_dim` stand beside its state;
-        rates of the others stand in their group as `unit_lr`: {position: (multipliers, dim)}."""
+        """Return torch's state dict with the rates: `unit_lr` (fp32, the shape set) and `unit_dim` in the state of each updated parameter.
+
+        Rates of other parameters stand in their group as `unit_lr`: {position: (multipliers, dim)}.
+        """
         # A hook, so that the user's own hooks see the rates too.
         hooks = [self.register_state_dict_post_hook(hook, prepend=True) for hook in (rates_into_state, widen_sharded_remainders)]
         try:

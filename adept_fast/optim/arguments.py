@@ -1,4 +1,4 @@
-"""What AdamW refuses: what torch.optim.AdamW does, in the same order and words, and its own arguments out of range."""
+"""Checks of AdamW's arguments: torch.optim.AdamW's, in the same order and words, and those of its own arguments."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | N
 
 
 def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
-    """Raise InputError where a group's lr, betas, eps or weight_decay, as they stand now, are out of range. Tensors on a GPU are not waited
-    for. An lr that a scheduler's rounding left below 0 is one of 0."""
+    """Raise InputError where a group's current lr, betas, eps or weight_decay are out of range.
+
+    Tensors on a GPU are not read. An lr that a scheduler's rounding left just below 0 counts as 0.
+    """
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
         lr, beta1, beta2 = (_number(number, name, value) for name, value in (("lr", lr), ("betas", beta1), ("betas", beta2)))
@@ -84,7 +86,7 @@ def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
 
 
 def _number(number: int, name: str, value: float | Tensor) -> float:
-    """Of a tensor on the CPU; 0 for one elsewhere."""
+    """Read a tensor on the CPU; 0 stands for one elsewhere."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() != 1 or value.is_complex():
@@ -93,7 +95,7 @@ def _number(number: int, name: str, value: float | Tensor) -> float:
 
 
 def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
-    """GradScaler's `grad_scale` or `found_inf` in the dtype that backends read. Raises InputError where it is not one real number."""
+    """Convert GradScaler's `grad_scale` or `found_inf` to the dtype that backends read. Raises InputError unless it is one real number."""
     if value is None:
         return None
     tensor = torch.as_tensor(value)
@@ -103,7 +105,7 @@ def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -
 
 
 def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[int, tuple[Tensor, int]]:
-    """A group's `unit_lr`, {position: (multipliers, dim)}, on its parameters' devices. Raises InputError where they do not fit those."""
+    """Copy a group's `unit_lr`, {position: (multipliers, dim)}, to its parameters' devices. Raises InputError where they do not fit."""
     if not isinstance(rates, Mapping):
         raise InputError(f"{where}: unit_lr is a {type(rates).__name__}, not {{position: (multipliers, dim)}}")
     result = {}
@@ -125,7 +127,7 @@ def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
 
 
 def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, where: str = "multipliers") -> tuple[Tensor, int]:
-    """(fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
+    """Return (fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
     try:
         given = torch.as_tensor(multipliers)
         if given.is_complex() or given.layout != torch.strided or is_sharded(given):

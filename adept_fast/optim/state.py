@@ -1,6 +1,6 @@
-"""What AdamW keeps per parameter, and how it passes through a state dict with every key in its own dtype.
+"""AdamW's state per parameter, and its way through a state dict with every key in its own dtype.
 
-torch's load_state_dict casts floating states to the parameter's dtype; fp32 rates, fp32 moments and int16 remainders must not suffer that.
+torch's load_state_dict casts floating-point states to the parameter's dtype, which would round fp32 rates and moments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
 
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "kahan": "compensation"}
-EDITED = ("remainder", "compensation")  # what an edit of the parameter makes stale
+EDITED = ("remainder", "compensation")  # stale once the parameter is edited
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
 
@@ -55,8 +55,11 @@ def state_format(settings: Settings, group: Mapping[str, Any], param: Tensor, ba
 
 
 def create_missing(where: str, state: dict[str, Any], param: Tensor, kept: StateFormat, amsgrad: bool) -> None:
-    """Add the keys that an update of `param` needs and `state` lacks: all of them before the first step, later those of an option that
-    was switched on. Raises InputError, naming `where`, for a state of which a part is gone."""
+    """Add the keys that an update of `param` needs and `state` lacks.
+
+    Those are all keys before the first step, and later the keys of an option that was switched on.
+    Raises InputError, naming `where`, for a state that has lost a part.
+    """
     check_complete(where, state)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=kept.step_device)
@@ -77,7 +80,7 @@ def check_complete(where: str, state: dict[str, Any]) -> None:
 
 
 def check_placed(where: str, param: Tensor, state: dict[str, Any], kept: StateFormat, amsgrad: bool) -> None:
-    """Raise InputError where the state of a DTensor parameter is cut otherwise than that, or a plain parameter's is cut at all."""
+    """Raise InputError unless each state tensor has the mesh and placements of its parameter, or both are plain."""
     for key in (*MOMENTS[: 3 if amsgrad else 2], kept.master_key):
         if key is not None:
             check_cut(where, key, state[key], param)
@@ -101,13 +104,13 @@ def _cut(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Uncast:
-    """Carries a state tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
+    """Hides a state tensor from torch's load_state_dict, which would cast it to the parameter's dtype."""
 
     tensor: Tensor
 
 
 def rates_into_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """State dict post-hook: rates of parameters that have a state go from their group into it."""
+    """State dict post-hook: move the rates of parameters that have a state from their group into it."""
     states = state_dict["state"]
     for group in state_dict["param_groups"]:
         waiting = {}
@@ -126,7 +129,7 @@ def _carried(dtype: torch.dtype) -> torch.dtype:
 
 
 def widen_sharded_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """State dict post-hook: sharded remainders as int32, because neither NCCL nor gloo carries int16."""
+    """State dict post-hook: widen sharded remainders to int32, because neither NCCL nor gloo carries int16."""
     for parameter, state in state_dict["state"].items():
         if isinstance(state, dict) and "remainder" in state and is_sharded(state["remainder"]):
             state_dict["state"][parameter] = state | {"remainder": state["remainder"].to(torch.int32)}
@@ -144,9 +147,10 @@ def protect_from_cast(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
 
 
 def restored(where: str, param: Tensor, state: dict[str, Any], kept: StateFormat) -> dict[str, Any]:
-    """A loaded state, unwrapped, each key in the dtype it is kept in; a master of another mode, or one that was cast, is left out.
+    """Unwrap a loaded state and convert each key to its own dtype. A master of another mode, or one that was cast, is left out.
 
-    Raises InputError, naming `where`, for what is not AdamW's, lacks a key or does not go with `param`."""
+    Raises InputError, naming `where`, for a state that is not AdamW's, lacks a key or does not fit `param`.
+    """
     if not isinstance(state, dict):
         raise InputError(f"{where}: its state is a {type(state).__name__}, not a dict of step, exp_avg, exp_avg_sq")
     missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]

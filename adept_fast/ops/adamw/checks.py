@@ -1,6 +1,7 @@
-"""What the tensors of one update must be, before native code is given their addresses: of one shape and device, in dtypes that go
-together, and within their memory. Compared where an update is described anew and where a state is loaded; a planned step compares
-addresses (table.py)."""
+"""Checks of the tensors of one update, before native code gets their addresses: one shape and device, matching dtypes, enough memory.
+
+They run where an update is described anew and where a state is loaded. A planned step compares addresses instead (table.py).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to
 
 
 def check_operands(where: str, given: Operands | Update, mode: str | None, backend: str) -> None:
-    """Raise InputError, naming `where` (the parameter) and both shapes, dtypes or devices, where a tensor of `given` does not go with its
-    parameter. mode: master_weights."""
+    """Raise InputError where a tensor of `given` does not fit its parameter. mode: master_weights.
+
+    The message names `where` (the parameter) and both shapes, dtypes or devices.
+    """
     param, native = given.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
     check_form(where, "exp_avg", given.exp_avg, param)
@@ -53,7 +56,7 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
 
 
 def check_form(where: str, name: str, tensor: Tensor, param: Tensor) -> None:
-    """Raise InputError unless `tensor` is a dense one of the shape of `param`, complex where that is, and has values where that has."""
+    """Raise InputError unless `tensor` is dense, has the shape of `param`, is complex as it is, and holds values as it does."""
     if not isinstance(tensor, Tensor):
         raise InputError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor of shape {tuple(param.shape)}; {REMEDY}")
     if tensor.shape != param.shape:
@@ -77,7 +80,7 @@ def check_like(where: str, name: str, tensor: Tensor, param: Tensor, dtypes: tup
 
 
 def check_step(where: str, step: object, devices: set[torch.device]) -> None:
-    """Raise InputError unless `step` is one fp32 on one of `devices`, and, where reading it waits for no device, a whole number >= 0."""
+    """Raise InputError unless `step` is one fp32 on one of `devices`; on the CPU, also unless it is a whole number >= 0."""
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.float32 or step.device not in devices:
         found = f"{step.dtype} of shape {tuple(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
         where_to = " or ".join(sorted(map(str, devices)))
@@ -94,7 +97,7 @@ def check_count(where: str, count: float) -> None:
 
 
 def _check_memory(where: str, name: str, tensor: Tensor, written: bool) -> None:
-    """Raise InputError where a tensor reaches beyond its storage, or what is written to is a view that shares or changes its elements."""
+    """Raise InputError where a tensor exceeds its storage, or a tensor to be written has overlapping, negated or conjugated elements."""
     if tensor.device.type == "meta":
         return
     elements = tensor.numel()

@@ -21,5 +21,8 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Of all elements of dense `grads`: fp64, 0-d; the same bits for any number of threads. torch's fp64 norm is slower than a step."""
+    """Sum the squares of all elements of dense `grads`: fp64, 0-d, the same bits for any number of threads.
+
+    torch's fp64 norm takes longer than a step.
+    """
     return torch.tensor(_C.sum_of_squares(gradient_rows(grads), torch.get_num_threads()), dtype=torch.float64)

@@ -40,7 +40,7 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
 
 
 def _readable(options: AdamWOptions, device: torch.device) -> AdamWOptions:
-    """With lr and betas as numbers, or as tensors that kernels on `device` can read."""
+    """Turn lr and betas into numbers, or into tensors that kernels on `device` can read."""
 
     def readable(value: float | Tensor) -> float | Tensor:
         if not isinstance(value, Tensor):
@@ -58,7 +58,7 @@ def _address(scalar: Tensor | None) -> int:
 
 
 def _sent(updates: Sequence[Update], rows: bytes, device: torch.device, stream: int) -> tuple[Tensor, int]:
-    """(table, chunks): the one sent before, or a new one; under capture always a new one, whose memory the graph's pool keeps."""
+    """Find the (table, chunks) sent before, or send a new one. Under capture it is new: the graph's pool keeps its memory."""
     capturing = torch.cuda.is_current_stream_capturing()
     key = (device.index, stream, rows)
     known = None if capturing else _TABLES.pop(key, None)

@@ -1,4 +1,4 @@
-"""How a parameter lies in memory, and how its gradient and state are brought into the same order.
+"""The memory order of a parameter, and its gradient and state brought into the same order.
 
 Backends walk memory, not indices: element i of a dense tensor is the i-th in memory, whatever the strides. Index j of a dimension with
 stride s and size n is then (i // s) % n, in transposed and channels-last tensors too.
@@ -106,8 +106,10 @@ def in_one_order(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], 
 
 
 def unit_walk(param: Tensor, multipliers: Tensor, dim: int) -> tuple[int, int] | None:
-    """(length, inner) such that element i in memory has the multiplier multipliers.view(-1)[(i // inner) % length], or None where the
-    memory order of `param` allows no such walk. `multipliers` covers dimensions dim .. dim + ndim - 1."""
+    """Find (length, inner) such that element i in memory has the multiplier multipliers.view(-1)[(i // inner) % length].
+
+    `multipliers` covers dimensions dim .. dim + ndim - 1. Returns None where the memory order of `param` allows no such pair.
+    """
     units = [d for d in range(dim, dim + multipliers.ndim) if param.shape[d] > 1]
     if not units or param.numel() == 0:
         return 1, 1

@@ -145,7 +145,7 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
 
 
 def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, int], Tensor | None]]:
-    """(first element, shape in periods, units and elements, multipliers) of pieces whose temporaries stay in a CPU's cache."""
+    """Yield (first element, shape in periods, units and elements, multipliers) of blocks whose temporaries fit a CPU's cache."""
     length, inner = update.length, update.inner
     periods = update.param.numel() // (length * inner)
     multipliers = None if update.multipliers is None else update.multipliers.view(1, length, 1)
@@ -190,7 +190,7 @@ def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None
 
 
 def needs_master(param: Tensor) -> bool:
-    """Whether `param` is of low precision; fp32, fp64 and complex parameters are their own master."""
+    """Whether `param` is bf16 or fp16; fp32, fp64 and complex parameters are their own master."""
     return param.is_floating_point() and param.dtype.itemsize < 4
 
 
@@ -274,17 +274,17 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements of `grads`, all of one device: fp64, 0-d, and summed in fp64 whatever their dtype."""
+    """Sum the squares of all elements of `grads`, all on one device, in fp64 whatever their dtype: fp64, 0-d."""
     norms = torch._foreach_norm(list(grads), dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
 
 def clip_scale(squares: Tensor, max_norm: float, inverse_scale: Tensor | None = None) -> Tensor:
-    """What gradients are multiplied by so that their 2-norm is at most `max_norm`: torch.nn.utils.clip_grad_norm_, with unscaling.
+    """The factor that makes the 2-norm of gradients at most `max_norm`: torch.nn.utils.clip_grad_norm_, with unscaling.
 
         inverse_scale * min(1, max_norm / (norm + 1e-6))        norm = sqrt(squares) * inverse_scale
 
-    fp64 in, fp64 out, rounded by who applies it; nan where the norm is nan.
+    fp64 in, fp64 out; nan where the norm is nan.
     """
     norm = squares.sqrt()
     if inverse_scale is None:

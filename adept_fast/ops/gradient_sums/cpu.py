@@ -41,14 +41,17 @@ class SaliencyPass:
         self._passes += [self._pass(dim, None, None) for dim in sums if dim < last - 1]
 
     def _pass(self, dim: int, column_sums: Tensor | None, running: Tensor | None) -> tuple[int, Tensor | None, tuple[int | str, ...]]:
-        """Of [product of the dimensions up to `dim`, product of those behind it]: (dim, row sums to fold into dim's, native arguments)."""
+        """Prepare a pass over the matrix [product of dimensions up to `dim`, product of the rest].
+
+        Returns (dim, row sums to fold into those of `dim`, arguments of the native call).
+        """
         rows, columns, sums = prod(self._shape[: dim + 1]), prod(self._shape[dim + 1 :]), self._sums.get(dim)
         unfolded = None if sums is None or rows == self._shape[dim] else sums.new_zeros(len(sums), rows)
         addresses = (0 if x is None else x.data_ptr() for x in (running, sums if unfolded is None else unfolded, column_sums))
         return dim, unfolded, (rows, columns, *addresses, THREADS or torch.get_num_threads(), INSTRUCTIONS)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Both of the shape given at first, which op.py compares: C++ takes their addresses alone."""
+        """Add one gradient. op.py has compared both shapes with the one given at first: C++ takes addresses alone."""
         parameter, gradient = parameter.contiguous(), gradient.contiguous()
         theta = parameter.data_ptr() if self._products else 0
         for dim, unfolded, arguments in self._passes:

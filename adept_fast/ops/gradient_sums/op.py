@@ -33,7 +33,10 @@ Dims = int | tuple[int, int]
 
 @dataclass
 class _Gathered:
-    """Of one parameter: what was added up for each of its dimensions, fp64 [kinds, indices held here]; the running sum."""
+    """The sums of one parameter.
+
+    sums: dimension -> fp64 [kinds, indices held here]. running: the sum of its gradients. seen: whether this backward gave one.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -65,13 +68,13 @@ class _Gathered:
 
 
 def _part(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """What this process holds of it; a scalar as a vector of one element."""
+    """The part that this process holds; a scalar becomes a vector of one element."""
     part = local(tensor, like)
     return part if part.ndim else part.view(1)
 
 
 def _require_alike(name: str, shape: Sequence[int], parameter: Tensor, gradient: Tensor) -> None:
-    """The one door to the backends, which trust shapes and devices behind it: parameters are sometimes given other data in between."""
+    """Raise InputError for a shape or device that differs: backends check nothing, and a parameter's data may have been replaced."""
     if not (parameter.shape == gradient.shape == shape and parameter.device == gradient.device and not parameter.is_meta):
         wanted = f"a parameter and a gradient of shape {tuple(shape)} on one device, with their values"
         found = " and ".join(f"{tuple(x.shape)} on {x.device}" for x in (parameter, gradient))
@@ -127,7 +130,7 @@ class GradientSums:
 
     @torch.no_grad()
     def _take_small(self) -> None:
-        """All vectors' gradients of a backward at once: a launch for each would take longer than its work."""
+        """Add the gradients of all vectors at once: a launch for each would take longer than its work."""
         waiting: dict[torch.device, list[tuple[_Gathered, Tensor]]] = {}
         for gathered in self._gathered:
             if gathered.small is not None:
@@ -219,7 +222,7 @@ def _is_plain(gathered: _Gathered, gradient: Tensor) -> bool:
 
 
 def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | None) -> SaliencyPass | None:
-    """How C++ adds up gradients of a parameter, where it is to."""
+    """The native pass over a parameter's gradients, or None where it does not serve them."""
     if dispatch.resolve("gradient_sums", parameter.device) != "cpu" or parameter.dtype not in NARROW or any(map(_is_pair, sums)):
         return None
     native: SaliencyPass = dispatch.implementation("gradient_sums", "cpu").SaliencyPass(sums, parameter.shape, running)

@@ -91,7 +91,7 @@ def _cast(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Pr
 
 
 def _require_fitting(hidden: Tensor, head: Projection, targets: Tensor) -> None:
-    """The one door to the backends, which trust every shape, dtype and device behind it."""
+    """Raise InputError for a shape, dtype, device or factor that does not fit: backends check nothing."""
     weight, bias = head.weight, head.bias
     if (
         hidden.ndim < 1
@@ -126,7 +126,7 @@ def _shapes(hidden: Tensor, head: Projection | None, targets: Tensor) -> str:
 
 
 def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variants: int, gradient: bool) -> reference.RowLosses:
-    """By `chosen`, of rows that all have a target: see reference.linear_cross_entropy."""
+    """Run `chosen` on rows that all have a target: see reference.linear_cross_entropy."""
     wide = torch.float64 in (hidden.dtype, head.weight.dtype)
     module = dispatch.implementation("linear_cross_entropy", "torch" if wide else chosen)
     with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
