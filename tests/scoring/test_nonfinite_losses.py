@@ -95,7 +95,7 @@ def test_a_layer_without_which_no_loss_is_left_ranks_above_all_others(monkeypatc
     layer_profile(content, [0])
     content["profiles"]["answer"]["values"][1] = math.nan
     (tmp_path / "scores.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="scores.json: not LayerScores .it holds a NaN.: delete it"):
+    with pytest.raises(InputError, match="scores.json: not as it was written .TypeError: it holds a NaN.: delete it"):
         LayerScores.load(tmp_path / "scores.json")
 
 
