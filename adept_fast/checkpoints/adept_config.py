@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,9 @@ class AdeptConfig:
         layers, config = self.source.get("num_hidden_layers"), self.source.get("config")
         if layers is not None and (type(layers) is not int or layers <= self.inserted[-1].copied_from):
             return f"a source of {layers!r} layers has no layer {self.inserted[-1].copied_from}"
+        alpha = self.selection.get("alpha", 1.0)
+        if type(alpha) not in (int, float) or not 0 <= alpha < inf:
+            return f"selection.alpha is {alpha!r}, no share of what training made of the copies"
         if config is not None and not isinstance(config, Mapping):
             return "source.config is no table"
         if any(not isinstance(self.source.get(key, ""), str) for key in ("identity", "tensors_digest")):

@@ -165,6 +165,8 @@ def entry(**changes: Any) -> list[dict[str, Any]]:
         ({"initialisation": "magic"}, "initialisation 'magic' is none of zero_output"),
         ({"parameters": 3}, "parameters is no table"),
         ({"proof": None}, "proof is no table"),
+        ({"selection": {"alpha": "0.5"}}, "selection.alpha is '0.5', no share"),
+        ({"selection": {"alpha": -1}}, "selection.alpha is -1, no share"),
         ({"num_hidden_layers": 2}, "a source of 2 layers has no layer 2"),
         ({"num_hidden_layers": "4"}, "a source of '4' layers"),
         ({"num_hidden_layers": 5}, "6 layers, but its record has 2 copies, up to layer 4, in a source of 5"),
