@@ -41,4 +41,5 @@ def likely_cause(model: PreTrainedModel) -> str:
             return f"{name} holds {kind}: load the model again, or fetch it again"
     if model.dtype == torch.float16:
         return "its weights are finite, but float16 overflows above 65504: take dtype bfloat16 or float32"
-    return f"its weights are finite, so what it computes from them overflows in {str(model.dtype).removeprefix('torch.')}: try float32"
+    found = f"its weights are finite, so what it computes from them overflows in {str(model.dtype).removeprefix('torch.')}"
+    return found if model.dtype in (torch.float32, torch.float64) else f"{found}: try float32"

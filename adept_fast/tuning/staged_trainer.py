@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from adept_fast.data.items import IGNORE
 from adept_fast.errors import InputError
 from adept_fast.models.finite import require_finite_tensors
 from adept_fast.optim import AdamW
@@ -93,6 +94,14 @@ class StagedTrainer(ResumingTrainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self._save_trained(folder)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, but in training 0 where a batch has no target: models and label smoothing divide 0 by 0 there."""
+        labels = inputs.get("labels")
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (isinstance(found, torch.Tensor) and isinstance(labels, torch.Tensor) and model.training) or self.compute_loss_func:
+            return found
+        return torch.where((labels[..., 1:] != IGNORE).any().to(found.device), found, 0)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

@@ -95,3 +95,8 @@ def on_two(folder: Path) -> None:
 def test_a_process_without_a_target(tmp_path: Path) -> None:
     """Rows go to the processes in turn: one has none while the other has, both have none, one has the first alone, both have some."""
     in_processes(2, tmp_path, on_two, tmp_path)
+
+
+def test_label_smoothing_without_a_target(tmp_path: Path) -> None:
+    _, losses, norms = trained(tmp_path, "-xx-", True, label_smoothing_factor=0.1)
+    assert [loss == 0 for loss in losses] == [norm == 0 for norm in norms] == [True, False, False, True]
