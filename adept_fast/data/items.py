@@ -22,7 +22,7 @@ from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import TEMPLATES, Record, Source
 from adept_fast.data.templates import as_chat, prompt_and_answer, question_prompt, rendered
 from adept_fast.errors import InputError
-from adept_fast.settings.validation import require
+from adept_fast.settings.validation import require, require_made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,6 +174,7 @@ def load_items(
         source = Source.of(str(probe) if isinstance(probe, PathLike) else probe)
         summary, entries = SourceSummary(source, files=source_files(source)), read(source)
     else:
+        require_made("probe", probe, Iterable, "give a path, or a list of records such as {'text': ...}")
         summary = SourceSummary(Source("probe"))
         numbered = [(entry, f"probe item {number}") for number, entry in enumerate(probe, 1)]
         entries = [_known(entry, where, vocabulary) if isinstance(entry, Item) else Record(entry, where) for entry, where in numbered]

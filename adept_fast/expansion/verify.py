@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models import device_of, evaluating, unwrapped, vocabulary_of
+from adept_fast.settings.validation import require_made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: T
 
 
 def _require_tokens(inputs: Tensor, vocabulary: int) -> None:
+    require_made("inputs", inputs, Tensor, "give token ids, int64 [rows, tokens]")
     if inputs.dtype != torch.int64 or inputs.ndim != 2 or not inputs.numel() or inputs.is_meta:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)} on {inputs.device}"
         raise InputError(f"inputs must be token ids, int64 [rows, tokens], one at least, found {found}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError, UnsupportedFamilyError
+from adept_fast.settings.validation import require_made
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,6 +54,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> list[int]:
     """`given`, ascending. Raises InputError under `name` unless they are layers of a model of `count`, each once, one at least."""
+    require_made(name, given, Iterable, "give layer indices, select_layers(scores) say")
     layers = list(given)
     known = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in layers)
     if not layers or not known or len(set(layers)) < len(layers):

@@ -41,6 +41,8 @@ def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
     if _instance(model, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         raise InputError(f"{name}: FSDP1 flattens its parameters: pass the model before it is wrapped, or shard it by FSDP2 (fully_shard)")
     if _instance(model, "peft", "PeftModel"):
+        if model.active_peft_config.is_prompt_learning:
+            raise InputError(f"{name}: a PEFT model, whose prompt no weights can hold: pass {name}.get_base_model(), which is without it")
         raise InputError(f"{name}: a PEFT model, whose adapters are not in its weights: pass {name}.merge_and_unload()")
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"{name} must be a causal language model of transformers, found {_found(model, name)}")

@@ -12,6 +12,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.bootstrap import CONFIDENCE
 from adept_fast.scoring.scores import LayerScores, require_scores
 from adept_fast.scoring.stability import DRAWS, complete, ranks, resampled_values
+from adept_fast.settings.validation import require_made
 
 
 def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
     together, item by item; where one is of a race, those that it measured all layers on. Raises InputError for fewer than two scores, and
     for other numbers of layers or items.
     """
+    require_made("several", several, Sequence, "give a list of what score_layers returns")
     require_scores(*several)
     if len(several) < 2:
         raise InputError(f"a comparison needs two or more scores, found {len(several)}")

@@ -74,6 +74,7 @@ def corpus_conflicts(scores: LayerScores, first: str, second: str, seed: int = 0
 
     {"profiles", "ranks": {profile: [[rank, low, high] a layer]}, "spearman", "layers": those apart, the widest first}. Rank 0 is lowest.
     """
+    require_scores(scores)
     tail = (1 - CONFIDENCE) / 2
     found = {}
     for number, name in enumerate((first, second)):

@@ -29,6 +29,7 @@ from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.malloc import freed_memory_kept
 from adept_fast.runtime.progress import Progress
 from adept_fast.scoring.units import Units
+from adept_fast.settings.validation import require_made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +173,7 @@ def score_units(
     exp_avg of all parameters of `units`, to see where they conflict with the probe. Raises InputError for a probe with nothing
     supervised."""
     model = unwrapped(model)
+    require_made("units", units, Units, "Units.of(model)")
     units.require_fitting(model)
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))

@@ -80,6 +80,12 @@ def under(table: str) -> Iterator[None]:
         raise
 
 
+def require_made(name: str, value: object, kind: type, by: str) -> None:
+    """Raise InputError under `name` for an object that is no `kind`, which `by` makes."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {kind.__name__}, found {type(value).__name__}: {by}")
+
+
 def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
     """Raise InputError for a value that is not of `kind` (a float must be finite, a text one line, not empty), or out of its bounds."""
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)) and (bounds is None or _differ(value)):

@@ -19,7 +19,7 @@ from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.provenance import changed, digest
 from adept_fast.scoring.unit_importance import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.scoring.units import Units
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, require_made
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.monitor import Monitor
@@ -96,6 +96,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
             self._causal = True
         if isinstance(self.units, str):
             self.units = Units.of(model, self.units)
+        require_made("units", self.units, Units, "a granularity, or Units.of(model)")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any

@@ -12,6 +12,7 @@ from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.errors import InputError
 from adept_fast.expansion import freeze_original
 from adept_fast.models import bare, unwrapped
+from adept_fast.settings.validation import require_made
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.adept_callback import AdeptCallback
 from adept_fast.tuning.fast_step import fast_step
@@ -34,6 +35,8 @@ class AdeptTrainer(StagedTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
         if unwrapped(model) is not model:
             raise InputError("model: the Trainer wraps it itself: pass the model inside, and torch_compile=True in args to compile it")
+        require_made("args", args, TrainingArguments, "transformers.TrainingArguments(output_dir=...)")
+        require_made("adept", adept, AdeptCallback, "AdeptCallback(probe)")
         freeze_original(model)
         self._adept = adept
         adept.restored_by_trainer = True

@@ -23,7 +23,7 @@ from adept_fast.models import device_of, head_logits, last_hidden, unwrapped
 from adept_fast.models.gradient_scope import in_eval_mode
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, require_made
 from adept_fast.tuning.fast_step import embeddings_apart
 from adept_fast.tuning.settings import Tuning
 
@@ -36,6 +36,9 @@ class Anchor:
 
     def __init__(self, items: Sequence[Item], weight: float, every: int = Tuning.anchor_every, tokens: int = Tuning.anchor_tokens) -> None:
         check(Tuning, "anchor_", needed=True, weight=weight, every=every, tokens=tokens)
+        require_made("items", items, Sequence, "load_items(probe, tokenizer)")
+        for item in items:
+            require_made("an item of an anchor", item, Item, "load_items(probe, tokenizer) makes them of texts and records")
         items = [item for item in items if item.input_ids]
         if not items:
             raise InputError("an anchor needs items with a token to compare the model with the base on")

@@ -18,7 +18,7 @@ Under every map the gain that keeps a post-norm copy silent gets 1 at least: it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from adept_fast.models import bare
 from adept_fast.optim import AdamW
 from adept_fast.scoring.unit_importance import UnitImportance
 from adept_fast.scoring.units import Units
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, require_made
 from adept_fast.tuning.param_group_rates import set_group_rates
 from adept_fast.tuning.settings import Tuning
 
@@ -114,6 +114,7 @@ class RateRule:
         Raises InputError for importances that are not finite, or a callable's result of another shape or with values that are negative
         or not finite.
         """
+        require_made("importance", importance, UnitImportance, "score_units(model, probe, units)")
         values = importance.abs_taylor
         if not bool(torch.isfinite(values).all()):
             worst = next(unit.name for unit, value in zip(importance.units, values, strict=True) if not torch.isfinite(value))
@@ -147,6 +148,8 @@ def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Ten
     """Give the optimizer a multiplier of its learning rate for each unit: rates [units]. optimizer: adept_fast.AdamW, or any other one made
     from `rate_groups`. Raises InputError for one that is neither, and for units of another model or rates that are not one a unit, finite
     and >= 0."""
+    require_made("units", units, Units, "Units.of(model)")
+    require_made("rates", rates, Iterable, "unit_rates(importance)")
     model, rates = bare(model), torch.as_tensor(rates)
     if rates.shape != (len(units),) or not bool((rates.isfinite() & (rates >= 0)).all()):
         raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit, found shape {tuple(rates.shape)}")

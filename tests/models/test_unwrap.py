@@ -17,12 +17,15 @@ from transformers import (
 )
 
 from adept_fast import (
+    AdamW,
     AdeptCallback,
     AdeptTrainer,
     Anchor,
     InputError,
     Units,
+    apply_rates,
     compare_scores,
+    corpus_conflicts,
     expand_model,
     fast_step,
     freeze_original,
@@ -30,6 +33,7 @@ from adept_fast import (
     score_layers,
     score_units,
     select_layers,
+    unit_rates,
     verify_expansion,
 )
 from adept_fast.evaluation import evaluate
@@ -78,6 +82,10 @@ def injected():
     return peft.inject_adapter_in_model(peft.LoraConfig(**LORA), expand_model(tiny_models.model(), [1]))
 
 
+def prompted():
+    return peft.get_peft_model(tiny_models.model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def pipeline():
     return TextGenerationPipeline(tiny_models.model(), tiny_models.tokenizer())
 
@@ -93,6 +101,7 @@ REFUSED = {
     "tokenizer": (tiny_models.tokenizer, "found .*Tokenizer.*: load one by"),
     "pipeline": (pipeline, r"found TextGenerationPipeline: pass \w+\.model"),
     "peft": (lambda: peft.get_peft_model(tiny_models.model(), peft.LoraConfig(**LORA)), r"merge_and_unload\(\)"),
+    "prompt": (prompted, r"whose prompt no weights can hold: pass \w+\.get_base_model\(\)"),
     "injected": (injected, r"adapters were injected \(model\.layers\.0\.self_attn\.q_proj\): merge"),
     "classifier": (classifier, "LlamaForSequenceClassification has no language-model head"),
     "headless": (lambda: AutoModel.from_config(tiny_models.model().config), "LlamaModel has no language-model head"),
@@ -145,3 +154,35 @@ def test_merged_adapters_are_part_of_the_model():
 def test_what_is_no_scores_is_refused(call):
     with pytest.raises(InputError, match="scores must be what score_layers returns, found LlamaForCausalLM"):
         call(tiny_models.model())
+
+
+def test_arguments_of_another_kind_are_refused_with_what_makes_them(tmp_path):
+    items, model = tiny_models.items(3), expand_model(tiny_models.model(), [1])
+    units, args = Units.of(model), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    adept = AdeptCallback(items, quiet=True)
+    calls = {
+        "probe must be Iterable": [lambda given: score_layers(model, given), lambda given: score_units(model, given, units)],
+        "layers must be Iterable": [lambda given: expand_model(tiny_models.model(), given)],
+        "inputs must be Tensor": [lambda given: verify_expansion(tiny_models.model(), model, given)],
+        "units must be Units": [
+            lambda given: score_units(model, items, given),
+            lambda given: apply_rates(AdamW(model.parameters()), model, given, torch.ones(9)),
+            lambda given: AdeptCallback(items, given).on_init_end(args, None, None, model),
+        ],
+        "rates must be Iterable": [lambda given: apply_rates(AdamW(model.parameters()), model, units, given)],
+        "importance must be UnitImportance": [unit_rates],
+        "several must be Sequence": [compare_scores],
+        "scores must be what": [lambda given: corpus_conflicts(given, "answer", "all")],
+        "items must be Sequence": [lambda given: Anchor(given, 0.5)],
+        "an item of an anchor must be Item": [lambda given: Anchor([given], 0.5), lambda given: Anchor([{"text": "a"}], 0.5)],
+        "args must be TrainingArguments": [lambda given: AdeptTrainer(model, given, adept=adept, train_dataset=[])],
+        "adept must be AdeptCallback": [lambda given: AdeptTrainer(model, args, adept=given, train_dataset=[])],
+    }
+    for message, each in calls.items():
+        for call in each:
+            for given in (None, 3, 1.5):
+                if message.startswith("inputs") and given is None:
+                    continue
+                with pytest.raises(InputError, match=rf"^{message}.*, found \w+: ") as refusal:
+                    call(given)
+                assert "\n" not in str(refusal.value)
