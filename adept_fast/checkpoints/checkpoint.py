@@ -19,7 +19,7 @@ from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
 from adept_fast.errors import InputError
 from adept_fast.models import check_kind, decoder_layers, require_causal, vocabulary_of
-from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.input_files import read_json, regular
 from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def check(folder: Path) -> None:
     """Raise InputError unless `folder` holds a config and whole safetensors files."""
     if not folder.is_dir():
         raise InputError(f"{folder}: not a model folder")
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            regular(entry)  # a link to nothing, of a damaged cache, would be taken for a file that the model does without
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
     config = read_json(folder / "config.json")

@@ -115,7 +115,11 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def undecodable(line: bytes, error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}): save the file as UTF-8"
+    return _not_utf8(line[error.start], error.start + 1)
+
+
+def _not_utf8(byte: int, column: int) -> str:
+    return f"not UTF-8 (byte 0x{byte:02x} at column {column}): save the file as UTF-8 (iconv -f CP1252 -t UTF-8, say)"
 
 
 class Array(FileReader):
@@ -140,8 +144,7 @@ class Array(FileReader):
         except UnicodeDecodeError as error:
             before = content[: error.start]
             line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-            fault = f"not UTF-8 (byte 0x{content[error.start]:02x} at column {column}): save the file as UTF-8"
-            raise InputError(f"{self.path}:{line}: {fault}") from None
+            raise InputError(f"{self.path}:{line}: {_not_utf8(content[error.start], column)}") from None
         except UNREADABLE as error:
             raise InputError(f"{self.path}: cannot be read ({error})") from None
         except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
+from adept_fast.runtime.input_files import regular
 from adept_fast.settings.validation import cut
 
 TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".json", ".parquet")
@@ -45,7 +46,8 @@ def source_files(source: Source) -> SourceFiles | None:
     """The files of a source; None for what datasets is to load: a name, a folder that datasets made, or one whose `split` is asked for.
 
     Of a folder, and the folders in it, hidden files are none of it, and those with an ending that is not read are skipped and told. A glob
-    names its files itself, so there they are refused. Raises InputError where nothing is left to read.
+    names its files itself, so there they are refused. Raises InputError where nothing is left to read, or what is to be read is no file: a
+    link whose target is gone, a pipe.
     """
     path = source.file
     if os.path.isdir(path):
@@ -57,12 +59,12 @@ def source_files(source: Source) -> SourceFiles | None:
             return None
         found = SourceFiles((path,))
     else:
-        found = SourceFiles(tuple(sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))))
+        found = SourceFiles(tuple(sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))))
         if not found.files:
             raise InputError(f"{source.path}: matches no file")
     for file in found.files:
         if not os.path.isfile(file):
-            raise InputError(f"{file}: no such file")
+            regular(file)  # says what it is: nothing, a link to nothing, a pipe
         if suffix_of(file) is None:
             raise InputError(f"{file}: unknown kind of file; use one of {READ}, or a datasets name")
     _check_keys(source, found.files)
@@ -89,7 +91,7 @@ def _of_folder(folder: Path) -> SourceFiles:
 def _visible(folder: Path) -> Iterator[Path]:
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(here, name) for name in names if not name.startswith(".") and os.path.isfile(os.path.join(here, name)))
+        yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
 def _made_by_datasets(folder: Path) -> bool:

@@ -48,5 +48,6 @@ def hold_out(texts: Sequence[str], name: str, share: float = HELD_OUT) -> set[st
     """The texts to hold out: a share of the different ones, by hash, so that every copy falls on one side. At least one is, one is not."""
     ordered = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(ordered) < 2:
-        raise InputError(f"{name}: one document only, none to hold out: add documents (in a .txt a blank line parts them)")
+        found = "one document only, none to hold out" if ordered else "no document: all its records are empty"
+        raise InputError(f"{name}: {found}: add documents (in a .txt a blank line parts them)")
     return set(ordered[: max(1, min(round(len(ordered) * share), len(ordered) - 1))])

@@ -17,6 +17,7 @@ from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, Made, OnDisk, arrange, prove_bytes, write_checkpoint
+from adept_fast.runtime.input_files import making_sense
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
@@ -53,7 +54,9 @@ def source_config(on_disk: OnDisk, record: AdeptConfig, inserted: Sequence[Inser
     held = record.source.get("config")
     if not isinstance(held, Mapping):
         raise _not_described(on_disk.folder)
-    return config_file(held, type(on_disk.skeleton.config).from_dict(dict(held)), [entry.copied_from for entry in inserted])
+    with making_sense(on_disk.folder / FILE, "restore the record, or expand again"):
+        config = type(on_disk.skeleton.config).from_dict(dict(held))
+    return config_file(held, config, [entry.copied_from for entry in inserted])
 
 
 def write_remade(

@@ -125,8 +125,12 @@ def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
 
 
 def _of_formats() -> tuple[type[Exception], ...]:
-    """What the readers of safetensors files and the templates of pages raise, where they are there."""
-    loaded = (sys.modules.get("safetensors"), "SafetensorError"), (sys.modules.get("jinja2"), "TemplateError")
+    """What readers of safetensors files, templates of pages and configs raise, where they are loaded."""
+    loaded = (
+        (sys.modules.get("safetensors"), "SafetensorError"),
+        (sys.modules.get("jinja2"), "TemplateError"),
+        (sys.modules.get("huggingface_hub.errors"), "StrictDataclassError"),
+    )
     return tuple(getattr(module, name) for module, name in loaded if module is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def test_missing_folder() -> None:
         (lambda folder: _config(folder, rms_norm_eps=float("nan")), "config.json: holds a NaN"),
         (lambda folder: _config(folder, hidden_size=None), "hidden_size.*correct its config.json"),
         (lambda folder: _config(folder, model_type="nonesuch"), "cannot be loaded"),
+        (lambda folder: os.mkfifo(folder / "generation_config.json.new"), "generation_config.json.new: a pipe"),
+        (lambda folder: (folder / "chat_template.jinja").symlink_to("gone"), "chat_template.jinja: no such file"),
     ],
 )
 def test_damage_is_named(folder: Path, damage, message: str) -> None:

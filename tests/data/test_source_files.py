@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -96,6 +97,18 @@ def test_a_glob_is_its_files_whatever_their_columns(tmp_path: Path) -> None:
     assert texts(tmp_path / "[odd].txt") == ["a name with a glob's signs"]
 
 
+@pytest.mark.parametrize("source", ["corpus", "corpus/*.txt", "corpus/z.txt"])
+@pytest.mark.parametrize("kind", ["a pipe", "no such file"])
+def test_what_is_no_file_is_named_and_not_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str) -> None:
+    monkeypatch.chdir(folder.parent)
+    if kind == "a pipe":
+        os.mkfifo("corpus/z.txt")
+    else:
+        Path("corpus/z.txt").symlink_to("gone.txt")
+    with pytest.raises(InputError, match=f"^corpus/z.txt: {kind}"):
+        source_files(Source(source))
+
+
 def test_a_markdown_file_alone_is_parted_at_its_headings(tmp_path: Path) -> None:
     text = "before\n\n# One\n\nfirst\n```\n# no heading\n\n```\n## Two\n#no heading\nsecond\n"
     (tmp_path / "a.md").write_text(text)
@@ -159,7 +172,7 @@ def test_what_a_source_has_no_files_for_is_refused(tmp_path: Path, path: str, ho
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"fine\n\nna\xefve\n", r"a.txt:3: not UTF-8 \(byte 0xef at column 3\)"),
+        ("a.txt", b"fine\n\nna\xefve\n", r"a.txt:3: not UTF-8 \(byte 0xef at column 3\): save the file as UTF-8 \(iconv"),
         ("a.md", b"# One\n\n# Two\n\xe9t\xe9\n", r"a.md:4: not UTF-8 \(byte 0xe9 at column 1\)"),
         ("a.json", b'[{"text": "fine"},\n{"text": "na\xefve"}]', r"a.json:2: not UTF-8 \(byte 0xef at column 13\)"),
         ("a.jsonl", b'{"text": "fine"}\r\n{"text": "na\xefve"}\r\n', r"a.jsonl:2: not UTF-8 \(byte 0xef at column 13\)"),

@@ -179,7 +179,7 @@ def test_a_record_without_its_tables_is_refused(made: Path, tmp_path: Path, key:
         AdeptConfig.load(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"intermediate_size": 56}])
+@pytest.mark.parametrize("changes", [{"intermediate_size": 56}, {"num_hidden_layers": 3}, {"num_attention_heads": 3}])
 def test_a_record_whose_config_contradicts_the_tensors_is_named(made: Path, tmp_path: Path, changes: dict[str, int]) -> None:
     folder = shutil.copytree(made / "a", tmp_path / "a")
     record = json.loads((folder / "adept_config.json").read_text())
