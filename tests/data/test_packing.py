@@ -65,7 +65,7 @@ def test_every_piece_begins_as_texts_do_and_none_is_short(block_size: int, begin
 def test_blocks_that_cannot_hold_a_begin_and_text_are_refused() -> None:
     for begin, least in (((BOS,), 8), ((BOS, 2), 12)):
         assert Blocks(documents([30], begin), np.arange(1), least).tokens == 30
-        with pytest.raises(InputError, match=f"tune.block_size={least - 1}: too small .* with {len(begin)} tokens: give {least} or more"):
+        with pytest.raises(InputError, match=f"^block_size={least - 1}: too small .* with {len(begin)} tokens: give {least} or more"):
             Blocks(documents([30], begin), np.arange(1), least - 1)
     assert Blocks(documents([9]), np.arange(1), 3).tokens == 9
 
