@@ -162,7 +162,7 @@ def test_a_resumed_run_reads_the_same(tmp_path: Path, stop: int) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(InputError, match="general_action must be one of stop, cut"):
+    with pytest.raises(InputError, match="^action must be one of stop, cut"):
         Meter(ITEMS, 1.0, "halt")
     with pytest.raises(InputError, match="supervised"):
         Meter([])

@@ -161,9 +161,9 @@ def test_any_trainer_takes_it(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(InputError, match="anchor_every must be a whole number of 1 or more, found 0"):
+    with pytest.raises(InputError, match="^every must be a whole number of 1 or more, found 0"):
         Anchor(tiny_models.items(1), 1.0, every=0)
-    with pytest.raises(InputError, match="anchor_weight must be a number from 0 to 1000, found nan"):
+    with pytest.raises(InputError, match="^weight must be a number from 0 to 1000, found nan"):
         Anchor(tiny_models.items(1), float("nan"))
     with pytest.raises(InputError, match="items"):
         Anchor([], 1.0)
