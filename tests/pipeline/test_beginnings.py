@@ -61,6 +61,7 @@ READERS = {
     "eval": (evaluate, largest_alpha),
 }
 PACKING = (LayerMasks.measure, UnitMasks.measure, keeps_documents_apart, Trainer.training_step)  # several texts in a row
+KINDS = ("Probe ", "Count to ", "The ")  # texts and instructions of the probe, documents of the domain
 SPLITTING = (compare_pieces, Trainer.training_step)  # a document goes on in another piece
 
 
@@ -77,7 +78,7 @@ def callers() -> Iterator[CodeType]:
 
 def pieces(row: list[int], positions: list[int]) -> list[list[int]]:
     """The texts of a row, parted where positions start again, without what only pads it."""
-    starts = [at for at, position in enumerate(positions) if position == 0]
+    starts = [at for at, position in enumerate(positions) if at == 0 or position == 0]
     parted = [row[start:stop] for start, stop in zip(starts, [*starts[1:], len(row)], strict=True)]
     return [piece for piece in parted if any(token != PAD for token in piece)]
 
@@ -131,6 +132,8 @@ def require_beginnings(stage: str, calls: list[Call]) -> None:
             for piece in row:
                 who = sorted(function.co_qualname for function in call.behind if "adept_fast" in function.co_filename)
                 assert piece[0] == BEGIN and BEGIN not in piece[1:], (stage, who, tokenizer.decode(piece))
+    texts = [tokenizer.decode(piece, skip_special_tokens=True) for call in calls for row in call.rows for piece in row]
+    assert stage == "expand" or all(any(text.startswith(kind) for text in texts) for kind in KINDS), stage
     for reader in READERS[stage]:
         rows = [row for call in calls if call.of(reader) for row in call.rows]
         assert rows, (stage, reader)
