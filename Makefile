@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: nightly test demo gpu sanitize lint clean
+.PHONY: nightly test demo gpu sanitize lint clean types
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -56,6 +56,11 @@ nightly: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
+
+# The rooms that have no error so far; the others follow.
+TYPED := errors ops optim runtime report
+types: $(VENV)/.test
+	$(RUN) -m mypy --follow-imports silent $(addprefix -p adept_fast.,$(TYPED))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info adept_fast/_C.*.so adept_fast/_CUDA.*.so .pytest_cache .ruff_cache .benchmarks .hypothesis
