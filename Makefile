@@ -50,6 +50,7 @@ sanitize: $(VENV)/.test
 COUNT ?= 3000
 SEED ?= $(shell date +%Y%j)
 nightly: $(VENV)/.test
+	$(RUN) -m pytest -q -n auto --dist worksteal -m nightly
 	$(RUN) -m tests.crash --count $(COUNT) --seed $(SEED)000
 	$(RUN) -m tests.fuzz --seed $(SEED) --cases 1500
 	$(RUN) -m tests.reliability.campaign --seed $(SEED)

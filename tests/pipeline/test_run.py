@@ -117,6 +117,7 @@ def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attem
     assert_same_artefacts(folder / "killed", folder / "whole")
 
 
+@pytest.mark.nightly
 def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
     """Two domain files, one annealed, and replay, shuffled in windows.
 

@@ -17,6 +17,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
         yield made
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_that_is_killed_or_whose_disk_fails_ends_in_the_same_bits(stages: Stages, name: str) -> None:
     hits, wrong = campaign(stages, [name], kills=1, faults=1, seed=3)

@@ -24,6 +24,7 @@ def turkish(folder: Path) -> dict[str, str]:
     return {"LOCPATH": str(folder), "LC_ALL": "tr_TR.UTF-8"}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("locale", ["tr_TR", "C"])
 def test_a_run_in_another_locale(tmp_path: Path, locale: str) -> None:
     settings = turkish(tmp_path) if locale == "tr_TR" else {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

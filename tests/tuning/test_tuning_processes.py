@@ -59,6 +59,7 @@ def test_two_processes_equal_one(engine: str, on_two: Callable[[str], Path]) -> 
     on_two(engine)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ENGINES)
 def test_four_processes_equal_one(engine: str, alone: Path) -> None:
     in_processes(4, alone, equals_one_process, alone, engine)
@@ -81,6 +82,7 @@ def test_a_run_of_two_processes_resumes_at_one(engine: str, on_two: Callable[[st
     assert {file.name for file in (saved / "work").iterdir()} == {"checkpoint-10", "checkpoint-20"}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_of_two_processes_resumes_at_four(engine: str, on_two: Callable[[str], Path], tmp_path: Path) -> None:
     saved = on_two(engine) / f"{engine}-2-head"
