@@ -129,6 +129,7 @@ def table_changed(draw: Callable[[st.SearchStrategy], Any], table: dict[str, Any
     return text
 
 
+@pytest.mark.nightly
 @cases(800)
 @given(data=st.data())
 def test_headers(folder: Folder, data: st.DataObject) -> None:
@@ -155,6 +156,7 @@ def test_files(folder: Folder, data: st.DataObject) -> None:
     folder.refuses_or_expands(**{name: damaged})
 
 
+@pytest.mark.nightly
 @cases(400)
 @given(data=st.data())
 def test_indexes(folder: Folder, data: st.DataObject) -> None:
@@ -166,6 +168,7 @@ def test_indexes(folder: Folder, data: st.DataObject) -> None:
     folder.refuses_or_expands(**{INDEX: damaged})
 
 
+@pytest.mark.nightly
 @cases(400)
 @given(data=st.data())
 def test_configs(folder: Folder, data: st.DataObject) -> None:

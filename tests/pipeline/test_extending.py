@@ -131,6 +131,7 @@ def test_another_schedule_is_accepted_by_a_key_and_recorded(run: Runs) -> None:
     assert "tuned: up to date" in run("cosine", 8, *cosine)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_baseline_goes_on_too(run: Runs, method: str) -> None:
     given = (f"method={method}", "tune.lora_rank=4")
@@ -141,6 +142,7 @@ def test_a_baseline_goes_on_too(run: Runs, method: str) -> None:
     assert run.record(f"{method}-two", "baseline.json")["inputs"]["extended"][0]["steps"] == [3, 5]
 
 
+@pytest.mark.nightly
 def test_a_stream_goes_on_where_its_mixture_does_not_move(run: Runs, folder: Path) -> None:
     (folder / "other.txt").write_text("\n\n".join(f"Remark {number} on {number * 3} things." for number in range(90)))
     for name, end in (("steady", ""), ("annealed", ", share_end: 0.1")):

@@ -16,6 +16,8 @@ EMPTY, MALFORMED, BEHIND = json.dumps({"text": None}), '{"text"', 3
 AHEAD = 60
 PLACE = "adept_fast.tuning.adept_callback:apply_rates"  # a refresh: the third is that of step 4, before its checkpoint
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +58,6 @@ def same(folder: Path, found: str, expected: str) -> None:
     assert ours == theirs and len(ours) == 6
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(("spoilt", "key"), [(MALFORMED, "malformed_rows=1"), (EMPTY, "malformed_rows=0")])
 def test_a_killed_run_goes_on_over_the_repaired_file(folder: Path, attempts: Attempts, spoilt: str, key: str) -> None:
     name = "malformed" if spoilt == MALFORMED else "empty"
@@ -80,7 +81,6 @@ def test_a_killed_run_goes_on_over_the_repaired_file(folder: Path, attempts: Att
     assert code == 0 and "tuned: up to date" in said, "its record names what it was made from in the end"
 
 
-@pytest.mark.nightly
 def test_a_run_stopped_by_what_datasets_cannot_read_goes_on_once_that_is_repaired(folder: Path, attempts: Attempts) -> None:
     (folder / "parts").mkdir()
     for part in range(4):

@@ -10,6 +10,8 @@ from tests.reliability.campaign import campaign
 from tests.reliability.disk_faults import Fault
 from tests.reliability.stages import NAMES, Stages
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
@@ -17,7 +19,6 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
         yield made
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_that_is_killed_or_whose_disk_fails_ends_in_the_same_bits(stages: Stages, name: str) -> None:
     hits, wrong = campaign(stages, [name], kills=1, faults=1, seed=3)

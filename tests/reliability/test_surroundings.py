@@ -19,6 +19,8 @@ from tests.reliability.stages import Stage, Stages
 
 HERE = "tests.reliability.test_surroundings"
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
