@@ -10,7 +10,7 @@ from typing import Any
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.disk_errors import naming
-from adept_fast.runtime.input_files import read_text
+from adept_fast.runtime.input_files import read_text, regular
 from adept_fast.runtime.strict_json import dumps, finite
 from adept_fast.settings.validation import shown
 
@@ -21,9 +21,13 @@ BEGIN = '{"event": "plan"'
 
 class TrainerLog:
     """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, skipped, end; "begin"
-    where another run follows in the same file. A number that is not finite stands there as null."""
+    where another run follows in the same file. A number that is not finite stands there as null.
+
+    Raises InputError for a path that is there and no regular file."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():
+            regular(path)
         self.path = path
 
     def require_own(self) -> None:

@@ -5,7 +5,7 @@ They run where an update is described anew and where a state is loaded. A planne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -40,9 +40,10 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
         ("max_exp_avg_sq", given.max_exp_avg_sq, moments),
         ("master", given.master, (MASTER_DTYPES.get(mode or "", param.dtype),)),
     ):
-        if tensor is not None:
-            check_like(where, name, tensor, param, dtypes)
-            _check_memory(where, name, tensor, written=name != "gradient")
+        if tensor is not None or name in ("gradient", "exp_avg_sq"):
+            present = cast(Tensor, tensor)  # else check_like says that it is None
+            check_like(where, name, present, param, dtypes)
+            _check_memory(where, name, present, written=name != "gradient")
     if given.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
         raise InputError(f"{where}: master_weights={mode!r} has no master to go with it; {REMEDY}")
     if native and given.exp_avg.dtype == torch.float64:
