@@ -46,11 +46,15 @@ class Folder:
         self.whole = {file.name: file.read_bytes() for file in self.path.iterdir()}
         assert {FIRST, SECOND, INDEX, "config.json"} <= set(self.whole)
 
-    def refuses_or_expands(self, **damaged: bytes) -> None:
-        """Write the damaged files, expand, and hold the result to what it must be."""
+    def write(self, **damaged: bytes) -> None:
+        """Damage these files, and make all others whole again."""
         for name, content in (self.whole | damaged).items():
             if not (self.path / name).exists() or (self.path / name).read_bytes() != content:
                 (self.path / name).write_bytes(content)
+
+    def refuses_or_expands(self, **damaged: bytes) -> None:
+        """Write the damaged files, expand, and hold the result to what it must be."""
+        self.write(**damaged)
         target = self.parent / "expanded"
         shutil.rmtree(target, ignore_errors=True)
         try:
@@ -186,7 +190,7 @@ def test_configs(folder: Folder, data: st.DataObject) -> None:
 @pytest.mark.parametrize("layers", [0, 1, 3, 10**12])
 def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers: int) -> None:
     config = json.loads(folder.whole["config.json"]) | {"num_hidden_layers": layers}
-    (folder.path / "config.json").write_text(json.dumps(config))
+    folder.write(**{"config.json": json.dumps(config).encode()})
     with pytest.raises(InputError, match="config.json"):
         expand_checkpoint(folder.path, folder.parent / "expanded", [0], verify=False)
 
@@ -201,9 +205,7 @@ def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers
 )
 def test_a_config_of_sizes_that_no_tensor_has_is_refused_before_it_is_built(folder: Folder, key: str, value: int, message: str) -> None:
     config = json.loads(folder.whole["config.json"]) | {key: value}
-    for name, content in folder.whole.items():
-        (folder.path / name).write_bytes(content)
-    (folder.path / "config.json").write_text(json.dumps(config))
+    folder.write(**{"config.json": json.dumps(config).encode()})
     for load in (checkpoint.load_model, checkpoint.load_skeleton):
         with pytest.raises(InputError, match=f"model/config.json: {message}"):
             load(folder.path)

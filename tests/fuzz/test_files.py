@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fuzz.cases import fuzzer
 
-CASES = 60  # make nightly runs 1,500
+CASES = 200  # make nightly runs 1,500
 
 
 def test_damaged_files_are_read_right_or_refused_by_name() -> None:
