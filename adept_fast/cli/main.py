@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 from adept_fast.cli.stop_signals import Stopped, heeded
 from adept_fast.errors import InputError
-from adept_fast.runtime.console import open_missing, say
+from adept_fast.runtime.console import attached, open_missing
 from adept_fast.runtime.disk_errors import REMEDIES, DiskError, number_of, told
 
 MODEL = ("model_name_or_path",)
@@ -49,6 +50,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 CACHES = ("ADEPT_FAST_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
+
+
+logger = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +99,7 @@ def _described(parsers: argparse._SubParsersAction, name: str, what: str, exampl
     return described
 
 
+@attached()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = parser().parse_args(argv)
@@ -107,24 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         kept = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
-        _complain(f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}; {kept}")
+        logger.error(f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}; {kept}")
         return 128 + number
     except BaseException as error:
         if given.debug or isinstance(error, SystemExit):
             raise
-        _complain(_one_line(error))
+        logger.error(_one_line(error))
         return 2 if isinstance(error, InputError) else 1
     return 0
-
-
-def _complain(line: str) -> None:
-    who = f"process {_rank()}: " if _rank() else ""
-    say(f"adept-fast: {who}{line}", sys.stderr)
-
-
-def _rank() -> int:
-    """Of several processes, as their launcher says; torch is not imported yet."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _one_line(error: BaseException) -> str:
@@ -142,7 +137,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     if command == "info":
         from adept_fast.cli.info import describe
 
-        say(describe(), sys.stdout)
+        logger.info(describe())
         return
     _needs_extra()
     _needs_caches()
@@ -150,14 +145,14 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
     if action is not None:
         from adept_fast.cli import copies
 
-        _say(copies.run(action, settings))
+        logger.info(copies.run(action, settings))
         return
     if command == "compare":
         from adept_fast.report import compare
 
         keys = [setting for setting in settings if setting.startswith("output_dir=")]
         target = keys[-1].partition("=")[2] if keys else "comparison"
-        _say(f"comparison: {compare([setting for setting in settings if setting not in keys], target, _say)}")
+        logger.info(f"comparison: {compare([setting for setting in settings if setting not in keys], target, logger.info)}")
         return
     from adept_fast.pipeline import recipe
     from adept_fast.pipeline.run import STAGES
@@ -176,17 +171,12 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         demo.run(overrides)
         return
     for override in overridden(overrides):
-        _say(f"{override}: given again later, where it counts")
-    work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), _say)
+        logger.warning(f"{override}: given again later, where it counts")
+    work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), logger.info)
     if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")
     with work.held():
         STAGES[command](work)
-
-
-def _say(line: str) -> None:
-    if not _rank():
-        say(line, sys.stdout)
 
 
 def _needs_extra() -> None:
@@ -212,9 +202,9 @@ def _needs_caches() -> None:
 def _calm_libraries() -> None:
     """Their progress bars and advice would drown the one line that matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty() or _rank():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours are Progress, which is calm by itself
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()

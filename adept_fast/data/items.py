@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STYLES = TEMPLATES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def load_items(
         if isinstance(entry, Item) or summary.take(entry, meaning) is not None
     ]
     for line in summary.notes():
-        warnings.warn(line, stacklevel=2)
+        logger.warning(line)
     if not any(item.supervised for item in items):
         raise InputError("the probe holds no supervised token: give items with text, or with instruction and output")
     return items

@@ -1,32 +1,36 @@
-"""How far a stage has come, on stderr: a bar on a terminal; elsewhere (a log file, CI, a notebook) a plain line every half minute."""
+"""How far a stage has come: a bar on a terminal or in a notebook; elsewhere (a log file, CI) a line of news every half minute."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from adept_fast.runtime import distributed
-from adept_fast.runtime.console import outliving
+from adept_fast.runtime.console import PACKAGE, outliving
 
 CALM = 30  # seconds between two lines, and before the first
 
+logger = logging.getLogger(__name__)
+
 
 class Progress(tqdm):
-    """tqdm, which see for the options. Of several processes the first one shows its own; quiet: none does."""
+    """tqdm, which see for the options. Of several processes only the first one shows it, and none where the level of the logger
+    "adept_fast" was set above INFO."""
 
-    def __init__(self, *given: Any, quiet: bool = False, **options: Any) -> None:
-        self.plain = not sys.stderr.isatty()
+    def __init__(self, *given: Any, disable: bool = False, quiet: bool = False, **options: Any) -> None:
+        self.plain = not (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel."))
         if self.plain:
             line = "{desc}: {percentage:.0f} % done, {remaining} left"
             options |= {"mininterval": CALM, "delay": CALM, "miniters": 1, "leave": False, "bar_format": line}
-        options["disable"] = quiet or not distributed.leads()
-        super().__init__(*given, **options)
+        silenced = logging.getLogger(PACKAGE).level > logging.INFO
+        super().__init__(*given, disable=disable or quiet or silenced or not distributed.leads(), **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        with outliving(sys.stderr):
-            if not self.plain:
+        if not self.plain:
+            with outliving(sys.stderr):
                 super().display(msg, pos)
-            elif msg is None:
-                print(self, file=self.fp, flush=True)
+        elif msg is None:
+            logger.info(str(self))

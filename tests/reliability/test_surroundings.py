@@ -75,7 +75,7 @@ def ascii_stdout(_: dict) -> None:
     run = main._run
 
     def wordy(*given: object) -> None:
-        main._say("\N{GREEK SMALL LETTER ALPHA} of f\N{LATIN SMALL LETTER DOTLESS I}x")
+        main.logger.info("\N{GREEK SMALL LETTER ALPHA} of f\N{LATIN SMALL LETTER DOTLESS I}x")
         run(*given)
 
     assert builtins.print is print
