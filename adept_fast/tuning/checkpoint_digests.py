@@ -26,15 +26,14 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise InputError, naming the file and the way out, for a file of a checkpoint that is missing or not as it was written.
-
-    Files that were put there later are not looked at. A checkpoint without digests, of another program or an earlier version, passes.
+    """Raise InputError, naming the file and the way out, for a file of a checkpoint that is missing or not as it was written: digests.json
+    too, which every checkpoint has. Files that were put there later are not looked at.
     """
     path = folder / FILE
     if not path.is_file():
-        return
+        raise InputError(f"{path}: missing, so nothing says that {folder.name} is as it was written: {_way_out(folder)}")
     listed = read_json(path).get("files")
-    if not isinstance(listed, dict) or not all(isinstance(value, str) for value in listed.values()):
+    if not isinstance(listed, dict) or not listed or not all(isinstance(value, str) for value in listed.values()):
         raise InputError(f"{path}: not the digests of a checkpoint: {_way_out(folder)}")
     for name, expected in listed.items():
         if not (folder / name).is_file():

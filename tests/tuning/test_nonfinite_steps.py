@@ -203,7 +203,11 @@ def test_a_checkpoint_whose_bytes_changed_is_refused_by_name(tmp_path: Path, fil
         train(tmp_path / "out", (), resume=str(folder))
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_is_resumed(tmp_path: Path) -> None:
-    states, _, _ = train(tmp_path / "out", ())
-    (tmp_path / "out" / "checkpoint-4" / "digests.json").unlink()
-    assert same(train(tmp_path / "out", (), resume=str(tmp_path / "out" / "checkpoint-4"))[0][-1], states[-1])
+@pytest.mark.parametrize("digests", [None, "{}", '{"files": {}}', '{"files": {"optimizer.pt": 3}}'])
+def test_a_checkpoint_without_its_digests_is_refused(tmp_path: Path, digests: str | None) -> None:
+    train(tmp_path / "out", ())
+    path = tmp_path / "out" / "checkpoint-6" / "digests.json"
+    path.unlink() if digests is None else path.write_text(digests)
+    said = "missing, so nothing says" if digests is None else "not the digests of a checkpoint: "
+    with pytest.raises(InputError, match=f"checkpoint-6/digests.json: {said}.*delete checkpoint-6, and training goes on from checkpoint-4"):
+        train(tmp_path / "out", (), resume=str(path.parent))

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model, freeze_original
-from adept_fast.tuning import AdeptCallback, AdeptTrainer
+from adept_fast.tuning import AdeptCallback, AdeptTrainer, checkpoint_digests
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.resume import RunRecord
 from adept_fast.tuning.staged_trainer import StagedTrainer
@@ -174,28 +174,54 @@ def test_a_schedule_that_is_still_the_same_goes_on(tmp_path: Path) -> None:
     made(tmp_path / "ended", max_steps=12, **decay(4)).train(resume_from_checkpoint=six)
 
 
+AGAIN = "delete checkpoint-2, and training starts again (save_total_limit=2 keeps one more)"
+MISSING, CORRUPT = "{path}: missing: {again}", "{path}: corrupt: not the bytes that were written (digests.json): {again}"
+DAMAGED: list[tuple[str, str | None, str, str]] = [
+    (
+        "adept_run.json", None, MISSING,
+        "{path}: missing, so nothing says what checkpoint-2 was made with: delete the checkpoint to start again",
+    ),
+    (
+        "adept_run.json", '{"steps": 3}', CORRUPT,
+        "{path}: no record of a run (RunRecord.__init__() missing 3 required positional arguments: 'made_with', 'schedule', and "
+        "'warmup_steps'): delete the checkpoint to start again",
+    ),
+    ("optimizer.pt", None, MISSING, "{folder}: holds no optimizer.pt (save_only_model?): a run cannot go on from it"),
+    ("trainer_state.json", "{}", CORRUPT, "{path}: says no global_step: delete the checkpoint to start again"),
+    (
+        "trainer_state.json", None, "{path}: missing: delete checkpoint-2, or give the folder of a whole checkpoint",
+        "{path}: missing: delete checkpoint-2, or give the folder of a whole checkpoint",
+    ),
+]  # fmt: skip
+"""A file, what it becomes (None: gone), and what is said: while its digest is another, and under a digest that was taken anew."""
+
+
+def sealed_again(folder: Path) -> None:
+    (folder / checkpoint_digests.FILE).unlink()
+    checkpoint_digests.seal(folder)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer = made(tmp_path, max_steps=2)
-    with pytest.raises(InputError, match="holds no checkpoint to resume from"):
+    with pytest.raises(InputError, match="/work: holds no checkpoint to resume from: leave resume_from_checkpoint out to begin$"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="/work/checkpoint-9: no such folder: give one named checkpoint-STEP$"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "work" / "checkpoint-9"))
     trainer.train(resume_from_checkpoint=False)
     folder = tmp_path / "work" / "checkpoint-2"
-    record = (folder / "adept_run.json").read_text()
-    (folder / "adept_run.json").unlink()
-    with pytest.raises(InputError, match="adept_run.json"):
-        made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder))
-    (folder / "adept_run.json").write_text('{"steps": 3}')
-    with pytest.raises(InputError, match="adept_run.json"):
-        made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder))
-    (folder / "adept_run.json").write_text(record)
-    (folder / "optimizer.pt").unlink()
-    with pytest.raises(InputError, match="optimizer.pt"):
-        made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder))
-    (folder / "trainer_state.json").write_text("{}")
-    with pytest.raises(InputError, match="trainer_state.json|optimizer.pt"):
-        made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder))
+    for name, content, *messages in DAMAGED:
+        whole = (folder / name).read_text() if name.endswith("json") else (folder / name).read_bytes()
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+        for said in messages:
+            with pytest.raises(InputError) as refused:
+                made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder))
+            assert str(refused.value) == said.format(path=folder / name, folder=folder, again=AGAIN)
+            sealed_again(folder)
+        (folder / name).write_text(whole) if isinstance(whole, str) else (folder / name).write_bytes(whole)
+        sealed_again(folder)
+    assert made(tmp_path, max_steps=4).train(resume_from_checkpoint=str(folder)).global_step == 4
 
 
 def test_a_checkpoint_of_the_last_step_is_loaded_and_no_step_is_made(tmp_path: Path) -> None:
