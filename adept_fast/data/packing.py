@@ -9,8 +9,8 @@ Flash attention takes no such mask: its blocks go `flattened`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,10 +55,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Piece:
-    """ids: of a document, or a piece of one; inserted: how many of them were written before a piece that goes on."""
+    """ids: of a document, or a piece of one; inserted: how many of them were written before a piece that goes on; goes_on: whether it
+    does, where a stream made it."""
 
     ids: np.ndarray
     inserted: int = 0
+    goes_on: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,7 +68,8 @@ class Piece:
     def divided(self, count: int, begin: np.ndarray) -> tuple[Piece, Piece]:
         """Its first `count` tokens, and the rest as a piece that goes on."""
         rest = self.ids[count:]
-        return Piece(self.ids[:count], self.inserted), Piece(np.concatenate([begin, rest]), len(begin)) if len(rest) else Piece(rest)
+        then = Piece(np.concatenate([begin, rest]), len(begin), goes_on=True) if len(rest) else Piece(rest)
+        return replace(self, ids=self.ids[:count]), then
 
 
 class Blocks(Dataset):
@@ -117,10 +120,17 @@ class Blocks(Dataset):
         """Tokens of documents: without padding, and without the begin that pieces of them are given."""
         return sum(stop - start for block in self._pieces for start, stop, _ in block)
 
+    def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
+        """Each piece of the first `blocks` blocks, and whether it goes on with a document."""
+        for index in range(min(blocks, len(self))):
+            yield from zip(self._block(index), self.goes_on(index), strict=True)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return packed(self._block(index), self.block_size, self.pad_token)
+
+    def _block(self, index: int) -> list[Piece]:
         ids, begin = self._documents.ids, self._documents.begin
-        pieces = [Piece(np.concatenate([begin[:inserted], ids[start:stop]]), inserted) for start, stop, inserted in self._pieces[index]]
-        return packed(pieces, self.block_size, self.pad_token)
+        return [Piece(np.concatenate([begin[:inserted], ids[start:stop]]), inserted) for start, stop, inserted in self._pieces[index]]
 
 
 def packed(pieces: Sequence[Piece], block_size: int, pad_token: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,11 +122,23 @@ class Stream(Dataset):
         found = Documents(np.concatenate(made), starts, self._begin_tokens)
         return Blocks(found, np.arange(documents), self.block_size, self.pad_token, self.one_per_row)
 
+    def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
+        """Each piece of the first `blocks` blocks, and whether it goes on with a document; the stream stays where it is."""
+        here, kept = self._snapshot(), self._kept.copy()
+        self._go_to(self._begin)
+        try:
+            for _ in range(min(blocks, self._blocks)):
+                yield from ((piece, piece.goes_on) for piece in self._next_block())
+        finally:
+            self._kept = kept
+            self._go_to(here)
+
     def _go_to(self, state: Mapping[str, Any]) -> None:
         for source, kept in zip(self._sources, state["sources"], strict=True):
             source.load(kept)
         self._credit, self._drawn = np.array(state["credit"]), np.array(state["drawn"], np.int64)
-        self._rest, self._at = Piece(np.array(state["rest"], np.int32), int(state.get("inserted", 0))), int(state["block"])
+        rest, inserted = np.array(state["rest"], np.int32), int(state.get("inserted", 0))
+        self._rest, self._at = Piece(rest, inserted, goes_on=inserted == len(self._begin_tokens)), int(state["block"])
 
     def _before(self, block: int) -> dict[str, Any]:
         return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import Item
+from adept_fast.data.items import IGNORE, Item
 from adept_fast.data.packing import Blocks
+from adept_fast.data.stream import Stream
 from adept_fast.models.losses import corpus_loss
 
 if TYPE_CHECKING:
@@ -54,14 +55,11 @@ class PieceLosses:
         return f"first pieces {first} nats per token ({self.first_pieces}), later pieces {later} ({self.later_pieces})"
 
 
-def pieces_of(blocks: Blocks, most: int) -> Iterator[tuple[Item, bool]]:
+def pieces_of(blocks: Blocks | Stream, most: int) -> Iterator[tuple[Item, bool]]:
     """Each piece of the first `most` blocks as the block has it, and whether it goes on with a document."""
-    for index in range(min(most, len(blocks))):
-        block, at = blocks[index], 0
-        ids, labels = block["input_ids"].tolist(), block["labels"].tolist()
-        for length, later in zip(blocks.documents(index), blocks.goes_on(index), strict=True):
-            yield Item(tuple(ids[at : at + length]), tuple(labels[at : at + length])), later
-            at += length
+    for piece, later in blocks.first_pieces(most):
+        ids, known = tuple(piece.ids.tolist()), piece.inserted + 1
+        yield Item(ids, (IGNORE,) * known + ids[known:]), later
 
 
 def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
@@ -75,7 +73,7 @@ def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
     return f"warning: {found}: more than chance; look at the documents, and whether the model knows pieces that begin with {how}{remedy}"
 
 
-def compare_pieces(model: PreTrainedModel, blocks: Blocks, quiet: bool = True) -> PieceLosses | None:
+def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream, quiet: bool = True) -> PieceLosses | None:
     """The first PIECES pieces of each kind, cut to TOKENS tokens, so that all stand in as much context. None where there are not both."""
     tokens, kinds = min(TOKENS, blocks.block_size), ([], [])
     for item, later in pieces_of(blocks, BLOCKS):

@@ -127,7 +127,7 @@ class Run:
         log = TrainerLog(books.log)
         if last is None:
             log.require_own()
-            if line := warning(compare_pieces(model, blocks.head() if isinstance(blocks, Stream) else blocks), encoder):
+            if line := warning(compare_pieces(model, blocks), encoder):
                 books.say(line)
         return cls(planned, blocks, collate, args, books, log, last, tokenizer)
 

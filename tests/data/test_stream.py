@@ -128,6 +128,18 @@ def test_every_piece_begins_as_texts_do_streamed_as_in_memory_and_from_any_state
     whole = Stream(made, [(1, 1)], begins, **settings)
     expected, head = [whole[index] for index in range(80)], whole.head(100)
     assert len(head) > 80 and any(any(head.goes_on(index)) for index in range(80))
+    for at in (0, 3):
+        looked = Stream(made, [(1, 1)], begins, **settings)
+        assert all(torch.equal(looked[index][name], tensor) for index in range(at) for name, tensor in expected[index].items())
+        found = looked.first_pieces(90)
+        assert at == 0 or next(found)[1] is False  # a look that is broken off
+        found.close()
+        pieces = list(looked.first_pieces(90))
+        there = list(head.first_pieces(80))
+        assert [later for _, later in pieces] == [later for _, later in there] and looked.state(at) == whole.state(at)
+        for (piece, _), (other, _) in zip(pieces, there, strict=True):
+            assert np.array_equal(piece.ids, other.ids) and piece.inserted == other.inserted
+        assert all(torch.equal(looked[at][name], tensor) for name, tensor in expected[at].items())
     for index, block in enumerate(expected):
         for name, tensor in head[index].items():
             assert torch.equal(block[name], tensor), (index, name)
