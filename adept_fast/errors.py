@@ -1,4 +1,4 @@
-"""What can go wrong because of what the user gave, told apart from what goes wrong by itself."""
+"""Exceptions for faults of the input, as opposed to faults of the program."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from collections.abc import Mapping
 
 
 class InputError(ValueError):
-    """Bad usage or input: the message names the file, line or argument and the way out (exit code 2).
+    """Wrong usage or input. The message is one line: the file, line or argument at fault, and how to fix it. The CLI exits with code 2.
 
-    arguments: those that the message names, as the caller of the function that raises it wrote them; the first is the one at fault.
+    Args:
+        message: that line.
+        arguments: names of the arguments in the message, as the caller wrote them, the one at fault first.
+
+    >>> try:
+    ...     AdamW(model.parameters(), lr=-1.0)
+    ... except InputError as error:
+    ...     print(error)
+    Invalid learning rate: -1.0
     """
 
     arguments: tuple[str, ...] = ()
@@ -19,7 +27,7 @@ class InputError(ValueError):
         self.arguments = arguments
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call arguments by other names, as somebody knows them who wrote keys of a recipe: each where the message first names it."""
+        """Replace names of arguments by the recipe keys that the user wrote, each at its first place in the message."""
         message = str(self)
         for name in self.arguments:
             key = names.get(name, name)
@@ -29,12 +37,33 @@ class InputError(ValueError):
 
 
 class UnsupportedFamilyError(InputError):
-    """A model whose layers cannot be found, or whose copies cannot be made silent."""
+    """A model family that cannot be scored or expanded: no decoder layers were found, or its copies cannot be made silent.
+
+    Args: as of InputError.
+
+    >>> from transformers import AutoModelForCausalLM, BertConfig
+    >>> bert = AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
+    >>> try:
+    ...     expand_model(bert, [3])
+    ... except UnsupportedFamilyError as error:
+    ...     print(error)
+    bert: cannot be expanded: layer 0: ...
+    """
 
 
 class ExpansionError(RuntimeError):
-    """An expanded model that does not compute what its base computes."""
+    """An expanded model whose logits or weights differ from those of its base. The message has the largest difference.
+
+    >>> expanded = expand_model(model, [1])
+    >>> with torch.no_grad():  # layer 2 is the copy, and no longer silent
+    ...     _ = expanded.get_decoder().layers[2].mlp.down_proj.weight.fill_(1.0)
+    >>> try:
+    ...     verify_expansion(model, expanded)
+    ... except ExpansionError as error:
+    ...     print(error)
+    the expanded model does not compute what its base computes in one forward: largest logit difference ...
+    """
 
 
 class ForeignOriginalsError(ExpansionError, InputError):
-    """A checkpoint whose originals are not those that its record names: the proof fails because of what was given."""
+    """A checkpoint whose original layers are not those of the base in its record, because other files were put there."""

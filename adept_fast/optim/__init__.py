@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per unit: adamw.py steps, update_collection.py finds the updates, ops/adamw/op.py runs them."""
+"""AdamW with one learning rate per unit: adamw.py steps, update_collection.py collects the updates, ops/adamw/op.py runs them."""
 
 from adept_fast.optim.adamw import AdamW
 

@@ -13,67 +13,76 @@ from adept_fast.errors import InputError
 from adept_fast.ops.adamw.memory_order import Operands
 from adept_fast.ops.adamw.op import launch, sum_of_squares
 from adept_fast.ops.adamw.reference import clip_scale
-from adept_fast.optim.arguments import (
-    check_dtypes,
-    check_hyperparameters,
-    check_own_arguments,
-    check_torch_arguments,
-    checked_multipliers,
-    checked_rates,
-    checked_scale,
-    refuse_sparse,
-)  # fmt: skip
-from adept_fast.optim.state import RATES, Settings, protect_from_cast, rates_into_state, restored, state_format, widen_sharded_remainders
+from adept_fast.optim import arguments
+from adept_fast.optim.state import RATES, Settings
+from adept_fast.optim.state_dict import POST_HOOKS, restore, wrap_tensors
 from adept_fast.optim.update_collection import StepUpdates, UpdateCollector, backend_of, options_of, scalar
 from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-# torch 2.8's name, and the one that followed it.
+# torch 2.8 has the second name, later releases the first.
 _check_capture = getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None) or (
     torch.optim.Optimizer._cuda_graph_capture_health_check
 )
 
 
 class AdamW(torch.optim.Optimizer):
-    r"""AdamW with a learning-rate multiplier per unit (row, column, expert, parameter), exact low-precision masters and fused clipping.
+    r"""AdamW with one learning-rate multiplier per unit (row, column, expert, parameter): a drop-in for torch.optim.AdamW.
 
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
         w <- (1 - rate weight_decay) w          rate = lr * multiplier
         w <- w - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-    Drop-in for torch.optim.AdamW: same arguments, defaults, errors, closures, hooks, schedulers and state dict, which loads from and
-    into torch's in mid-run. Arithmetic is fp32 (fp64 for fp64 parameters), each operation rounded once, in the same order by every
-    backend: they give the same bits. Results are rounded to the dtypes kept. DTensor parameters are updated shard by shard.
+    Arguments, defaults, errors, closures, hooks, schedulers and the state dict are torch's; a state dict loads from and into torch's
+    AdamW in mid-run. All backends compute in fp32 (fp64 for fp64 parameters) with the same operations in the same order, and give the
+    same bits. DTensor parameters are updated shard by shard.
 
-    Arguments beyond torch's:
-        state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq; None = the parameter's. Complex parameters keep theirs.
-        master_weights: what bf16 and fp16 parameters are updated through, so that small steps are not lost (bytes per parameter):
-            None          the parameter alone (0); steps below 2^-9 of a bf16 weight vanish
-            "copy"        fp32 master, state key `master` (4); re-syncs where the parameter no longer equals the rounded master
-            "remainder"   bf16 only: the lower half of an exact fp32 master, int16, state key `remainder` (2); ties round away from zero
-            "kahan"       rounding error in the parameter's dtype, state key `compensation` (2): about 16 bits of mantissa
-            "stochastic"  bf16 only: unbiased rounding keyed by position, step and element (0); reproducible
-            "remainder" and "kahan" are reset when the parameter's version counter shows an in-place edit since the last step; an edit
-            through `.data` shows no such sign and keeps them, at most half a unit in the last place. fp32 parameters need no master.
-        max_grad_norm: clip the 2-norm of all gradients of this optimizer, as torch.nn.utils.clip_grad_norm_ but leaving `.grad` as it is.
-        backend: "cuda", "triton", "cpu" or "torch"; None chooses per device.
-    The state is 2 (3 with amsgrad) tensors of the parameter's shape in state_dtype, the master, and `step` (fp32, 0-d).
+    Args:
+        params: parameters or parameter groups, as in torch: fp32, bf16, fp16, fp64 or complex.
+        lr: learning rate, >= 0; a number or a 0-d tensor.
+        betas: decay rates of m and v, in [0, 1); two numbers or two 0-d tensors.
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        amsgrad: divide by the largest v so far.
+        maximize: step along the gradient instead of against it.
+        capturable: keep `step` on the parameter's device, as CUDA graphs need it.
+        state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq. None: the parameter's; complex parameters always have that.
+        master_weights: how bf16 and fp16 parameters keep updates that are smaller than their resolution (extra bytes per element):
+            None (0): they do not; a bf16 weight loses updates below 2^-9 of its size.
+            "copy" (4): fp32 master in state `master`. It is taken anew from a parameter that was edited in place.
+            "remainder" (2): lower half of an exact fp32 master, int16, in state `remainder`. bf16 only; ties round away from zero.
+            "kahan" (2): rounding error in the parameter's dtype, in state `compensation`: about 16 bits of mantissa.
+            "stochastic" (0): unbiased rounding, bf16 only, reproducible: its noise is a hash of parameter number, step and element.
+            An in-place edit of the parameter resets "remainder" and "kahan". An edit through `.data` is not seen: it keeps them, an error
+            of at most half a unit in the last place.
+        max_grad_norm: clip the 2-norm of all gradients to this, as torch.nn.utils.clip_grad_norm_, but without changing `.grad`.
+        backend: "cuda", "triton", "cpu" or "torch". None: ADEPT_FAST_BACKEND, else the fastest that is available for each device.
+        foreach, fused: accepted for compatibility; they choose no backend. fused=True keeps `step` on the parameter's device.
+        differentiable: step in plain torch under autograd.
 
-    Of torch's keywords, foreach and fused choose nothing here; fused, capturable, and backends "cuda" and "triton" keep `step` on the
-    parameter's device, where lr and betas given as tensors are read too; differentiable=True takes the plain path. GradScaler's
-    grad_scale and found_inf are applied inside; a step with infinities changes nothing and is not counted.
+    State per parameter: `step` (fp32, 0-d; on the parameter's device with capturable, fused, "cuda" or "triton"), 2 moments (3 with
+    amsgrad) of the parameter's shape, and the master. GradScaler's grad_scale and found_inf are applied inside the step; a step whose
+    gradients have infinities changes nothing and is not counted.
 
-    Raises InputError (a ValueError) for arguments out of range and unknown backends; at a step for gradients, moments, masters or steps
-    that do not have the shape, device or memory of their parameter, naming group and position, and for lr, betas, eps or weight_decay
-    that were set out of range since. RuntimeError for a forced backend that is not available and for sparse gradients.
+    Raises:
+        InputError: an argument out of range or an unknown backend. At a step, naming group and position: a gradient, moment, master or
+            `step` that does not fit its parameter, or lr, betas, eps or weight_decay that were set out of range.
+        RuntimeError: a backend that was asked for and is not available; a sparse gradient.
 
-    Example: the first 64 rows at half the rate, the next 64 frozen, the rest at the full one
-        >>> opt = AdamW(model.parameters(), lr=2e-4, weight_decay=0.1, master_weights="remainder")
-        >>> rates = torch.ones(model.proj.weight.shape[0])
-        >>> rates[:64], rates[64:128] = 0.5, 0.0
-        >>> opt.set_unit_lr(model.proj.weight, rates)
+    Source: Loshchilov and Hutter, arXiv 1711.05101; Reddi et al. (amsgrad), arXiv 1904.09237.
+
+    >>> layer = torch.nn.Linear(64, 256, dtype=torch.bfloat16)
+    >>> optimizer = AdamW(layer.parameters(), lr=2e-4, weight_decay=0.1, master_weights="remainder")
+    >>> rates = torch.ones(256)
+    >>> rates[:64], rates[64:128] = 0.5, 0.0  # half the rate for 64 rows, the next 64 frozen
+    >>> optimizer.set_unit_lr(layer.weight, rates)
+    >>> before = layer.weight.detach().clone()
+    >>> layer(torch.randn(8, 64, dtype=torch.bfloat16)).square().mean().backward()
+    >>> optimizer.step()
+    >>> bool((layer.weight[64:128] == before[64:128]).all())
+    True
     """
 
     _step_supports_amp_scaling = True
@@ -97,8 +106,8 @@ class AdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
-        check_own_arguments(state_dtype, master_weights, max_grad_norm)
+        arguments.check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
+        arguments.check_own_arguments(state_dtype, master_weights, max_grad_norm)
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self._collector = UpdateCollector()
@@ -118,30 +127,37 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does. Raises InputError where its hyperparameters, backend or master weights cannot serve it."""
+        """Add a group as torch does. Raises InputError if this optimizer cannot update it with its hyperparameters and dtypes."""
         super().add_param_group(param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            check_hyperparameters(number, group)
+            arguments.check_hyperparameters(number, group)
             for position, param in enumerate(group["params"]):
-                check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
+                arguments.check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
                 backend_of(self._settings(), param)
             if RATES in group:
-                group[RATES] = checked_rates(f"group {number}", group, group[RATES])
+                group[RATES] = arguments.checked_rates(f"group {number}", group, group[RATES])
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
     def set_unit_lr(self, param: Tensor, multipliers: Tensor | float | None, dim: int = 0) -> None:
-        """Scale lr (and with it weight decay) of each unit of `param`: rate = lr * multiplier. None removes the rates.
+        """Multiply lr, and with it weight decay, by one factor per unit of `param`.
 
-        multipliers: finite, >= 0, stored as fp32 on the parameter's device; [param.shape[dim]] for one per index of dimension `dim`, or
-            [experts, rows] and the like for one per index of dimensions dim, dim + 1, ...; a number or 0-d tensor for the whole parameter.
-        A multiplier of 0 freezes its unit bit for bit, even with NaN gradients, while the moments move; lr = 0 does as torch does.
-        Rates belong to the position in `param_groups`, so they outlive a swap of the tensors in group["params"] and a load of a state
-        dict that has none.
+        Args:
+            param: a parameter of this optimizer.
+            multipliers: finite, >= 0, copied to the parameter's device as fp32; None removes them.
+                [param.shape[dim]]: one per index of dimension `dim`.
+                [param.shape[dim], param.shape[dim + 1], ...]: one per index of several dimensions, such as [experts, rows].
+                A number or 0-d tensor: one for the whole parameter.
+            dim: the first dimension that `multipliers` covers.
 
-        Raises InputError where `param` is not of this optimizer or the multipliers do not fit it.
+        A multiplier of 0 freezes its unit bit for bit, even with NaN gradients, while its moments move. lr = 0 does as in torch.
+        The rates belong to the position in `param_groups`. They stay when the tensors in group["params"] are swapped, and when a state
+        dict without rates is loaded.
+
+        Raises:
+            InputError: `param` is not in this optimizer, or the multipliers do not fit it.
         """
         group, position = self._locate(param)
         if multipliers is None:
@@ -149,15 +165,15 @@ class AdamW(torch.optim.Optimizer):
             if not group.get(RATES, True):
                 del group[RATES]
             return
-        values, dim = checked_multipliers(param, multipliers, dim)
+        values, dim = arguments.checked_multipliers(param, multipliers, dim)
         held = group.setdefault(RATES, {}).get(position)
         if held is not None and held[0].shape == values.shape and held[0].device == values.device and held[1] == dim:
-            held[0].copy_(values)  # at the same address, so that a captured or compiled step sees them
+            held[0].copy_(values)  # in place, so that a captured or compiled step sees them
         else:
             group[RATES][position] = (values, dim)
 
     def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
-        """Return (multipliers, dim) of `param`, dim counted from the front, or None. Raises InputError for an unknown parameter."""
+        """Return (multipliers, first dimension that they cover) of `param`, or None. Raises InputError for an unknown parameter."""
         group, position = self._locate(param)
         rates: dict[int, tuple[Tensor, int]] = group.get(RATES, {})
         return rates.get(position)
@@ -171,7 +187,7 @@ class AdamW(torch.optim.Optimizer):
         raise InputError(f"param: in none of this optimizer's groups ({found}); give the parameter itself, add it with add_param_group")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure`, called first with gradients enabled, returns."""
+        """Update every parameter that has a gradient. Calls `closure` first, with gradients enabled, and returns its result."""
         _check_capture(self)
         loss = None
         if closure is not None:
@@ -189,8 +205,8 @@ class AdamW(torch.optim.Optimizer):
             updates = self._collector.collect(settings, self.param_groups, self.state)
         if not updates.batches:
             return
-        found_inf = checked_scale("found_inf", getattr(self, "found_inf", None), torch.float32)
-        grad_scale = checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
+        found_inf = arguments.checked_scale("found_inf", getattr(self, "found_inf", None), torch.float32)
+        grad_scale = arguments.checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
         scale = None if grad_scale is None else grad_scale.reciprocal()
         if settings.max_grad_norm is not None:
             summed_by = next((backend for device, backend in updates.batches if device.type == "cpu"), "torch")
@@ -205,11 +221,10 @@ class AdamW(torch.optim.Optimizer):
             self._collector.note_versions(self.param_groups)
 
     def _settings(self) -> Settings:
-        differentiable = self.defaults["differentiable"]
-        return Settings(self.state_dtype, self.master_weights, self.max_grad_norm, self.backend, differentiable)
+        return Settings(self.state_dtype, self.master_weights, self.max_grad_norm, self.backend, self.defaults["differentiable"])
 
     def _described(self, settings: Settings) -> StepUpdates:
-        """Find the updates of this step without plans, through a method that torch.compile knows."""
+        """Collect this step's updates without cached plans, through a method that torch.compile can trace."""
         updates, first = StepUpdates(settings.max_grad_norm is not None), 0
         for number, group in enumerate(self.param_groups):
             columns: list[list[Any]] = [[] for _ in Operands._fields]
@@ -221,12 +236,12 @@ class AdamW(torch.optim.Optimizer):
         return updates
 
     def _init_group(self, group: dict[str, Any], first: int, number: int, *columns: list[Any]) -> None:
-        """Append to `columns`, one per field of Operands, what each parameter with a gradient has.
+        """Append the operands of each parameter with a gradient to `columns`, one list per field of Operands.
 
-        torch.compile runs a method of this name while it traces, and guards what the lists then hold.
+        torch.compile runs a method of this name while it traces, and guards the contents of the lists.
         """
-        check_hyperparameters(number, group)
-        refuse_sparse(group["params"])
+        arguments.check_hyperparameters(number, group)
+        arguments.refuse_sparse(group["params"])
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
                 given = self._collector.describe(self._settings(), number, group, position, first, self.state)
@@ -234,12 +249,13 @@ class AdamW(torch.optim.Optimizer):
                     column.append(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict with the rates: `unit_lr` (fp32, the shape set) and `unit_dim` in the state of each updated parameter.
+        """Return torch's state dict with the rates.
 
-        Rates of other parameters stand in their group as `unit_lr`: {position: (multipliers, dim)}.
+        state[i]["unit_lr"] (fp32, the shape that was set) and state[i]["unit_dim"]: rates of a parameter that has a state.
+        param_groups[j]["unit_lr"]: {position: (multipliers, dim)} of the others.
         """
-        # A hook, so that the user's own hooks see the rates too.
-        hooks = [self.register_state_dict_post_hook(hook, prepend=True) for hook in (rates_into_state, widen_sharded_remainders)]
+        # Hooks, so that the user's own hooks see the rates too.
+        hooks = [self.register_state_dict_post_hook(hook, prepend=True) for hook in POST_HOOKS]
         try:
             return super().state_dict()
         finally:
@@ -247,14 +263,16 @@ class AdamW(torch.optim.Optimizer):
                 hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, from this class or torch.optim.AdamW, except that tensors are copied and each key gets the dtype it has here: moments
-        `state_dtype`, multipliers fp32, masters their own. A master of another mode, or one that was cast on the way, is dropped and
-        starts again from the parameter. A state dict without any rates leaves those set here.
+        """Load a state dict of this class or of torch.optim.AdamW. Tensors are copied, each in its own dtype.
 
-        Raises InputError for a state of another shape than its parameter's, without one of AdamW's keys or without values, for rates that
-        are not finite and >= 0 or do not fit, and for hyperparameters out of range, naming group and position; the optimizer is then as
-        it was."""
-        hook = self.register_load_state_dict_pre_hook(protect_from_cast)
+        Moments are converted to `state_dtype`, rates stay fp32. A master of another mode, or one that was cast meanwhile, is dropped and
+        starts again from the parameter. A state dict without rates leaves the current ones.
+
+        Raises:
+            InputError: naming group and position, a state that does not fit its parameter or lacks a key, rates that do not fit or are not
+                finite and >= 0, or a hyperparameter out of range. The optimizer is then unchanged.
+        """
+        hook = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -266,35 +284,16 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.copy()
+        earlier_rates = [group.get(RATES) for group in before.get("param_groups", [])]
         try:
-            self._set_state(state)
+            super().__setstate__(state)
+            self._collector = UpdateCollector()
+            for group in self.param_groups:
+                for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+                    group.setdefault(name, self.defaults[name])
+                group["decoupled_weight_decay"] = True
+            restore(self._settings(), self.param_groups, self.state, earlier_rates)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-
-    def _set_state(self, state: dict[str, Any]) -> None:
-        before = [group.get(RATES) for group in self.__dict__.get("param_groups", [])]
-        super().__setstate__(state)
-        self._collector = UpdateCollector()
-        settings = self._settings()
-        for number, group in enumerate(self.param_groups):
-            for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
-                group.setdefault(name, self.defaults[name])
-            group["decoupled_weight_decay"] = True
-            check_hyperparameters(number, group)
-            rates = checked_rates(f"group {number}", group, group.pop(RATES, {}))
-            for position, param in enumerate(group["params"]):
-                if param in self.state:
-                    where = f"group {number}, parameter {position}"
-                    kept = restored(where, param, self.state[param], state_format(settings, group, param, backend_of(settings, param)))
-                    if "unit_lr" in kept:
-                        given = kept.pop("unit_lr"), kept.pop("unit_dim", 0)
-                        rates[position] = checked_multipliers(param, *given, where=f"{where}: unit_lr")
-                    self.state[param] = kept
-            if rates:
-                group[RATES] = rates
-        if not any(group.get(RATES) for group in self.param_groups):
-            for group, rates in zip(self.param_groups, before, strict=False):
-                if rates:
-                    group[RATES] = rates

@@ -1,4 +1,4 @@
-"""Checks of AdamW's arguments: torch.optim.AdamW's, in the same order and words, and those of its own arguments."""
+"""Checks of AdamW's arguments: those of torch.optim.AdamW with torch's messages and order, and those that torch does not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adept_fast.ops.adamw.checks import REAL
 from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
 
-ROUNDED_TO_ZERO = -1e-12  # torch's recursive CosineAnnealingLR ends a few 1e-20 below its eta_min
+ROUNDED_TO_ZERO = -1e-12  # torch's CosineAnnealingLR ends a few 1e-20 below its eta_min
 
 
 def check_torch_arguments(
@@ -27,7 +27,7 @@ def check_torch_arguments(
     capturable: bool,
     differentiable: bool,
 ) -> None:
-    """Raise InputError (a ValueError), or RuntimeError where torch does, for arguments out of range or that exclude each other."""
+    """Raise InputError (RuntimeError if torch raises that) for arguments out of range or that exclude each other."""
     if isinstance(lr, Tensor):
         if foreach and not capturable:
             raise InputError("lr as a Tensor is not supported for capturable=False and foreach=True")
@@ -57,7 +57,7 @@ def check_torch_arguments(
 
 
 def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | None, max_grad_norm: float | None) -> None:
-    """Raise InputError for a state_dtype, master_weights or max_grad_norm that does not exist."""
+    """Raise InputError for an unknown state_dtype or master_weights, or a max_grad_norm that is not positive."""
     if state_dtype not in (None, *REAL):
         raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, REAL))} and None")
     if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
@@ -67,9 +67,9 @@ def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | N
 
 
 def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
-    """Raise InputError where a group's current lr, betas, eps or weight_decay are out of range.
+    """Raise InputError if a group's current lr, betas, eps or weight_decay is out of range.
 
-    Tensors on a GPU are not read. An lr that a scheduler's rounding left just below 0 counts as 0.
+    Tensors on a GPU are not read. An lr just below 0, as a scheduler's rounding leaves it, counts as 0.
     """
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
@@ -86,16 +86,16 @@ def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
 
 
 def _number(number: int, name: str, value: float | Tensor) -> float:
-    """Read a tensor on the CPU; 0 stands for one elsewhere."""
+    """Return the value of a number or of a tensor on the CPU; 0 for a tensor on another device, to avoid a synchronisation."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() != 1 or value.is_complex():
-        raise InputError(f"group {number}: {name} is a tensor of {value.dtype} and shape {tuple(value.shape)}, and must be one real number")
+        raise InputError(f"group {number}: {name} is a tensor of {value.dtype} and shape {tuple(value.shape)}; it must be one real number")
     return value.item() if value.device.type == "cpu" else 0.0
 
 
 def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
-    """Convert GradScaler's `grad_scale` or `found_inf` to the dtype that backends read. Raises InputError unless it is one real number."""
+    """Convert GradScaler's `grad_scale` or `found_inf` to 0-d of `dtype`. Raises InputError unless it is one real number."""
     if value is None:
         return None
     tensor = torch.as_tensor(value)
@@ -105,7 +105,7 @@ def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -
 
 
 def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[int, tuple[Tensor, int]]:
-    """Copy a group's `unit_lr`, {position: (multipliers, dim)}, to its parameters' devices. Raises InputError where they do not fit."""
+    """Copy a group's `unit_lr`, {position: (multipliers, dim)}, to its parameters' devices. Raises InputError if one does not fit."""
     if not isinstance(rates, Mapping):
         raise InputError(f"{where}: unit_lr is a {type(rates).__name__}, not {{position: (multipliers, dim)}}")
     result = {}
@@ -113,7 +113,7 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
         there = isinstance(position, int) and 0 <= position < len(group["params"])
         if not there or not isinstance(given, tuple | list) or len(given) != 2:
             raise InputError(
-                f"{where}: unit_lr has {position!r}: {given!r}, where {len(group['params'])} positions can have (multipliers, dim)"
+                f"{where}: unit_lr has {position!r}: {given!r}; it must be {{position below {len(group['params'])}: (multipliers, dim)}}"
             )
         multipliers, dim = given
         result[position] = checked_multipliers(group["params"][position], multipliers, dim, f"{where}, parameter {position}: unit_lr")
@@ -121,13 +121,13 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
 
 
 def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
-    """Raise InputError where `master_weights` cannot serve `param`."""
+    """Raise InputError if `master_weights` does not support the dtype of `param`."""
     if master_weights in ("remainder", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
         raise InputError(f"{where}: master_weights={master_weights!r} needs bfloat16, not {param.dtype}; use 'copy' or 'kahan'")
 
 
 def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, where: str = "multipliers") -> tuple[Tensor, int]:
-    """Return (fp32 copy on the parameter's device, dim counted from the front). Raises InputError where they do not fit `param`."""
+    """Return (fp32 copy on the parameter's device, non-negative dim). Raises InputError if they do not fit `param`."""
     try:
         given = torch.as_tensor(multipliers)
         if given.is_complex() or given.layout != torch.strided or is_sharded(given):
@@ -138,7 +138,7 @@ def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, wh
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: no numbers for a parameter of shape {tuple(param.shape)} ({error})") from None
+        raise InputError(f"{where}: not numbers for a parameter of shape {tuple(param.shape)} ({error})") from None
     if values.ndim == 0:
         dim = 0
     elif not isinstance(dim, int) or not -param.ndim <= dim < param.ndim:
@@ -155,6 +155,6 @@ def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, wh
 
 
 def refuse_sparse(params: Iterable[Tensor]) -> None:
-    """Raise RuntimeError, in torch's words, where a gradient is sparse."""
+    """Raise RuntimeError with torch's message if a gradient is sparse."""
     if any(param.grad is not None and param.grad.layout != torch.strided for param in params):
         raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")

@@ -1,4 +1,4 @@
-"""What a step of AdamW updates: parameters with a gradient, their state, rates and backend, found anew or by an earlier step's plan."""
+"""Collects the updates of a step: parameters with a gradient, their state, rates and backend, looked up or from a cached plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adept_fast.ops.adamw.memory_order import Operands, Pair, in_memory
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import Table
 from adept_fast.optim.arguments import check_dtypes, check_hyperparameters, refuse_sparse
-from adept_fast.optim.state import EDITED, RATES, Settings, check_placed, create_missing, state_format
+from adept_fast.optim.state import RATES, STALE_AFTER_EDIT, Settings, check_placements, create_missing, state_format
 from adept_fast.optim.update_cache import Place, Plan, outdated, plan_of
 from adept_fast.runtime import dtensor
 
@@ -29,7 +29,7 @@ States = Mapping[Tensor, dict[str, Any]]
 
 @dataclass
 class Batch:
-    """Updates on one device by one backend, and the plan of each."""
+    """Updates on one device by one backend. plans: that of each update; None: it is not cached."""
 
     updates: list[Update] = field(default_factory=list)
     plans: list[Plan | None] = field(default_factory=list)
@@ -40,7 +40,9 @@ class Batch:
 class StepUpdates:
     """All updates of a step.
 
-    copies: (tensor, copy) to write back. grads, meshes: where gradients are clipped, each and what it is sharded over.
+    clipped: whether gradients are clipped.
+    copies: (tensor, copy): copies to write back after the step.
+    grads, meshes: if clipped, each gradient and the mesh that it is sharded over.
     """
 
     clipped: bool
@@ -50,7 +52,6 @@ class StepUpdates:
     meshes: list[dtensor.Mesh | None] = field(default_factory=list)
 
     def add(self, place: Place, update: Update, plan: Plan | None, mesh: dtensor.Mesh | None) -> None:
-        """Append an update; plan: None where it is described in every step."""
         if place not in self.batches:
             self.batches[place] = Batch()
         batch = self.batches[place]
@@ -70,23 +71,23 @@ class StepUpdates:
 
 @dataclass
 class GroupPlans:
-    """The plans of one group by position, and the settings that they rely on."""
+    """The plans of one group by position. They are valid only for these settings."""
 
     settings: tuple[Any, ...]
     plans: dict[int, Plan | None] = field(default_factory=dict)
 
 
 class UpdateCollector:
-    """Finds the updates of each step. Held by AdamW; remembers plans, and which version of a parameter the last step left."""
+    """Collects the updates of each step. Caches plans, and the version counter of each parameter after the last step."""
 
     def __init__(self) -> None:
         self.plans: dict[int, GroupPlans] = {}  # by number of group
         self.written: dict[Tensor, int] = {}
 
     def collect(self, settings: Settings, groups: Sequence[Group], states: States) -> StepUpdates:
-        """Find the updates of this step, with the table of each batch.
+        """Collect the updates of this step, with the table of each batch.
 
-        A tensor that is the object that was planned, but not the same memory, is described anew.
+        A second pass looks up the tensors whose memory changed although the Python object is the planned one.
         """
         step = self._walk(settings, groups, states)
         changed = [batch.updates[i].seed for batch in step.batches.values() for i in _tabulated(batch)]
@@ -134,18 +135,19 @@ class UpdateCollector:
         return step
 
     def describe(self, settings: Settings, number: int, group: Group, position: int, first: int, states: States) -> Operands:
-        """Gather a parameter's gradient, state (created where missing) and rates, and check them against each other.
+        """Look up and check a parameter's gradient, state (created if missing) and rates.
 
-        first: the position of the group's first parameter among those of all groups.
+        number, position: of the group, and of the parameter in it.
+        first: number of parameters in the groups before.
         """
         param, where = group["params"][position], f"group {number}, parameter {position}"
         if param.dtype not in REAL and not param.is_complex():
             raise InputError(f"{where} is {param.dtype}, which AdamW cannot update: give it no gradient")
         check_dtypes(where, param, settings.master_weights)
         backend = backend_of(settings, param)
-        state, kept = states[param], state_format(settings, group, param, backend)
-        create_missing(where, state, param, kept, group["amsgrad"])
-        check_placed(where, param, state, kept, group["amsgrad"])
+        state, form = states[param], state_format(settings, group, param, backend)
+        create_missing(where, state, param, form, group["amsgrad"])
+        check_placements(where, param, state, form, group["amsgrad"])
         rates, dim = _fitting_rates(where, group, position, param)
         shard = dtensor.shard_of(param)
         given = Operands(
@@ -154,7 +156,7 @@ class UpdateCollector:
             exp_avg=dtensor.local(state["exp_avg"]),
             exp_avg_sq=dtensor.local(state["exp_avg_sq"]),
             max_exp_avg_sq=dtensor.local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
-            master=None if kept.master_key is None else dtensor.local(state[kept.master_key]),
+            master=None if form.master_key is None else dtensor.local(state[form.master_key]),
             step=state["step"],
             multipliers=rates if shard is None or rates is None else shard.multipliers(rates, dim),
             dim=dim,
@@ -164,16 +166,16 @@ class UpdateCollector:
             backend=backend,
         )
         check_operands(where, given, settings.master_weights, backend)
-        self.reset_if_edited(states, param, kept.master_key)
+        self.reset_if_edited(states, param, form.master_key)
         return given
 
     def reset_if_edited(self, states: States, param: Tensor, master_key: str | None) -> None:
-        """Zero a remainder or compensation whose parameter was written to since the last step."""
-        if master_key in EDITED and self.written.get(param, param._version) != param._version:
+        """Zero the remainder or compensation of a parameter that was edited since the last step."""
+        if master_key in STALE_AFTER_EDIT and self.written.get(param, param._version) != param._version:
             states[param][master_key].zero_()
 
     def note_versions(self, groups: Sequence[Group]) -> None:
-        """Remember the version counter that this step left of each parameter it updated."""
+        """Store the version counters of the updated parameters."""
         for group in groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -181,7 +183,6 @@ class UpdateCollector:
 
 
 def options_of(group: Group, settings: Settings) -> AdamWOptions:
-    """The hyperparameters of a group as they stand now."""
     beta1, beta2 = group["betas"]
     return AdamWOptions(
         lr=scalar(group["lr"]),
@@ -195,37 +196,37 @@ def options_of(group: Group, settings: Settings) -> AdamWOptions:
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """Make a tensor of one element 0-d; numbers stay."""
+    """Return a tensor of one element as 0-d, a number unchanged."""
     return value.squeeze() if isinstance(value, Tensor) else value
 
 
 def backend_of(settings: Settings, param: Tensor) -> str:
-    """Choose what updates `param`. CUDA and Triton keep to fp32, bf16 and fp16; fp64 on a GPU is left to plain torch."""
+    """Choose the backend of `param`. fp64 on a GPU is updated by plain torch: the CUDA and Triton kernels have fp32, bf16 and fp16."""
     if settings.differentiable:
         return "torch"
     name = dispatch.resolve("adamw", param.device, settings.backend)
     if name in ("cuda", "triton") and not {torch.float64, torch.complex128}.isdisjoint((param.dtype, settings.state_dtype)):
         if settings.backend or os.environ.get(dispatch.OVERRIDE):
-            raise InputError(f"backend={name!r}: float64 is updated by plain torch only; leave the backend open or choose 'torch'")
+            raise InputError(f"backend={name!r}: float64 is updated by plain torch only; choose 'torch', or no backend")
         return "torch"
     return name
 
 
 def _tabulated(batch: Batch) -> list[int]:
-    """Build the table of a batch; returns the indices of updates whose plan does not hold."""
+    """Build the table of a batch. Returns the indices of updates whose plan is outdated."""
     batch.table = Table(batch.updates)
     return outdated(batch.table, batch.plans)
 
 
 def _fitting_rates(where: str, group: Group, position: int, param: Tensor) -> tuple[Tensor | None, int]:
-    """(multipliers, dim) of a parameter, moved to its device; (None, 0) where it has none."""
+    """Return (multipliers, dim) of a parameter on its device, or (None, 0)."""
     if position not in group.get(RATES, {}):
         return None, 0
     rates, dim = group[RATES][position]
     if rates.shape != param.shape[dim : dim + rates.ndim]:
         raise InputError(
-            f"{where}: unit_lr of shape {tuple(rates.shape)} from dim={dim} no longer fits it, now of shape "
-            f"{tuple(param.shape)}; set them again with set_unit_lr"
+            f"{where}: unit_lr of shape {tuple(rates.shape)} from dim={dim} no longer fits the parameter, now of shape "
+            f"{tuple(param.shape)}; set the rates again with set_unit_lr"
         )
     if rates.device != param.device:
         rates = rates.to(param.device)

@@ -41,7 +41,8 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
     router's loss is part of it, say): such a model goes its own way. Wrappers of the model (DDP, FSDP2, accelerate's autocast,
     torch.compile) may be put on and taken off while inside; other calls, and calls in eval mode, are the model's own.
 
-    >>> with fast_step(model):
+    >>> ids = torch.arange(3, 40)[None]
+    >>> with fast_step(model.train()):
     ...     model(input_ids=ids, labels=ids).loss.backward()
     """
     model = unwrapped(model)

@@ -216,8 +216,8 @@ def test_setting_reading_removing() -> None:
         (torch.tensor([1.0, -1.0, 1.0, 1.0]), 0, "finite"),
         (torch.tensor([1.0, float("nan"), 1.0, 1.0]), 0, "finite"),
         (float("inf"), 0, "finite"),
-        ("half", 0, r"multipliers: no numbers for a parameter of shape \(4, 3\)"),
-        ([1.0, None], 0, r"multipliers: no numbers for a parameter of shape \(4, 3\)"),
+        ("half", 0, r"multipliers: not numbers for a parameter of shape \(4, 3\)"),
+        ([1.0, None], 0, r"multipliers: not numbers for a parameter of shape \(4, 3\)"),
         (torch.ones(4), "rows", "dim: 'rows' is not a dimension"),
     ],
 )

@@ -1,0 +1,43 @@
+"""The examples in the docstrings of public names run, and print what they say.
+
+An example may use every public name, `torch`, `model` (a causal language model of 4 layers), its `tokenizer`, `probe` (12 items) and, in
+the current folder, the checkpoint `base`. "..." in its output stands for any text.
+"""
+
+from __future__ import annotations
+
+import doctest
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import adept_fast
+from adept_fast.data.items import Item, load_items
+from tests.support import tiny_models
+
+
+@cache
+def probe() -> list[Item]:
+    return load_items("general", tiny_models.tokenizer())[:12]
+
+
+@pytest.mark.parametrize("name", adept_fast.__all__)
+def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {public: getattr(adept_fast, public) for public in adept_fast.__all__} | {
+        "torch": torch,
+        "model": tiny_models.model(),
+        "tokenizer": tiny_models.tokenizer(),
+        "probe": probe(),
+    }
+    tiny_models.checkpoint(tmp_path / "base")
+    found = doctest.DocTestFinder(exclude_empty=True).find(getattr(adept_fast, name), name, globs=given)
+    examples = [test for test in found if test.examples]
+    if not examples:
+        pytest.skip(f"{name} has no example yet")
+    runner, report = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE), []
+    for example in examples:
+        runner.run(example, out=report.append)
+    assert not runner.failures, "".join(report)
