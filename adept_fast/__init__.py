@@ -10,32 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-    from adept_fast.expansion import (
-        apply_copies,
-        dial,
-        expand_checkpoint,
-        expand_model,
-        extract_copies,
-        freeze_original,
-        merge_copies,
-        remove_copies,
-        verify_expansion,
-    )
+    from adept_fast.expansion.delta import apply_copies, extract_copies
+    from adept_fast.expansion.dial import dial
+    from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+    from adept_fast.expansion.expand_model import expand_model, freeze_original
+    from adept_fast.expansion.merge import merge_copies
+    from adept_fast.expansion.remove import remove_copies
+    from adept_fast.expansion.verify import verify_expansion
     from adept_fast.optim import AdamW
-    from adept_fast.scoring import (
-        LayerScores,
-        Race,
-        UnitScores,
-        compare_scores,
-        corpus_conflicts,
-        mask_units,
-        score_layers,
-        select_layers,
-        selection_stability,
-    )
+    from adept_fast.scoring.method_comparison import compare_scores
+    from adept_fast.scoring.race import Race
+    from adept_fast.scoring.score_layers import score_layers
+    from adept_fast.scoring.scores import LayerScores, UnitScores
+    from adept_fast.scoring.select_layers import select_layers
+    from adept_fast.scoring.stability import corpus_conflicts, selection_stability
     from adept_fast.scoring.unit_importance import score_units
+    from adept_fast.scoring.unit_masking import mask_units
     from adept_fast.scoring.units import Units
-    from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, apply_rates, fast_step, unit_rates
+    from adept_fast.tuning.adept_callback import AdeptCallback
+    from adept_fast.tuning.adept_trainer import AdeptTrainer
+    from adept_fast.tuning.fast_step import fast_step
+    from adept_fast.tuning.kl_anchor import Anchor
+    from adept_fast.tuning.unit_rates import apply_rates, unit_rates
 
 __version__ = "0.1.0"
 

@@ -31,7 +31,7 @@ class InputError(ValueError):
         message = str(self)
         for name in self.arguments:
             key = names.get(name, name)
-            message = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", lambda _, key=key: key, message, count=1)
+            message = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", key.replace("\\", r"\\"), message, count=1)
         self.args = (message,)
         self.arguments = tuple(names.get(name, name) for name in self.arguments)
 

@@ -68,7 +68,8 @@ class AdeptConfig:
         return at
 
     def as_dict(self) -> dict[str, Any]:
-        return tagged(json.loads(json.dumps(asdict(self), default=str)))
+        record: dict[str, Any] = tagged(json.loads(json.dumps(asdict(self), default=str)))
+        return record
 
     def save(self, folder: Path) -> None:
         write_json(folder / FILE, self.as_dict())
@@ -98,8 +99,7 @@ class AdeptConfig:
         if isinstance(attached, cls):
             return attached
         config = getattr(model, "config", None)
-        found = getattr(config, KEY, None)
-        if found is None:
+        if config is None or (found := getattr(config, KEY, None)) is None:
             return None
         path = Path(getattr(config, "name_or_path", ""), "config.json")
         record = cls._read(found, path)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -101,7 +101,7 @@ def load_model(
         require("dtype", dtype, str, DTYPES)
     load_skeleton(folder, trust_remote_code, attn_implementation)
     with _refused_by_name(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
@@ -110,6 +110,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they come back in the loading info, and are refused below by name
             output_loading_info=True,
         )
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info["mismatched_keys"])
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing or of another shape, first {missing[0]}: fetch it again")
@@ -120,7 +121,8 @@ def load_model(
         record.require_layers(len(decoder_layers(model)), folder)
         model.adept_config = record
     require_causal(model)
-    return model.eval()
+    whole: PreTrainedModel = model.eval()
+    return whole
 
 
 def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -132,7 +134,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementa
     with _refused_by_name(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_kind(config)
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(skeleton, shards)
     if attn_implementation is not None:
         try:
@@ -148,7 +150,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     values = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError
-    return StrictDataclassError, OSError, RuntimeError, ImportError, *values
+    return StrictDataclassError, SafetensorError, OSError, RuntimeError, ImportError, *values
 
 
 @contextmanager
@@ -158,7 +160,7 @@ def _refused_by_name(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (SafetensorError, *_refusals()) as error:
+    except _refusals() as error:
         if (isinstance(error, OSError) and error.errno in OF_THE_MACHINE) or "can't allocate memory" in str(error):
             raise
         raise InputError(f"{folder}: cannot be loaded ({_reason(error)}): correct its config.json, or fetch it again") from None

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import xxhash
 
@@ -20,7 +20,14 @@ from adept_fast.checkpoints.finite_bytes import all_finite, not_finite
 from adept_fast.checkpoints.safetensors_index import Stored, open_shards
 from adept_fast.errors import InputError
 
-KINDS: Mapping[str, Callable[..., Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+
+class Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+KINDS: Mapping[str, Callable[[], Hash]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 IDENTITY = ("config.json", "tokenizer", "vocab", "merges", "chat_template", "added_tokens", "special_tokens")  # beginnings of names
 THREADS = min(4, os.cpu_count() or 1)
 IN_CACHE = 1 << 18  # bytes read at once: they are hashed before they leave the cache

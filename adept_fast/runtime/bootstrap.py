@@ -25,7 +25,7 @@ def _means(counts: Tensor, sums: Tensor, weights: Tensor) -> Tensor:
     means = (counts @ flat.nan_to_num(posinf=0.0)) / (counts @ (weights * measured))
     if bool(endless.any()):
         means = means.where(counts @ endless.double() == 0, torch.inf)
-    return means.unflatten(1, sums.shape[1:] or (1,))
+    return means.reshape(len(means), *(sums.shape[1:] or (1,)))
 
 
 def bootstrap(

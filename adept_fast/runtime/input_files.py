@@ -119,19 +119,20 @@ def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise InputError(f"{path}: {error}: {remedy}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, *_of_formats()) as error:
+    except _of_content() as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{path}: not as it was written ({reason[:200]}): {remedy}") from error
 
 
-def _of_formats() -> tuple[type[Exception], ...]:
-    """What readers of safetensors files, templates of pages and configs raise, where they are loaded."""
+def _of_content() -> tuple[type[Exception], ...]:
+    """What wrong content raises in Python, and in readers of safetensors files, templates of pages and configs where they are loaded."""
     loaded = (
         (sys.modules.get("safetensors"), "SafetensorError"),
         (sys.modules.get("jinja2"), "TemplateError"),
         (sys.modules.get("huggingface_hub.errors"), "StrictDataclassError"),
     )
-    return tuple(getattr(module, name) for module, name in loaded if module is not None)
+    plain = LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
+    return (*plain, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

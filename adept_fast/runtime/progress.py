@@ -16,7 +16,7 @@ CALM = 30  # seconds between two lines, and before the first
 logger = logging.getLogger(__name__)
 
 
-class Progress(tqdm):
+class Progress(tqdm):  # type: ignore[type-arg]  # only its stubs are generic
     """tqdm, which see for the options. Of several processes only the first one shows it, and none where the level of the logger
     "adept_fast" was set above INFO."""
 

@@ -18,7 +18,8 @@ def digest(content: Any) -> str:
 
 def inputs_of(record: Any) -> Mapping[str, Any]:
     """What a record says of them: an object, or a table as it was read."""
-    return record.get("inputs", {}) if isinstance(record, Mapping) else record.inputs
+    inputs: Mapping[str, Any] = record.get("inputs", {}) if isinstance(record, Mapping) else record.inputs
+    return inputs
 
 
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -28,7 +29,7 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(
-    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str, explained: Mapping[str, str] | None = None
+    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str, explained: Mapping[str, str] = {}
 ) -> None:
     """Raise InputError, naming what differs, for an artefact that was made from another model or with other settings. explained: what it
     means that an input differs, by its name, where that is not plain."""
@@ -36,5 +37,5 @@ def require_same(
     if "model" in differing:
         raise InputError(f"{path} belongs to another model than {model}: choose another output_dir")
     if differing:
-        names = ", ".join(f"{name}: {explained[name]}" if name in (explained or ()) else name for name in differing)
+        names = ", ".join(f"{name}: {explained[name]}" if name in explained else name for name in differing)
         raise InputError(f"{path} was made with other settings ({names}): choose another output_dir, or remove it to redo it")

@@ -43,7 +43,7 @@ def remove_leftovers(parent: Path) -> None:
 
 def modes(folder: Path) -> tuple[int, int]:
     """The permissions that the umask gives to a file and to a folder, as those of this staging folder have them."""
-    return tuple(os.stat(path).st_mode & 0o7777 for path in (folder / LOCK, folder))
+    return os.stat(folder / LOCK).st_mode & 0o7777, os.stat(folder).st_mode & 0o7777
 
 
 def locked(descriptor: int) -> bool | None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
 from adept_fast.settings.aliases import meant
 from adept_fast.settings.validation import check, cut, options, shown, under
 from adept_fast.settings.values import given, read
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 LISTED = 20  # known keys, in a message
 
 
@@ -52,7 +55,7 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
         inner, _ = options(hints[entry.name])
         if "known" in entry.metadata:
             yield from (prefix + name for name in entry.metadata["known"]())
-        elif is_dataclass(inner) and not hasattr(inner, "of"):
+        elif isinstance(inner, type) and is_dataclass(inner) and not hasattr(inner, "of"):
             yield prefix + entry.name
             yield from keys_of(inner, f"{prefix}{entry.name}.")
         else:
@@ -74,12 +77,13 @@ def _override(content: dict[str, Any], override: str) -> None:
     table[last] = given(text, key)
 
 
-def _build(cls: type, content: Mapping[str, Any], prefix: str, everywhere: Collection[str]) -> Any:
+def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Collection[str]) -> T:
     hints, declared = get_type_hints(cls), {entry.name: entry for entry in fields(cls)}
     others = next((entry for entry in fields(cls) if "known" in entry.metadata), None)
     values: dict[str, Any] = {}
     if others is not None:
         del declared[others.name]
+        assert callable(others.default_factory)
         values[others.name], content = others.default_factory(), dict(content)
         if isinstance(content.get(others.name), Mapping):  # as a resolved recipe has them
             content |= content.pop(others.name)
@@ -102,8 +106,9 @@ def _build(cls: type, content: Mapping[str, Any], prefix: str, everywhere: Colle
 def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
     """A value in the form that the field has it in, where there is one."""
     kind, _ = options(hint)
+    nested = is_dataclass(kind)
     if hasattr(kind, "of"):
-        value = _of_fields(value, kind) if isinstance(value, Mapping) and is_dataclass(kind) else read(value, str | None)
+        value = _of_fields(value, kind) if isinstance(value, Mapping) and nested else read(value, str | None)
         if value is None:
             return None
         try:
@@ -119,7 +124,7 @@ def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
             return None
         entries = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_read(entry, inner, f"{key}[{index}]", everywhere) for index, entry in enumerate(entries))
-    if is_dataclass(kind):
+    if nested:
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.", everywhere)
         if (value := read(value)) is None:

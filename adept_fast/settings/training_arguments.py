@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from adept_fast.errors import InputError
 from adept_fast.settings.key_value import unknown
-from adept_fast.settings.validation import COUNT, Range, options, require, shown
+from adept_fast.settings.validation import COUNT, Bounds, Range, options, require, shown
 from adept_fast.settings.values import read
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ MORE_WHOLE = ("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_buck
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")  # in whose place adept_fast.AdamW steps
 WSD = ("wsd", "warmup_stable_decay")  # the short name is none of transformers'
 LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
-BOUNDS = {
+BOUNDS: Mapping[str, Bounds] = {
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"), Range(0)),
     **dict.fromkeys((*WHOLE, *MORE_WHOLE), COUNT),
     "num_train_epochs": Range(0, 1_000_000, above=True),
@@ -130,8 +130,8 @@ def checked(key: str, value: Any) -> Any:
     bounds = BOUNDS.get(key) or tuple(each.value for each in named)
     value = read(value, str if bounds and not isinstance(bounds, Range) else hint)
     if key in LEFT_OUT and value != default:
-        named = [name for name in known().keys() - SET_ELSEWHERE.keys() if re.search(rf"\b{name}\b", LEFT_OUT[key])]
-        raise InputError(f"{key}: {LEFT_OUT[key]}: leave it out", key, *named)
+        also = [name for name in known().keys() - SET_ELSEWHERE.keys() if re.search(rf"\b{name}\b", LEFT_OUT[key])]
+        raise InputError(f"{key}: {LEFT_OUT[key]}: leave it out", key, *also)
     if (value is None and optional) or (key == "lr_scheduler_type" and value in WSD):
         return value
     require(key, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)

@@ -98,7 +98,7 @@ def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> N
 def described(kind: Any, bounds: Bounds | None = None) -> str:
     """In words: "a whole number of 1 or more", "one of stop, cut"."""
     if get_origin(kind) is tuple:
-        return "a list" if bounds is None else f"a list of {', '.join(bounds)}, each once"
+        return "a list" if bounds is None else f"a list of {bounds if isinstance(bounds, Range) else ', '.join(bounds)}, each once"
     if isinstance(bounds, Range):
         return f"{KINDS[kind]} {bounds}"
     if bounds is not None:
@@ -132,9 +132,9 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple or (kind in (int, float) and isinstance(value, bool)):
         return False
     if kind is int:
-        return isinstance(value, Integral) and abs(value) < LONGEST
+        return isinstance(value, Integral) and abs(int(value)) < LONGEST
     if kind is float:
-        return isinstance(value, Real) and -math.inf < value < math.inf
+        return isinstance(value, Real) and value < math.inf and not value <= -math.inf
     if kind is str:
         return isinstance(value, str) and bool(value.strip()) and len(value) <= LONGEST_TEXT and not IN_NO_TEXT.search(value)
     return isinstance(value, get_origin(kind) or kind)
