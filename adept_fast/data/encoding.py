@@ -44,7 +44,7 @@ class Encoder:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
         """A tokenizer's encoder by default, or the encoder that is given."""
-        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
+        return tokenizer if isinstance(tokenizer, Encoder) else cls(tokenizer)
 
     @cached_property
     def begin(self) -> list[int]:
@@ -61,7 +61,7 @@ class Encoder:
         """Every control token by its name."""
         added = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         named = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
-        return {token: number for token, number in {**named, **added}.items() if token and number is not None}
+        return {token: number for token, number in {**named, **added}.items() if token and isinstance(number, int)}
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text behind `begin`; nothing closes them. One that a chat template wrote has what the template wrote."""
@@ -95,11 +95,11 @@ class Encoder:
         contents = [_contents(message) for message in messages]
         plain = [self._has_control_tokens(text) for text in contents]
         marked = any(plain) and self.special_tokens == "text"
-        shown = [_replaced(message, self._hidden) if marked else message for message in messages]
-        whole = self.tokenizer.apply_chat_template(shown, tokenize=False, **options)
+        shown = [_replaced(message, self._hidden) if marked else dict(message) for message in messages]
+        whole = str(self.tokenizer.apply_chat_template(shown, tokenize=False, **options))
         head = ""
         if prompt is not None:
-            head = self.tokenizer.apply_chat_template(shown[:prompt], add_generation_prompt=True, tokenize=False, **options)
+            head = str(self.tokenizer.apply_chat_template(shown[:prompt], add_generation_prompt=True, tokenize=False, **options))
             if not whole.startswith(head):
                 raise InputError("this chat template rewrites earlier turns: use plain prompts and answers")
         parts = [head, whole[len(head) :]]

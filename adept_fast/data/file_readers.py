@@ -27,7 +27,7 @@ def file_reader(path: Path, source: Source, alone: bool = True) -> FileReader:
     """The reader of a file of `source`, at its beginning. alone: whether it is the source's only file."""
     from adept_fast.data.text_readers import Markdown, Paragraphs
 
-    kinds = {".jsonl": Lines, ".json": Array, ".parquet": Rows, ".txt": Paragraphs, ".md": Markdown}
+    kinds: dict[str | None, type[FileReader]] = {".jsonl": Lines, ".json": Array, ".parquet": Rows, ".txt": Paragraphs, ".md": Markdown}
     return kinds[suffix_of(path)](path, source, alone)
 
 
@@ -75,7 +75,7 @@ def _sha256(path: Path, state: tuple[int, ...]) -> str:
         return digest.hexdigest()
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(regular(path)) if path.name.lower().endswith(".gz") else open_input(path)
 
 

@@ -172,6 +172,7 @@ def load_items(
     or for tokens from `vocabulary` on.
     """
     tokenizer = tokenizer and Encoder.of(tokenizer)
+    entries: Iterable[Item | Record]
     if isinstance(probe, (str, PathLike, Mapping, Source)):
         source = Source.of(str(probe) if isinstance(probe, PathLike) else probe)
         summary, entries = SourceSummary(source, files=source_files(source)), read(source)

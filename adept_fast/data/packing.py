@@ -155,7 +155,7 @@ def flattened(blocks: Sequence[Mapping[str, torch.Tensor]], boundaries: bool = T
     transformers derives from position_ids otherwise, in every layer."""
     row = {name: torch.cat([block[name] for block in blocks])[None] for name in blocks[0]}
     if not boundaries:
-        return row
+        return {**row}
     starts = (row["position_ids"][0] == 0).nonzero()[:, 0]
     starts = torch.cat([starts, starts.new_tensor([row["position_ids"].numel()])]).int()
     longest = int(starts.diff().max())

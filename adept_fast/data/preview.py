@@ -32,7 +32,7 @@ def preview(blocks: Blocks, documents: Sequence[int], tokenizer: PreTrainedToken
 
 
 def _shortened(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if len(text) <= sum(SHOWN):
         return text
     return f"{text[: SHOWN[0]]} [... {len(text) - sum(SHOWN):,} characters ...] {text[-SHOWN[1] :]}"

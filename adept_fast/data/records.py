@@ -96,7 +96,7 @@ def meaning(record: Record) -> Meaning | None:
         raise MalformedRecord(f'{record.where}: expected a record such as {{"text": ...}}, found {type(record.content).__name__}')
     form = _format_of(record)
     try:
-        return form and form.read({key: value for key, value in record.content.items() if value is not None})
+        return None if form is None else form.read({key: value for key, value in record.content.items() if value is not None})
     except ValueError as error:
         raise MalformedRecord(f"{record.where}: {error}") from None
 
@@ -116,23 +116,20 @@ class _Format:
 
 def _format_of(record: Record) -> _Format | None:
     """None for a record that would have a format were its values not null."""
-    content = record.content
+    content, column = record.content, record.column
     here = {key for key, value in content.items() if value is not None}
-    if record.column is not None:
-        formats = (_Format((record.column,), (), lambda content: _column(content, record.column)),)
-    else:
-        formats = FORMATS
+    formats = FORMATS if column is None else (_Format((column,), (), lambda content: _column(content, column)),)
     found = next((form for form in formats if here.issuperset(form.needed)), None)
     if found is None and here and not any((content.keys() | record.nulls).issuperset(form.needed) for form in formats):
         keys = ", ".join(sorted(map(str, here)))
-        if record.column is not None:
-            raise MalformedRecord(f"{record.where}: no column {record.column!r} (keys: {keys})")
+        if column is not None:
+            raise MalformedRecord(f"{record.where}: no column {column!r} (keys: {keys})")
         known = "; ".join(", ".join(form.needed) for form in formats[::-1])
         raise MalformedRecord(f"{record.where}: its keys ({keys}) are of no format that is read ({known}); name its text with column=")
     return found
 
 
-def _column(content: Mapping[str, Any], column: str | None) -> Meaning | None:
+def _column(content: Mapping[str, Any], column: str) -> Meaning | None:
     """Of a column that the source names: a text, or messages."""
     value = content[column]
     return _chat(value, {}, column) if isinstance(value, (list, tuple)) else _text({"text": value}, column)
@@ -240,7 +237,7 @@ def _tokens(content: Mapping[str, Any]) -> Tokens | None:
     return Tokens(ids, labels) if ids else None
 
 
-FORMATS = (
+FORMATS: tuple[_Format, ...] = (
     _Format(("question", "choices", "answer"), (), _question),
     _Format(("input_ids",), ("labels",), _tokens),
     _Format(("messages",), ("system", "tools"), lambda content: _chat(content["messages"], content, "messages")),

@@ -75,16 +75,15 @@ class ShuffledSource:
         return int(self._start["pass"])
 
     def next(self) -> np.ndarray:
-        if self._texts is None:
-            self._fill()
-        if self._index == len(self._texts):
+        texts = self._texts or self._fill()
+        if self._index == len(texts):
+            assert self._through is not None  # the window was read
             self._before, self._through, self._index = self._through, None, 0
             self._begin_window(self._start["pass"], self._start["window"] + 1)
-            self._fill()
+            texts = self._fill()
         first, batch = self._tokens
         if not first <= self._index < first + len(batch):
-            assert self._texts is not None
-            first, batch = self._index, document_tokens(self._texts[self._index : self._index + BATCH], self.encoder)
+            first, batch = self._index, document_tokens(texts[self._index : self._index + BATCH], self.encoder)
             self._tokens = first, batch
         self._index += 1
         return batch[self._index - 1 - first]
@@ -98,7 +97,7 @@ class ShuffledSource:
     def _begin_window(self, number: int, window: int) -> None:
         self._start = {"position": self._reader.position, "pass": number, "window": window, "malformed": {**self._summary.malformed}}
 
-    def _fill(self) -> None:
+    def _fill(self) -> list[str]:
         """Read the window that begins where the reader stands; at the source's end the next pass begins."""
         texts = self._read()
         if self._through not in (None, self._before.then(texts)):
@@ -115,6 +114,7 @@ class ShuffledSource:
         self._through = self._before.then(texts)
         order = np.random.default_rng([self.seed, self.number, self._start["pass"], self._start["window"]]).permutation(len(texts))
         self._texts, self._tokens = [texts[index] for index in order], (0, [])
+        return self._texts
 
     def _read(self) -> list[str]:
         return list(islice(self._ahead, self.text.window))

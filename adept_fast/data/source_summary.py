@@ -97,7 +97,7 @@ HEADER = ("read", "for", "files", "documents", "tokens", "left out")
 
 def table(rows: Sequence[tuple[str, SourceSummary]]) -> list[str]:
     """Lines of a table of sources. rows: what each is for, and its summary."""
-    cells = [HEADER]
+    cells: list[tuple[str, ...]] = [HEADER]
     for purpose, summary in rows:
         files = "-" if summary.files is None else f"{len(summary.files.files):,}"
         counts = ["not counted" if count is None else f"{count:,}" for count in (summary.documents, summary.tokens)]

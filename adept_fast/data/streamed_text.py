@@ -123,15 +123,15 @@ def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tupl
 
     tokens: of each source; needed where two sources or more have no share. Raises InputError for shares that do not make 1.
     """
-    given = [(source.share, source.share if source.share_end is None else source.share_end) for source in sources]
-    left = [1 - sum(share[end] for share in given if None not in share) for end in (0, 1)]
-    rest = [index for index, share in enumerate(given) if None in share]
+    ends = [(source.share, source.share if source.share_end is None else source.share_end) for source in sources]
+    given = [None if start is None or end is None else (start, end) for start, end in ends]
+    left = [1 - sum(share[end] for share in given if share is not None) for end in (0, 1)]
+    rest = [index for index, share in enumerate(given) if share is None]
     if min(left) < -1e-9 or (max(left) > 1e-9 and not rest):
         found = " and ".join(f"{1 - value:.3g}" for value in left)
         raise InputError(f"sources: their shares make {found} at the start and the end of the run, not 1", "sources")
     parts = [sources[index].weight * (tokens[index] if tokens is not None else 1) for index in rest]
     if rest and not sum(parts):
         raise InputError(f"{', '.join(sources[index].path for index in rest)}: no token to train on, or weights of 0")
-    for index, part in zip(rest, parts, strict=True):
-        given[index] = (left[0] * part / sum(parts), left[1] * part / sum(parts))
-    return given
+    divided = iter([(left[0] * part / sum(parts), left[1] * part / sum(parts)) for part in parts])
+    return [next(divided) if share is None else share for share in given]

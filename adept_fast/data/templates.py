@@ -100,7 +100,7 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase | None, where: str) 
     from jinja2 import TemplateError
 
     try:
-        text = Rendered(tokenizer.apply_chat_template(list(chat.messages), tokenize=False, **chat.options))
+        text = Rendered(tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False, **chat.options))
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise MalformedRecord(f"{where}: the chat template refuses these messages ({error})") from None
     text.chat = chat

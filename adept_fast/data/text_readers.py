@@ -101,7 +101,8 @@ class Markdown(Paragraphs):
 
     def _sections(self) -> Iterator[Part]:
         """From one heading to the next; what stands before the first heading is a section too."""
-        lines, behind = [], self.position["byte"]
+        lines: list[str] = []
+        behind = self.position["byte"]
         for line, offset, heading in self._with_headings(self._decoded()):
             if heading and any(line.strip() for line in lines):
                 yield lines, behind

@@ -50,7 +50,7 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _PlainLayer:
-    module: nn.Module
+    module: Any
     before_attention: _Norm
     before_mlp: _Norm
     head_norms: tuple[_Norm, ...]
@@ -97,7 +97,7 @@ def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
         hidden.add_(linear.bias)
 
 
-def _plain(layer: nn.Module) -> _PlainLayer | None:
+def _plain(layer: Any) -> _PlainLayer | None:
     """None for a layer of other modules, weights that are not at hand in fp32 (quantised or sharded ones are no plain parameters), or hooks
     and forwards in the way of its modules' own."""
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or _children(layer.self_attn) - _HEAD_NORMS != _ATTENTION:
@@ -105,13 +105,13 @@ def _plain(layer: nn.Module) -> _PlainLayer | None:
     attention, mlp = layer.self_attn, layer.mlp
     heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     modules = [layer.input_layernorm, layer.post_attention_layernorm, *heads]
-    norms = [_norm(module) for module in modules]
+    norms = [norm for norm in map(_norm, modules) if norm is not None]
     linears = [getattr(branch, name) for branch, names in ((attention, _ATTENTION), (mlp, _MLP - {"act_fn"})) for name in names]
-    weights = [norm.weight for norm in norms if norm]
+    weights = [norm.weight for norm in norms]
     weights += [x for linear in linears for x in linear.parameters(recurse=False)]
     width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if (
-        None in norms
+        len(norms) < len(modules)
         or not isinstance(width, int)
         or not isinstance(scale, (int, float))
         or width < 1
@@ -175,7 +175,8 @@ def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
     own = layer.forward
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turns, plain = kwargs.get("position_embeddings"), _plain(layer)
+        turns: Any = kwargs.get("position_embeddings")
+        plain = _plain(layer)
         if plain is None or not _fit(turns, hidden, plain):
             return own(hidden, *args, **kwargs)
         plain(hidden, [each.contiguous() for each in turns], ends, rows)

@@ -21,7 +21,7 @@ LOAD = "AutoModelForCausalLM.from_pretrained"
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "NextSentencePrediction")
 
 
-def bare(model: nn.Module) -> PreTrainedModel:
+def bare(model: nn.Module) -> Any:
     """What torch.compile, DataParallel and DistributedDataParallel wrap, in whatever order; others as they are."""
     while (inner := _wrapped(model)) is not model:
         model = inner
