@@ -26,7 +26,8 @@ class Progress(tqdm):  # type: ignore[type-arg]  # only its stubs are generic
             line = "{desc}: {percentage:.0f} % done, {remaining} left"
             options |= {"mininterval": CALM, "delay": CALM, "miniters": 1, "leave": False, "bar_format": line}
         silenced = logging.getLogger(PACKAGE).level > logging.INFO
-        super().__init__(*given, disable=disable or quiet or silenced or not distributed.leads(), **options)
+        options["disable"] = disable or quiet or silenced or not distributed.leads()
+        super().__init__(*given, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.plain:
