@@ -1,4 +1,4 @@
-"""The expanded model: silent copies of chosen layers, in memory or on disk, proven."""
+"""Expand a model with silent copies of chosen layers, in memory or on disk, and edit, verify and export the result."""
 
 from adept_fast.expansion.bypass import bypassed
 from adept_fast.expansion.delta import apply_copies, extract_copies

@@ -1,4 +1,4 @@
-"""The model before its copies, inside the expanded one: the trained copies are bypassed, and the residual stream passes unchanged."""
+"""Run an expanded model as its base: its copies are bypassed, and the residual stream passes them unchanged."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from adept_fast.models import replaced_forward, unwrapped, with_hidden
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PLAIN: WeakSet[nn.Module] = WeakSet()  # layers seen to return hidden states and nothing else: their own forward need not run
+_PLAIN: WeakSet[nn.Module] = WeakSet()  # layers that return the hidden states alone: their own forward need not run
 
 
 @contextmanager
 def bypassed(model: PreTrainedModel) -> Iterator[None]:
-    """For the time being `model` computes what it computed before its last expansion, trained or not: the same logits, bit for bit."""
+    """Bypass the copies of the last expansion while inside, trained or not.
+
+    The logits are then those of the model before that expansion, bit for bit.
+    """
     with ExitStack() as stack:
         for layer in copies(unwrapped(model)):
-            stack.enter_context(replaced_forward(layer, _passing(layer)))
+            stack.enter_context(replaced_forward(layer, _identity(layer)))
         yield
 
 
-def _passing(layer: nn.Module) -> Any:
-    """A forward that hands its input on, in the kind of output that the layer's own has."""
+def _identity(layer: nn.Module) -> Any:
+    """Return a forward that gives back its input, in the output type of the layer's own forward."""
     forward = layer.forward
 
-    def passing(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if layer not in _PLAIN:
             output = forward(hidden, *args, **kwargs)
             if not isinstance(output, Tensor):
@@ -39,4 +42,4 @@ def _passing(layer: nn.Module) -> Any:
             _PLAIN.add(layer)
         return hidden
 
-    return passing
+    return identity

@@ -1,4 +1,4 @@
-"""config.json of a model with copies: the source's own file with the fields changed that say something about layers, the rest untouched."""
+"""Write config.json of a model with copies: only the fields that describe layers differ from the source's file."""
 
 from __future__ import annotations
 
@@ -15,23 +15,18 @@ if TYPE_CHECKING:
 
 
 def with_copies(config: PretrainedConfig, copied_from: Iterable[int]) -> PretrainedConfig:
-    """`config` for a model with a copy right after its layer i for each i in `copied_from`; an i that is there twice gets two."""
-    left, places = Counter(copied_from), {}
-    while left:
-        round = sorted(left)
-        before = {layer: places.get(layer, 0) for layer in round}
-        # where each stands by now: its own index, the copies of layers before it, and its own earlier copies
-        positions = [layer + sum(count for other, count in places.items() if other < layer) + before[layer] for layer in round]
+    """Return `config` with a copy right after layer i for each i in `copied_from`. An index that occurs twice gets two copies."""
+    counts = Counter(copied_from)
+    for done in range(max(counts.values(), default=0)):  # every layer at most once a call: the second copies come in the second one
+        present = {layer: min(count, done) for layer, count in counts.items()}
+        positions = [layer + sum(present[other] for other in counts if other <= layer) for layer in sorted(counts) if counts[layer] > done]
         config = expanded_config(config, positions)
-        for layer in round:
-            places[layer] = places.get(layer, 0) + 1
-        left -= Counter(round)
     return config
 
 
-def config_file(held: Mapping[str, Any], config: PretrainedConfig, copied_from: Iterable[int]) -> dict[str, Any]:
-    """The content of config.json: `held`, the source's, which `config` was read from, with what the copies change."""
-    content = copy.deepcopy({key: value for key, value in held.items() if key != KEY})
+def config_file(source: Mapping[str, Any], config: PretrainedConfig, copied_from: Iterable[int]) -> dict[str, Any]:
+    """Return the content of config.json with copies. source: the source's config.json; config: the config read from it."""
+    content = copy.deepcopy({key: value for key, value in source.items() if key != KEY})
     _change(content, config, with_copies(config, copied_from))
     return content
 

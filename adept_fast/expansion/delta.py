@@ -1,9 +1,8 @@
-"""The copies alone, as a small checkpoint, and their application to the base they belong to."""
+"""Extract the copies of a model as a small checkpoint (a delta), and apply them to the base that they were made on."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from adept_fast.checkpoints import checkpoint
@@ -11,11 +10,11 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.digest import identity, kind_of, tensors_digest
 from adept_fast.checkpoints.finite_bytes import require_finite
-from adept_fast.checkpoints.safetensors_index import read_header
+from adept_fast.checkpoints.safetensors_index import Stored, read_header
 from adept_fast.errors import InputError
 from adept_fast.expansion.config_file import config_file
-from adept_fast.expansion.edit_checkpoint import open_expanded, taken, write_remade
-from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, make_room
+from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, write_edited
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
 from adept_fast.runtime.atomic_files import staged_folder
 from adept_fast.runtime.input_files import read_json
 
@@ -23,21 +22,38 @@ FILE = "adept_copies.safetensors"
 
 
 def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = False, trust_remote_code: bool = False) -> AdeptConfig:
-    """Write the copies of the expanded or tuned checkpoint `source` and its record, and nothing else, to the folder `target`.
+    """Write only the copies of an expanded or tuned checkpoint, and its record, to a new folder. Tensors keep their names and bits.
 
-    The tensors keep their names and bits. Returns the record, whose source.tensors_digest says what base they belong to, and its
-    proof.copies_digest what they are. Raises ExpansionError where the originals were trained too, which a delta does not carry.
+    Args:
+        source: the checkpoint, a folder or hub name.
+        target: the folder to write; it must not exist.
+        quiet: show no progress.
+        trust_remote_code: as in transformers.
+
+    Returns:
+        The record. `source["tensors_digest"]` identifies the base, `proof["copies_digest"]` the copies.
+
+    Raises:
+        InputError: `source` has no record, or does not agree with it.
+        ExpansionError: the original layers were trained too, which a delta cannot hold.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_checkpoint, extract_copies
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> record = expand_checkpoint("base", "expanded", [1])
+    >>> extract_copies("expanded", "delta").copies
+    (2,)
     """
     on_disk, record = open_expanded(source, trust_remote_code)
     copies = set(record.copies)
     tensors = [stored for stored in on_disk.shards.tensors.values() if on_disk.naming.layer(stored.name) in copies]
     pieces = [Piece(stored.name, stored.dtype, stored.shape, stored) for stored in tensors]
     target = Path(target).expanduser()
-    make_room(target, sum(piece.size for piece in pieces))
+    require_space(target, sum(piece.size for piece in pieces))
     with staged_folder(target) as staging:
         write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
-        proof = {"copies_digest": tensors_digest({stored.name: stored for stored in tensors})}
-        record = replace(record, proof=proof)
+        record = replace(record, proof={"copies_digest": tensors_digest({stored.name: stored for stored in tensors})})
         record.save(staging)
     return record
 
@@ -51,9 +67,29 @@ def apply_copies(
     quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
-    """Write `base` with the copies of `delta` (a folder that extract_copies wrote) to the folder `target`.
+    """Write a base checkpoint with extracted copies to a new folder.
 
-    Raises InputError where the base's tensors are not those that the copies were made on, or the delta is not whole.
+    Args:
+        base: the checkpoint that the copies were made on, a folder or hub name.
+        delta: a folder written by `extract_copies`, which has an example.
+        target: the folder to write; it must not exist.
+        verify: compare every written tensor and the digest of the base; False leaves a note in the record.
+        quiet: show no progress.
+        trust_remote_code: as in transformers.
+
+    Returns:
+        The record of the new checkpoint.
+
+    Raises:
+        InputError: the tensors of `base` are not those that the copies were made on, or the delta is incomplete or corrupt.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import apply_copies, expand_checkpoint, extract_copies
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> records = expand_checkpoint("base", "expanded", [1]), extract_copies("expanded", "delta")
+    >>> apply_copies("base", "delta", "applied").copies
+    (2,)
     """
     delta = Path(delta).expanduser()
     if not (delta / FILE).is_file():
@@ -71,12 +107,16 @@ def apply_copies(
     if written is not None and tensors_digest(tensors, kind_of(written)) != written:
         raise InputError(f"{delta / FILE}: corrupt: not the bytes that were extracted: extract the copies again")
     require_finite(tensors.values(), "its training went wrong: extract the copies of a checkpoint before that")
-    places = {entry.layer: entry for entry in record.inserted}
+    copies = {entry.layer: entry for entry in record.inserted}
+
+    def from_delta(template: Stored, name: str) -> Piece:
+        stored = matching_tensor(tensors, delta / FILE, template, name)
+        return Piece(name, stored.dtype, stored.shape, stored)
+
     layers, originals = [], iter(range(on_disk.count))
-    for index in range(on_disk.count + len(places)):
-        entry = places.get(index)
-        layers.append(Layer(next(originals)) if entry is None else Layer(entry.copied_from, partial(taken, tensors, delta / FILE)))
-    held = read_json(folder / "config.json")
-    config = config_file(held, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
-    source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": held}
-    return write_remade(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)
+    for index in range(on_disk.count + len(copies)):
+        layers.append(Layer(copies[index].copied_from, from_delta) if index in copies else Layer(next(originals)))
+    base_config = read_json(folder / "config.json")
+    config = config_file(base_config, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
+    source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": base_config}
+    return write_edited(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)

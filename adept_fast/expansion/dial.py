@@ -1,7 +1,9 @@
-"""The dial: the share alpha of what training made of the copies. 0 is the base, exactly; 1 the tuned model, bit for bit.
+"""Scale how strongly the copies of a tuned model act, by alpha: 0 gives the base, 1 the tuned model, both bit for bit.
 
-A copy is silent by the values v of its output projections (0) or of the gains after them (0, or -1 where the norm multiplies by 1 + w), and
-becomes alpha w + (1 - alpha) v: each branch adds alpha times what it computes from its input. The result is a plain checkpoint.
+    w' = alpha w + (1 - alpha) v
+
+w are the tensors that make a copy silent: its output projections, or the gains of the norms after them. v is their silent value: 0, or -1
+where the norm multiplies by 1 + w. Each branch then adds alpha times its output. The result is a plain checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from adept_fast.checkpoints.adept_config import AdeptConfig, record_of
 from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.safetensors_index import Stored
-from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_remade
+from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.models import describe, unwrapped
 from adept_fast.settings.validation import Range, require
@@ -28,13 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_alpha(alpha: float) -> float:
-    require("alpha", alpha, float, Range(0))
-    return float(alpha)
-
-
 def dialled(tensor: Tensor, silent: float, alpha: float) -> Tensor:
-    """alpha w + (1 - alpha) v in the tensor's dtype, rounded once from fp64; exactly v at 0 and w at 1."""
+    """Return alpha w + (1 - alpha) v in the tensor's dtype, rounded once from fp64; exactly v at 0 and w at 1."""
     if alpha == 1:
         return tensor
     return torch.full_like(tensor, silent) if alpha == 0 else (alpha * tensor.double() + (1 - alpha) * silent).to(tensor.dtype)
@@ -49,20 +46,42 @@ def dial(
     quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
-    """Write the tuned checkpoint `source` with its copies at the share `alpha` to the folder `target`; returns the record.
+    """Write a tuned checkpoint whose copies act with strength `alpha` to a new folder.
 
-    Its selection.alpha says what the copies have by now of their training. Raises InputError for an alpha below 0.
+    Args:
+        source: the tuned checkpoint, a folder or hub name.
+        target: the folder to write; it must not exist.
+        alpha: 0 gives the base, 1 the tuned model; above 1 extrapolates.
+        verify: compare every written tensor and the digest of the base; False leaves a note in the record.
+        quiet: show no progress.
+        trust_remote_code: as in transformers.
+
+    Returns:
+        The record. `selection["alpha"]` is the product of all alphas applied so far.
+
+    Raises:
+        InputError: `alpha` is below 0 or not finite, or `source` has no record.
+        ExpansionError: the original layers of `source` are not those of its base.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import dial, expand_checkpoint
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> record = expand_checkpoint("base", "tuned", [1])
+    >>> dial("tuned", "half", alpha=0.5).selection["alpha"]
+    0.5
     """
-    alpha = check_alpha(alpha)
+    require("alpha", alpha, float, Range(0))
+    alpha = float(alpha)
     on_disk, record = open_expanded(source, trust_remote_code, verify)
-    make = None if alpha == 1 else partial(_turned, on_disk, alpha)
+    make = None if alpha == 1 else partial(_dialled_piece, on_disk, alpha)
     layers = [Layer(index, make if index in record.copies else None) for index in range(on_disk.count)]
-    share = alpha * record.selection.get("alpha", 1.0)
-    turned = replace(record, selection={**record.selection, "alpha": share})
-    return write_remade(target, on_disk, layers, source_config(on_disk, record, record.inserted), turned, record.source, verify, quiet)
+    selection = {**record.selection, "alpha": alpha * record.selection.get("alpha", 1.0)}
+    config = source_config(on_disk, record, record.inserted)
+    return write_edited(target, on_disk, layers, config, replace(record, selection=selection), record.source, verify, quiet)
 
 
-def _turned(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:
+def _dialled_piece(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:
     silent = on_disk.fill(stored)
     if silent is None:
         return Piece(name, stored.dtype, stored.shape, stored)
@@ -71,20 +90,21 @@ def _turned(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:
 
 @contextmanager
 def dialled_model(model: PreTrainedModel, alpha: float) -> Iterator[None]:
-    """The same in memory, for the time being: the model's copies at the share `alpha`, with the bits that `dial` would write."""
-    model, alpha = unwrapped(model), check_alpha(alpha)
+    """Scale the copies of a model in memory by `alpha` while inside, to the bits that `dial` would write."""
+    require("alpha", alpha, float, Range(0))
+    model = unwrapped(model)
     family, record = describe(model), record_of(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    kept: dict[str, Tensor] = {}
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in record.copies:
                 for name, silent in family.silent[layer].items():
                     tensor = tensors[f"{family.layers}.{layer}.{name}"]
-                    kept[f"{family.layers}.{layer}.{name}"] = tensor.clone()
-                    tensor.copy_(dialled(tensor, silent, alpha))
+                    before.append((tensor, tensor.clone()))
+                    tensor.copy_(dialled(tensor, silent, float(alpha)))
         yield
     finally:
         with torch.no_grad():
-            for name, tensor in kept.items():
-                tensors[name].copy_(tensor)
+            for tensor, original in before:
+                tensor.copy_(original)

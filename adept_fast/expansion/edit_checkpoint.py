@@ -1,5 +1,7 @@
-"""What removing, applying, merging and dialling copies have in common: an expanded checkpoint opened with its record, and the proof that
-what is made of it still holds the source, bit for bit."""
+"""Open an expanded checkpoint, write an edited one, and prove that the result still holds the source, bit for bit.
+
+Removing, applying, merging, dialling and exporting copies share this.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,23 @@ from typing import Any
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import FILE, AdeptConfig, Inserted, versions
-from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
-from adept_fast.expansion.rewrite_checkpoint import Layer, Made, OnDisk, arrange, prove_bytes, write_checkpoint
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, Record, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.runtime.input_files import making_sense
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
 
 def open_expanded(folder: str | Path, trust_remote_code: bool = False, prove: bool = True) -> tuple[OnDisk, AdeptConfig]:
-    """A checkpoint with copies, and its record.
+    """Open a checkpoint with copies and read its record.
 
-    prove: compare its originals with the digest of the record, so that nobody takes the copies of a model that was trained whole for all
-    that it learnt (ExpansionError), and look whether the copies are numbers. Raises InputError where there is no record, or one that the
-    checkpoint contradicts.
+    prove: require that the copies are finite and that the original layers have the digest in the record. Otherwise the whole model was
+    trained, and its copies do not hold all that it learnt. Raises InputError for a missing or contradictory record and for copies that are
+    not finite, ExpansionError for other originals.
     """
     path = checkpoint.resolve(str(folder))
     record, on_disk = AdeptConfig.load(path), OnDisk.open(path, trust_remote_code)
@@ -50,40 +51,41 @@ def _not_described(folder: Path) -> InputError:
 
 
 def source_config(on_disk: OnDisk, record: AdeptConfig, inserted: Sequence[Inserted] = ()) -> dict[str, Any]:
-    """config.json of the source with the copies `inserted`."""
-    held = record.source.get("config")
-    if not isinstance(held, Mapping):
+    """Return the content of the source's config.json with the copies `inserted`."""
+    content = record.source.get("config")
+    if not isinstance(content, Mapping):
         raise _not_described(on_disk.folder)
     with making_sense(on_disk.folder / FILE, "restore the record, or expand again"):
-        config = type(on_disk.skeleton.config).from_dict(dict(held))
-    return config_file(held, config, [entry.copied_from for entry in inserted])
+        config = type(on_disk.skeleton.config).from_dict(dict(content))
+    return config_file(content, config, [entry.copied_from for entry in inserted])
 
 
-def write_remade(
+def write_edited(
     target: str | Path,
     on_disk: OnDisk,
     layers: Sequence[Layer],
     config: Mapping[str, Any],
-    record: Made,
+    record: Record,
     source: Mapping[str, Any],
     verify: bool,
     quiet: bool,
     prove: Callable[[Path], None] | None = None,
-) -> Made:
-    """Write the checkpoint and prove, before it gets its name, that the source is in it: its tensors have the digest that the record has.
+) -> Record:
+    """Write a checkpoint of `layers`, and prove before it gets its name that the source's tensors in it have the recorded digest.
 
-    record: of the result, None where no copy is left; source: of the source. verify False: no proof, and the record says so.
+    record: of the result; None where no copy is left. source: the record's description of the source. verify: False skips the proof and
+    leaves a note in the record. prove: a further check of the written folder.
     """
-    plan = arrange(on_disk, layers)
+    plan = plan_shards(on_disk, layers)
     if record is not None:
         proof = dict(INTACT) if verify else {"note": "not compared (verify=False)"}
         record = replace(record, proof=proof, versions=versions(), parameters=_parameters(on_disk, record, layers))
 
     def check(written: Path) -> None:
         prove_bytes(plan, written)
-        made = _opened(written, on_disk)
+        result = _reopen(written, on_disk)
         kind = kind_of(source["tensors_digest"])
-        if made.originals_digest(record, kind) != source["tensors_digest"]:
+        if result.originals_digest(record, kind) != source["tensors_digest"]:
             raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
         if prove:
             prove(written)
@@ -91,9 +93,9 @@ def write_remade(
     return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
 
 
-def _opened(written: Path, on_disk: OnDisk) -> OnDisk:
-    """What was written, opened again. Its bytes are proven and its config is the record's: where they contradict each other the record is
-    wrong, and no folder that is removed again is named."""
+def _reopen(written: Path, on_disk: OnDisk) -> OnDisk:
+    """Open what was written. Its bytes are proven and its config comes from the record, so a contradiction is the record's fault, and the
+    message names the record, not the staging folder."""
     try:
         return OnDisk.open(written)
     except InputError as error:
@@ -107,12 +109,12 @@ def _parameters(on_disk: OnDisk, record: AdeptConfig, layers: Sequence[Layer]) -
     inside = on_disk.skeleton.get_submodule(on_disk.family.layers)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in inside]
     total = sum(parameter.numel() for parameter in on_disk.skeleton.parameters())
-    made = [sizes[layer.template] for layer in layers]
-    return {"total": total - sum(sizes) + sum(made), "trainable": sum(made[layer] for layer in record.trained)}
+    edited = [sizes[layer.template] for layer in layers]
+    return {"total": total - sum(sizes) + sum(edited), "trainable": sum(edited[layer] for layer in record.trained)}
 
 
-def counterpart(tensors: Mapping[str, Stored], where: Path, template: Stored, name: str) -> Stored:
-    """The tensor `name` among those of `where`. Raises InputError unless it is there, with the template's dtype and shape."""
+def matching_tensor(tensors: Mapping[str, Stored], where: Path, template: Stored, name: str) -> Stored:
+    """Return the tensor `name` of the checkpoint `where`. Raises InputError unless it has the template's dtype and shape."""
     stored = tensors.get(name)
     if stored is None or (stored.dtype, stored.shape) != (template.dtype, template.shape):
         found = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
@@ -120,7 +122,3 @@ def counterpart(tensors: Mapping[str, Stored], where: Path, template: Stored, na
     return stored
 
 
-def taken(tensors: Mapping[str, Stored], where: Path, template: Stored, name: str) -> Piece:
-    """A layer's tensor out of another file, where it has the new name already."""
-    stored = counterpart(tensors, where, template, name)
-    return Piece(name, stored.dtype, stored.shape, stored)

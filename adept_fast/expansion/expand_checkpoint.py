@@ -1,4 +1,4 @@
-"""Expansion to a checkpoint that plain AutoModelForCausalLM loads, verified by a fresh load before it gets its name."""
+"""Write an expanded checkpoint that AutoModelForCausalLM loads, verified by a fresh load before it gets its name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adept_fast.checkpoints.digest import identity, kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.data.items import Item
 from adept_fast.expansion.config_file import config_file
-from adept_fast.expansion.expand_model import arrange_copies, expand_model
+from adept_fast.expansion.expand_model import expand_model, place_copies
 from adept_fast.expansion.first_importance import FILE, as_tensors, first_importance
 from adept_fast.expansion.initialise import PRESERVING
-from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, arrange, prove_bytes, refusals_naming, write_checkpoint
-from adept_fast.expansion.verify import TOKENS, compare, observe, random_inputs
+from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
+from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models import broken_periods, expanded_config
 from adept_fast.runtime.input_files import read_json
 
@@ -38,40 +38,60 @@ def expand_checkpoint(
     quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
-    """Write `source` (a folder or hub name) with copies of `layers` to the new folder `target`; returns its record.
+    """Write a checkpoint with silent copies of some layers to a new folder. Tensors are copied from shard to shard as bytes.
 
-    The tensors go from shards to shards as bytes, in their own dtypes, without passing through memory. name: what the record calls the
-    source (default: `source`). steering: probe items for the first unit importances, which are stored beside the weights; they need the
-    model in memory. verify: compare every carried tensor, then load source and result one after the other and compare their logits, in
-    `loading`'s dtype; False, for a model that memory does not hold, leaves a note in the record. On failure `target` does not appear.
-    The record's selection.notes warn of engines that would read another model from it.
-    initialisation: see expand_model; logits are compared only where it leaves them as they are.
-    Raises InputError for bad input, ExpansionError when bits differ.
+    Args:
+        source: the checkpoint to expand, a folder or hub name.
+        target: the folder to write; it must not exist, and does not appear on failure.
+        layers: the layer indices to copy; each copy comes right after its layer.
+        name: the source's name in the record; default `source`.
+        steering: probe items for the first unit importances, which are stored beside the weights. They need the model in memory.
+        selection: how the layers were chosen, for the record.
+        inputs: what the result was made from, for the record.
+        initialisation: as in `expand_model`.
+        verify: compare every carried tensor, then load source and result in turn and compare their logits (where the initialisation
+            is silent). False, for a model that memory cannot hold, leaves a note in the record.
+        quiet: show no progress.
+        loading: keyword arguments of `from_pretrained`: dtype, trust_remote_code, attn_implementation.
+
+    Returns:
+        The record. `selection["notes"]` warns of inference engines that would build another model from config.json.
+
+    Raises:
+        InputError: bad arguments, a malformed checkpoint, or a full disk.
+        ExpansionError: a carried tensor or a logit differs.
+        UnsupportedFamilyError: copies of these layers cannot be made silent.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_checkpoint
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> expand_checkpoint("base", "expanded", [0, 2]).copies
+    (1, 4)
     """
     folder, target = checkpoint.resolve(str(source)), Path(target).expanduser()
     on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
     earlier = on_disk.skeleton.adept_config = AdeptConfig.find(folder)
-    made = arrange_copies(layers, on_disk.count, earlier)
-    chosen = [made.sources[index] for index in made.new]
-    with refusals_naming(folder):
+    layout = place_copies(layers, on_disk.count, earlier)
+    chosen = [layout.sources[index] for index in layout.new]
+    with naming_folder(folder):
         expanded = expand_model(on_disk.skeleton, chosen, initialisation).adept_config
-        warned = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
-    held = read_json(folder / "config.json")
-    config = config_file(held, on_disk.skeleton.config, chosen)
+        warnings = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
+    source_config = read_json(folder / "config.json")
+    config = config_file(source_config, on_disk.skeleton.config, chosen)
     make = partial(on_disk.copied, how=initialisation)
-    silenced = [Layer(source, make if index in made.new else None) for index, source in enumerate(made.sources)]
-    plan = arrange(on_disk, silenced)
-    extra, seen = {}, None
-    if earlier:  # the digest below is of the originals
+    plan = plan_shards(on_disk, [Layer(index, make if at in layout.new else None) for at, index in enumerate(layout.sources)])
+    extra, expected = {}, None
+    if earlier:  # the digest below covers the originals only
         require_finite(on_disk.parameters(earlier.copies), "train the copies again, or take them out (copies remove)")
     if steering or (verify and PRESERVING[initialisation]):
         base = checkpoint.load_model(folder, **loading)
         if verify and PRESERVING[initialisation]:
-            seen = observe(base, random_inputs(base))
+            expected = compute_logits(base, random_inputs(base))
         if steering:
             extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
         del base
-    with ThreadPoolExecutor(1) as beside:  # hashing and copying both wait for other things than each other
+    with ThreadPoolExecutor(1) as beside:  # hashing is bound by the CPU, copying by the disk
         known = earlier.source.get("tensors_digest") if earlier else None
         kind, finite = kind_of(known) if known else "xxh3_128", {stored.name for stored in on_disk.parameters()}
         digest = beside.submit(on_disk.originals_digest, earlier, kind, threads=1, finite=finite)
@@ -79,22 +99,23 @@ def expand_checkpoint(
         def record() -> AdeptConfig:
             tensors = digest.result()
             if earlier is None:
-                described = {**expanded.source, "name_or_path": name or str(source), "identity": identity(folder, tensors), "config": held}
+                named = {"name_or_path": name or str(source), "identity": identity(folder, tensors)}
+                described = {**expanded.source, **named, "config": source_config}
             else:
                 described = {**earlier.source, **({"saved_again": True} if known != tensors else {})}
             return replace(
                 expanded,
                 source={**described, "tensors_digest": tensors},
-                selection={"layers": chosen, **(selection or {}), "notes": [*(selection or {}).get("notes", ()), *warned]},
+                selection={"layers": chosen, **(selection or {}), "notes": [*(selection or {}).get("notes", ()), *warnings]},
                 inputs=dict(inputs or {}),
                 proof=_proof(initialisation, loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
             )
 
         def prove(written: Path) -> None:
             prove_bytes(plan, written)
-            if seen is not None:
+            if expected is not None:
                 model = checkpoint.load_model(written, **loading)
-                compare(seen, observe(model, random_inputs(model)))
+                require_equal_logits(expected, compute_logits(model, random_inputs(model)))
 
         return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
 

@@ -1,7 +1,7 @@
-"""Expansion in memory: chosen layers are duplicated right after themselves by copies that are silent at first.
+"""Expand a model in memory: put a copy of each chosen layer right after it, silent until it is trained.
 
-A copy's output projections (weights and biases) are zero, so both its branches add exactly 0 and the expanded model computes what the
-base computes, bit for bit in the same dtype and kernel. Source: ADEPT (arXiv 2510.10071), stage 1; LLaMA Pro's identity blocks.
+A copy's output projections (weights and biases) are zero. Both its branches then add exactly 0 to the residual stream, and the logits are
+the base's, bit for bit in the same dtype and kernel. Source: ADEPT (arXiv 2510.10071), stage 1; LLaMA Pro's identity blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, Inserted, record_of, versions
 from adept_fast.errors import InputError
-from adept_fast.expansion.initialise import fills, initial
+from adept_fast.expansion.initialise import initial_values, silent_values
 from adept_fast.expansion.settings import Expand
 from adept_fast.models import (
     Family,
@@ -42,67 +42,87 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """sources: for each layer of the expanded model, the layer of the given one that it is or copies; inserted: all its copies, those of
-    earlier expansions too; new: the indices of the new ones."""
+class Layout:
+    """The layers of an expanded model.
+
+    sources: for each layer, the index in the model before this expansion that it is, or is a copy of.
+    inserted: all copies, those of earlier expansions too. new: the indices of this expansion's copies.
+    """
 
     sources: tuple[int, ...]
     inserted: tuple[Inserted, ...]
     new: tuple[int, ...]
 
 
-def arrange_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | None = None) -> Arrangement:
-    """Where the layers of a model of `count` layers stand when each of `layers` is copied; earlier: its record, if it is expanded already.
+def place_copies(layers: Iterable[int], count: int, earlier: AdeptConfig | None = None) -> Layout:
+    """Lay out a model of `count` layers with a copy of each of `layers`, right after the layer and its earlier copies.
 
-    A new copy comes right after its layer and that layer's earlier copies. Raises InputError for bad indices, or a copy's.
+    earlier: the record of a model that is expanded already. Raises InputError for bad indices, and for the index of a copy.
     """
     chosen = layer_indices(layers, count)
-    held = {entry.layer: entry for entry in earlier.inserted} if earlier else {}
-    if copied := [layer for layer in chosen if layer in held]:
+    copies = {entry.layer: entry for entry in earlier.inserted} if earlier else {}
+    if copied := [layer for layer in chosen if layer in copies]:
         raise InputError(f"layer {copied[0]} is itself a copy (of layer {copied[0] - 1} or an earlier one): copy what it was copied from")
-    round = max((entry.round for entry in held.values()), default=-1) + 1
+    round = max((entry.round for entry in copies.values()), default=-1) + 1
     sources: list[int] = []
     inserted: list[Inserted] = []
     new: list[int] = []
     original = -1
     for index in range(count):
-        if index in held:
-            inserted.append(replace(held[index], layer=len(sources)))
+        if index in copies:
+            inserted.append(replace(copies[index], layer=len(sources)))
         else:
             original, group = original + 1, index
         sources.append(index)
-        if group in chosen and index + 1 not in held:
+        if group in chosen and index + 1 not in copies:
             new.append(len(sources))
             inserted.append(Inserted(len(sources), original, round))
             sources.append(group)
-    return Arrangement(tuple(sources), tuple(inserted), tuple(new))
+    return Layout(tuple(sources), tuple(inserted), tuple(new))
 
 
 def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: str = Expand.initialisation) -> PreTrainedModel:
-    """A new model with a silent copy of each chosen layer right after it; `model` stays as it is.
+    """Return a new model with a silent copy of each chosen layer right after it. Call `freeze_original` on it before training.
 
-    The model is built from the expanded config, so that indices, caches and per-layer settings are those of a freshly loaded one.
-    Tensors of the original layers are shared with `model`, not copied. `adept_config` of the result names the copies, those of earlier
-    expansions too; call freeze_original before training. initialisation: see initialise.py; all but zero_output and zero_gate_up give
-    copies that are not silent. Raises UnsupportedFamilyError for a family whose copies cannot be made silent, or that reads ahead.
+    The new model is built from the expanded config, so layer indices, caches and per-layer settings are those of a freshly loaded one.
+    It shares the tensors of the original layers with `model`, which stays as it is.
+
+    Args:
+        model: a causal language model of transformers.
+        layers: the layer indices to copy, each once.
+        initialisation: zero_output or zero_gate_up (silent), small_random or scaled_source (for research, not silent); see initialise.py.
+
+    Returns:
+        The expanded model, in eval mode. Its `adept_config` records the copies, those of earlier expansions too.
+
+    Raises:
+        InputError: an index out of range, given twice, or of a copy; an unknown initialisation.
+        UnsupportedFamilyError: the copies cannot be made silent, or the model is not causal.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_model
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> expanded = expand_model(LlamaForCausalLM(config), [0, 2])
+    >>> expanded.config.num_hidden_layers, expanded.adept_config.copies
+    (6, (1, 4))
     """
     check(Expand, initialisation=initialisation)
     model = unwrapped(model)
     family, earlier = describe(model), AdeptConfig.of(model)
     require_causal(model)
     count = len(family.silent)
-    made = arrange_copies(layers, count, earlier)
-    expanded = _built(model, [made.sources[index] for index in made.new])
-    same_layers(model, expanded, made.sources)
-    _fill(expanded, model, family.layers, made)
+    layout = place_copies(layers, count, earlier)
+    expanded = _build(model, [layout.sources[index] for index in layout.new])
+    same_layers(model, expanded, layout.sources)
+    _fill(expanded, model, family.layers, layout)
     after = decoder_layers(expanded)
-    for index in made.new:
-        _initialise(after[index], family, made.sources[index], initialisation, index)
+    for index in layout.new:
+        _initialise(after[index], family, layout.sources[index], initialisation, index)
     total = sum(parameter.numel() for parameter in expanded.parameters())
-    trainable = sum(parameter.numel() for index in made.new for parameter in after[index].parameters())
+    trainable = sum(parameter.numel() for index in layout.new for parameter in after[index].parameters())
     source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "identity": "", "num_hidden_layers": count}
     expanded.adept_config = AdeptConfig(
-        inserted=made.inserted,
+        inserted=layout.inserted,
         source=source,
         parameters={"total": total, "trainable": trainable},
         versions=versions(),
@@ -112,8 +132,8 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     return expanded.eval()
 
 
-def _built(model: PreTrainedModel, chosen: list[int]) -> PreTrainedModel:
-    """A model of the expanded config: parameters on meta, buffers and plain attributes as its constructor computes them."""
+def _build(model: PreTrainedModel, chosen: list[int]) -> PreTrainedModel:
+    """Build a model of the expanded config: parameters on meta, buffers and plain attributes as its constructor computes them."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -123,13 +143,13 @@ def _built(model: PreTrainedModel, chosen: list[int]) -> PreTrainedModel:
     return built
 
 
-def _fill(expanded: PreTrainedModel, model: PreTrainedModel, path: str, made: Arrangement) -> None:
-    """Put the tensors of `model` in their places in `expanded`; the new copies get their own."""
+def _fill(expanded: PreTrainedModel, model: PreTrainedModel, path: str, layout: Layout) -> None:
+    """Share the tensors of `model` with `expanded`; the new copies get clones."""
     before, after = model.get_submodule(path), expanded.get_submodule(path)
-    pairs = [(after[index], before[source]) for index, source in enumerate(made.sources)]
+    pairs = [(after[index], before[source]) for index, source in enumerate(layout.sources)]
     for index, (layer, source) in enumerate(pairs):
         for name, module in layer.named_modules():
-            _take(module, source.get_submodule(name), index in made.new)
+            _take(module, source.get_submodule(name), index in layout.new)
     inner = {id(module) for layer, _ in pairs for module in layer.modules()}
     for name, module in expanded.named_modules():
         if id(module) not in inner:
@@ -146,19 +166,35 @@ def _take(module: nn.Module, source: nn.Module, copied: bool) -> None:
 def _initialise(layer: nn.Module, family: Family, source: int, how: str, index: int) -> None:
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     with torch.no_grad():
-        for name, value in fills(family, source, tensors, how).items():
+        for name, value in silent_values(family, source, tensors, how).items():
             if not tensors[name].is_meta:
-                tensors[name].copy_(initial(tensors[name], value, how, f"{index}.{name}"))
+                tensors[name].copy_(initial_values(tensors[name], value, how, f"{index}.{name}"))
 
 
 def copies(model: PreTrainedModel) -> list[nn.Module]:
-    """The copied layers of an expanded model that are to be trained, in order: those of its last expansion."""
+    """Return the copies of the last expansion, the ones that are trained, in order."""
     layers = model.get_submodule(layers_path(model))
     return [layers[index] for index in record_of(model).trained]
 
 
 def freeze_original(model: PreTrainedModel) -> ParameterCounts:
-    """Let only the copies of the last expansion require gradients. Returns total and trainable parameter counts."""
+    """Let only the copies of the last expansion require gradients.
+
+    Args:
+        model: an expanded model; it is changed in place.
+
+    Returns:
+        The numbers of parameters, `total` and `trainable`.
+
+    Raises:
+        InputError: the model has no copies.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_model, freeze_original
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> freeze_original(expand_model(LlamaForCausalLM(config), [1]))
+    ParameterCounts(total=15024, trainable=2592)
+    """
     model = unwrapped(model)
     record_of(model)
     model.requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Importances for the first unit rates, taken from the copied layers before training.
+"""Measure the importances for the first unit rates on the copied layers, before training.
 
-In a silent copy every |theta g| is 0: where theta is not 0, the gradient is. So the copied layer stands in for its copy. Its sums
-along both dimensions are kept in the checkpoint, from which units of any granularity are made.
+Every |theta g| of a silent copy is 0: where theta is not 0, the gradient is. So the layer that was copied is measured in its place. The
+checkpoint stores its sums along each dimension, from which the importances of units of any granularity are computed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ FILE = "adept_first_importance.safetensors"
 def first_importance(
     model: PreTrainedModel, items: Sequence[Item], quiet: bool = False, share: bool = False
 ) -> dict[tuple[str, Dims], Sums]:
-    """Sums of the copied layers of a freshly expanded model, under the names of their copies' parameters: (name, dim) -> Sums.
+    """Sum |theta g| and g^2 over the layers that a freshly expanded model copied, and return them under their copies' parameter names.
 
-    share: as in `adept_fast.scoring.unit_importance.parameter_sums`.
+    Returns (name, dim) -> Sums. share: as in `adept_fast.scoring.unit_importance.parameter_sums`.
     """
     record, path = record_of(model), layers_path(model)
     dims: dict[str, list[Dims]] = {}
@@ -46,7 +46,7 @@ def first_importance(
 
 
 def as_tensors(sums: dict[tuple[str, Dims], Sums]) -> dict[str, Tensor]:
-    """For safetensors: "name|dim|abs_taylor" and "name|dim|fisher", dim "0" or, of two, "0,1"."""
+    """Name the sums for safetensors: "name|dim|abs_taylor" and "name|dim|fisher", where dim is "0", or "0,1" for two dimensions."""
     return {
         f"{name}|{dim if isinstance(dim, int) else ','.join(map(str, dim))}|{kind}": tensor
         for (name, dim), entry in sums.items()
@@ -55,7 +55,7 @@ def as_tensors(sums: dict[tuple[str, Dims], Sums]) -> dict[str, Tensor]:
 
 
 def load_first_importance(folder: Path) -> dict[tuple[str, Dims], Sums]:
-    """What expand stored in the checkpoint. Raises InputError when it is missing or malformed."""
+    """Read the sums that `expand_checkpoint` stored. Raises InputError when they are missing or malformed."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,9 +1,10 @@
-"""What a new copy starts from. Two ways leave the model's function as it is, to the bit; two, for research, change it and are recorded so.
+"""Initialise a new copy. Two ways leave the logits unchanged, bit for bit; two, for research, change them, and the record says so.
 
-zero_output: the last parameters of each branch are 0 (post-norm: the gain of the norm behind it).
-zero_gate_up: the same, but in gated MLPs the up projection instead of the output's; the gate stays, as with both at 0 neither ever learns.
-small_random: those of zero_output are normal noise about it, 2 % of the source's root mean square.
-scaled_source: they are a tenth of the source's, as the dial would leave them.
+zero_output: the last parameters of each branch are 0 (in post-norm models the gain of the norm after it).
+zero_gate_up: the same, but in gated MLPs the up projection is 0 instead of the output projection. The gate projection keeps its values:
+with both at 0 neither would ever learn.
+small_random: the parameters of zero_output are normal noise around it, with 2 % of the source's root mean square.
+scaled_source: they are a tenth of the source's, as `dial` with alpha 0.1 would leave them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ NOISE, SHARE = 0.02, 0.1
 UP = ".up_proj.weight"
 
 
-def fills(family: Family, layer: int, names: Mapping[str, object], how: str) -> Mapping[str, float]:
-    """What makes a copy of `layer` silent: name within it -> value. names: of the layer's parameters.
+def silent_values(family: Family, layer: int, names: Mapping[str, object], how: str) -> Mapping[str, float]:
+    """Return the values that make a copy of `layer` silent: parameter name within the layer -> value. names: of the layer's parameters.
 
-    Raises UnsupportedFamilyError where zero_gate_up cannot be: no MLP with an up_proj of its own, or a norm behind it.
+    Raises UnsupportedFamilyError where zero_gate_up is impossible: the MLP has no up_proj of its own, or a norm follows it.
     """
     silent = family.silent[layer]
     if how != "zero_gate_up":
@@ -39,8 +40,8 @@ def fills(family: Family, layer: int, names: Mapping[str, object], how: str) -> 
     return {**{name: value for name, value in silent.items() if name not in within}, **dict.fromkeys(ups, 0.0)}
 
 
-def initial(source: Tensor, silent: float, how: str, name: str) -> Tensor:
-    """A tensor of a new copy that zero_output would fill with `silent`, in the dtype of `source`. name: seeds the noise."""
+def initial_values(source: Tensor, silent: float, how: str, name: str) -> Tensor:
+    """Return the initial values of a tensor that zero_output fills with `silent`, in the dtype of `source`. name: seeds the noise."""
     if PRESERVING[how]:
         return torch.full_like(source, silent)
     if how == "scaled_source":

@@ -1,4 +1,4 @@
-"""Two domains on one base: their copies averaged, as ADEPT's authors do (arXiv 2510.10071), or stacked, both sets in one model."""
+"""Merge the copies of two domains on one base: average them, as ADEPT's authors do (arXiv 2510.10071), or stack both sets in one model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.safetensors_index import FLOATS, Stored, same_bytes
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion.edit_checkpoint import counterpart, open_expanded, source_config, write_remade
+from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.expansion.verify import observe, random_inputs
+from adept_fast.expansion.verify import compute_logits, random_inputs
 
 WAYS = ("average", "stack")
 
@@ -33,11 +33,34 @@ def merge_copies(
     quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
-    """Write one checkpoint with the copies of the tuned checkpoints `a` and `b`, made on the same base, to the folder `target`.
+    """Write one checkpoint with the copies of two tuned checkpoints of the same base to a new folder.
 
-    how "average": copies of the same layers become weights[0] * a + weights[1] * b, rounded once from fp64. "stack": b's copies of a layer
-    come after a's, unchanged. verify: prove that the base is in it bit for bit, load it, and refuse logits that are not finite.
-    Raises InputError for other bases, other layers (average), weights that do not sum to 1, or an unknown `how`.
+    Args:
+        a, b: the tuned checkpoints, folders or hub names.
+        target: the folder to write; it must not exist.
+        weights: two numbers that sum to 1, for how="average".
+        how: "average" gives weights[0] * a + weights[1] * b, rounded once from fp64, for copies of the same layers; "stack" puts b's copies
+            of a layer after a's, unchanged.
+        verify: compare the base in the result bit for bit, load it, and require finite logits.
+        quiet: show no progress.
+        loading: keyword arguments of `from_pretrained`.
+
+    Returns:
+        The record. `selection["merged"]` names both checkpoints, how and with which weights they were merged.
+
+    Raises:
+        InputError: different bases, different layers (average), wrong weights, or an unknown `how`.
+        ExpansionError: the result does not hold the base, or its logits are not finite.
+
+    Source: ADEPT (arXiv 2510.10071).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_checkpoint, merge_copies
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> records = expand_checkpoint("base", "law", [1]), expand_checkpoint("base", "medicine", [1])
+    >>> merge_copies("law", "medicine", "both", how="stack").copies
+    (2, 3)
     """
     if how not in WAYS:
         raise InputError(f"how must be one of {', '.join(WAYS)}, found {how!r}")
@@ -59,33 +82,31 @@ def merge_copies(
 
     def prove(written: Path) -> None:
         model = checkpoint.load_model(written, **loading)
-        if not all(bool(logits.isfinite().all()) for _, logits in observe(model, random_inputs(model))):
+        if not all(bool(logits.isfinite().all()) for _, logits in compute_logits(model, random_inputs(model))):
             raise ExpansionError(f"{target}: the merged model's logits are not finite")
 
-    return write_remade(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, quiet, prove)
+    return write_edited(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, quiet, prove)
 
 
 def _averaged(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptConfig, weights: Sequence[float]) -> list[Layer]:
     if len(weights) != 2 or not all(math.isfinite(weight) for weight in weights) or abs(sum(weights) - 1) > 1e-9:
         raise InputError(f"weights must be two numbers that sum to 1, found {list(weights)}")
-    places = [[(entry.layer, entry.copied_from) for entry in record.inserted] for record in (ours, theirs)]
-    if places[0] != places[1]:
-        copied = [[source for _, source in each] for each in places]
+    if [(entry.layer, entry.copied_from) for entry in ours.inserted] != [(entry.layer, entry.copied_from) for entry in theirs.inserted]:
+        copied = [[entry.copied_from for entry in record.inserted] for record in (ours, theirs)]
         raise InputError(f"copies of layers {copied[0]} and {copied[1]} cannot be averaged: stack them (how=stack)")
-    tensors = second.shards.tensors
 
     def average(stored: Stored, name: str) -> Piece:
-        other = counterpart(tensors, second.folder, stored, stored.name)
+        other = matching_tensor(second.shards.tensors, second.folder, stored, stored.name)
         if same_bytes(stored, other):
             return Piece(name, stored.dtype, stored.shape, stored)
         if stored.dtype not in FLOATS:
             raise InputError(f"{stored.name}: {stored.dtype} values that differ cannot be averaged: stack the copies (how=stack)")
 
-        def made() -> bytes:
+        def mean() -> bytes:
             one, two = as_tensor(stored), as_tensor(other)
             return as_bytes((weights[0] * one.double() + weights[1] * two.double()).to(one.dtype))
 
-        return Piece(name, stored.dtype, stored.shape, made=made)
+        return Piece(name, stored.dtype, stored.shape, made=mean)
 
     return [Layer(index, average if index in ours.copies else None) for index in range(first.count)]
 
@@ -93,20 +114,16 @@ def _averaged(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptCon
 def _stacked(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptConfig) -> tuple[list[Layer], tuple[Inserted, ...]]:
     layers: list[Layer] = []
     inserted: list[Inserted] = []
-    copies = [{index: [e for e in record.inserted if e.copied_from == index] for index in range(first.count)} for record in (ours, theirs)]
-    tensors = second.shards.tensors
 
     def from_second(layer: int, stored: Stored, name: str) -> Piece:
-        other = counterpart(tensors, second.folder, stored, first.naming.moved(stored.name, layer))
+        other = matching_tensor(second.shards.tensors, second.folder, stored, first.naming.moved(stored.name, layer))
         return Piece(name, other.dtype, other.shape, other)
 
     for index in range(first.count - len(ours.copies)):
         original = ours.original(index)
         layers.append(Layer(original))
-        for entry in copies[0][index]:
-            inserted.append(replace(entry, layer=len(layers)))
-            layers.append(Layer(entry.layer))
-        for entry in copies[1][index]:
-            inserted.append(replace(entry, layer=len(layers)))
-            layers.append(Layer(original, partial(from_second, entry.layer)))
+        for record in (ours, theirs):
+            for entry in (entry for entry in record.inserted if entry.copied_from == index):
+                inserted.append(replace(entry, layer=len(layers)))
+                layers.append(Layer(entry.layer) if record is ours else Layer(original, partial(from_second, entry.layer)))
     return layers, tuple(inserted)

@@ -1,4 +1,4 @@
-"""Copies taken out again: all of them give back the source."""
+"""Remove copies from a checkpoint; without any it is the source again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
-from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_remade
+from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer
 
 
@@ -21,10 +21,30 @@ def remove_copies(
     quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig | None:
-    """Write the expanded or tuned checkpoint `source` without `copies` (their layer indices in it; None: all) to the folder `target`.
+    """Write an expanded or tuned checkpoint without some of its copies to a new folder.
 
-    Without copies it is the original again: its tensors bit for bit, proven by their digest, its config, and no record (None is returned).
-    Raises InputError for layers that are no copies, ExpansionError where the original's tensors are not all there.
+    Args:
+        source: the checkpoint, a folder or hub name.
+        target: the folder to write; it must not exist.
+        copies: the layer indices in `source` of the copies to remove; None removes all.
+        verify: compare every written tensor and the digest of the base; False leaves a note in the record.
+        quiet: show no progress.
+        trust_remote_code: as in transformers.
+
+    Returns:
+        The record; None where no copy is left. The result is then the original checkpoint: its config, and its tensors bit for bit.
+
+    Raises:
+        InputError: an index is not a copy's, or `source` has no record.
+        ExpansionError: the original layers of `source` are not those of its base.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_checkpoint, remove_copies
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained("base")
+    >>> record = expand_checkpoint("base", "expanded", [0, 2])
+    >>> remove_copies("expanded", "one", [4]).copies
+    (1,)
     """
     on_disk, record = open_expanded(source, trust_remote_code, verify)
     out = set(record.copies if copies is None else copies)
@@ -34,4 +54,4 @@ def remove_copies(
     inserted = tuple(replace(entry, layer=left.index(entry.layer)) for entry in record.inserted if entry.layer not in out)
     remaining = replace(record, inserted=inserted) if inserted else None
     config = source_config(on_disk, record, inserted)
-    return write_remade(target, on_disk, [Layer(index) for index in left], config, remaining, record.source, verify, quiet)
+    return write_edited(target, on_disk, [Layer(index) for index in left], config, remaining, record.source, verify, quiet)

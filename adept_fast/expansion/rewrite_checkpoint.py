@@ -1,7 +1,7 @@
-"""A checkpoint made from another by giving it other layers: planned tensor by tensor, written from shards to shards, proven, named.
+"""Write a checkpoint with other layers than the one it is made from: plan it tensor by tensor, copy from shard to shard, verify, rename.
 
-Tensors that stay keep their shard and are copied as bytes; what is made new goes to the shard of its template. Memory is constant in the
-size of the model.
+Tensors that stay keep their shard and are copied as bytes. New tensors go to the shard of their template. Memory does not grow with the
+model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adept_fast.checkpoints.finite_bytes import DTYPES
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
 from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-from adept_fast.expansion.initialise import PRESERVING, fills, initial
+from adept_fast.expansion.initialise import PRESERVING, initial_values, silent_values
 from adept_fast.models import Family, describe, layers_path
 from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.progress import Progress
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 SPARE = 1 << 24  # bytes left free for headers, config and record
 Plan = dict[str, list[Piece]]  # file name -> its tensors
-Made = TypeVar("Made", bound=AdeptConfig | None)  # a record; None where no copy is left
+Record = TypeVar("Record", bound=AdeptConfig | None)  # None where no copy is left
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A checkpoint as it lies there: its tensors, what they are called, what silences its layers, and the model without weights."""
+    """A checkpoint on disk: its tensors and their names, the values that silence its layers, and the model without weights."""
 
     folder: Path
     shards: Shards
@@ -52,12 +52,15 @@ class OnDisk:
 
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
-        """Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent."""
+        """Read names and shapes, no weights.
+
+        Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent.
+        """
         shards = open_shards(folder)
         skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
-        with refusals_naming(folder):
+        with naming_folder(folder):
             naming = Naming(skeleton, layers_path(skeleton), shards.tensors)
-            naming.check(shards)  # before the model is run: shapes that do not fit are told by name here
+            naming.check(shards)  # before the model runs, so that a wrong shape is reported under its tensor's name
             family = describe(skeleton)
         return cls(folder, shards, skeleton, family, naming)
 
@@ -66,32 +69,34 @@ class OnDisk:
         return self.naming.count
 
     def fill(self, stored: Stored) -> float | None:
-        """The value that silences a tensor of a layer; None for one that a silent copy keeps."""
+        """Return the value that silences a layer's tensor; None for a tensor that a silent copy keeps."""
         layer = self.naming.layer(stored.name)
         return None if layer is None or layer >= self.count else self.naming.fill(stored.name, self.family.silent[layer])
 
     def copied(self, stored: Stored, name: str, how: str) -> Piece:
-        """The tensor of a new copy that corresponds to `stored`; how: its initialisation."""
+        """Plan the tensor of a new copy that corresponds to `stored`. how: the initialisation."""
         layer = self.naming.layer(stored.name)
         assert layer is not None
         names = dict(self.skeleton.get_submodule(f"{self.family.layers}.{layer}").named_parameters())
-        value = self.naming.fill(stored.name, fills(self.family, layer, names, how))
+        value = self.naming.fill(stored.name, silent_values(self.family, layer, names, how))
         if value is None:
             return Piece(name, stored.dtype, stored.shape, stored)
         if not PRESERVING[how]:
-            return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(initial(as_tensor(stored), value, how, name)))
+            return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(initial_values(as_tensor(stored), value, how, name)))
         return Piece(name, stored.dtype, stored.shape, fill=as_bytes(torch.tensor([value], dtype=DTYPES[stored.dtype])))
 
     def parameters(self, layers: Collection[int] | None = None) -> list[Stored]:
-        """The stored tensors that parameters of the model are loaded from, of some layers (none: all there are)."""
+        """Return the stored tensors that the model's parameters are loaded from. layers: of these only; None takes all tensors."""
         found = [stored for stored in self.shards.tensors.values() if self.naming.of_parameter(stored.name)]
         return found if layers is None else [stored for stored in found if self.naming.layer(stored.name) in layers]
 
     def originals_digest(
         self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS, finite: Container[str] = ()
     ) -> str:
-        """The digest of all tensors but the copies', under the names they have in the source. finite: names of those, as they are stored,
-        for which InputError is raised where they hold a NaN or infinity."""
+        """Digest all tensors but the copies', under the names that they have in the source.
+
+        finite: stored names of the tensors for which a NaN or infinity raises InputError.
+        """
         if record is None:
             return tensors_digest(self.shards.tensors, kind, threads, finite)
         places = {record.original(index): index for index in range(self.count - len(record.copies))}
@@ -109,16 +114,19 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the checkpoint to write. template: the layer whose tensors' names, shapes and shards it takes; make: (the template's
-    tensor, the new name) -> what is written, None for the template's own bytes."""
+    """A layer of the checkpoint to write.
+
+    template: the layer whose names, shapes and shards it takes. make: (the template's tensor, the new name) -> the tensor to write; None
+    writes the template's bytes.
+    """
 
     template: int
     make: Callable[[Stored, str], Piece] | None = None
 
 
 @contextmanager
-def refusals_naming(folder: Path) -> Iterator[None]:
-    """A family that is refused is refused with the folder's name: only models in memory have none."""
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Put the folder's name in front of an UnsupportedFamilyError, which speaks of a model in memory."""
     try:
         yield
     except UnsupportedFamilyError as refusal:
@@ -133,25 +141,28 @@ def as_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def arrange(source: OnDisk, layers: Sequence[Layer]) -> Plan:
-    """What each shard is going to hold when the model has these layers. What stays comes first, in its order."""
+def plan_shards(source: OnDisk, layers: Sequence[Layer]) -> Plan:
+    """Plan the tensors of each shard for a model of these layers. Tensors that stay come first, in their order."""
     indices: dict[int, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         indices[layer.template].append(index)
     plan: Plan = {}
     for file, tensors in source.shards.files.items():
-        kept: list[Piece] = []
-        made: list[Piece] = []
+        copied: list[Piece] = []
+        new: list[Piece] = []
         for stored in tensors:
             at = source.naming.layer(stored.name)
             if at is None:
-                kept.append(Piece(stored.name, stored.dtype, stored.shape, stored))
+                copied.append(Piece(stored.name, stored.dtype, stored.shape, stored))
                 continue
             for index in indices[at] if at < source.count else [at + len(layers) - source.count]:
                 name, make = source.naming.moved(stored.name, index), layers[index].make if index < len(layers) else None
-                (kept if make is None else made).append(make(stored, name) if make else Piece(name, stored.dtype, stored.shape, stored))
-        if kept or made:
-            plan[file] = kept + made
+                if make is None:
+                    copied.append(Piece(name, stored.dtype, stored.shape, stored))
+                else:
+                    new.append(make(stored, name))
+        if copied or new:
+            plan[file] = copied + new
     return plan
 
 
@@ -160,42 +171,44 @@ def write_checkpoint(
     source: OnDisk,
     plan: Plan,
     config: Mapping[str, Any],
-    record: Callable[[], Made],
+    record: Callable[[], Record],
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     quiet: bool = False,
-) -> Made:
-    """Write `plan` and all that goes along with it to the new folder `target`; returns the record.
+) -> Record:
+    """Write `plan`, the config, the record and the source's other files to the new folder `target`, and return the record.
 
-    record: called when the weights are written. extra: further safetensors files. prove: called with the written folder before it gets its
-    name. Raises InputError where the disk is too small or `target` exists; whatever is raised, no target appears.
+    record: called once the weights are written. prove: called with the written folder before it gets its name. extra: further safetensors
+    files. Raises InputError where the disk is too small or `target` exists. On any error `target` does not appear.
     """
     from safetensors.torch import save_file
 
     total = sum(piece.size for pieces in plan.values() for piece in pieces)
-    make_room(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
+    require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
     with staged_folder(target) as staging:
         with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, quiet=quiet) as bar:
             write_shards(staging, plan, source.shards.metadata, bar.update)
         if source.shards.index is not None:
             write_json(staging / INDEX, _index(source, plan))
         checkpoint.carry_files(source.folder, staging)
-        made = record()
+        described = record()
         written = {key: value for key, value in config.items() if key != KEY}
-        if made is not None:
-            made.save(staging)
-            written[KEY] = made.as_dict()
+        if described is not None:
+            described.save(staging)
+            written[KEY] = described.as_dict()
         (staging / "config.json").write_text(dumps(tagged(written), indent=2) + "\n", encoding="utf-8")
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)
         if prove:
             prove(staging)
-    return made
+    return described
 
 
-def make_room(target: Path, size: int) -> None:
-    """Make the folder that `target` goes to, once what killed processes left in it is deleted. Raises InputError where the disk is too
-    small, or the folder cannot be made."""
+def require_space(target: Path, size: int) -> None:
+    """Make the parent folder of `target`, delete what killed processes left in it, and require `size` bytes of free space.
+
+    Raises InputError where the disk is too small, or the folder cannot be made.
+    """
     folder = next(folder for folder in target.absolute().parents if folder.exists())
     if folder == target.absolute().parent:
         remove_leftovers(folder)
@@ -220,7 +233,7 @@ def _index(source: OnDisk, plan: Plan) -> dict[str, Any]:
 
 
 def prove_bytes(plan: Plan, written: Path) -> None:
-    """Raise ExpansionError unless every tensor that was to be copied has the bits of the one it was copied from."""
+    """Raise ExpansionError unless every copied tensor has the bits of its source."""
     found = open_shards(written).tensors
     for pieces in plan.values():
         for piece in pieces:

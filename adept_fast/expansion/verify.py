@@ -1,4 +1,4 @@
-"""The proof that copies are silent: the expanded model gives the base's logits, bit for bit, with and without a cache."""
+"""Verify that copies are silent: the expanded model gives the base's logits, bit for bit, with and without a cache."""
 
 from __future__ import annotations
 
@@ -19,22 +19,36 @@ TOKENS = (2, 33)  # shape of the random inputs: two rows, an odd length
 DECODED = 4  # tokens
 
 
-def random_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Random token ids [2, 33] from the model's vocabulary, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+def random_inputs(model: PreTrainedModel) -> Tensor:
+    """Draw token ids [2, 33] from the model's vocabulary, the same ones in each call."""
+    generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, TOKENS, generator=generator).to(device_of(model))
 
 
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
-    """Raise ExpansionError with the largest logit difference unless both models agree bit for bit on `inputs` (token ids
-    [rows, tokens], default random ones): in one forward, and in greedy decoding through the family's own cache. Raises InputError for
-    inputs that are no tokens of the base, or none."""
+    """Require that two models give the same logits, bit for bit, in one forward pass and in greedy decoding with the cache.
+
+    Args:
+        base: the model before expansion.
+        expanded: the model with copies.
+        inputs: token ids, int64 [rows, tokens]; default: 2 rows of 33 random tokens.
+
+    Raises:
+        ExpansionError: a logit differs; the message has the largest difference.
+        InputError: `inputs` are not token ids of the base.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from adept_fast import expand_model, verify_expansion
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(config)
+    >>> verify_expansion(model, expand_model(model, [1]))
+    """
     base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")
     if inputs is not None:
         _require_tokens(inputs, vocabulary_of(base))
     inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
-    compare(observe(base, inputs), observe(expanded, inputs))
+    require_equal_logits(compute_logits(base, inputs), compute_logits(expanded, inputs))
 
 
 def _require_tokens(inputs: Tensor, vocabulary: int) -> None:
@@ -46,18 +60,18 @@ def _require_tokens(inputs: Tensor, vocabulary: int) -> None:
         raise InputError(f"inputs must be from 0 to {vocabulary - 1}, found {int(inputs.min())} to {int(inputs.max())}")
 
 
-def largest_difference(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> float:
-    """The largest logit difference of one forward, for copies that are not silent by design."""
+def largest_difference(base: PreTrainedModel, expanded: PreTrainedModel) -> float:
+    """Return the largest logit difference in one forward pass over random tokens, for copies that are not silent by design."""
     base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")
-    inputs = random_inputs(base) if inputs is None else inputs.to(device_of(base))
+    inputs = random_inputs(base)
     with torch.no_grad():
         ours, theirs = (model(input_ids=inputs, use_cache=False).logits.float() for model in (base, expanded))
     return float((ours - theirs.to(ours.device)).abs().max())
 
 
 @torch.no_grad()
-def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
-    """What a model computes, in eval mode: (how, logits) in one forward, then for each greedily decoded token."""
+def compute_logits(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
+    """Return (how, logits) in eval mode: of one forward pass, then of each greedily decoded token."""
     from transformers import GenerationConfig
 
     with evaluating(model):
@@ -65,7 +79,7 @@ def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
         greedy = GenerationConfig(
             max_new_tokens=DECODED, do_sample=False, use_cache=True, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        own, model.generation_config = model.generation_config, greedy  # the model's own would fill in its sampling and its end of text
+        own, model.generation_config = model.generation_config, greedy  # the model's own would add sampling and an end of text
         try:
             decoded = model.generate(inputs, attention_mask=torch.ones_like(inputs))
         finally:
@@ -73,8 +87,8 @@ def observe(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Tensor]]:
         return seen + [("in greedy decoding", logits) for logits in decoded.logits]
 
 
-def compare(base: Sequence[tuple[str, Tensor]], expanded: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ExpansionError unless two models were observed to compute the same bits."""
+def require_equal_logits(base: Sequence[tuple[str, Tensor]], expanded: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ExpansionError unless the logits that `compute_logits` found of two models have the same bits."""
     for (how, expected), (_, found) in zip(base, expanded, strict=True):
         if expected.shape != found.shape or not torch.equal(expected, found):
             largest = "shapes differ" if expected.shape != found.shape else f"{float((expected.float() - found.float()).abs().max()):.3g}"

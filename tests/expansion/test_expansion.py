@@ -207,7 +207,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> None:
         raise ExpansionError("differs")
 
-    monkeypatch.setattr(sys.modules[expand_checkpoint.__module__], "compare", refuse)
+    monkeypatch.setattr(sys.modules[expand_checkpoint.__module__], "require_equal_logits", refuse)
     with pytest.raises(ExpansionError):
         expand_checkpoint(source, tmp_path / "expanded", [1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

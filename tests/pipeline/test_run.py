@@ -19,7 +19,7 @@ from tests.support.attempts import Attempts
 PLACES = (
     ("adept_fast.scoring.layer_masking:measure", 3),  # scoring
     ("adept_fast.expansion.expand_checkpoint:first_importance", 0),
-    ("adept_fast.expansion.expand_checkpoint:compare", 0),  # expanding, all written but the name
+    ("adept_fast.expansion.expand_checkpoint:require_equal_logits", 0),  # expanding, all written but the name
     ("adept_fast.tuning.staged_trainer:save_file", 0),  # the first checkpoint
     ("adept_fast.tuning.adept_callback:apply_rates", 2),  # a refresh
     ("adept_fast.tuning.staged_trainer:save_file", 1),  # a later checkpoint
