@@ -1,4 +1,4 @@
-"""What was gained and what was lost."""
+"""Measure what a model gained and what it lost."""
 
 from adept_fast.evaluation.evaluate_model import evaluate
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus

@@ -1,4 +1,4 @@
-"""Evaluation of one model: loss and perplexity, accuracy on questions, and how many general tokens' argmax shifted from the base's."""
+"""Evaluate one model: loss and perplexity, accuracy on questions, and the share of general tokens whose argmax differs from the base's."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ def evaluate(
     title: str = "model",
     quiet: bool = False,
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """Results as they stand in eval.json, and the argmax at every position of the general corpus.
+    """Evaluate a model on a general corpus and, where given, on a domain corpus.
 
-    loss: nats per supervised token, with a 95 % bootstrap interval over items; perplexity: exp(loss); accuracy: share of questions whose
-    right letter is the likeliest; shifted_tokens: share of general positions whose argmax differs from base_argmax (None without it).
+    base_argmax: the second result of this function for the base model. Returns the model's entry of eval.json, and the argmax at each
+    position of the general corpus, one int64 tensor an item. The entry holds:
+
+    - loss: nats per supervised token, with a 95 % bootstrap interval over items (low, high)
+    - perplexity: exp(loss)
+    - accuracy: the share of questions whose right letter is the likeliest
+    - shifted_tokens: the share of general positions whose argmax differs from `base_argmax`; None without it
     """
     model = unwrapped(model)
     result, argmax = _evaluate(model, general, True, f"{title}: general", quiet)
@@ -52,7 +57,7 @@ def _evaluate(
         "loss": loss,
         "low": low,
         "high": high,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond a float
+        "perplexity": math.exp(loss) if loss < 700 else None,  # exp overflows above
         "tokens": int(measured.tokens.sum()),
         "items": len(corpus.items),
         "accuracy": None,

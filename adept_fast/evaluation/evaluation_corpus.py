@@ -1,4 +1,4 @@
-"""What a model is evaluated on: texts and instructions (loss) and multiple-choice questions (loss of the right answer, and accuracy)."""
+"""Tokenise an evaluation corpus: texts and instructions (loss), or multiple-choice questions (loss of the right answer, and accuracy)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationCorpus:
-    """items: what the loss is taken on. candidates and answers: for questions, one an item; else empty. notes: what was cut or left out."""
+    """A tokenised corpus.
+
+    items: the sequences whose loss is measured. candidates, answers: for questions one an item, otherwise empty. notes: a line for each
+    kind of record that was cut or left out.
+    """
 
     name: str
     items: tuple[Item, ...]
@@ -29,10 +33,10 @@ class EvaluationCorpus:
 def corpus(
     name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None = None
 ) -> EvaluationCorpus:
-    """Tokenise records, all questions or none. Texts are cut to `max_length` tokens; questions that are longer are left out. `notes` counts
-    both.
+    """Tokenise records, which are all questions or all texts.
 
-    vocabulary: what the tokens of records that are tokenised already must be below.
+    Texts are cut to `max_length` tokens; longer questions are left out; `notes` counts both. vocabulary: the bound on the ids of records
+    that are tokenised already. Raises InputError for a mixture of both, and where nothing is left to evaluate.
     """
     questions = [record for record in records if is_choice(record)]
     if questions and len(questions) < len(records):
@@ -66,7 +70,7 @@ def corpus(
 
 
 def _note(name: str, count: int, total: int, what: str, fate: str) -> str:
-    """A line; empty where the count is 0."""
+    """Return a line for the user, or an empty one where `count` is 0."""
     return f"{name}: {count:,} of {total:,} {what} {fate}" if count else ""
 
 
@@ -75,7 +79,7 @@ def _cut(item: Item, length: int) -> Item:
 
 
 def _first_difference(choices: Choices) -> Candidates:
-    """The options share their prompt; the first token in which they differ is the letter, and its likelihood decides."""
+    """Return the letters of a question: the options share their prompt, and the first token in which they differ is the letter."""
     options = [option.input_ids for option in choices.options]
     at = next((at for at in range(min(map(len, options))) if len({option[at] for option in options}) > 1), None)
     if at is None:

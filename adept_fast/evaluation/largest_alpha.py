@@ -1,4 +1,4 @@
-"""How far the dial can stay open: the largest share alpha of the tuned copies at which general loss rises by no more than a limit."""
+"""Find the largest strength alpha of the tuned copies at which general loss rises by no more than a limit (see expansion/dial.py)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from adept_fast.settings.validation import check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COARSE, FINE = 8, 64  # steps of the dial: from 1 down by eighths, then halved to sixty-fourths
+COARSE, FINE = 8, 64  # steps of alpha: from 1 down by eighths, then halved to sixty-fourths
 
 
 @dataclass(frozen=True)
 class Tried:
-    """rise: mean general loss at alpha minus that at 0, nats per supervised token; low, high: its 95 % interval from a bootstrap over items
-    of the two models' paired losses."""
+    """The general loss at one alpha.
+
+    loss: nats per supervised token. rise: the loss minus that at alpha 0. low, high: the rise's 95 % interval, by a bootstrap over items
+    of the two models' paired losses.
+    """
 
     alpha: float
     loss: float
@@ -36,10 +39,11 @@ class Tried:
 def largest_alpha(
     model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool = False
 ) -> dict[str, Any]:
-    """What stands in eval.json as "dial": alpha, the largest of 0, 1/64, ..., 1 found whose rise has its whole interval within `limit`; its
-    rise; the domain loss there; and all that was tried. The model is dialled in memory and left as it was.
+    """Search the largest of 0, 1/64, ..., 1 at which the whole interval of the rise is within `limit` (nats per token).
 
-    Loss need not rise evenly with alpha: eighths are tried from 1 down to the first within the limit, then the steps above it by halving.
+    Loss need not rise evenly with alpha, so eighths are tried from 1 down to the first within the limit, then the steps above it by
+    halving. The model is scaled in memory and restored. Returns the entry "dial" of eval.json: the limit, alpha, its loss and rise, the
+    domain loss there, and every alpha tried. Raises InputError for a wrong limit or a model without copies.
     """
     check(Eval, "general_", needed=True, limit=limit)
     model = unwrapped(model)

@@ -1,4 +1,4 @@
-"""Settings of evaluation."""
+"""The settings of evaluation."""
 
 from __future__ import annotations
 

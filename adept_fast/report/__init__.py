@@ -1,4 +1,4 @@
-"""The report: what was gained, what was lost, and what it was made from, as one HTML file and its charts."""
+"""Write the report: what a run gained, what it lost, and its settings and versions, as one HTML file and its charts."""
 
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, measure_of
@@ -13,7 +13,7 @@ PICTURES = {
     "scores.conflicts.png": lambda scores, _: conflicts(scores),
     "scores.comparison.png": lambda scores, _: method_comparison(scores),
 }
-"""What is drawn from scores.json and the chosen layers, by file name: a figure, or nothing where scores.json does not hold it."""
+"""The charts of scores.json: file name -> function of (its content, the chosen layers), which returns a figure, or None without data."""
 
 __all__ = [
     "PICTURES",

@@ -1,4 +1,4 @@
-"""Charts of how sure a choice of layers is: against the probe's sampling, another corpus, another method. From scores.json's analysis."""
+"""Charts of how sure a choice of layers is: under other probe items, another corpus, another method. They read scores.json's analysis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def stability(scores: Mapping[str, Any]) -> Figure | None:
-    """How often each layer would be chosen from a random probe, one panel a size; the layers that were chosen stand out."""
+    """Draw how often each layer would be chosen from a random probe, one panel a probe size; the chosen layers are orange."""
     from matplotlib.figure import Figure
 
     found = (scores.get("analysis") or {}).get("stability")
@@ -38,7 +38,7 @@ def stability(scores: Mapping[str, Any]) -> Figure | None:
 
 
 def conflicts(scores: Mapping[str, Any]) -> Figure | None:
-    """Rank of each layer for two corpora with its interval; layers whose intervals do not meet are marked."""
+    """Draw the rank of each layer for two corpora with its interval; layers whose intervals do not overlap are shaded."""
     from matplotlib.figure import Figure
 
     found = (scores.get("analysis") or {}).get("conflicts")
@@ -65,7 +65,7 @@ def conflicts(scores: Mapping[str, Any]) -> Figure | None:
 
 
 def method_comparison(scores: Mapping[str, Any]) -> Figure | None:
-    """Spearman's correlation of each pair of methods with its interval; and the ranks that each gives the layers."""
+    """Draw Spearman's correlation of each pair of methods with its interval, and below it each method's ranks of the layers."""
     from matplotlib.figure import Figure
 
     found = (scores.get("analysis") or {}).get("comparison")

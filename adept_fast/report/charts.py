@@ -1,4 +1,4 @@
-"""Charts of layer importance over depth and of losses over training. Each is drawn from a plain artefact."""
+"""Charts of layer importance over depth and of losses over training, drawn from scores.json and trainer_log.jsonl."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ METHODS = {
 
 
 def measure_of(scores: Mapping[str, Any]) -> str:
-    """What the primary values of scores.json, `scores`, are and in which unit."""
+    """Name the primary measure of scores.json and its unit."""
     if scores.get("method") in METHODS:
         return f"{scores['method']}, {METHODS[scores['method']][1]}"
     return f"{scores.get('loss', 'not recorded')}, nats per token lost without each"
 
 
 def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
-    """Importance of each layer over depth with its interval, one panel a profile, the primary first; `chosen` layers are marked.
+    """Draw the importance of each layer over depth with its interval, one panel a profile, the primary one first.
 
-    scores: the content of scores.json. Where a few layers are far above the rest, the axis is linear up to a threshold and logarithmic
-    above; the panel says so. Raises InputError for scores without profiles.
+    scores: the content of scores.json. chosen: layers to mark. Where a few layers are far above the rest, the axis is linear up to a
+    threshold and logarithmic above, and the panel says so. Raises InputError for scores without profiles.
     """
     from matplotlib.figure import Figure
 
@@ -89,7 +89,7 @@ def _profile(axes: Axes, profile: Mapping[str, Any], chosen: set[int], title: st
 
 
 def _scale(axes: Axes, drawn: np.ndarray, values: np.ndarray) -> float | None:
-    """Make the axis linear up to a round threshold and logarithmic above where that is needed; returns the threshold."""
+    """Make the axis linear up to a round threshold and logarithmic above it, where the values need that. Returns the threshold or None."""
     drawn, values = drawn[np.isfinite(drawn)], np.abs(values[np.isfinite(values)])
     typical = float(np.quantile(values, 0.75)) if len(values) else 0.0
     if typical <= 0 or values.max() <= 5 * typical:
@@ -115,7 +115,7 @@ def _scale(axes: Axes, drawn: np.ndarray, values: np.ndarray) -> float | None:
 
 
 def losses(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and held-out domain loss (above) and general loss (below) over steps, from the lines of trainer_log.jsonl."""
+    """Draw training and held-out domain loss (above) and general loss (below) over steps, from the lines of trainer_log.jsonl."""
     from matplotlib.figure import Figure
 
     def series(key: str) -> tuple[list[int], np.ndarray]:

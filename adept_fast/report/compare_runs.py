@@ -1,4 +1,4 @@
-"""Several runs side by side: general against domain loss, by recipe, with mean and spread over seeds. compare.html and compare.json."""
+"""Compare runs: general against domain loss by recipe, with mean and spread over seeds, in compare.html and compare.json."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fast.errors import InputError
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
-from adept_fast.report.page import filled, flat, read_log
+from adept_fast.report.page import flatten, render
 from adept_fast.report.results import number, read_results
 from adept_fast.runtime.atomic_files import write_json, write_text
 from adept_fast.runtime.input_files import making_sense, read_yaml
 from adept_fast.runtime.provenance import inputs_of
+from adept_fast.tuning.trainer_log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ MEASURED_ON = {
 NOT_THE_RECIPE = ("seed", "output_dir")
 COLOURS = (VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
-MEASURES = (  # title, how it reads a model's results, factor, decimals
+MEASURES = (  # title, how to read it from a model's results, factor, decimals
     ("general loss", lambda result: result["general"]["loss"], 1, 3),
     ("domain loss", lambda result: result["domain"]["loss"], 1, 3),
     ("general accuracy (%)", lambda result: result["general"].get("accuracy"), 100, 1),
@@ -39,8 +40,8 @@ MEASURES = (  # title, how it reads a model's results, factor, decimals
 
 
 @dataclass(frozen=True)
-class Finished:
-    """One evaluated run. recipe: (dotted key, value) of what decides it, but for the seed; tokens: trained on."""
+class EvaluatedRun:
+    """One evaluated run. recipe: dotted key -> value, without seed and output_dir. tokens: trained on. speed: median tokens/s."""
 
     folder: Path
     seed: int
@@ -52,7 +53,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of one measure over the seeds of a recipe; spread: sample standard deviation, None for one seed."""
+    """The values of one measure over the seeds of a recipe. spread: sample standard deviation, None for one seed."""
 
     values: tuple[float, ...]
 
@@ -69,19 +70,19 @@ class Spread:
 
 
 def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Write compare.json and compare.html of evaluated output_dirs to the folder `target`; returns the page. say: hears the losses.
+    """Write compare.json and compare.html of evaluated output_dirs to the folder `target`, and return the page's path.
 
-    Runs whose recipes differ in the seed only are one row. Raises InputError for a folder without a result, fewer than two runs, and
-    runs that were measured on different items.
+    Runs whose recipes differ only in the seed share a row. say: receives a line of losses for each row. Raises InputError for a folder
+    without a result, fewer than two runs, and runs that were measured on different items.
     """
-    runs = [_finished(Path(folder).expanduser()) for folder in dict.fromkeys(map(str, folders))]
+    runs = [_load(Path(folder).expanduser()) for folder in dict.fromkeys(map(str, folders))]
     if len(runs) < 2:
         raise InputError("compare needs two output_dirs or more: adept-fast compare out/a out/b")
     for run in runs[1:]:
         for key, what in MEASURED_ON.items():
             if inputs_of(run.evaluation).get(key) != inputs_of(runs[0].evaluation).get(key):
                 raise InputError(f"{run.folder} cannot be compared with {runs[0].folder}: measured with {what}")
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
     names = _names([members[0].recipe for members in groups.values()])
@@ -113,32 +114,32 @@ def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[st
     return page
 
 
-def _finished(folder: Path) -> Finished:
-    evaluation, kept = folder / "eval.json", folder / "recipe.yaml"
-    for path in (evaluation, kept):
+def _load(folder: Path) -> EvaluatedRun:
+    evaluation, resolved = folder / "eval.json", folder / "recipe.yaml"
+    for path in (evaluation, resolved):
         if not path.is_file():
             raise InputError(f"{path}: missing: {folder} holds no run that has ended: adept-fast run ends it")
-    content, recipe = read_results(evaluation), read_yaml(kept)
+    content, recipe = read_results(evaluation), read_yaml(resolved)
     models = content["models"]
     if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")
     log = read_log(folder / "trainer_log.jsonl")
     tokens = next((entry.get("tokens") for entry in reversed(log) if entry.get("event") == "plan"), None)
     speeds = [entry["tokens_per_second"] for entry in log if entry.get("tokens_per_second")]
-    with making_sense(kept, "restore it, or run adept-fast run again, which keeps it"):
-        decisive, seed = {key: value for key, value in flat(recipe) if key not in NOT_THE_RECIPE}, int(recipe.get("seed", 0))
-    return Finished(folder, seed, decisive, content, tokens, statistics.median(speeds) if speeds else None)
+    with making_sense(resolved, "restore it, or run adept-fast run again, which keeps it"):
+        settings, seed = {key: value for key, value in flatten(recipe) if key not in NOT_THE_RECIPE}, int(recipe.get("seed", 0))
+    return EvaluatedRun(folder, seed, settings, content, tokens, statistics.median(speeds) if speeds else None)
 
 
 def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
-    """The method of each recipe, with the settings that tell it from others of that method."""
+    """Name each recipe by its method and the settings in which recipes of that method differ."""
     names = []
     for recipe in recipes:
         method = recipe.get("method", "adept")
-        rivals = [other for other in recipes if other.get("method", "adept") == method]
-        keys = sorted({key for other in rivals for key in other} | set(recipe))
-        telling = [key for key in keys if len({other.get(key) for other in rivals}) > 1]
-        names.append(" ".join([method, *(f"{key}={recipe.get(key, 'null')}" for key in telling)]))
+        same_method = [other for other in recipes if other.get("method", "adept") == method]
+        keys = sorted({key for other in same_method for key in other})
+        differing = [key for key in keys if len({other.get(key) for other in same_method}) > 1]
+        names.append(" ".join([method, *(f"{key}={recipe.get(key, 'null')}" for key in differing)]))
     return names
 
 
@@ -161,7 +162,7 @@ def _cells(row: Mapping[str, Spread]) -> Iterator[tuple[str, str]]:
 
 
 def trade_off(rows: Mapping[str, Mapping[str, Spread]]) -> Figure:
-    """General loss (down: kept) against domain loss (left: learnt): each seed a point, each recipe its mean with one standard deviation."""
+    """Draw general loss against domain loss: each seed a point, each recipe its mean with one standard deviation."""
     from matplotlib.figure import Figure
 
     with style():
@@ -201,4 +202,4 @@ def _page(rows: Mapping[str, Mapping[str, Spread]], details: Mapping[str, Mappin
         "picture": to_svg(trade_off(rows)),
         "tokens": sorted({detail["tokens"] for detail in details.values() if detail["tokens"]}),
     }
-    return filled("compare.html", context)
+    return render("compare.html", context)

@@ -1,4 +1,4 @@
-"""What the charts share: their look, values with gaps, and how a figure becomes a PNG file or an inline SVG."""
+"""Shared by all charts: colours and style, values with gaps, and writing a figure as a PNG file or an inline SVG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 6.5  # inches
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito: told apart with any colour vision
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito: distinct for every kind of colour vision
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 9.5,
@@ -36,7 +36,7 @@ STYLE: dict[str, Any] = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # names may hold a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "adept_fast",
 }
@@ -49,7 +49,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def whole_numbers(axes: Axes, label: str) -> None:
-    """What a figure's lowest x axis counts."""
+    """Label an x axis that counts `label` in whole numbers."""
     axes.set_xlabel(label)
     axes.locator_params("x", integer=True)
 
@@ -60,7 +60,7 @@ def over_depth(axes: Axes, layers: int) -> None:
 
 
 def finite(values: Sequence[float | None] | None, length: int) -> np.ndarray:
-    """Values as fp64 [length]; what is missing, null or not finite is NaN."""
+    """Return values as fp64 [length], with NaN for those that are missing, null or not finite."""
     given = [math.nan if value is None else float(value) for value in values or ()][:length]
     array = np.array(given + [math.nan] * (length - len(given)))
     array[~np.isfinite(array)] = math.nan
@@ -68,13 +68,13 @@ def finite(values: Sequence[float | None] | None, length: int) -> np.ndarray:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG at 150 dpi, under a temporary name until it is whole."""
+    """Write a figure as PNG at 150 dpi. The file appears once it is complete."""
     with style(), staged_file(path) as staging:
         figure.savefig(staging, format="png", dpi=150)
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as an <svg> element for inline use: no prolog or metadata, text as text, ids of its own, as wide as its place."""
+    """Return a figure as an inline <svg> element: full width, text as text, unique ids, no prolog or metadata."""
     with style():
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

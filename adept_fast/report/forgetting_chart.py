@@ -1,4 +1,4 @@
-"""The chart of forgetting: the rise of general loss over training, measured and foretold, and where it was foretold to come from."""
+"""The chart of forgetting: the rise of general loss over training, measured and predicted, and the predictions by module type."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def forgetting(readings: Sequence[Mapping[str, Any]]) -> Figure:
-    """From the "forgetting" lines of trainer_log.jsonl: the measured rise, the summed predictions (and, in words, the sum of their bounds),
-    and the summed prediction of each module type over all layers."""
+    """Draw the measured rise of general loss and its summed predictions (above), and the predictions by module type (below).
+
+    readings: the "forgetting" lines of trainer_log.jsonl. The title states the sum of the predictions' bounds.
+    """
     from matplotlib.figure import Figure
 
     steps = [reading["step"] for reading in readings]
@@ -48,6 +50,6 @@ def forgetting(readings: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _summed(readings: Sequence[Mapping[str, Any]], key: str, units: Sequence[str]) -> np.ndarray:
-    """What was foretold since the first reading, [readings, units]; a reading without a prediction adds nothing."""
+    """Sum the predictions since the first reading, [readings, units]. A reading without a prediction adds nothing."""
     rows = [finite([(reading.get(key) or {}).get(name) for name in units], len(units)) for reading in readings]
     return np.nan_to_num(np.stack(rows)).cumsum(0)

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page from whatever artefacts an output_dir holds."""
+"""Write report.html: one self-contained page from the artefacts that an output_dir holds."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ CERTAINTY = (
 
 
 def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
-    """Write output_dir/report.html from the artefacts that are there and return its path.
+    """Write output_dir/report.html from the artefacts that exist, and return its path.
 
-    A section whose artefact is absent is left out; the page names it and the command that makes it. The page refers to nothing outside
-    itself, and all text in it is escaped. Raises InputError for an artefact that is there but malformed.
+    A section whose artefact is missing is left out, and the page names the command that makes it. The page refers to nothing outside
+    itself, and escapes all text. Raises InputError for a malformed artefact.
     """
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
@@ -60,45 +60,43 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     method = METHODS.get(recipe.get("method", "adept"), METHODS["adept"])
     unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
 
-    def sense(name: str, make: Callable[[], T]) -> T:
+    def checked(name: str, make: Callable[[], T]) -> T:
         with making_sense(output_dir / name, "restore it, or delete it to make it again"):
             return make()
 
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
-        "verdict": sense("eval.json", lambda: verdict(models)),
+        "verdict": checked("eval.json", lambda: verdict(models)),
         "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if name not in unused and not files[name].is_file()],
         "models": list(resolve(models)),
-        "results": sense("eval.json", lambda: table(models)),
+        "results": checked("eval.json", lambda: table(models)),
         "same": {name: result for name, result in models.items() if result and "same_as" in result},
-        "corpora": sense("eval.json", lambda: _corpora(models)),
+        "corpora": checked("eval.json", lambda: _corpora(models)),
         "scores": scores,
-        "profile": sense("scores.json", lambda: to_svg(layer_profile(scores, chosen))) if scores else None,
-        "certainty": sense("scores.json", lambda: _certainty(scores or {})),
-        "units": sense("unit_scores.json", lambda: to_svg(unit_profile(units))) if units else None,
-        "next": sense(RECORD, lambda: next_copy(record.selection if record else {})),
-        "rates": sense("trainer_log.jsonl", lambda: to_svg(unit_rates(refreshes))) if refreshes else None,
+        "profile": checked("scores.json", lambda: to_svg(layer_profile(scores, chosen))) if scores else None,
+        "certainty": checked(
+            "scores.json", lambda: [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None]
+        ),
+        "units": checked("unit_scores.json", lambda: to_svg(unit_profile(units))) if units else None,
+        "next": checked(RECORD, lambda: next_copy(record.selection if record else {})),
+        "rates": checked("trainer_log.jsonl", lambda: to_svg(unit_rates(refreshes))) if refreshes else None,
         "refreshes": len(refreshes),
-        "forgetting": sense("trainer_log.jsonl", lambda: to_svg(forgetting(readings))) if readings else None,
-        "losses": sense("trainer_log.jsonl", lambda: to_svg(losses(measured))) if measured else None,
+        "forgetting": checked("trainer_log.jsonl", lambda: to_svg(forgetting(readings))) if readings else None,
+        "losses": checked("trainer_log.jsonl", lambda: to_svg(losses(measured))) if measured else None,
         "record": record,
-        "inserted": sense("scores.json", lambda: _inserted(record, scores)),
+        "inserted": checked("scores.json", lambda: _inserted(record, scores)),
         "measure": measure_of(scores) if scores else None,
-        "costs": sense("trainer_log.jsonl", lambda: list(_costs(scores, log, evaluation))),
-        "recipe": list(flat(recipe)) if recipe.get("model_name_or_path") else [],
+        "costs": checked("trainer_log.jsonl", lambda: list(_costs(scores, log, evaluation))),
+        "recipe": list(flatten(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
     target = output_dir / "report.html"
-    write_text(target, filled("page.html", context))
+    write_text(target, render("page.html", context))
     return target
 
 
-def _certainty(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores)) is not None]
-
-
-def filled(template: str, context: Mapping[str, Any]) -> str:
-    """A page from a template of this folder; all text in it is escaped."""
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Fill in a template of this folder, escaping all text."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -115,14 +113,14 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _corpora(models: Mapping[str, Any]) -> list[str]:
-    """What the results were measured on: "general: 96 items, 2,881 tokens"."""
+    """List the corpora of the results: "general: 96 items, 2,881 tokens"."""
     base = next(iter(resolve(models).values()), {})
     sizes = {corpus: [(base.get(corpus) or {}).get(key) for key in ("items", "tokens")] for corpus in ("general", "domain")}
     return [f"{corpus}: {items:,} items, {tokens:,} tokens" for corpus, (items, tokens) in sizes.items() if items and tokens]
 
 
 def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:
-    """(copied from, new index, primary score, its interval) of each copy."""
+    """List (copied from, new index, primary score, its interval) of each copy."""
     profile = ((scores or {}).get("profiles") or {}).get((scores or {}).get("loss")) or {}
 
     def at(key: str, layer: int) -> Any:
@@ -167,13 +165,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def flat(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings as (dotted key, value), without those that are not set."""
+def flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """List settings as (dotted key, value), without those that are null."""
     if isinstance(content, Mapping):
         for key, value in content.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(content, (list, tuple)) and any(isinstance(entry, Mapping) for entry in content):
         for index, entry in enumerate(content):
-            yield from flat(entry, f"{prefix}[{index}]")
+            yield from flatten(entry, f"{prefix}[{index}]")
     elif content is not None:
         yield prefix, ", ".join(map(str, content)) if isinstance(content, (list, tuple)) else str(content)

@@ -1,4 +1,4 @@
-"""The chart of unit rates: one panel a module type, for units are ranked within their type."""
+"""The chart of unit rates: one panel a module type, because units are ranked within their type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ COLUMNS = 3
 
 
 def kind_and_layer(name: str) -> tuple[str, int | None]:
-    """Module type and layer of a unit, without head or row: "model.layers.4.self_attn.qkv_proj[q,3]" -> ("qkv_proj[q]", 4)."""
+    """Split a unit's name into module type and layer, without head or row:
+
+    "model.layers.4.self_attn.qkv_proj[q,3]" -> ("qkv_proj[q]", 4)
+    """
     match = UNIT.fullmatch(name)
     if match is None:
         return name, None
@@ -31,10 +34,10 @@ def kind_and_layer(name: str) -> tuple[str, int | None]:
 
 
 def unit_rates(refreshes: Sequence[Mapping[str, Any]]) -> Figure:
-    """Multiplier of the learning rate of each unit over steps, one panel a type, from the "refresh" lines of trainer_log.jsonl.
+    """Draw the learning-rate multiplier of each unit over steps, one panel a module type, from the "refresh" lines of trainer_log.jsonl.
 
-    One line a copied layer where each has one unit of the type, up to 8 layers; otherwise the median and the 10 to 90 % band over all
-    units of the type. One refresh is drawn as points, one row a type. Raises InputError where no refresh names a rate.
+    A panel has one line a copied layer where each has one unit of the type, for up to 8 layers; otherwise the median and the 10 to 90 %
+    band over the units of the type. A single refresh is drawn as points, one row a type. Raises InputError where no refresh has rates.
     """
     from matplotlib.figure import Figure
 
@@ -119,6 +122,6 @@ def _once(
 
 
 def _band(rates: np.ndarray) -> np.ndarray:
-    """10 %, 50 % and 90 % quantiles over units: [3, steps] from [steps, units]; NaN where a step has no finite rate."""
+    """Return the 10 %, 50 % and 90 % quantiles over units, [3, steps] from [steps, units]; NaN where a step has no finite rate."""
     present = [row[np.isfinite(row)] for row in rates]
     return np.array([np.quantile(row, (0.1, 0.5, 0.9)) if len(row) else [np.nan] * 3 for row in present]).T

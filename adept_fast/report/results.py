@@ -1,4 +1,4 @@
-"""What eval.json says, in words and as a table: what fell, what rose, and whether the intervals can tell."""
+"""Put eval.json into words and a table: which losses fell or rose, and whether the difference exceeds the intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_finite(value: Any) -> TypeGuard[float]:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with fixed decimals; a dash where it is absent, and "not finite" for NaN and infinity."""
+    """Format a number with fixed decimals; None gives a dash, NaN and infinity "not finite"."""
     if value is None:
         return NONE
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}") if is_finite(value) else "not finite"
@@ -48,7 +48,7 @@ def percent(value: Any, digits: int) -> str:
 
 
 def check(content: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError for what is no eval.json: tables of models that hold numbers, or say whose numbers theirs are."""
+    """Raise InputError unless `content` has the form of eval.json: a table a model, with numbers or the name of the model it equals."""
 
     def wrong(what: str, value: Any) -> InputError:
         return InputError(f"{path}: {what} is {shown(value)}: restore it, or delete it and run adept-fast eval again")
@@ -72,14 +72,14 @@ def check(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The content of eval.json. Raises InputError where that is none."""
+    """Read eval.json. Raises InputError for another content."""
     content = read_json(path)
     check(content, path)
     return content
 
 
 def resolve(models: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Results by model, with {"same_as": other} replaced by the other's results; bit-equal logits shift no token."""
+    """Return results by model, with {"same_as": other} replaced by the other's results. Bit-equal logits shift no token."""
     found = {name: models[name] for name in MODELS if models.get(name)}
     for name, result in found.items():
         if "same_as" in result:
@@ -88,7 +88,7 @@ def resolve(models: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def verdict(models: Mapping[str, Any]) -> str:
-    """One sentence on tuned against base: domain loss, then general loss. A gain is claimed only for a loss that fell."""
+    """Write one sentence on tuned against base: domain loss, then general loss. Only a loss that fell counts as a gain."""
     results = resolve(models)
     if "tuned" not in results or "base" not in results:
         return f"No result yet; to be evaluated: {', '.join(name for name in ('base', 'tuned') if name not in results)}."
@@ -117,7 +117,7 @@ def _change(corpus: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> s
 
 
 def table(models: Mapping[str, Any]) -> list[Row]:
-    """Rows of the results table, one cell a model in the order base, expanded, tuned; measures that no model has are left out."""
+    """Return the rows of the results table, one cell a model (base, expanded, tuned), without the measures that no model has."""
     results = resolve(models)
     rows = []
     measures = (("loss", _loss), ("perplexity", _perplexity), ("accuracy", _accuracy))
@@ -129,7 +129,7 @@ def table(models: Mapping[str, Any]) -> list[Row]:
 
 
 def next_copy(selection: Mapping[str, Any]) -> str:
-    """What the copies take of full training, and what one more would take and cost the general competence; empty where not recorded."""
+    """Write what the copies take of full training, and what one more copy would add; empty where the record does not say."""
     shares, following = selection.get("shares"), selection.get("next")
     if not shares:
         return ""

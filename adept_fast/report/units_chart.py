@@ -1,4 +1,4 @@
-"""The chart of unit importance: parts of a layer down, layers across."""
+"""The chart of unit importance: one row a part of a layer, one column a layer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 def unit_profile(scores: Mapping[str, Any]) -> Figure:
-    """Primary importance of each unit as colour, red where the loss rises without it; a dot where the interval holds 0;
-    white where no finite loss is left without it.
+    """Draw the primary importance of each unit as a colour. scores: the content of unit_scores.json.
 
-    scores: the content of unit_scores.json.
+    Red: the loss rises without the unit. A dot: the interval contains 0. White: the loss without the unit is not finite.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure
