@@ -37,10 +37,6 @@ def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = Fals
         InputError: `source` has no record, or does not agree with it.
         ExpansionError: the original layers were trained too, which a delta cannot hold.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import expand_checkpoint, extract_copies
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> record = expand_checkpoint("base", "expanded", [1])
     >>> extract_copies("expanded", "delta").copies
     (2,)
@@ -83,10 +79,6 @@ def apply_copies(
     Raises:
         InputError: the tensors of `base` are not those that the copies were made on, or the delta is incomplete or corrupt.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import apply_copies, expand_checkpoint, extract_copies
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> records = expand_checkpoint("base", "expanded", [1]), extract_copies("expanded", "delta")
     >>> apply_copies("base", "delta", "applied").copies
     (2,)

@@ -63,10 +63,6 @@ def dial(
         InputError: `alpha` is below 0 or not finite, or `source` has no record.
         ExpansionError: the original layers of `source` are not those of its base.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import dial, expand_checkpoint
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> record = expand_checkpoint("base", "tuned", [1])
     >>> dial("tuned", "half", alpha=0.5).selection["alpha"]
     0.5

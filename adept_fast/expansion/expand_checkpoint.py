@@ -62,10 +62,6 @@ def expand_checkpoint(
         ExpansionError: a carried tensor or a logit differs.
         UnsupportedFamilyError: copies of these layers cannot be made silent.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import expand_checkpoint
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> expand_checkpoint("base", "expanded", [0, 2]).copies
     (1, 4)
     """

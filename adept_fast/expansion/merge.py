@@ -54,10 +54,6 @@ def merge_copies(
 
     Source: ADEPT (arXiv 2510.10071).
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import expand_checkpoint, merge_copies
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> records = expand_checkpoint("base", "law", [1]), expand_checkpoint("base", "medicine", [1])
     >>> merge_copies("law", "medicine", "both", how="stack").copies
     (2, 3)

@@ -38,10 +38,6 @@ def remove_copies(
         InputError: an index is not a copy's, or `source` has no record.
         ExpansionError: the original layers of `source` are not those of its base.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import expand_checkpoint, remove_copies
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> LlamaForCausalLM(config).save_pretrained("base")
     >>> record = expand_checkpoint("base", "expanded", [0, 2])
     >>> remove_copies("expanded", "one", [4]).copies
     (1,)

@@ -38,10 +38,6 @@ def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: T
         ExpansionError: a logit differs; the message has the largest difference.
         InputError: `inputs` are not token ids of the base.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from adept_fast import expand_model, verify_expansion
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    >>> model = LlamaForCausalLM(config)
     >>> verify_expansion(model, expand_model(model, [1]))
     """
     base, expanded = unwrapped(base, "base"), unwrapped(expanded, "expanded")

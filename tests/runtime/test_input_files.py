@@ -13,9 +13,9 @@ from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import load
-from adept_fast.tuning.trainer_log import read_log
 from adept_fast.runtime import input_files
 from adept_fast.runtime.input_files import open_input, read_json, read_text, read_yaml
+from adept_fast.tuning.trainer_log import read_log
 
 OTHERS = {"pipe": "a pipe", "socket": "a socket", "device": "a device", "folder": "a folder", "loop": "a link that leads to itself"}
 
