@@ -55,7 +55,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as temporary:
         expanded, converted = Path(temporary) / "expanded", Path(temporary) / "converted"
-        expand_checkpoint(given.model, expanded, given.layers, quiet=True)
+        expand_checkpoint(given.model, expanded, given.layers)
         arguments = [sys.executable, "-c", ELSEWHERE, str(expanded), str(converted), str(given.tokens), json.dumps(PROMPTS)]
         done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout.splitlines()[-1])

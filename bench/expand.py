@@ -143,7 +143,7 @@ def child() -> None:
     if way == "copy":
         copy(Path(source), Path(target))
     else:
-        expand_checkpoint(source, target, json.loads(layers), verify=False, quiet=True)
+        expand_checkpoint(source, target, json.loads(layers), verify=False)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak_mb": round((resident("VmHWM") - before) / 2**20, 1)}))
 

@@ -78,7 +78,7 @@ def _correlations(model: Any, items: list[Item], some: list[int], method: str, e
     """Of a cheap method's scores (by answer loss, or none) with exact masking by each loss: value, low, high."""
 
     def measured(index: int) -> list:
-        return cheap_scores(model, [items[index]], method, "answer", quiet=True).sums[0].tolist()
+        return cheap_scores(model, [items[index]], method, "answer").sums[0].tolist()
 
     rows = [kept.get(f"{method} of item {index}", lambda index=index: measured(index)) for index in some]
     sums = torch.tensor(rows, dtype=torch.float64)

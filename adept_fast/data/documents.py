@@ -68,7 +68,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder, quiet: bool = False) -> Documents:
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> Documents:
     """Tokenise each text and close it with the end-of-sequence token. Cached by texts and encoder, so the cache cannot go stale."""
     encoder = Encoder.of(tokenizer)
     key = hashlib.sha256(encoder.describe())
@@ -82,7 +82,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
             return Documents(arrays["ids"], arrays["starts"], arrays["begin"])
         except (SafetensorError, KeyError):
             cached.unlink(missing_ok=True)
-    documents = _tokenize(texts, encoder, quiet)
+    documents = _tokenize(texts, encoder)
     with staged_file(cached) as staging:
         save_file({"ids": documents.ids, "starts": documents.starts, "begin": documents.begin}, staging)
     return documents
@@ -101,9 +101,9 @@ def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | E
     ]
 
 
-def _tokenize(texts: Sequence[str], encoder: Encoder, quiet: bool) -> Documents:
+def _tokenize(texts: Sequence[str], encoder: Encoder) -> Documents:
     pieces: list[np.ndarray] = []
-    with Progress(total=len(texts), desc="tokenising", unit="doc", quiet=quiet) as bar:
+    with Progress(total=len(texts), desc="tokenising", unit="doc") as bar:
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
             pieces += document_tokens(batch, encoder)

@@ -24,7 +24,6 @@ def evaluate(
     domain: EvaluationCorpus | None,
     base_argmax: Sequence[Tensor] = (),
     title: str = "model",
-    quiet: bool = False,
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """Evaluate a model on a general corpus and, where given, on a domain corpus.
 
@@ -37,21 +36,19 @@ def evaluate(
     - shifted_tokens: the share of general positions whose argmax differs from `base_argmax`; None without it
     """
     model = unwrapped(model)
-    result, argmax = _evaluate(model, general, True, f"{title}: general", quiet)
+    result, argmax = _evaluate(model, general, True, f"{title}: general")
     shifted = None
     if base_argmax:
         moved = sum(int((ours != theirs).sum()) for ours, theirs in zip(argmax, base_argmax, strict=True))
         shifted = moved / sum(map(len, base_argmax))
     results = {"general": result, "shifted_tokens": shifted}
     if domain is not None:
-        results["domain"], _ = _evaluate(model, domain, False, f"{title}: domain", quiet)
+        results["domain"], _ = _evaluate(model, domain, False, f"{title}: domain")
     return results, argmax
 
 
-def _evaluate(
-    model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str, quiet: bool
-) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    measured = corpus_loss(model, corpus.items, argmax, corpus.candidates, title, quiet)
+def _evaluate(model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    measured = corpus_loss(model, corpus.items, argmax, corpus.candidates, title)
     loss, low, high = (float(value) for value in bootstrap(measured.sums, measured.tokens))
     result: dict[str, Any] = {
         "loss": loss,

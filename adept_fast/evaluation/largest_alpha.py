@@ -36,9 +36,7 @@ class Tried:
     high: float
 
 
-def largest_alpha(
-    model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float, quiet: bool = False
-) -> dict[str, Any]:
+def largest_alpha(model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float) -> dict[str, Any]:
     """Search the largest of 0, 1/64, ..., 1 at which the whole interval of the rise is within `limit` (nats per token).
 
     Loss need not rise evenly with alpha, so eighths are tried from 1 down to the first within the limit, then the steps above it by
@@ -47,12 +45,12 @@ def largest_alpha(
     """
     check(Eval, "general_", needed=True, limit=limit)
     model = unwrapped(model)
-    base = _measured(model, general, 0, quiet)
+    base = _measured(model, general, 0)
     tried: dict[int, Tried] = {}
 
     def within(step: int) -> bool:
         if step not in tried:
-            tried[step] = _compared(_measured(model, general, step, quiet), base, step) if step else _compared(base, base, 0)
+            tried[step] = _compared(_measured(model, general, step), base, step) if step else _compared(base, base, 0)
         return tried[step].high <= limit
 
     inside = next(step for step in range(FINE, -1, -FINE // COARSE) if within(step))
@@ -62,13 +60,13 @@ def largest_alpha(
         inside, outside = (middle, outside) if within(middle) else (inside, middle)
     found: dict[str, Any] = {"limit": limit, **asdict(tried[inside])}
     if domain is not None:
-        found["domain_loss"] = _measured(model, domain, inside, quiet).mean
+        found["domain_loss"] = _measured(model, domain, inside).mean
     return {**found, "tried": [asdict(tried[step]) for step in sorted(tried)]}
 
 
-def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int, quiet: bool) -> CorpusLoss:
+def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int) -> CorpusLoss:
     with dialled_model(model, step / FINE):
-        return corpus_loss(model, corpus.items, title=f"alpha {step / FINE:g}: {corpus.name}", quiet=quiet)
+        return corpus_loss(model, corpus.items, title=f"alpha {step / FINE:g}: {corpus.name}")
 
 
 def _compared(measured: CorpusLoss, base: CorpusLoss, step: int) -> Tried:

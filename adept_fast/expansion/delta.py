@@ -21,7 +21,7 @@ from adept_fast.runtime.input_files import read_json
 FILE = "adept_copies.safetensors"
 
 
-def extract_copies(source: str | Path, target: str | Path, *, quiet: bool = False, trust_remote_code: bool = False) -> AdeptConfig:
+def extract_copies(source: str | Path, target: str | Path, *, trust_remote_code: bool = False) -> AdeptConfig:
     """Write only the copies of an expanded or tuned checkpoint, and its record, to a new folder. Tensors keep their names and bits.
 
     Args:
@@ -60,7 +60,6 @@ def apply_copies(
     target: str | Path,
     *,
     verify: bool = True,
-    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write a base checkpoint with extracted copies to a new folder.
@@ -111,4 +110,4 @@ def apply_copies(
     base_config = read_json(folder / "config.json")
     config = config_file(base_config, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
     source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": base_config}
-    return write_edited(target, on_disk, layers, config, replace(record, source=source), source, verify, quiet)
+    return write_edited(target, on_disk, layers, config, replace(record, source=source), source, verify)

@@ -43,7 +43,6 @@ def dial(
     alpha: float,
     *,
     verify: bool = True,
-    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write a tuned checkpoint whose copies act with strength `alpha` to a new folder.
@@ -74,7 +73,7 @@ def dial(
     layers = [Layer(index, make if index in record.copies else None) for index in range(on_disk.count)]
     selection = {**record.selection, "alpha": alpha * record.selection.get("alpha", 1.0)}
     config = source_config(on_disk, record, record.inserted)
-    return write_edited(target, on_disk, layers, config, replace(record, selection=selection), record.source, verify, quiet)
+    return write_edited(target, on_disk, layers, config, replace(record, selection=selection), record.source, verify)
 
 
 def _dialled_piece(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> Piece:

@@ -68,7 +68,6 @@ def write_edited(
     record: Record,
     source: Mapping[str, Any],
     verify: bool,
-    quiet: bool,
     prove: Callable[[Path], None] | None = None,
 ) -> Record:
     """Write a checkpoint of `layers`, and prove before it gets its name that the source's tensors in it have the recorded digest.
@@ -90,7 +89,7 @@ def write_edited(
         if prove:
             prove(written)
 
-    return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None, quiet=quiet)
+    return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None)
 
 
 def _reopen(written: Path, on_disk: OnDisk) -> OnDisk:

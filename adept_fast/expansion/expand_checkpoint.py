@@ -35,7 +35,6 @@ def expand_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     initialisation: str = "zero_output",
     verify: bool = True,
-    quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
     """Write a checkpoint with silent copies of some layers to a new folder. Tensors are copied from shard to shard as bytes.
@@ -85,7 +84,7 @@ def expand_checkpoint(
         if verify and PRESERVING[initialisation]:
             expected = compute_logits(base, random_inputs(base))
         if steering:
-            extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering, quiet))}
+            extra = {FILE: as_tensors(first_importance(expand_model(base, chosen), steering))}
         del base
     with ThreadPoolExecutor(1) as beside:  # hashing is bound by the CPU, copying by the disk
         known = earlier.source.get("tensors_digest") if earlier else None
@@ -113,7 +112,7 @@ def expand_checkpoint(
                 model = checkpoint.load_model(written, **loading)
                 require_equal_logits(expected, compute_logits(model, random_inputs(model)))
 
-        return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra, quiet)
+        return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra)
 
 
 def _proof(initialisation: str, dtype: str | None) -> dict[str, Any]:

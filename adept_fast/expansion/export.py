@@ -26,7 +26,6 @@ def export_tuned(
     state: Mapping[str, Tensor],
     *,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig:
     """Write the checkpoint `expanded` with the trained copies of `state` to the folder `target`, and return the record.
@@ -54,7 +53,7 @@ def export_tuned(
     layers = [Layer(index, make if index in trained else None) for index in range(on_disk.count)]
     config = read_json(on_disk.folder / "config.json")
     edited = replace(record, inputs=dict(inputs or {}))
-    return write_edited(target, on_disk, layers, config, edited, record.source, verify=True, quiet=quiet)
+    return write_edited(target, on_disk, layers, config, edited, record.source, verify=True)
 
 
 def _state_on_disk(on_disk: OnDisk, state: Mapping[str, Tensor]) -> Callable[[Stored], Tensor | None]:

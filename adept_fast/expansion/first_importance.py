@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 FILE = "adept_first_importance.safetensors"
 
 
-def first_importance(
-    model: PreTrainedModel, items: Sequence[Item], quiet: bool = False, share: bool = False
-) -> dict[tuple[str, Dims], Sums]:
+def first_importance(model: PreTrainedModel, items: Sequence[Item], share: bool = False) -> dict[tuple[str, Dims], Sums]:
     """Sum |theta g| and g^2 over the layers that a freshly expanded model copied, and return them under their copies' parameter names.
 
     Returns (name, dim) -> Sums. share: as in `adept_fast.scoring.unit_importance.parameter_sums`.
@@ -41,7 +39,7 @@ def first_importance(
             source = f"{original}.{name}"
             copy_name[source] = f"{path}.{entry.layer}.{name}"
             dims[source] = [*range(parameter.ndim), *([(0, 1)] if parameter.ndim == 3 else [])]
-    sums = parameter_sums(model, items, dims, "first importances", quiet, share)
+    sums = parameter_sums(model, items, dims, "first importances", share)
     return {(copy_name[name], dim): entry for (name, dim), entry in sums.items()}
 
 

@@ -30,7 +30,6 @@ def merge_copies(
     how: str = "average",
     *,
     verify: bool = True,
-    quiet: bool = False,
     **loading: Any,
 ) -> AdeptConfig:
     """Write one checkpoint with the copies of two tuned checkpoints of the same base to a new folder.
@@ -81,7 +80,7 @@ def merge_copies(
         if not all(bool(logits.isfinite().all()) for _, logits in compute_logits(model, random_inputs(model))):
             raise ExpansionError(f"{target}: the merged model's logits are not finite")
 
-    return write_edited(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, quiet, prove)
+    return write_edited(target, first, layers, source_config(first, record, inserted), record, ours.source, verify, prove)
 
 
 def _averaged(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptConfig, weights: Sequence[float]) -> list[Layer]:

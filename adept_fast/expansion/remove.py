@@ -18,7 +18,6 @@ def remove_copies(
     copies: Iterable[int] | None = None,
     *,
     verify: bool = True,
-    quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> AdeptConfig | None:
     """Write an expanded or tuned checkpoint without some of its copies to a new folder.
@@ -50,4 +49,4 @@ def remove_copies(
     inserted = tuple(replace(entry, layer=left.index(entry.layer)) for entry in record.inserted if entry.layer not in out)
     remaining = replace(record, inserted=inserted) if inserted else None
     config = source_config(on_disk, record, inserted)
-    return write_edited(target, on_disk, [Layer(index) for index in left], config, remaining, record.source, verify, quiet)
+    return write_edited(target, on_disk, [Layer(index) for index in left], config, remaining, record.source, verify)

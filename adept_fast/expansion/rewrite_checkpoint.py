@@ -174,7 +174,6 @@ def write_checkpoint(
     record: Callable[[], Record],
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
-    quiet: bool = False,
 ) -> Record:
     """Write `plan`, the config, the record and the source's other files to the new folder `target`, and return the record.
 
@@ -186,7 +185,7 @@ def write_checkpoint(
     total = sum(piece.size for pieces in plan.values() for piece in pieces)
     require_space(target, total + sum(file.stat().st_size for file in checkpoint.carried(source.folder)))
     with staged_folder(target) as staging:
-        with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2, quiet=quiet) as bar:
+        with Progress(total=total, desc=f"writing {target.name}", unit="B", unit_scale=True, delay=2) as bar:
             write_shards(staging, plan, source.shards.metadata, bar.update)
         if source.shards.index is not None:
             write_json(staging / INDEX, _index(source, plan))

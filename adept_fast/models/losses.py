@@ -76,7 +76,6 @@ def corpus_loss(
     argmax: bool = False,
     candidates: Sequence[Candidates] = (),
     title: str = "loss",
-    quiet: bool = False,
 ) -> CorpusLoss:
     """Loss of each item under `model` in eval mode; every module's mode is left as it was. candidates: none, or one per item.
 
@@ -88,7 +87,7 @@ def corpus_loss(
     best: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(items)
     picked = [-1] * len(items)
     sharded = in_shards(model)
-    with evaluating(model), Progress(total=len(items), desc=title, unit="item", quiet=quiet) as bar:
+    with evaluating(model), Progress(total=len(items), desc=title, unit="item") as bar:
         for batch in _batches(items):
             if sharded:
                 for index in batch:

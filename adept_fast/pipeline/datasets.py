@@ -53,8 +53,8 @@ class TrainingText:
         firsts = [int(np.argmax(self.sources == number)) for number in range(len(self.read)) if (self.sources == number).any()]
         return (firsts if len(firsts) > 1 else [*range(min(2, len(self.texts)))])[:2]
 
-    def tokenize(self, encoder: Encoder, quiet: bool = False) -> WeightedDocuments:
-        documents = tokenize_documents(self.texts, encoder, quiet)
+    def tokenize(self, encoder: Encoder) -> WeightedDocuments:
+        documents = tokenize_documents(self.texts, encoder)
         for number, summary in enumerate(self.read):
             summary.tokens = int(np.diff(documents.starts)[self.sources == number].sum())
         return WeightedDocuments(documents, self.weights)

@@ -47,17 +47,17 @@ def base_against_tuned(
         work.say(f"{work.eval_path}: up to date")
     else:
         started = time.perf_counter()
-        base, argmax = evaluate(work.load(work.source), general, domain, (), "base", work.quiet)
+        base, argmax = evaluate(work.load(work.source), general, domain, (), "base")
         models, found = {"base": base}, {}
         if expanded is not None and PRESERVING[expanded.initialisation]:
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
         elif expanded is not None:
-            models["expanded"], _ = evaluate(work.load(work.expanded), general, domain, argmax, "expanded", work.quiet)
+            models["expanded"], _ = evaluate(work.load(work.expanded), general, domain, argmax, "expanded")
         if tuned is not None:
             model = work.load(work.tuned)
-            models["tuned"], _ = evaluate(model, general, domain, argmax, "tuned", work.quiet)
+            models["tuned"], _ = evaluate(model, general, domain, argmax, "tuned")
             if limit is not None and work.method.copies:
-                found = {"dial": largest_alpha(model, general, domain, limit, work.quiet)}
+                found = {"dial": largest_alpha(model, general, domain, limit)}
         seconds = time.perf_counter() - started
         result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
         write_json(work.eval_path, result)

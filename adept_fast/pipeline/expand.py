@@ -34,7 +34,6 @@ def expand(work: Workspace) -> AdeptConfig:
         steering=work.items(steering),
         initialisation=work.recipe.expand.initialisation,
         inputs=inputs,
-        quiet=work.quiet,
         **work.loading,
     )
     for note in record.selection["notes"]:

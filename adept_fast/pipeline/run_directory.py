@@ -37,10 +37,10 @@ FOLDERS = ("expanded", "tuned", "checkpoints")
 
 
 class Workspace:
-    """One recipe in one output_dir. say: where one line of news goes; quiet: no progress."""
+    """One recipe in one output_dir. say: where one line of news goes."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> None:
-        self.recipe, self.say, self.quiet = recipe, say, quiet
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print) -> None:
+        self.recipe, self.say = recipe, say
         # Resolved where it goes up, so that no folder is made for the way alone, and none that was there is taken for one made here.
         self.folder = Path(os.path.realpath(recipe.folder)) if ".." in recipe.folder.parts else recipe.folder
         self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"

@@ -132,7 +132,7 @@ class Scoring:
         inputs, journal, keys = {**self.inputs, **(more or {})}, path.with_name(f".{path.stem}.journal"), self.keys
         if kept := self.work.kept(path, kind.load, inputs):
             return kept
-        found = measure(sweep_tokens=keys.sweep_tokens, seed=keys.seed, journal=journal, inputs=inputs, quiet=self.work.quiet)
+        found = measure(sweep_tokens=keys.sweep_tokens, seed=keys.seed, journal=journal, inputs=inputs)
         distributed.wait()
         if distributed.leads():
             found.save(path)

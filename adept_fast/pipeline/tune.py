@@ -52,7 +52,7 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     from adept_fast.tuning import plan
 
     training = work.corpora.training()
-    text = training if isinstance(training, StreamedText) else training.tokenize(work.encoder, work.quiet)
+    text = training if isinstance(training, StreamedText) else training.tokenize(work.encoder)
     planned, blocks = plan(text, work.encoder, tuning_settings(work), work.positions)
     summaries = work.corpora.summaries()
     unread = dict.fromkeys(line for _, summary in summaries[: len(work.corpora.trained_on)] for line in summary.keys_not_read())
@@ -81,7 +81,7 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     given = {**_of_recipe(inputs), "global batch": batch}
     if isinstance(text, StreamedText):
         given["domain"] = text.settings_digest  # each checkpoint keeps what was read; what was not may be repaired
-    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say, work.quiet)
+    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say)
     if books.last is not None:
         if not books.started.exists():
             raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")

@@ -20,13 +20,13 @@ class Progress(tqdm):  # type: ignore[type-arg]  # only its stubs are generic
     """tqdm, which see for the options. Of several processes only the first one shows it, and none where the level of the logger
     "adept_fast" was set above INFO."""
 
-    def __init__(self, *given: Any, disable: bool = False, quiet: bool = False, **options: Any) -> None:
+    def __init__(self, *given: Any, disable: bool = False, **options: Any) -> None:
         self.plain = not (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel."))
         if self.plain:
             line = "{desc}: {percentage:.0f} % done, {remaining} left"
             options |= {"mininterval": CALM, "delay": CALM, "miniters": 1, "leave": False, "bar_format": line}
         silenced = logging.getLogger(PACKAGE).level > logging.INFO
-        options["disable"] = disable or quiet or silenced or not distributed.leads()
+        options["disable"] = disable or silenced or not distributed.leads()
         super().__init__(*given, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:

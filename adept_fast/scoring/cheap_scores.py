@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str, quiet: bool = False) -> ItemScores:
+def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str) -> ItemScores:
     """Scores of each item by `method`, shared out over processes. loss: "answer" or "all". Leaves the model as it was."""
     if method != "block_influence" and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{method} needs all weights in memory, and some are offloaded: score by masking or block_influence")
@@ -47,7 +47,7 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
     sums = torch.zeros(shape, dtype=torch.float64)
     parameters = [parameter for layer in layers for parameter in layer.parameters()] if method in ("cumulative", "rank", "fisher") else []
     with only_these_require_grad(model, parameters):
-        for index in Progress(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item", quiet=quiet):
+        for index in Progress(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item"):
             if method == "gate":
                 sums[index] = _gate(model, items[index])
             elif method == "block_influence":

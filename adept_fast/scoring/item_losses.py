@@ -65,9 +65,8 @@ class Measuring:
         losses: Collection[str],
         journal: Path | None = None,
         inputs: Mapping[str, Any] | None = None,
-        quiet: bool = False,
     ) -> None:
-        self.masks, self.items, self.quiet = masks, items, quiet
+        self.masks, self.items = masks, items
         self.names = [name for name in LOSSES if name in losses]
         self.losses = {name: torch.full((len(items), 1 + masks.count), torch.nan, dtype=torch.float64) for name in self.names}
         self.cost = 0.0
@@ -108,7 +107,7 @@ class Measuring:
         mine = _shares(costs, distributed.processes())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(parts), dtype=torch.float64)
         total = sum(costs[at] for at in mine)
-        with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True, quiet=self.quiet) as bar:
+        with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True) as bar:
             for at in mine:
                 values = self._recorded(packs[at], parts)
                 for name, rows in zip(self.names, found, strict=True):

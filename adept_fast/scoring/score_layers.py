@@ -42,7 +42,6 @@ def score_layers(
     seed: int = Score.seed,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool = False,
 ) -> LayerScores:
     """Importance of each decoder layer, nats per supervised token, with 95 % bootstrap intervals over items.
 
@@ -66,15 +65,15 @@ def score_layers(
     copies = record.copies if (record := AdeptConfig.of(model)) else ()
     started, notes, proof = time.perf_counter(), (), None
     if method in CHEAP:
-        loss, per_item = _cheap(model, items, method, loss, wanted, quiet)
+        loss, per_item = _cheap(model, items, method, loss, wanted)
         if domain:
-            per_item["domain"] = cheap_scores(model, domain, method, "all", quiet)
+            per_item["domain"] = cheap_scores(model, domain, method, "all")
     else:
         with evaluating(model):
             masks = LayerMasks(model, plan(model, [*items, *domain], sweep_tokens))
             if not masks.plan.swept:
                 notes = ("this model's layers cannot be run on a batch of variants: scored with one forward a layer",)
-            with Measuring(masks, items, wanted, journal, inputs, quiet) as measuring:
+            with Measuring(masks, items, wanted, journal, inputs) as measuring:
                 if race:
                     proof = _raced(measuring, race, loss, seed, copies)
                 else:
@@ -83,7 +82,7 @@ def score_layers(
             notes += endless(per_item)
             if domain:
                 beside = journal and journal.with_name(f"{journal.name}.domain")
-                with Measuring(masks, domain, ["all"], beside, inputs, quiet) as measuring:
+                with Measuring(masks, domain, ["all"], beside, inputs) as measuring:
                     measuring.measure("scoring the domain")
                     per_item["domain"] = measuring.item_scores("all")
     return LayerScores(
@@ -124,15 +123,13 @@ def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
     return load_items(items, vocabulary=vocabulary_of(model)) if items else []
 
 
-def _cheap(
-    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str], quiet: bool
-) -> tuple[str, dict[str, ItemScores]]:
+def _cheap(model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str]) -> tuple[str, dict[str, ItemScores]]:
     """(primary profile, scores of items by profile). Block influence takes no loss: its one profile is called "hidden"."""
     if method == "block_influence":
-        return "hidden", {"hidden": cheap_scores(model, items, method, "hidden", quiet)}
+        return "hidden", {"hidden": cheap_scores(model, items, method, "hidden")}
     if "kl" in wanted:
         raise InputError(f"{method} has no profile by kl: the gradient of KL(base || base) is 0; give loss answer or all")
-    return loss, {name: cheap_scores(model, items, method, name, quiet) for name in LOSSES if name in wanted}
+    return loss, {name: cheap_scores(model, items, method, name) for name in LOSSES if name in wanted}
 
 
 def _raced(measuring: Measuring, race: Race, loss: str, seed: int, copies: Collection[int]) -> dict[str, Any]:

@@ -72,7 +72,6 @@ def _gathered(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str,
-    quiet: bool,
     corpus: bool,
     at_once: int,
     share: bool = False,
@@ -92,7 +91,7 @@ def _gathered(
     with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums:
         mine = distributed.share(batches) if share else batches
         losses = []
-        for batch in Progress(mine, desc=title, unit="item" if at_once == 1 else "batch", quiet=quiet):
+        for batch in Progress(mine, desc=title, unit="item" if at_once == 1 else "batch"):
             sums.backward(loss := batch_loss(model, batch))
             losses.append(loss.detach())
         found = sums.read(sum(item.supervised for item in items), share)
@@ -114,7 +113,6 @@ def parameter_sums(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
-    quiet: bool = False,
     share: bool = False,
     against: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[str, Dims], Sums]:
@@ -126,7 +124,7 @@ def parameter_sums(
     Sharded (FSDP2) parameters work where every process is given the same items, each of which all of them run, whatever `share` says.
     Raises InputError for reentrant checkpointing.
     """
-    found, compared, backwards = _gathered(model, items, dims, title, quiet, True, 1, share, against)
+    found, compared, backwards = _gathered(model, items, dims, title, True, 1, share, against)
     return {key: Sums(taylor.float(), (sums[0] / backwards).float(), compared.get(key)) for key, (sums, taylor) in found.items()}
 
 
@@ -135,7 +133,6 @@ def sequence_sums(
     items: Sequence[Item],
     dims: Mapping[str, Sequence[Dims]],
     title: str = "importance",
-    quiet: bool = False,
     batch: int = 1,
 ) -> dict[tuple[str, Dims], SequenceSums]:
     """Means over sequences of each sequence's own sums: (name, dim) -> SequenceSums; memory for the gradient of one parameter.
@@ -143,7 +140,7 @@ def sequence_sums(
     batch > 1: means over batches of as many sequences, g the gradient of their summed loss. That is cheaper and another quantity: its
     squares hold products of different sequences' gradients, and are not Fisher information.
     """
-    found, _, backwards = _gathered(model, items, dims, title, quiet, False, batch)
+    found, _, backwards = _gathered(model, items, dims, title, False, batch)
     return {key: SequenceSums(*(sums / backwards).float().unbind(0)) for key, (sums, _) in found.items()}
 
 
@@ -164,7 +161,6 @@ def score_units(
     probe: str | Source | Iterable[Mapping[str, Any] | Item],
     units: Units,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    quiet: bool = False,
     share: bool = False,
     momenta: Mapping[str, Tensor] | None = None,
 ) -> UnitImportance:
@@ -177,4 +173,4 @@ def score_units(
     units.require_fitting(model)
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))
-    return unit_importance(units, parameter_sums(model, items, dims, "unit importance", quiet, share, momenta))
+    return unit_importance(units, parameter_sums(model, items, dims, "unit importance", share, momenta))

@@ -126,7 +126,6 @@ def mask_units(
     seed: int = Score.seed,
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
-    quiet: bool = False,
 ) -> UnitScores:
     """Importance of each unit of the chosen layers (none: all), nats per supervised token, with 95 % bootstrap intervals over items.
 
@@ -140,7 +139,7 @@ def mask_units(
     started, units = time.perf_counter(), masked_units(model, granularity, layers)
     with evaluating(model):
         masks = UnitMasks(model, plan(model, items, sweep_tokens), units)
-        with Measuring(masks, items, {loss, *losses}, journal, inputs, quiet) as measuring:
+        with Measuring(masks, items, {loss, *losses}, journal, inputs) as measuring:
             measuring.measure(f"masking {len(units)} units")
             per_item = {name: measuring.item_scores(name) for name in measuring.names}
     return UnitScores(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OUTPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense_4h_to_h"})  # by columns in post-norm copies too
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", *FUSED_ATTENTION})
 
+
 @dataclass(frozen=True)
 class Unit:
     """name: "model.layers.4.mlp.up_proj" (and "[12]" for a row, head or fused part); kind: the module type that units are ranked within;

@@ -67,13 +67,12 @@ class AdeptCallback(Monitor, GoesOnByItself):
         tokens_per_step: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         say: Callable[[str], None] | None = None,
-        quiet: bool = False,
         skip_nonfinite: int = Tuning.skip_nonfinite,
         train_original: bool = False,
     ) -> None:
         named = {"units": units} if isinstance(units, str) else {}
         check(Tuning, refresh_steps=refresh_steps, skip_nonfinite=skip_nonfinite, **named)
-        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, quiet, skip_nonfinite, tokenizer)
+        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
@@ -163,7 +162,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
         from adept_fast.expansion import first_importance
 
-        sums = self.first if self.first is not None else first_importance(model, self._items, self.quiet, share=True)
+        sums = self.first if self.first is not None else first_importance(model, self._items, share=True)
         return unit_importance(self.units, sums)
 
     def on_step_begin(
@@ -192,7 +191,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
 
     def _refresh(self, optimizer: Optimizer, model: PreTrainedModel, step: int) -> None:
         momenta = self._momenta(optimizer, model) if self.rule.conflict else None
-        self._set(optimizer, model, score_units(model, self._items, self.units, None, self.quiet, True, momenta), step)
+        self._set(optimizer, model, score_units(model, self._items, self.units, None, True, momenta), step)
 
     def _of_step(self) -> dict[str, float]:
         anchored, self._anchored = self._anchored, None
@@ -223,7 +222,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
     def _read(self, model: PreTrainedModel, step: int, control: TrainerControl) -> None:
         if not self.meter:
             return
-        scale, reading = self.meter.scale, self.meter.read(model, self.units, self.quiet)
+        scale, reading = self.meter.scale, self.meter.read(model, self.units)
         if self.log:
             content = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
             for name in ("predicted", "bound"):

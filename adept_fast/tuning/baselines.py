@@ -98,7 +98,6 @@ def tune_baseline(
         run.log,
         run.planned.tokens_per_step,
         books.say,
-        books.quiet,
         settings.skip_nonfinite,
         run.tokenizer,
     )

@@ -92,10 +92,10 @@ class Meter:
         self._state, self._before = kept
 
     @torch.no_grad()
-    def read(self, model: PreTrainedModel, units: Units, quiet: bool = False) -> Reading:
+    def read(self, model: PreTrainedModel, units: Units) -> Reading:
         """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. Processes that hold the
         same model (DDP) share the items out; of a sharded one (FSDP2) all run all of them."""
-        loss, gradients = self._gradients(model, units, quiet)
+        loss, gradients = self._gradients(model, units)
         state = self._state
         state.first = loss if state.first is None else state.first
         predicted = bound = None
@@ -112,7 +112,7 @@ class Meter:
                 state.scale /= 2
         return Reading(loss, rise, predicted, bound)
 
-    def _gradients(self, model: PreTrainedModel, units: Units, quiet: bool) -> tuple[float, dict[str, Tensor]]:
+    def _gradients(self, model: PreTrainedModel, units: Units) -> tuple[float, dict[str, Tensor]]:
         """Mean loss and its gradient, fp32, of this process's part of each parameter."""
         parameters = {name: model.get_parameter(name) for name in units.slices}
         tokens, total = sum(item.supervised for item in self.items), torch.zeros((), dtype=torch.float64)
@@ -120,7 +120,7 @@ class Meter:
         items = distributed.share(self.items) if share else self.items
         sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
         with only_these_require_grad(model, parameters.values()):
-            for item in Progress(items, desc="forgetting meter", unit="item", quiet=quiet):
+            for item in Progress(items, desc="forgetting meter", unit="item"):
                 loss = batch_loss(model, [item])
                 loss.backward()
                 total += loss.detach().double().cpu()

@@ -41,7 +41,6 @@ class Monitor(TrainerCallback):
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
         say: Callable[[str], None] | None = None,
-        quiet: bool = False,
         skip_nonfinite: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -50,7 +49,7 @@ class Monitor(TrainerCallback):
         for name, items in self.monitors.items():
             if not any(item.supervised for item in items):
                 raise InputError(f"monitors: {name} has no item with a supervised token, so no mean loss")
-        self.log, self.tokens_per_step, self.say, self.quiet = log, tokens_per_step, say, quiet
+        self.log, self.tokens_per_step, self.say = log, tokens_per_step, say
         self._timed: tuple[float, int] = (0.0, 0)
         self._skipped = False
 
@@ -131,18 +130,18 @@ class Monitor(TrainerCallback):
     def _monitor(self, model: PreTrainedModel, step: int) -> None:
         if not self.monitors:
             return
-        losses = {name: _mean_loss(model, items, name, self.quiet) for name, items in self.monitors.items()}
+        losses = {name: _mean_loss(model, items, name) for name, items in self.monitors.items()}
         if self.log:
             self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
         if self.say:
             self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
 
 
-def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str, quiet: bool) -> float:
+def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str) -> float:
     """Mean loss of items, shared out over processes that hold the whole model."""
     if in_shards(model):
-        return corpus_loss(model, items, title=title, quiet=quiet).mean
-    found = corpus_loss(model, distributed.share(items), title=title, quiet=quiet)
+        return corpus_loss(model, items, title=title).mean
+    found = corpus_loss(model, distributed.share(items), title=title)
     loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
     return float(loss / tokens)
 

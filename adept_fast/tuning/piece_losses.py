@@ -73,7 +73,7 @@ def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
     return f"warning: {found}: more than chance; look at the documents, and whether the model knows pieces that begin with {how}{remedy}"
 
 
-def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream, quiet: bool = True) -> PieceLosses | None:
+def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLosses | None:
     """The first PIECES pieces of each kind, cut to TOKENS tokens, so that all stand in as much context. None where there are not both."""
     tokens, kinds = min(TOKENS, blocks.block_size), ([], [])
     for item, later in pieces_of(blocks, BLOCKS):
@@ -81,12 +81,12 @@ def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream, quiet: bool 
             kinds[later].append(Item(item.input_ids[:tokens], item.labels[:tokens]))
         if min(map(len, kinds)) == PIECES:
             break
-    return piece_losses(model, *kinds, quiet) if min(map(len, kinds)) > 1 else None
+    return piece_losses(model, *kinds) if min(map(len, kinds)) > 1 else None
 
 
-def piece_losses(model: PreTrainedModel, first: Sequence[Item], later: Sequence[Item], quiet: bool = True) -> PieceLosses:
+def piece_losses(model: PreTrainedModel, first: Sequence[Item], later: Sequence[Item]) -> PieceLosses:
     """Of two pieces of each kind or more."""
-    found = [corpus_loss(model, pieces, title=title, quiet=quiet) for pieces, title in ((first, "first pieces"), (later, "later pieces"))]
+    found = [corpus_loss(model, pieces, title=title) for pieces, title in ((first, "first pieces"), (later, "later pieces"))]
     means, errors = [each.mean for each in found], []
     for each, mean in zip(found, means, strict=True):
         apart, count = each.sums - mean * each.tokens, len(each.tokens)  # the error of a ratio of sums over pieces

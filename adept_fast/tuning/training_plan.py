@@ -69,7 +69,7 @@ def plan(
     """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
     encoder, block_size = Encoder.of(tokenizer), min(settings.block_size, positions)
     padding, fewer = encoder.tokenizer.pad_token_id or 0, block_size < settings.block_size
-    args = arguments(settings, Path("unused"), quiet=True)
+    args = arguments(settings, Path("unused"))
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens_per_step = per_step * block_size
     if isinstance(corpus, WeightedDocuments):

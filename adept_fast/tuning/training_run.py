@@ -49,14 +49,13 @@ if TYPE_CHECKING:
 class Bookkeeping:
     """What a run keeps and tells. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
     inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json;
-    say: hears a line at a time; quiet: no progress."""
+    say: hears a line at a time."""
 
     work: Path
     log: Path
     inputs: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
-    quiet: bool = False
 
     @property
     def started(self) -> Path:
@@ -114,7 +113,7 @@ class Run:
             books.say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-        args = arguments(settings, books.work, books.quiet, planned.steps)
+        args = arguments(settings, books.work, planned.steps)
         if args.world_size != distributed.processes():
             found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with use_cpu=true", "use_cpu")
@@ -190,7 +189,7 @@ class _Steps(TrainerCallback):
     """Shows how far training has come."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", quiet=args.disable_tqdm)
+        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=args.disable_tqdm)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

@@ -61,7 +61,6 @@ def tune_checkpoint(
         log=run.log,
         tokens_per_step=run.planned.tokens_per_step,
         say=books.say,
-        quiet=books.quiet,
         skip_nonfinite=settings.skip_nonfinite,
         tokenizer=run.tokenizer,
     )
@@ -73,5 +72,5 @@ def tune_checkpoint(
         remote = bool(loading.get("trust_remote_code", False))
         with replaced_folder(target) as new:
             inputs = made_with.added_to(books.inputs)
-            export_tuned(expanded, new, state, inputs=inputs, quiet=books.quiet, trust_remote_code=remote)
+            export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=remote)
     distributed.wait()

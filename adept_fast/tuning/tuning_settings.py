@@ -46,7 +46,7 @@ REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSE
 DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
 
 
-def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 0) -> TrainingArguments:
+def arguments(settings: TuningSettings, folder: Path, steps: int = 0) -> TrainingArguments:
     """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept.
 
     steps: of the run, where they are planned; WSD ("wsd" for short) decays over the last fifth of them unless lr_scheduler_kwargs
@@ -64,7 +64,7 @@ def arguments(settings: TuningSettings, folder: Path, quiet: bool, steps: int = 
         "save_steps": settings.refresh_steps,
         "save_total_limit": 1,
         "report_to": "none",
-        "disable_tqdm": quiet,
+        "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": settings.seed,
         **training,
@@ -124,7 +124,7 @@ def _said(error: Exception) -> str:
 
 def _tried(settings: TuningSettings) -> TrainingArguments:
     """What transformers makes of them, tried on a model of one weight."""
-    args = arguments(settings, Path("unused"), quiet=True)
+    args = arguments(settings, Path("unused"))
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false", "use_liger_kernel")
     options = args.gradient_checkpointing_kwargs or {}

@@ -58,7 +58,7 @@ class Folder:
         target = self.parent / "expanded"
         shutil.rmtree(target, ignore_errors=True)
         try:
-            expand_checkpoint(self.path, target, [1], verify=False, quiet=True)
+            expand_checkpoint(self.path, target, [1], verify=False)
         except InputError as error:
             assert "\n" not in str(error) and str(self.path) in str(error) and len(str(error)) < 1000, str(error)
             assert [file.name for file in self.parent.iterdir()] == ["model"]

@@ -149,8 +149,8 @@ def test_tokens_are_cached_by_what_control_tokens_become(tmp_path, monkeypatch: 
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
     given = tokenizer(byte_level)
     encoder = Encoder(given)
-    assert tokenize_documents([TEXT], encoder, quiet=True).tokens > tokenize_documents([TEXT], Encoder(given, "tokens"), quiet=True).tokens
+    assert tokenize_documents([TEXT], encoder).tokens > tokenize_documents([TEXT], Encoder(given, "tokens")).tokens
     line = "d: control tokens stand in the text ('</s>' 2 times, '<pad>' 1 times, '<s>' 1 times): encoded as plain text; special_tokens="
     assert encoder.news("d") == f"{line}tokens keeps them" and encoder.news("d") is None
-    tokenize_documents([TEXT], encoder, quiet=True)
+    tokenize_documents([TEXT], encoder)
     assert encoder.news("d") == f"{line}tokens keeps them", "from the cache too"

@@ -104,7 +104,7 @@ def test_packed_losses_equal_those_of_documents_alone(family: str) -> None:
             ids = tuple(blocks[index]["input_ids"][at : at + length].tolist())
             alone.append(Item(ids, ids))
             at += length
-    expected = corpus_loss(model, alone, quiet=True)
+    expected = corpus_loss(model, alone)
     assert tokens == int(expected.tokens.sum())
     assert loss / tokens == pytest.approx(expected.mean, abs=2e-6)
 
@@ -143,7 +143,7 @@ def test_one_document_a_row_needs_no_isolation() -> None:
 
 def test_loss_of_unequal_items_equals_the_plain_formula() -> None:
     model, items = tiny_models.model("qwen3"), tiny_models.items(9)
-    measured = corpus_loss(model, items, argmax=True, quiet=True)
+    measured = corpus_loss(model, items, argmax=True)
     for index, item in enumerate(items):
         with torch.no_grad():
             logits = model(torch.tensor([item.input_ids]), use_cache=False).logits[0].double()

@@ -136,7 +136,7 @@ def test_the_cache_knows_a_chat_from_a_text_of_the_same_letters(tmp_path: Path, 
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
     given = tokenizer()
     chat = document_text(record({"messages": [ASKED, ANSWERED]}), given)
-    as_text, as_chat = (tokenize_documents([text], given, quiet=True) for text in (str.__str__(chat)[:], chat))
+    as_text, as_chat = (tokenize_documents([text], given) for text in (str.__str__(chat)[:], chat))
     assert as_text.tokens > as_chat.tokens and given.decode(as_chat[0]) == ONE_TURN
 
 

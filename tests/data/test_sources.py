@@ -239,20 +239,20 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
     tokenizer = tiny_models.tokenizer()
     texts = [sentence for sentence in tiny_models.SENTENCES[:7]]
-    first = tokenize_documents(texts, tokenizer, quiet=True)
+    first = tokenize_documents(texts, tokenizer)
     assert tokenizer.decode(first[3]) == texts[3] + "</s>" and len(first) == 7
     (file,) = tmp_path.rglob("*.safetensors")
     monkeypatch.setattr("adept_fast.data.documents._tokenize", None)
-    again = tokenize_documents(texts, tokenizer, quiet=True)
+    again = tokenize_documents(texts, tokenizer)
     assert np.array_equal(again.ids, first.ids) and np.array_equal(again.starts, first.starts)
     monkeypatch.undo()
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
     file.write_bytes(b"broken")
-    assert np.array_equal(tokenize_documents(texts, tokenizer, quiet=True).ids, first.ids)
-    assert tokenize_documents(texts[:5], tokenizer, quiet=True).tokens < first.tokens
+    assert np.array_equal(tokenize_documents(texts, tokenizer).ids, first.ids)
+    assert tokenize_documents(texts[:5], tokenizer).tokens < first.tokens
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<pad>"
-    assert tokenizer.decode(tokenize_documents(texts, other, quiet=True)[3]) == texts[3] + "<pad>"
+    assert tokenizer.decode(tokenize_documents(texts, other)[3]) == texts[3] + "<pad>"
 
 
 def test_the_end_of_a_text_stands_once() -> None:

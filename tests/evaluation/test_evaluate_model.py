@@ -47,8 +47,8 @@ def test_questions_and_texts() -> None:
         shifted += int((logits(model, ids).argmax(-1) != logits(base, ids).argmax(-1)).sum())
         positions += len(ids)
     general, domain = corpus("general", QUESTIONS, tokenizer, 128), corpus("domain", TEXTS, tokenizer, 128)
-    _, argmax = evaluate(base, general, domain, quiet=True)
-    found, _ = evaluate(model, general, domain, argmax, quiet=True)
+    _, argmax = evaluate(base, general, domain)
+    found, _ = evaluate(model, general, domain, argmax)
     assert 0 < right < len(QUESTIONS) and found["general"]["accuracy"] == pytest.approx(right / len(QUESTIONS))
     assert found["general"]["accuracy_low"] <= found["general"]["accuracy"] <= found["general"]["accuracy_high"]
     assert (found["general"]["items"], found["general"]["tokens"]) == (len(QUESTIONS), tokens)

@@ -20,7 +20,7 @@ from tests.support import tiny_models
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alpha")
     tiny_models.checkpoint(folder / "base")
-    expand_checkpoint(folder / "base", folder / "expanded", [0, 2], verify=False, quiet=True)
+    expand_checkpoint(folder / "base", folder / "expanded", [0, 2], verify=False)
     model = checkpoint.load_model(folder / "expanded")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -45,13 +45,13 @@ def test_the_largest_share_within_the_limit(tuned: Path, general: EvaluationCorp
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = corpus_loss(model, general.items)
     base = corpus_loss(checkpoint.load_model(tuned / "base"), general.items)
-    found = largest_alpha(model, general, general, 0.4 * (whole.mean - base.mean), quiet=True)
+    found = largest_alpha(model, general, general, 0.4 * (whole.mean - base.mean))
     assert whole.mean > base.mean + 0.1 and 0 < found["alpha"] < 1
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     tried = {entry["alpha"]: entry for entry in found["tried"]}
     assert found["high"] <= found["limit"] < tried[found["alpha"] + 1 / 64]["high"] and found["low"] < found["rise"] < found["high"]
     assert all(tried[step / 8]["high"] > found["limit"] for step in range(int(found["alpha"] * 8) + 1, 9))
-    dial(tuned / "tuned", tmp_path / "dialled", found["alpha"], verify=False, quiet=True)
+    dial(tuned / "tuned", tmp_path / "dialled", found["alpha"], verify=False)
     written = corpus_loss(checkpoint.load_model(tmp_path / "dialled"), general.items)
     assert (found["loss"], found["domain_loss"]) == (written.mean, written.mean)
     assert found["rise"] == pytest.approx(written.mean - base.mean, rel=1e-12)
@@ -59,9 +59,9 @@ def test_the_largest_share_within_the_limit(tuned: Path, general: EvaluationCorp
 
 def test_the_ends_of_the_dial(tuned: Path, general: EvaluationCorpus) -> None:
     model = checkpoint.load_model(tuned / "tuned")
-    found = largest_alpha(model, general, None, 50.0, quiet=True)
+    found = largest_alpha(model, general, None, 50.0)
     assert found["alpha"] == 1 and len(found["tried"]) == 1 and "domain_loss" not in found
-    found = largest_alpha(model, general, None, 0.0, quiet=True)
+    found = largest_alpha(model, general, None, 0.0)
     assert (found["alpha"], found["rise"], found["high"]) == (0, 0, 0) and found["tried"][1]["high"] > 0
     for limit in (-0.1, float("nan")):
         with pytest.raises(InputError, match="^limit must be"):

@@ -48,7 +48,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("copies")
     tiny_models.checkpoint(folder / "base", "qwen3", dtype=request.param)
     for seed, (name, layers) in enumerate({"a": [0, 2], "b": [0, 2], "c": [2]}.items()):
-        expand_checkpoint(folder / "base", folder / name, layers, verify=False, quiet=True)
+        expand_checkpoint(folder / "base", folder / name, layers, verify=False)
         train(folder / name, seed)
     tiny_models.checkpoint(folder / "other", "qwen3", seed=5, dtype=request.param)
     return folder
@@ -63,7 +63,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_removing_all_copies_gives_back_the_original(made: Path, tmp_path: Path) -> None:
-    assert remove_copies(made / "a", tmp_path / "plain", quiet=True) is None
+    assert remove_copies(made / "a", tmp_path / "plain") is None
     assert same(tensors(tmp_path / "plain"), tensors(made / "base"))
     assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads((made / "base" / "config.json").read_text())
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {path.name for path in (made / "base").iterdir()}
@@ -71,7 +71,7 @@ def test_removing_all_copies_gives_back_the_original(made: Path, tmp_path: Path)
 
 
 def test_removing_one_copy_leaves_the_other(made: Path, tmp_path: Path) -> None:
-    record = remove_copies(made / "a", tmp_path / "one", [1], quiet=True)
+    record = remove_copies(made / "a", tmp_path / "one", [1])
     assert [(entry.layer, entry.copied_from) for entry in record.inserted] == [(3, 2)] and record == AdeptConfig.load(tmp_path / "one")
     before, after = tensors(made / "a"), tensors(tmp_path / "one")
     assert after["model.layers.3.mlp.up_proj.weight"].equal(before["model.layers.4.mlp.up_proj.weight"])
@@ -95,7 +95,7 @@ def test_extracted_copies_applied_to_the_base_are_the_tuned_model(made: Path, tm
     extract_copies(made / "a", tmp_path / "delta")
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {"adept_copies.safetensors", "adept_config.json"}
     assert (tmp_path / "delta" / "adept_copies.safetensors").stat().st_size < 0.4 * (made / "a" / "model.safetensors").stat().st_size
-    apply_copies(made / "base", tmp_path / "delta", tmp_path / "again", quiet=True)
+    apply_copies(made / "base", tmp_path / "delta", tmp_path / "again")
     assert same(tensors(tmp_path / "again"), tensors(made / "a"))
     config = [json.loads((folder / "config.json").read_text()) for folder in (made / "a", tmp_path / "again")]
     assert all(table.pop("adept_config") for table in config) and config[0] == config[1]
@@ -105,7 +105,7 @@ def test_extracted_copies_applied_to_the_base_are_the_tuned_model(made: Path, tm
 
 
 def test_averaged_copies(made: Path, tmp_path: Path) -> None:
-    merge_copies(made / "a", made / "b", tmp_path / "merged", (0.3, 0.7), quiet=True)
+    merge_copies(made / "a", made / "b", tmp_path / "merged", (0.3, 0.7))
     one, two, merged = (tensors(folder) for folder in (made / "a", made / "b", tmp_path / "merged"))
     for name, tensor in merged.items():
         expected = (0.3 * one[name].double() + 0.7 * two[name].double()).to(tensor.dtype)
@@ -117,25 +117,25 @@ def test_averaged_copies(made: Path, tmp_path: Path) -> None:
 
 
 def test_stacked_copies(made: Path, tmp_path: Path) -> None:
-    record = merge_copies(made / "a", made / "c", tmp_path / "stack", how="stack", quiet=True)
+    record = merge_copies(made / "a", made / "c", tmp_path / "stack", how="stack")
     assert [(entry.layer, entry.copied_from) for entry in record.inserted] == [(1, 0), (4, 2), (5, 2)]
     one, two, stack = (tensors(folder) for folder in (made / "a", made / "c", tmp_path / "stack"))
     assert stack["model.layers.4.mlp.up_proj.weight"].equal(one["model.layers.4.mlp.up_proj.weight"])
     assert stack["model.layers.5.mlp.up_proj.weight"].equal(two["model.layers.3.mlp.up_proj.weight"])
-    remove_copies(tmp_path / "stack", tmp_path / "back", quiet=True)
+    remove_copies(tmp_path / "stack", tmp_path / "back")
     assert same(tensors(tmp_path / "back"), tensors(made / "base"))
-    remove_copies(tmp_path / "stack", tmp_path / "a again", [5], quiet=True)
+    remove_copies(tmp_path / "stack", tmp_path / "a again", [5])
     assert same(tensors(tmp_path / "a again"), one)
 
 
 def test_a_silent_copy_stacked_changes_nothing(made: Path, tmp_path: Path) -> None:
-    expand_checkpoint(made / "base", tmp_path / "silent", [1, 2], verify=False, quiet=True)
-    merge_copies(made / "a", tmp_path / "silent", tmp_path / "stack", how="stack", quiet=True)
+    expand_checkpoint(made / "base", tmp_path / "silent", [1, 2], verify=False)
+    merge_copies(made / "a", tmp_path / "silent", tmp_path / "stack", how="stack")
     assert logits(tmp_path / "stack").equal(logits(made / "a"))
 
 
 def test_copies_of_other_bases_are_not_merged(made: Path, tmp_path: Path) -> None:
-    expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False, quiet=True)
+    expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False)
     with pytest.raises(InputError, match="different bases"):
         merge_copies(made / "a", tmp_path / "other", tmp_path / "no")
 
@@ -151,7 +151,7 @@ def test_the_dial(made: Path, tmp_path: Path) -> None:
     base, tuned = logits(made / "base"), logits(made / "a")
     model = checkpoint.load_model(made / "a")
     for alpha in (0, 0.25, 1):
-        record = dial(made / "a", tmp_path / str(alpha), alpha, quiet=True)
+        record = dial(made / "a", tmp_path / str(alpha), alpha)
         assert record.selection["alpha"] == alpha
         found = logits(tmp_path / str(alpha))
         with dialled_model(model, alpha):
@@ -185,7 +185,7 @@ def test_a_record_whose_config_contradicts_the_tensors_is_named(made: Path, tmp_
     record = json.loads((folder / "adept_config.json").read_text())
     record["source"]["config"] |= changes
     (folder / "adept_config.json").write_text(json.dumps(record))
-    for number, way in enumerate((remove_copies, lambda *paths: dial(*paths, 0.5, quiet=True))):
+    for number, way in enumerate((remove_copies, lambda *paths: dial(*paths, 0.5))):
         with pytest.raises(InputError) as refusal:
             way(folder, tmp_path / f"out{number}")
         assert str(folder / "adept_config.json") in str(refusal.value) and ".partial" not in str(refusal.value)
@@ -203,12 +203,12 @@ def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> Non
     (folder / "adept_config.json").write_text(json.dumps({**record, "schema": 1}))
     source = AdeptConfig.load(folder).source
     assert (source["tensors_digest"], source["identity"]) == (digest, f"sha256:{'ab' * 32}") and "sha256" not in source
-    remove_copies(folder, tmp_path / "plain", quiet=True)
+    remove_copies(folder, tmp_path / "plain")
     assert same(tensors(tmp_path / "plain"), tensors(made / "base"))
     extract_copies(folder, tmp_path / "delta")
-    apply_copies(made / "base", tmp_path / "delta", tmp_path / "again", quiet=True)
-    merge_copies(made / "b", folder, tmp_path / "merged", quiet=True)
-    expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False, quiet=True)
+    apply_copies(made / "base", tmp_path / "delta", tmp_path / "again")
+    merge_copies(made / "b", folder, tmp_path / "merged")
+    expand_checkpoint(made / "other", tmp_path / "other", [0, 2], verify=False)
     with pytest.raises(InputError, match="different bases"):
         merge_copies(tmp_path / "other", folder, tmp_path / "no")
     record["source"]["tensors_sha256"] = f"0{digest[8:]}"
@@ -222,7 +222,7 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     documents = WeightedDocuments(Documents(ids, np.array([0, 20, 90, 100, 250, 600])), np.ones(5))
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
-    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl", say=lambda _: None, quiet=True)
+    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl", say=lambda _: None)
     tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, books, **loading)
 
 
@@ -234,7 +234,7 @@ def test_a_tuned_model_keeps_its_source_and_its_copies_travel(family: str, dtype
     if family == "llama":
         before = tensors(source)
         save_file(before | {"lm_head.weight": before["model.embed_tokens.weight"].clone()}, source / "model.safetensors", {"format": "pt"})
-    expand_checkpoint(source, tmp_path / "expanded", [0, 2], steering=tiny_models.items(2), quiet=True)
+    expand_checkpoint(source, tmp_path / "expanded", [0, 2], steering=tiny_models.items(2))
     tune(tmp_path / "expanded", tmp_path / "tuned", dtype=dtype)
     before, expanded, tuned = (tensors(tmp_path / name) for name in ("base", "expanded", "tuned"))
     assert tuned.keys() == expanded.keys() and {t.dtype for t in tuned.values()} == {torch.float32}
@@ -244,17 +244,17 @@ def test_a_tuned_model_keeps_its_source_and_its_copies_travel(family: str, dtype
     assert all(tuned[name].equal(tuned[name].bfloat16().float()) for name in trained) == bool(dtype)
     model = checkpoint.load_model(tmp_path / "tuned")
     assert model.adept_config.proof["source_tensors"] and bool(model(IDS).logits.isfinite().all())
-    remove_copies(tmp_path / "tuned", tmp_path / "plain", quiet=True)
+    remove_copies(tmp_path / "tuned", tmp_path / "plain")
     assert same(tensors(tmp_path / "plain"), before)
     extract_copies(tmp_path / "tuned", tmp_path / "delta")
-    apply_copies(source, tmp_path / "delta", tmp_path / "again", quiet=True)
+    apply_copies(source, tmp_path / "delta", tmp_path / "again")
     assert same(tensors(tmp_path / "again"), tuned)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["model.layers.3.self_attn.q_proj.weight"] += 1
     with pytest.raises(ExpansionError, match="training changed model.layers.3.self_attn.q_proj.weight"):
         export_tuned(tmp_path / "expanded", tmp_path / "no", state)
     copies = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.layers.1.", "model.layers.4."))}
-    export_tuned(tmp_path / "expanded", tmp_path / "copies alone", copies, quiet=True)
+    export_tuned(tmp_path / "expanded", tmp_path / "copies alone", copies)
     assert same(tensors(tmp_path / "copies alone"), tuned)
     with pytest.raises(InputError, match="not among the trained tensors"):
         export_tuned(tmp_path / "expanded", tmp_path / "no", dict([*copies.items()][:-1]))

@@ -83,8 +83,8 @@ def test_every_module_keeps_its_mode() -> None:
         model.train()
         model.model.layers[0].eval()  # as somebody who trains without its dropout leaves it
     verify_expansion(base, expanded)
-    corpus_loss(expanded, items, quiet=True)
-    score_layers(expanded, items, quiet=True)
+    corpus_loss(expanded, items)
+    score_layers(expanded, items)
     freeze_original(expanded)
     with fast_step(expanded):
         pass
@@ -135,7 +135,7 @@ def test_bad_layers(layers: list) -> None:
 
 def test_first_importance_is_that_of_the_copied_layer_in_the_original() -> None:
     base, items = tiny_models.model(), tiny_models.items(3)
-    sums = first_importance(expand_model(base, [1]), items, quiet=True)
+    sums = first_importance(expand_model(base, [1]), items)
     base.requires_grad_(True)
     tokens = sum(item.supervised for item in items)
     loss = sum(base(torch.tensor([item.input_ids]), labels=torch.tensor([item.labels]), num_items_in_batch=tokens).loss for item in items)
@@ -149,7 +149,7 @@ def test_first_importance_is_that_of_the_copied_layer_in_the_original() -> None:
 def test_checkpoint_loads_with_plain_transformers(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
     (source / "LICENSE").write_text("a licence")
-    record = expand_checkpoint(source, tmp_path / "expanded", [0, 3], steering=tiny_models.items(2), quiet=True)
+    record = expand_checkpoint(source, tmp_path / "expanded", [0, 3], steering=tiny_models.items(2))
     base, expanded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "expanded"))
     assert torch.equal(base(IDS).logits, expanded(IDS).logits)
     assert AdeptConfig.load(tmp_path / "expanded") == record
@@ -168,7 +168,7 @@ def test_a_folder_of_links_to_blobs_is_expanded_into_files(tmp_path: Path) -> No
     for number, file in enumerate(sorted(held.iterdir())):
         file.rename(blobs / f"{number:040x}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
-    expand_checkpoint(snapshot, tmp_path / "expanded", [1, 3], quiet=True)
+    expand_checkpoint(snapshot, tmp_path / "expanded", [1, 3])
     shutil.rmtree(snapshot.parent)
     shutil.rmtree(blobs)
     written = list((tmp_path / "expanded").iterdir())
@@ -181,7 +181,7 @@ def test_experts_that_are_separate_tensors_on_disk_are_silenced_each(tmp_path: P
     """Mixtral's experts are w1, w2, w3 each on disk, and two 3-D parameters in memory: of a copy, every w2 and o_proj are 0, no more."""
     source = tmp_path / "base"
     tiny_models.model("mixtral", num_local_experts=4).save_pretrained(source, max_shard_size="60KB")
-    expand_checkpoint(source, tmp_path / "expanded", [0, 2], quiet=True)
+    expand_checkpoint(source, tmp_path / "expanded", [0, 2])
     before, after = stored_tensors(source), stored_tensors(tmp_path / "expanded")
     assert len(list(source.glob("*.safetensors"))) > 1 and "model.layers.0.block_sparse_moe.experts.3.w2.weight" in before
     expected = {name: tensor for name, tensor in before.items() if not name.startswith("model.layers.")}
@@ -226,14 +226,14 @@ def test_a_killed_expansion_leaves_no_target(tmp_path: Path) -> None:
     """SIGKILL at moments spread over the time that one expansion takes: the final name appears with a whole checkpoint or not at all."""
     source = tiny_models.checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=2048)
     start = time.perf_counter()
-    expand_checkpoint(source, tmp_path / "whole", [0, 2], verify=False, quiet=True)
+    expand_checkpoint(source, tmp_path / "whole", [0, 2], verify=False)
     seconds, killed = time.perf_counter() - start, 0
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for part in range(12):
         target = tmp_path / f"expanded{part}"
         child = os.fork()
         if not child:
-            expand_checkpoint(source, target, [0, 2], verify=False, quiet=True)
+            expand_checkpoint(source, target, [0, 2], verify=False)
             os._exit(0)
         time.sleep(seconds * part / 12)
         os.kill(child, signal.SIGKILL)
@@ -244,7 +244,7 @@ def test_a_killed_expansion_leaves_no_target(tmp_path: Path) -> None:
 
 def test_it_loads_where_adept_fast_is_not_installed(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base")
-    expand_checkpoint(source, tmp_path / "expanded", [1, 3], verify=False, quiet=True)
+    expand_checkpoint(source, tmp_path / "expanded", [1, 3], verify=False)
     code = (
         "import sys; sys.modules['adept_fast'] = None; import torch; from transformers import AutoModelForCausalLM as A; "
         "ids = torch.arange(3, 12)[None]; print(*[A.from_pretrained(f).generate(ids, max_new_tokens=9, do_sample=False).tolist() "
@@ -280,7 +280,7 @@ def test_a_second_expansion_keeps_the_first_and_trains_its_own_copies(tmp_path: 
 
 def test_plain_transformers_loads_the_record_with_the_model(tmp_path: Path) -> None:
     tiny_models.checkpoint(tmp_path / "model")
-    record = expand_checkpoint(tmp_path / "model", tmp_path / "expanded", [1, 3], quiet=True)
+    record = expand_checkpoint(tmp_path / "model", tmp_path / "expanded", [1, 3])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded")
     counts = freeze_original(plain)
     assert (counts.total, counts.trainable) == tuple(record.parameters.values())
@@ -293,17 +293,17 @@ def test_a_home_is_found_for_source_and_target_alike(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     tiny_models.checkpoint(tmp_path / "model")
-    expand_checkpoint("~/model", "~/expanded", [1], verify=False, quiet=True)
-    extract_copies("~/expanded", "~/delta", quiet=True)
-    apply_copies("~/model", "~/delta", "~/applied", quiet=True)
-    remove_copies("~/applied", "~/removed", quiet=True)
+    expand_checkpoint("~/model", "~/expanded", [1], verify=False)
+    extract_copies("~/expanded", "~/delta")
+    apply_copies("~/model", "~/delta", "~/applied")
+    remove_copies("~/applied", "~/removed")
     assert {"expanded", "delta", "applied", "removed"} < {path.name for path in tmp_path.iterdir()} and not (tmp_path / "~").exists()
 
 
 def test_a_second_expansion_on_disk(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
-    expand_checkpoint(source, tmp_path / "one", [1, 3], quiet=True)
-    record = expand_checkpoint(tmp_path / "one", tmp_path / "two", [0, 1], quiet=True)
+    expand_checkpoint(source, tmp_path / "one", [1, 3])
+    record = expand_checkpoint(tmp_path / "one", tmp_path / "two", [0, 1])
     assert [(entry.layer, entry.copied_from, entry.round) for entry in record.inserted] == [(1, 0, 1), (3, 1, 0), (4, 1, 1), (7, 3, 0)]
     base, twice = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "two"))
     assert torch.equal(base(IDS).logits, twice(IDS).logits)
@@ -314,7 +314,7 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     alone, and both sets come off again."""
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path / "cache"))
     base = tiny_models.checkpoint(tmp_path / "base", "qwen3")
-    record = expand_checkpoint(base, tmp_path / "expanded", [0, 2], verify=False, quiet=True)
+    record = expand_checkpoint(base, tmp_path / "expanded", [0, 2], verify=False)
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded")
     with torch.no_grad():
         for layer in record.copies:
@@ -338,21 +338,21 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     shares = AdeptConfig.load(tmp_path / "out" / "expanded").selection["shares"]
     assert shares["parameters"] == pytest.approx(tuned.parameters["trainable"] / sum(each.numel() for each in first.parameters()))
     mine = [entry.layer for entry in tuned.inserted if entry.round == 1]
-    remove_copies(tmp_path / "out" / "tuned", tmp_path / "without", mine, quiet=True)
+    remove_copies(tmp_path / "out" / "tuned", tmp_path / "without", mine)
     assert _same(stored_tensors(tmp_path / "without"), stored_tensors(tmp_path / "first"))
-    remove_copies(tmp_path / "out" / "tuned", tmp_path / "plain", quiet=True)
+    remove_copies(tmp_path / "out" / "tuned", tmp_path / "plain")
     assert _same(stored_tensors(tmp_path / "plain"), stored_tensors(base))
 
 
 def test_a_model_saved_again_in_another_dtype_says_so(tmp_path: Path) -> None:
     base = tiny_models.checkpoint(tmp_path / "base")
-    expand_checkpoint(base, tmp_path / "one", [1], verify=False, quiet=True)
+    expand_checkpoint(base, tmp_path / "one", [1], verify=False)
     AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
     with pytest.raises(ExpansionError, match="bit for bit"):
-        remove_copies(tmp_path / "again", tmp_path / "no", quiet=True)
-    record = expand_checkpoint(tmp_path / "again", tmp_path / "two", [0], verify=False, quiet=True)
+        remove_copies(tmp_path / "again", tmp_path / "no")
+    record = expand_checkpoint(tmp_path / "again", tmp_path / "two", [0], verify=False)
     assert record.source["saved_again"] and record.source["name_or_path"] == str(base)
-    remove_copies(tmp_path / "two", tmp_path / "plain", quiet=True)
+    remove_copies(tmp_path / "two", tmp_path / "plain")
     expected = {name: tensor.bfloat16() for name, tensor in stored_tensors(base).items()}
     assert _same(stored_tensors(tmp_path / "plain"), expected)
 
@@ -364,9 +364,9 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_broken_period_is_warned_of(tmp_path: Path) -> None:
     """Gemma 3's windows come every so many layers: config.json lists them after a copy, but an engine that counts layers is wrong."""
     tiny_families.model("gemma3_text").save_pretrained(tmp_path / "gemma")
-    record = expand_checkpoint(tmp_path / "gemma", tmp_path / "expanded", [1], verify=False, quiet=True)
+    record = expand_checkpoint(tmp_path / "gemma", tmp_path / "expanded", [1], verify=False)
     assert [note.partition(":")[0] for note in record.selection["notes"]] == ["layer_types repeated every 2 layers and no longer does"]
     types = json.loads((tmp_path / "expanded" / "config.json").read_text())["layer_types"]
     assert types == [("sliding_attention", "full_attention")[index] for index in (0, 1, 1, 0, 1)]
     tiny_models.checkpoint(tmp_path / "qwen", "qwen3")
-    assert expand_checkpoint(tmp_path / "qwen", tmp_path / "plain", [1], verify=False, quiet=True).selection["notes"] == []
+    assert expand_checkpoint(tmp_path / "qwen", tmp_path / "plain", [1], verify=False).selection["notes"] == []

@@ -48,7 +48,7 @@ def test_zero_gate_up_is_refused_where_it_cannot_be(family: str, reason: str) ->
 @pytest.mark.parametrize("how", PRESERVING)
 def test_on_disk_as_in_memory(how: str, tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
-    record = expand_checkpoint(source, tmp_path / "expanded", [1], initialisation=how, quiet=True)
+    record = expand_checkpoint(source, tmp_path / "expanded", [1], initialisation=how)
     assert record.initialisation == how == AdeptConfig.load(tmp_path / "expanded").initialisation
     assert (record.proof.get("logits") == "bit-equal") == PRESERVING[how] and (how in record.proof.get("note", "")) != PRESERVING[how]
     base, written = load_file(source / "model.safetensors"), load_file(tmp_path / "expanded" / "model.safetensors")
@@ -64,7 +64,7 @@ def test_on_disk_as_in_memory(how: str, tmp_path: Path) -> None:
         if how == "small_random":
             scale = float(copy.double().std() / original.double().square().mean().sqrt())
             assert scale == pytest.approx(0.02, rel=0.05) and abs(float(copy.mean())) < 0.1 * float(copy.std())
-    dial(tmp_path / "expanded", tmp_path / "closed", 0, verify=False, quiet=True)
+    dial(tmp_path / "expanded", tmp_path / "closed", 0, verify=False)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "closed")(IDS).logits.equal(plain(IDS).logits)
 
 

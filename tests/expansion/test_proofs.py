@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base; tuned, with copies of layers 0 and 2 whose weights are not silent any more."""
     folder = tmp_path_factory.mktemp("proofs")
     tiny_models.checkpoint(folder / "base", "qwen3")
-    expand_checkpoint(folder / "base", folder / "tuned", [0, 2], verify=False, quiet=True)
+    expand_checkpoint(folder / "base", folder / "tuned", [0, 2], verify=False)
     change(folder / "tuned", COPY, 0.25)
     return folder
 
@@ -98,24 +98,24 @@ def test_a_delta_is_proven_to_hold_what_was_extracted(made: Path, tmp_path: Path
 def test_a_base_with_a_nan_is_not_expanded(tmp_path: Path, name: str, verify: bool) -> None:
     source = change(tiny_models.checkpoint(tmp_path / "base"), name, math.nan)
     with pytest.raises((InputError, ExpansionError), match=f"{name} holds NaN or infinity: .*fetch the model again"):
-        expand_checkpoint(source, tmp_path / "expanded", [1], verify=verify, quiet=True)
+        expand_checkpoint(source, tmp_path / "expanded", [1], verify=verify)
     assert not (tmp_path / "expanded").exists()
 
 
 def test_a_model_with_a_copy_that_is_no_number_is_not_expanded_again(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{COPY} holds NaN or infinity: train the copies again"):
-        expand_checkpoint(changed(made, tmp_path, COPY, math.nan), tmp_path / "no", [2], verify=False, quiet=True)
+        expand_checkpoint(changed(made, tmp_path, COPY, math.nan), tmp_path / "no", [2], verify=False)
 
 
 def test_no_value_from_memory_is_written_that_is_no_number(made: Path, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in checkpoint.load_model(made / "tuned").state_dict().items()}
     state[COPY][1, 1] = math.nan
     with pytest.raises(InputError, match=f"{COPY} would hold NaN or infinity as F32"):
-        export_tuned(made / "tuned", tmp_path / "no", state, quiet=True)
+        export_tuned(made / "tuned", tmp_path / "no", state)
     with pytest.raises(InputError, match="self_attn.o_proj.weight|down_proj.weight would hold NaN or infinity as F32"):
         dial(made / "tuned", tmp_path / "no", 1e40)
     half = tiny_models.checkpoint(tmp_path / "half", "qwen3", dtype=torch.float16)
-    expand_checkpoint(half, tmp_path / "expanded", [0, 2], verify=False, quiet=True)
+    expand_checkpoint(half, tmp_path / "expanded", [0, 2], verify=False)
     state[COPY][1, 1] = 70_000.0  # a number in fp32, in which it was trained
     with pytest.raises(InputError, match=f"{COPY} would hold NaN or infinity as F16"):
         export_tuned(tmp_path / "expanded", tmp_path / "no", {name: state[name] for name in state if ".1." in name or ".4." in name})
@@ -126,19 +126,19 @@ def test_buffers_and_tensors_that_are_not_read_may_be_infinite(tmp_path: Path) -
     source = tiny_models.checkpoint(tmp_path / "base")
     tensors = load_file(source / "model.safetensors") | {"model.layers.0.self_attn.masked_bias": torch.tensor(-math.inf)}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    expand_checkpoint(source, tmp_path / "expanded", [1], verify=False, quiet=True)
+    expand_checkpoint(source, tmp_path / "expanded", [1], verify=False)
 
 
 def test_a_config_with_an_infinity_is_written_as_json_and_read_again(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, math.inf]}))  # as a Mamba's was written once
-    expand_checkpoint(source, tmp_path / "expanded", [1], verify=False, quiet=True)
+    expand_checkpoint(source, tmp_path / "expanded", [1], verify=False)
     for name in ("config.json", "adept_config.json"):
         json.loads((tmp_path / "expanded" / name).read_text(), parse_constant=pytest.fail)
     assert AutoConfig.from_pretrained(tmp_path / "expanded").time_step_limit == [0.0, math.inf]
     assert AdeptConfig.load(tmp_path / "expanded").source["config"]["time_step_limit"] == [0.0, math.inf]
-    remove_copies(tmp_path / "expanded", tmp_path / "plain", quiet=True)
+    remove_copies(tmp_path / "expanded", tmp_path / "plain")
     assert AutoConfig.from_pretrained(tmp_path / "plain").time_step_limit == [0.0, math.inf]
 
 

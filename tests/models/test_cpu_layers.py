@@ -173,7 +173,7 @@ def test_native_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     model, items = tiny_models.model(family, **SHAPES.get(family, WIDE), **bias), tiny_models.items(5)
     plan = sweep.plan(model, items)
     assert plan.native and plan.pack > 0
-    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, quiet=True)
+    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES)
     for name, values in by_hooks(model, items).items():
         assert max(map(abs, values)) > 0.01, "a bypass that changes nothing tests nothing"
         torch.testing.assert_close(torch.tensor(scores.profiles[name].values), torch.tensor(values), atol=1e-4, rtol=0)
@@ -206,9 +206,9 @@ def test_window_that_no_supervised_token_reaches_is_seen(loss: str, monkeypatch:
     answers = [Item(ids, (*ids[:8], *[IGNORE] * (len(ids) - 8))) for ids in whole]
     assert len(whole) > 2 and sweep.plan(model, short).native
     given = (answers, []) if loss == "all" else (short, [Item(ids, ids) for ids in whole])
-    found = score_layers(model, given[0], loss="all", domain=given[1], quiet=True).profiles[loss].values
+    found = score_layers(model, given[0], loss="all", domain=given[1]).profiles[loss].values
     monkeypatch.setenv("ADEPT_FAST_BACKEND", "torch")
-    expected = score_layers(model, given[0], loss="all", domain=given[1], quiet=True).profiles[loss].values
+    expected = score_layers(model, given[0], loss="all", domain=given[1]).profiles[loss].values
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
 
 

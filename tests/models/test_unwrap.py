@@ -57,12 +57,12 @@ def entries(tmp_path):
     items = tiny_models.items(3)
     expanded = expand_model(tiny_models.model(), [1])
     units, args = Units.of(expanded), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    adept = AdeptCallback(items, quiet=True)
+    adept = AdeptCallback(items)
     return {
-        "score_layers": lambda model: score_layers(model, items, quiet=True),
-        "mask_units": lambda model: mask_units(model, items, quiet=True),
+        "score_layers": lambda model: score_layers(model, items),
+        "mask_units": lambda model: mask_units(model, items),
         "masked_units": lambda model: masked_units(model, "tensor"),
-        "score_units": lambda model: score_units(model, items, units, quiet=True),
+        "score_units": lambda model: score_units(model, items, units),
         "expand_model": lambda model: expand_model(model, [0]),
         "freeze_original": freeze_original,
         "verify_expansion": lambda model: verify_expansion(tiny_models.model(), model),
@@ -74,7 +74,7 @@ def entries(tmp_path):
         "Anchor": lambda model: Anchor(items, 0.5).backward(model, 4),
         "bypassed": lambda model: entered(bypassed(model)),
         "dialled_model": lambda model: entered(dialled_model(model, 0.5)),
-        "evaluate": lambda model: evaluate(model, None, None, quiet=True),
+        "evaluate": lambda model: evaluate(model, None, None),
     }
 
 
@@ -128,13 +128,13 @@ def wrappers(model):
 def test_wrappers_that_compute_the_same_are_taken_off(tmp_path):
     items, base = tiny_models.items(3), tiny_models.model()
     expanded = expand_model(base, [1])
-    scores, units = score_layers(base, items, quiet=True), Units.of(expanded)
-    importance = score_units(expanded, items, units, quiet=True)
+    scores, units = score_layers(base, items), Units.of(expanded)
+    importance = score_units(expanded, items, units)
     for wrapped, around in zip(wrappers(expanded), wrappers(base), strict=True):
         assert unwrapped(wrapped) is expanded
-        assert score_layers(around, items, quiet=True).profiles == scores.profiles
+        assert score_layers(around, items).profiles == scores.profiles
         assert [unit.name for unit in Units.of(wrapped)] == [unit.name for unit in units]
-        assert torch.equal(score_units(wrapped, items, units, quiet=True).fisher, importance.fisher)
+        assert torch.equal(score_units(wrapped, items, units).fisher, importance.fisher)
         assert expand_model(around, [1]).adept_config.inserted == expanded.adept_config.inserted
         verify_expansion(around, wrapped)
         assert freeze_original(wrapped) == freeze_original(expanded)
@@ -159,7 +159,7 @@ def test_what_is_no_scores_is_refused(call):
 def test_arguments_of_another_kind_are_refused_with_what_makes_them(tmp_path):
     items, model = tiny_models.items(3), expand_model(tiny_models.model(), [1])
     units, args = Units.of(model), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    adept = AdeptCallback(items, quiet=True)
+    adept = AdeptCallback(items)
     calls = {
         "probe must be Iterable": [lambda given: score_layers(model, given), lambda given: score_units(model, given, units)],
         "layers must be Iterable": [lambda given: expand_model(tiny_models.model(), given)],

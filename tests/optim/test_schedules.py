@@ -33,7 +33,7 @@ def shape(name: str, step: int) -> float:
 def test_unit_rates_multiply_the_schedule(name: str, tmp_path: Path) -> None:
     """Under a constant gradient AdamW steps by the rate itself: each unit by schedule x multiplier x learning rate."""
     settings = TuningSettings(training={"lr_scheduler_type": name, "warmup_steps": WARMUP, "learning_rate": 0.25})
-    args = arguments(settings, tmp_path, True, STEPS)
+    args = arguments(settings, tmp_path, STEPS)
     weight = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
     optimizer = AdamW([weight], lr=args.learning_rate, weight_decay=0.0, eps=0.0)
     optimizer.set_unit_lr(weight, torch.tensor([0.5, 0.0, 1.75]), dim=0)
@@ -49,7 +49,7 @@ def test_unit_rates_multiply_the_schedule(name: str, tmp_path: Path) -> None:
 
 def test_settings_of_wsd_are_kept(tmp_path: Path) -> None:
     training = {"lr_scheduler_type": "wsd", "lr_scheduler_kwargs": {"num_decay_steps": 7, "min_lr_ratio": 0.1}}
-    args = arguments(TuningSettings(training=training), tmp_path, True, STEPS)
+    args = arguments(TuningSettings(training=training), tmp_path, STEPS)
     assert args.lr_scheduler_kwargs == {"num_decay_steps": 7, "min_lr_ratio": 0.1, "decay_type": "1-sqrt"}
 
 

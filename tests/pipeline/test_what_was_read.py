@@ -43,7 +43,7 @@ def told(domain: str, *more: str) -> tuple[list[str], Workspace]:
     """What training_text says, and where."""
     given = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", f"domain={domain}", "tune.per_device_train_batch_size=1"]
     said: list[str] = []
-    work = Workspace(load(None, [*given, "eval.domain=held.txt", *more]), said.append, quiet=True)
+    work = Workspace(load(None, [*given, "eval.domain=held.txt", *more]), said.append)
     training_text(work)
     return said, work
 

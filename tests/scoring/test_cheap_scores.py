@@ -32,7 +32,7 @@ def truth() -> tuple:
 
 
 def scored(truth: tuple, method: str, **options: object) -> torch.Tensor:
-    return torch.tensor(score_layers(truth[0], truth[1], method, quiet=True, **options).values, dtype=torch.float64)
+    return torch.tensor(score_layers(truth[0], truth[1], method, **options).values, dtype=torch.float64)
 
 
 def test_gate_is_the_slope_at_an_open_gate(truth: tuple) -> None:
@@ -91,7 +91,7 @@ def test_block_influence_is_one_minus_the_cosine(truth: tuple) -> None:
 def test_model_is_left_as_it_was_and_kl_is_refused(truth: tuple) -> None:
     model, items, _ = truth
     model.train()
-    score_layers(model, items, "fisher", "all", quiet=True)
+    score_layers(model, items, "fisher", "all")
     assert model.training and all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     model.eval()
     with pytest.raises(InputError, match="no profile by kl"):

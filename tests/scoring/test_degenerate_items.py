@@ -45,7 +45,7 @@ def supervised(items: Sequence[Item]) -> list[Item]:
 def test_layers(name: str, shape: str) -> None:
     model, items = model_of(shape), ITEMS[name]
     assert sweep.plan(model, supervised(items)).native == (shape == "native" and has_native_layers())
-    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, domain=items, quiet=True)
+    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, domain=items)
     expected = by_hooks(model, supervised(items))
     for profile, values in expected.items():
         torch.testing.assert_close(torch.tensor(scores.profiles[profile].values), torch.tensor(values), atol=1e-4, rtol=0)
@@ -60,7 +60,7 @@ def test_layers(name: str, shape: str) -> None:
 def test_masked_units(name: str, shape: str) -> None:
     model, items = model_of(shape), supervised(ITEMS[name])
     tokens = sum(item.supervised for item in items)
-    found = mask_units(model, ITEMS[name], layers=[1], quiet=True)
+    found = mask_units(model, ITEMS[name], layers=[1])
     for value, kind in zip(found.values, found.kinds, strict=True):
         before = sum(plain_loss(model, item) for item in items)
         weight = decoder_layers(model)[1].get_submodule(kind).weight
@@ -80,7 +80,7 @@ def test_importance_of_units(name: str) -> None:
         for parameter in decoder_layers(model)[2].parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     units = Units.of(model)
-    found = score_units(model, ITEMS[name], units, quiet=True)
+    found = score_units(model, ITEMS[name], units)
     parameters = {key: model.get_parameter(key).requires_grad_() for key in units.slices}
     gradients = [torch.autograd.grad(plain_loss(model, item), [*parameters.values()]) for item in items]
     tokens = sum(item.supervised for item in items)
@@ -99,7 +99,7 @@ def test_losses_of_a_corpus_and_of_a_batch(name: str, shape: str) -> None:
     model, items = model_of(shape), ITEMS[name]
     expected = [float(plain_loss(model, item).detach()) if item.supervised else 0.0 for item in items]
     for argmax in (False, True):
-        found = corpus_loss(model, items, argmax=argmax, quiet=True)
+        found = corpus_loss(model, items, argmax=argmax)
         torch.testing.assert_close(found.sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
         assert found.tokens.tolist() == [item.supervised for item in items]
         assert not argmax or [len(best) for best in found.argmax] == [len(item.input_ids) for item in items]
@@ -120,4 +120,4 @@ def test_a_batch_without_a_target_has_a_gradient_of_zero(trained: bool) -> None:
 
 def test_a_domain_of_single_tokens_is_refused() -> None:
     with pytest.raises(InputError, match="domain: no item of two tokens or more"):
-        score_layers(model_of("plain"), tiny_models.items(2), domain=[Item((5,), (5,)), Item((), ())], quiet=True)
+        score_layers(model_of("plain"), tiny_models.items(2), domain=[Item((5,), (5,)), Item((), ())])

@@ -28,17 +28,17 @@ def test_offloaded_weights_give_the_same_scores(name: str, tmp_path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert any(parameter.is_meta for parameter in spread.parameters()), "nothing was offloaded"
     items = tiny_models.items(6)
-    found, wanted = (score_layers(model, items, losses=("kl", "all"), sweep_tokens=160, quiet=True) for model in (spread, whole))
+    found, wanted = (score_layers(model, items, losses=("kl", "all"), sweep_tokens=160) for model in (spread, whole))
     assert not found.notes, "the sweep was given up"
     for loss, profile in wanted.profiles.items():
         torch.testing.assert_close(torch.tensor(found.profiles[loss].values), torch.tensor(profile.values), atol=1e-6, rtol=0)
     assert found.costs == wanted.costs
-    influences = [score_layers(model, items, "block_influence", quiet=True).values for model in (spread, whole)]
+    influences = [score_layers(model, items, "block_influence").values for model in (spread, whole)]
     assert influences[0] == pytest.approx(influences[1], rel=1e-5)
-    units, expected = (mask_units(model, items, layers=[1, 3], quiet=True) for model in (spread, whole))
+    units, expected = (mask_units(model, items, layers=[1, 3]) for model in (spread, whole))
     torch.testing.assert_close(torch.tensor(units.values), torch.tensor(expected.values), atol=1e-6, rtol=0)
     assert any(parameter.is_meta for parameter in spread.parameters()), "scoring loaded the model for good"
     with pytest.raises(InputError, match="score by masking"):
-        score_layers(spread, items, "fisher", quiet=True)
+        score_layers(spread, items, "fisher")
     with pytest.raises(InputError, match="layers.3.mlp.up_proj.weight: offloaded"):
-        parameter_sums(spread, items, {"model.layers.3.mlp.up_proj.weight": (0,)}, quiet=True)
+        parameter_sums(spread, items, {"model.layers.3.mlp.up_proj.weight": (0,)})

@@ -66,35 +66,35 @@ def by_hooks(model: torch.nn.Module, items: list) -> dict[str, list[float]]:
 def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     model = tiny_models.model(family, **OTHERS.get(family, {}))
     items = tiny_models.items(4)
-    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, quiet=True)
+    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES)
     expected = by_hooks(model, items)
     assert not scores.notes, "the sweep was not used"
     for name, values in expected.items():
         assert max(map(abs, values)) > 0.01, "a bypass that changes nothing tests nothing"
         torch.testing.assert_close(torch.tensor(scores.profiles[name].values), torch.tensor(values), atol=1e-4, rtol=0)
     assert min(scores.profiles["kl"].values) > 0
-    answers = score_layers(model, items, quiet=True)  # of the last layer some modules run on the supervised rows alone
+    answers = score_layers(model, items)  # of the last layer some modules run on the supervised rows alone
     torch.testing.assert_close(torch.tensor(answers.values), torch.tensor(expected["answer"]), atol=1e-4, rtol=0)
     assert sweep.plan(model, items).cut == CUT.get(family, _CUT)
 
 
 def test_memory_bound_changes_nothing() -> None:
     model, items = tiny_models.model(), tiny_models.items(3)
-    whole = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, quiet=True)
-    parts = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, sweep_tokens=7, quiet=True)
+    whole = score_layers(model, items, loss="all", losses=layer_masking.LOSSES)
+    parts = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, sweep_tokens=7)
     for name in whole.profiles:
         torch.testing.assert_close(torch.tensor(parts.profiles[name].values), torch.tensor(whole.profiles[name].values), atol=1e-5, rtol=0)
 
 
 def test_model_that_cannot_be_swept_is_scored_one_by_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = tiny_models.model(), tiny_models.items(3)
-    expected = score_layers(model, items, quiet=True)
+    expected = score_layers(model, items)
 
     def broken(*given: object) -> torch.Tensor:
         raise RuntimeError("shapes do not broadcast")
 
     monkeypatch.setattr(sweep._Wavefront, "_run", broken)
-    scores = score_layers(model, items, quiet=True)
+    scores = score_layers(model, items)
     assert "one forward a layer" in scores.notes[0]
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(expected.values), atol=1e-5, rtol=0)
 
@@ -103,7 +103,7 @@ def test_model_is_left_as_it_was() -> None:
     model = tiny_models.model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    score_layers(model, tiny_models.items(2), quiet=True)
+    score_layers(model, tiny_models.items(2))
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -112,17 +112,17 @@ def test_model_is_left_as_it_was() -> None:
 def test_journal_resumes_to_the_same_bits(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = tiny_models.model(), tiny_models.items(9)
     path = tmp_path / "journal"
-    whole = score_layers(model, items, sweep_tokens=240, quiet=True, journal=path)
+    whole = score_layers(model, items, sweep_tokens=240, journal=path)
     lines = path.read_text().splitlines(keepends=True)
     assert 1 + 3 < len(lines) < 1 + len(items), "items were not packed, or all into one pack"
     path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third pack's line
     measured = []
     measure = layer_masking.measure
     monkeypatch.setattr(layer_masking, "measure", lambda *given: measured.append(given) or measure(*given))
-    resumed = score_layers(model, items, sweep_tokens=240, quiet=True, journal=path)
+    resumed = score_layers(model, items, sweep_tokens=240, journal=path)
     assert resumed.profiles == whole.profiles and len(measured) == len(lines) - 3
     for others in ((model, tiny_models.items(9, seed=8)), (tiny_models.model(seed=4), items)):
-        again = score_layers(*others, sweep_tokens=240, quiet=True, journal=path)
+        again = score_layers(*others, sweep_tokens=240, journal=path)
         assert again.profiles != whole.profiles, "another probe's or model's rows were taken"
 
 
@@ -155,7 +155,7 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
 def test_family_that_differs_from_the_others(family: str, cut: tuple[str, ...] | None) -> None:
     model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY), tiny_models.items(3)
     assert sweep.plan(model, items).cut == cut
-    scores = score_layers(model, items, quiet=True)
+    scores = score_layers(model, items)
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)
 
 
@@ -166,13 +166,13 @@ def test_family_that_leaks_across_documents_takes_one_item_a_row(family: str, sw
     model, items = tiny_models.model(family, **changes.get(family, {})), tiny_models.items(4)
     planned = sweep.plan(model, items)
     assert (planned.swept, planned.pack) == (swept, 0)
-    scores = score_layers(model, items, quiet=True)
+    scores = score_layers(model, items)
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)
     assert len(scores.notes) == (not swept)
 
 
 def test_scores_round_trip(tmp_path) -> None:
-    scores = score_layers(tiny_models.model(), tiny_models.items(3), quiet=True)
+    scores = score_layers(tiny_models.model(), tiny_models.items(3))
     scores.save(tmp_path / "scores.json")
     loaded = LayerScores.load(tmp_path / "scores.json")
     assert loaded == scores and torch.equal(loaded.per_item["answer"].sums, scores.per_item["answer"].sums)
@@ -185,7 +185,7 @@ def test_scores_round_trip(tmp_path) -> None:
 
 def test_interval_covers_and_narrows() -> None:
     model, items = tiny_models.model(), tiny_models.items(40)
-    few, many = score_layers(model, items[:5], quiet=True), score_layers(model, items, quiet=True)
+    few, many = score_layers(model, items[:5]), score_layers(model, items)
     for layer in range(4):
         assert few.low[layer] <= few.values[layer] <= few.high[layer]
         assert many.high[layer] - many.low[layer] < few.high[layer] - few.low[layer]
@@ -198,7 +198,7 @@ def test_unknown_method_or_loss(change: dict[str, str]) -> None:
 
 
 def test_selection() -> None:
-    scores = score_layers(tiny_models.model(num_hidden_layers=6), tiny_models.items(6), loss="kl", quiet=True)
+    scores = score_layers(tiny_models.model(num_hidden_layers=6), tiny_models.items(6), loss="kl")
     order = sorted(range(6), key=lambda layer: scores.values[layer])
     assert select_layers(scores, 2) == sorted(order[:2])
     assert select_layers(scores, 3, "uniform") == [1, 3, 5]

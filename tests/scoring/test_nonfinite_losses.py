@@ -26,17 +26,17 @@ def broken(value: float, name: str = "model.layers.2.mlp.up_proj.weight", **chan
 
 
 MEASURES = {
-    "masking": lambda model, items: score_layers(model, items, quiet=True),
-    "kl": lambda model, items: score_layers(model, items, loss="kl", quiet=True),
-    "race": lambda model, items: score_layers(model, items, race=Race(1, first=8), quiet=True),
+    "masking": lambda model, items: score_layers(model, items),
+    "kl": lambda model, items: score_layers(model, items, loss="kl"),
+    "race": lambda model, items: score_layers(model, items, race=Race(1, first=8)),
     **{
-        method: lambda model, items, method=method: score_layers(model, items, method, quiet=True)
+        method: lambda model, items, method=method: score_layers(model, items, method)
         for method in ("gate", "cumulative", "rank", "fisher", "block_influence")
     },
-    "units": lambda model, items: mask_units(model, items, quiet=True),
-    "importance": lambda model, items: score_units(expand_model(model, [1]), items, Units.of(expand_model(model, [1])), quiet=True),
-    "first importance": lambda model, items: first_importance(expand_model(model, [1]), items, quiet=True),
-    "evaluation": lambda model, items: evaluate(model, EvaluationCorpus("general", tuple(items)), None, quiet=True),
+    "units": lambda model, items: mask_units(model, items),
+    "importance": lambda model, items: score_units(expand_model(model, [1]), items, Units.of(expand_model(model, [1]))),
+    "first importance": lambda model, items: first_importance(expand_model(model, [1]), items),
+    "evaluation": lambda model, items: evaluate(model, EvaluationCorpus("general", tuple(items)), None),
 }
 
 
@@ -54,7 +54,7 @@ def test_the_item_that_overflows_is_named_and_the_dtype():
         model.get_input_embeddings().weight[rare] = 65000
         decoder_layers(model)[0].mlp.down_proj.weight *= 500
     with pytest.raises(InputError, match="item 2 is not finite: its weights are finite, but float16 overflows above 65504: take dtype"):
-        score_layers(model, items, quiet=True)
+        score_layers(model, items)
 
 
 def gated(monkeypatch, dead: int = 2):
@@ -77,13 +77,13 @@ def gated(monkeypatch, dead: int = 2):
 
 def test_a_layer_without_which_no_loss_is_left_ranks_above_all_others(monkeypatch, tmp_path):
     model, items = gated(monkeypatch), tiny_models.items(8)
-    scores = score_layers(model, items, losses=("kl", "all"), domain=items[:4], journal=tmp_path / "journal", quiet=True)
+    scores = score_layers(model, items, losses=("kl", "all"), domain=items[:4], journal=tmp_path / "journal")
     plain = {layer: scores.values[layer] for layer in (0, 1, 3)}
     assert scores.values[2] == scores.low[2] == scores.high[2] == math.inf and all(map(math.isfinite, plain.values()))
     assert all(profile.values[2] == math.inf for profile in scores.profiles.values())
     assert any("without layer 2 the loss (answer) of 8 of 8 items is not finite" in note for note in scores.notes)
     assert select_layers(scores, 3) == [0, 1, 3]
-    assert score_layers(model, items, losses=("kl", "all"), journal=tmp_path / "journal", quiet=True).values == scores.values
+    assert score_layers(model, items, losses=("kl", "all"), journal=tmp_path / "journal").values == scores.values
     assert "NaN" not in (tmp_path / "journal").read_text() and "Infinity" not in (tmp_path / "journal").read_text()
     stability = selection_stability(scores, [0, 1, 3])
     assert stability["sizes"][-1]["same"] == 1.0
@@ -101,14 +101,14 @@ def test_a_layer_without_which_no_loss_is_left_ranks_above_all_others(monkeypatc
 
 def test_a_race_drops_such_a_layer(monkeypatch):
     model, items = gated(monkeypatch), tiny_models.items(40)
-    whole = score_layers(model, items, quiet=True)
-    raced = score_layers(model, items, race=Race(1, regret=0.0, first=8), quiet=True)
+    whole = score_layers(model, items)
+    raced = score_layers(model, items, race=Race(1, regret=0.0, first=8))
     assert raced.certificate["layers"] == select_layers(whole, 1)
     assert raced.certificate["measured_items"][2] <= 10 and raced.values[2] == math.inf
 
 
 def test_units_without_which_no_loss_is_left(monkeypatch):
-    scores = mask_units(gated(monkeypatch), tiny_models.items(3), layers=[2], quiet=True)
+    scores = mask_units(gated(monkeypatch), tiny_models.items(3), layers=[2])
     found = dict(zip(scores.kinds, scores.values, strict=True))
     assert math.isfinite(found["self_attn.o_proj"]) and all(not math.isnan(value) for value in (*scores.low, *scores.high))
 

@@ -147,9 +147,9 @@ def test_an_item_counts_for_the_layers_that_were_measured_on_it() -> None:
 def test_scores_of_a_race(tmp_path) -> None:
     model, items = tiny_models.model(num_hidden_layers=6), tiny_models.items(60)
     setting = Race(k=2, regret=0.3, first=8)
-    exact = score_layers(model, items, quiet=True)
+    exact = score_layers(model, items)
     journal = tmp_path / "journal"
-    scores = score_layers(model, items, race=setting, seed=3, quiet=True, journal=journal)
+    scores = score_layers(model, items, race=setting, seed=3, journal=journal)
     proof = scores.certificate
     chosen = select_layers(scores, 2)
     regret = sum(exact.values[layer] for layer in chosen) - sum(sorted(exact.values)[:2])
@@ -164,7 +164,7 @@ def test_scores_of_a_race(tmp_path) -> None:
     assert LayerScores.load(tmp_path / "scores.json") == scores
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]))
-    again = score_layers(model, items, race=setting, seed=3, quiet=True, journal=journal)
+    again = score_layers(model, items, race=setting, seed=3, journal=journal)
     assert again.profiles == scores.profiles and again.certificate == proof
     for k, placement in ((3, "lowest"), (2, "lowest_per_band")):
         with pytest.raises(InputError, match="race for the 2 lowest"):
@@ -187,8 +187,8 @@ def test_settings_that_cannot_be(change: dict) -> None:
 
 def test_copies_are_no_candidates_and_a_race_bounds_the_regret_among_the_others() -> None:
     model, items = expand_model(tiny_models.model(num_hidden_layers=6), [1, 3]), tiny_models.items(60)
-    exact = score_layers(model, items, quiet=True)
-    scores = score_layers(model, items, race=Race(k=2, regret=0.2, first=8), quiet=True)
+    exact = score_layers(model, items)
+    scores = score_layers(model, items, race=Race(k=2, regret=0.2, first=8))
     proof, chosen = scores.certificate, select_layers(scores, 2)
     assert scores.candidates == [0, 1, 3, 4, 6, 7] and chosen == proof["layers"] and not {2, 5} & {*chosen, *proof["undecided"]}
     regret = sum(exact.values[layer] for layer in chosen) - sum(sorted(exact.values[layer] for layer in scores.candidates)[:2])
@@ -201,7 +201,7 @@ def test_copies_are_no_candidates_and_a_race_bounds_the_regret_among_the_others(
     with pytest.raises(InputError, match="from 1 to 6, the number"):
         select_layers(exact, 7)
     with pytest.raises(InputError, match="^k must be a whole number from 1 to 5"):
-        score_layers(model, items, race=Race(k=6), quiet=True)
+        score_layers(model, items, race=Race(k=6))
 
 
 def test_a_race_measures_one_loss_by_masking() -> None:

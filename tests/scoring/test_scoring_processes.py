@@ -64,10 +64,10 @@ def test_two_processes_give_what_one_gives(on_two: tuple[Path, subprocess.Comple
     folder, _ = on_two
     model, items = tiny_models.model(num_hidden_layers=6), tiny_models.items(40)
     alone = {
-        "whole": score_layers(model, items, losses=("kl",), quiet=True),
-        "raced": score_layers(model, items, race=Race(k=2, regret=0.3, first=8), quiet=True),
-        "fisher": score_layers(model, items, "fisher", quiet=True),
-        "units": mask_units(model, items, "head", layers=[1, 4], quiet=True),
+        "whole": score_layers(model, items, losses=("kl",)),
+        "raced": score_layers(model, items, race=Race(k=2, regret=0.3, first=8)),
+        "fisher": score_layers(model, items, "fisher"),
+        "units": mask_units(model, items, "head", layers=[1, 4]),
     }
     for name, expected in alone.items():
         both = [type(expected).load(folder / f"{name}-{rank}.json") for rank in range(2)]

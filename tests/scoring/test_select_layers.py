@@ -27,7 +27,7 @@ CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}
 def scored() -> tuple[torch.nn.Module, LayerScores]:
     model = tiny_models.model(**CHANGES)
     domain = tiny_models.items(7, seed=5)
-    return model, score_layers(model, tiny_models.items(20), loss="kl", domain=domain, quiet=True)
+    return model, score_layers(model, tiny_models.items(20), loss="kl", domain=domain)
 
 
 def made(sums: torch.Tensor, method: str = "masking", loss: str = "answer", other: torch.Tensor | None = None) -> LayerScores:
@@ -74,7 +74,7 @@ def test_budget_of_a_model_with_copies_counts_it_as_it_is() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     first = expand_model(tiny_models.model(**CHANGES), [1, 4])
-    scores = score_layers(first, tiny_models.items(8), quiet=True)
+    scores = score_layers(first, tiny_models.items(8))
     assert scores.copies == (2, 6) and scores.candidates == [0, 1, 3, 4, 5, 7]
     ids = torch.randint(3, tiny_models.VOCABULARY, (16, 2))
 
@@ -122,17 +122,17 @@ def test_budget_takes_as_many_layers_as_it_allows(scored: tuple) -> None:
 
 def test_domain_is_a_profile_of_its_own_items(scored: tuple, tmp_path) -> None:
     model, scores = scored
-    alone = score_layers(model, tiny_models.items(7, seed=5), loss="all", quiet=True)
+    alone = score_layers(model, tiny_models.items(7, seed=5), loss="all")
     torch.testing.assert_close(torch.tensor(scores.profiles["domain"].values), torch.tensor(alone.values), atol=1e-6, rtol=0)
     assert scores.profiles["domain"].base_loss == pytest.approx(alone.base_loss)
     scores.save(tmp_path / "scores.json")
     assert LayerScores.load(tmp_path / "scores.json") == scores
-    cheap = score_layers(model, tiny_models.items(3), "block_influence", domain=tiny_models.items(2, seed=5), quiet=True)
+    cheap = score_layers(model, tiny_models.items(3), "block_influence", domain=tiny_models.items(2, seed=5))
     assert set(cheap.profiles) == {"hidden", "domain"}
 
 
 def test_methods_that_are_no_plain_means_are_resampled_by_their_own_statistic() -> None:
-    several = [score_layers(tiny_models.model(**CHANGES), tiny_models.items(6), method, quiet=True) for method in ("rank", "cumulative")]
+    several = [score_layers(tiny_models.model(**CHANGES), tiny_models.items(6), method) for method in ("rank", "cumulative")]
     found = compare_scores(several)
     assert 0 < found["low"][0][1] <= found["spearman"][0][1] <= found["high"][0][1] <= 1
     means = torch.tensor([[100.0, 1.0], [1.0, 2.0], [2.0, 3.0]]).double()  # by their mean layers 1 and 2 are the lowest
@@ -230,7 +230,7 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     said: list[str] = []
     loaded, load_model = [], checkpoint.load_model
     monkeypatch.setattr(checkpoint, "load_model", lambda *given, **how: loaded.append(given) or load_model(*given, **how))
-    work = Workspace(load(None, given), said.append, quiet=True)
+    work = Workspace(load(None, given), said.append)
     with work.held():
         scores = STAGES["score"](work)
         assert len(loaded) == 1, "layers, two cheap methods and units are measured on one model"
@@ -253,7 +253,7 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
         STAGES["score"](work)
     assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before, "written again although nothing is new"
     with pytest.raises(InputError, match="a race is for a given number of layers"):
-        STAGES["score"](Workspace(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append, quiet=True))
+        STAGES["score"](Workspace(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append))
 
 
 def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_it_begins(tmp_path: Path) -> None:
@@ -261,14 +261,14 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", f"probe={tmp_path / 'probe.jsonl'}"]
-    race = Workspace(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)), quiet=True)
+    race = Workspace(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)))
     with pytest.raises(InputError, match="^expand.k must be a whole number from 1 to 5"), race.held():
         STAGES["score"](race)
     assert not (tmp_path / "out").exists(), "something was measured first"
     said: list[str] = []
 
     def work(*choice: str) -> Workspace:
-        return Workspace(load(None, [*given, "score.method=fisher", *choice], ("model_name_or_path",)), said.append, quiet=True)
+        return Workspace(load(None, [*given, "score.method=fisher", *choice], ("model_name_or_path",)), said.append)
 
     for choice in (["expand.k=6"], ["expand.k=2", "expand.placement=uniform"]):
         with work(*choice).held():
@@ -292,7 +292,7 @@ def test_a_second_expansion_copies_layers_that_are_no_copies(tmp_path: Path, how
     def expanded(model: str, output: str, *more: str) -> tuple[AdeptConfig, list[str]]:
         said: list[str] = []
         places = [f"model_name_or_path={tmp_path / model}", f"output_dir={tmp_path / output}"]
-        work = Workspace(load(None, [*given, *places, *more], ("model_name_or_path",)), said.append, quiet=True)
+        work = Workspace(load(None, [*given, *places, *more], ("model_name_or_path",)), said.append)
         with work.held():
             STAGES["score"](work)
             return STAGES["expand"](work), said

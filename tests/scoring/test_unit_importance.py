@@ -111,8 +111,8 @@ def test_fisher_is_the_mean_of_squared_sequence_gradients(monkeypatch: pytest.Mo
         for item in items
     ]
     parameters = {key: parameter.detach() for key, parameter in tiny_models.model(**make).named_parameters()}
-    found, corpus = sequence_sums(model, items, dims, quiet=True), parameter_sums(model, items, dims, quiet=True)
-    again = sequence_sums(model, items, dims, quiet=True)
+    found, corpus = sequence_sums(model, items, dims), parameter_sums(model, items, dims)
+    again = sequence_sums(model, items, dims)
     tokens = sum(item.supervised for item in items)
     for key, dim in found:
         means, theirs = (
@@ -143,8 +143,8 @@ def test_squares_of_batches_are_another_quantity() -> None:
     model, items = tiny_models.model(), tiny_models.items(4)
     dims = dims_of(model, "layers.1.mlp")
     exact = gradients_one_by_one(tiny_models.model(), items, list(dims))
-    found = sequence_sums(model, items, dims, quiet=True, batch=2)
-    single = sequence_sums(model, items, dims, quiet=True)
+    found = sequence_sums(model, items, dims, batch=2)
+    single = sequence_sums(model, items, dims)
     for key, dim in found:
         pairs = [exact[0][key] + exact[1][key], exact[2][key] + exact[3][key]]
         truth = sum(truths(g, g, dim)[0] for g in pairs) / 2
@@ -183,12 +183,12 @@ def state_of(model: nn.Module) -> list:
 def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = tiny_models.model().train(), tiny_models.items(3)
     dims = dims_of(model, "layers.2")
-    expected = sequence_sums(model, items, dims, quiet=True)
+    expected = sequence_sums(model, items, dims)
     model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
     model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
     before, kept = state_of(model), [p.grad.clone() for p in model.parameters() if p.grad is not None]
     rng = torch.get_rng_state()
-    found = sequence_sums(model, items, dims, quiet=True)
+    found = sequence_sums(model, items, dims)
     assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
     calls = itertools.count()
     take = op._Gathered.take
@@ -200,7 +200,7 @@ def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_
 
     monkeypatch.setattr(op._Gathered, "take", failing)
     with pytest.raises(RuntimeError, match="the device is lost"):
-        sequence_sums(model, items, dims, quiet=True)
+        sequence_sums(model, items, dims)
     after = state_of(model)
     assert all(a == b if isinstance(b, bool) else (a[0], a[2]) == (b[0], b[2]) and a[1] is b[1] for a, b in zip(after, before, strict=True))
     assert all(map(torch.equal, kept, (p.grad for p in model.parameters() if p.grad is not None)))
@@ -210,13 +210,13 @@ def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_
 def test_reentrant_checkpointing_is_refused_and_the_other_changes_nothing() -> None:
     model, items = tiny_models.model().train(), tiny_models.items(2)
     dims = dims_of(model, "layers.2")
-    expected = sequence_sums(model, items, dims, quiet=True)
+    expected = sequence_sums(model, items, dims)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = sequence_sums(model, items, dims, quiet=True)
+    found = sequence_sums(model, items, dims)
     assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(InputError, match="reentrant activation checkpointing .*use_reentrant"):
-        sequence_sums(model, items, dims, quiet=True)
+        sequence_sums(model, items, dims)
 
 
 def test_a_gradient_that_comes_in_parts_is_refused() -> None:
@@ -234,14 +234,14 @@ def _expected() -> tuple[nn.Module, dict[str, list[int]], list, dict]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name)
     dims = dims_of(model, "layers.1")
-    return model, dims, items, parameter_sums(model, items, dims, quiet=True)
+    return model, dims, items, parameter_sums(model, items, dims)
 
 
 def _sharded() -> None:
     model, dims, items, expected = _expected()
     wrapped = DistributedDataParallel(model)
     for probed in (wrapped, model):
-        found = parameter_sums(probed, items, dims, quiet=True)
+        found = parameter_sums(probed, items, dims)
         assert all(torch.equal(found[key].fisher, expected[key].fisher) for key in expected)
     ids = torch.arange(9)[None] + 20 * dist.get_rank()
     wrapped(ids, labels=ids).loss.backward()  # still reduces
@@ -252,7 +252,7 @@ def _sharded() -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    found = parameter_sums(model, items, dims, quiet=True)
+    found = parameter_sums(model, items, dims)
     for key, sums in expected.items():
         for kind in ("fisher", "abs_taylor"):
             values = getattr(sums, kind)
@@ -265,7 +265,7 @@ def _shared_out(sharded: nn.Module, items: list) -> None:
     """Three items over two processes; sharded models run them all."""
     model, dims, _, expected = _expected()
     for probed in (model, sharded):
-        found = parameter_sums(probed, items, dims, quiet=True, share=True)
+        found = parameter_sums(probed, items, dims, share=True)
         for key, sums in expected.items():
             for kind in ("fisher", "abs_taylor"):
                 values = getattr(sums, kind)
@@ -276,13 +276,13 @@ def _sharded_experts() -> None:
     """Five experts on two processes: sums by expert and row."""
     model, items, name = tiny_models.model("mixtral", num_local_experts=5), tiny_models.items(2), "model.layers.1.mlp.experts.gate_up_proj"
     dims = {name: (0, (0, 1))}
-    expected = parameter_sums(model, items, dims, quiet=True)
+    expected = parameter_sums(model, items, dims)
     both = expected[name, (0, 1)].abs_taylor.view(5, -1)
     torch.testing.assert_close(both.sum(1), expected[name, 0].abs_taylor, rtol=1e-5, atol=0)
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    found = parameter_sums(model, items, dims, quiet=True)[name, (0, 1)].abs_taylor.view(5, -1)
+    found = parameter_sums(model, items, dims)[name, (0, 1)].abs_taylor.view(5, -1)
     assert float((found - both).abs().max()) <= 1e-5 * float(both.mean())
 
 

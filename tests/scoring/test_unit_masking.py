@@ -67,7 +67,7 @@ def test_units_are_masked_as_by_hand(family: str, changes: dict, granularity: st
     assert sweep.plan(model, items).native == ("head_dim" in changes)
     layers = [0, 2, 3]
     wanted = by_hand(model, items, granularity, layers)
-    found = mask_units(model, items, granularity, layers=layers, losses=("kl",), sweep_tokens=150, quiet=True)
+    found = mask_units(model, items, granularity, layers=layers, losses=("kl",), sweep_tokens=150)
     assert list(zip(found.layers, found.kinds, strict=True)) == list(wanted)
     torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
     assert all(low <= value <= high for value, low, high in zip(found.values, found.low, found.high, strict=True))
@@ -79,7 +79,7 @@ def test_items_of_a_pack_are_kept_apart_in_native_layers(monkeypatch: pytest.Mon
     model, items = tiny_models.model(head_dim=32), tiny_models.items(5)
     calls, own = [], native.attention
     monkeypatch.setattr(native, "attention", lambda *given: calls.append(given[11]) or own(*given))
-    found = mask_units(model, items, layers=[1], quiet=True)
+    found = mask_units(model, items, layers=[1])
     assert max(map(len, calls[-3:])) > 1, "items were not packed"
     wanted = by_hand(model, items, "tensor", [1])
     torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
@@ -87,7 +87,7 @@ def test_items_of_a_pack_are_kept_apart_in_native_layers(monkeypatch: pytest.Mon
 
 def test_family_that_takes_no_batch_of_variants_goes_one_by_one() -> None:
     model, items = tiny_models.model("bloom", n_layer=4, n_head=4), tiny_models.items(2)
-    found = mask_units(model, items, layers=[3], quiet=True)
+    found = mask_units(model, items, layers=[3])
     wanted = by_hand(model, items, "tensor", [3])
     torch.testing.assert_close(torch.tensor(found.values), torch.tensor(list(wanted.values())), atol=1e-5, rtol=1e-4)
 
@@ -95,12 +95,12 @@ def test_family_that_takes_no_batch_of_variants_goes_one_by_one() -> None:
 def test_model_is_left_as_it_was_and_a_killed_call_resumes(tmp_path) -> None:
     model, items = tiny_models.model().train(), tiny_models.items(6)
     path = tmp_path / "journal"
-    whole = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path, quiet=True)
+    whole = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path)
     lines = path.read_text().splitlines(keepends=True)
     assert model.training and len(lines) > 2
     assert all("forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     path.write_text("".join(lines[:2]) + lines[2][:9])
-    resumed = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path, quiet=True)
+    resumed = mask_units(model, items, layers=[1], sweep_tokens=320, journal=path)
     assert resumed.profiles == whole.profiles
     whole.save(tmp_path / "unit_scores.json")
     loaded = UnitScores.load(tmp_path / "unit_scores.json")
@@ -111,7 +111,7 @@ def test_model_is_left_as_it_was_and_a_killed_call_resumes(tmp_path) -> None:
 def test_weights_that_are_read_without_a_call_are_masked_too(family: str, module: str) -> None:
     model, items = tiny_families.model(family).train(), [in_small_vocabulary(item) for item in tiny_models.items(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = mask_units(model, items, layers=[0, 2], quiet=True)
+    found = mask_units(model, items, layers=[0, 2])
     assert model.training and all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     values = dict(zip(zip(found.layers, found.kinds, strict=True), found.values, strict=True))
     model.eval()
@@ -132,7 +132,7 @@ def in_small_vocabulary(item: Item) -> Item:
 
 def test_heads_of_a_state_space_model_are_masked_as_by_hand() -> None:
     model, items = tiny_families.model("mamba2"), [in_small_vocabulary(item) for item in tiny_models.items(3)]
-    found = mask_units(model, items, "head", layers=[1], quiet=True)
+    found = mask_units(model, items, "head", layers=[1])
     assert len(found.values) == model.config.num_heads == 8
     tokens, base, weight = sum(item.supervised for item in items), sum(losses(model, items)), decoder_layers(model)[1].mixer.out_proj.weight
     kept = weight.detach().clone()
@@ -149,7 +149,7 @@ def test_a_module_that_takes_no_part_loses_nothing_and_the_model_is_left_as_it_w
     model = tiny_models.model().train()
     spare = decoder_layers(model)[1].spare = torch.nn.Linear(3, 3)
     before = spare.weight.clone()
-    found = mask_units(model, tiny_models.items(2), layers=[1], quiet=True)
+    found = mask_units(model, tiny_models.items(2), layers=[1])
     values = dict(zip(found.kinds, found.values, strict=True))
     assert values.pop("spare") == pytest.approx(0, abs=1e-6) and min(map(abs, values.values())) > 1e-6 and spare.weight.equal(before)
     assert model.training and all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
@@ -162,12 +162,12 @@ def test_cost_is_known_and_what_is_wrong_refused() -> None:
     refused = (({"granularity": "neuron"}, "one of tensor, head"), ({"layers": [4]}, "from 0 to 3"), ({"loss": "x"}, "loss must be"))
     for wrong, message in refused:
         with pytest.raises(InputError, match=message):
-            mask_units(model, tiny_models.items(2), quiet=True, **wrong)
+            mask_units(model, tiny_models.items(2), **wrong)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 def test_picture_has_a_place_for_each_unit(granularity: str) -> None:
-    found = mask_units(tiny_models.model(), tiny_models.items(3), granularity, quiet=True)
+    found = mask_units(tiny_models.model(), tiny_models.items(3), granularity)
     axes = unit_profile(vars(found) | {"profiles": {name: vars(profile) for name, profile in found.profiles.items()}}).axes[0]
     kinds = list(dict.fromkeys(found.kinds))
     assert [label.get_text() for label in axes.get_yticklabels()] == kinds

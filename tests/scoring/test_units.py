@@ -61,7 +61,7 @@ def test_importance_is_the_formula_in_fp64(granularity: str) -> None:
     """mean |theta g|, g of the token-weighted corpus loss; mean over units of E over sequences of g^2."""
     model, items = expanded("phi3"), tiny_models.items(4)
     units = Units.of(model, granularity)
-    found = score_units(model, items, units, quiet=True)
+    found = score_units(model, items, units)
     twin = expanded("phi3").double()
     parameters = {name: twin.get_parameter(name) for name in units.slices}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -89,7 +89,7 @@ def test_importance_leaves_gradients_rng_and_modes_alone() -> None:
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     required = [parameter.requires_grad for parameter in model.parameters()]
     state = torch.get_rng_state()
-    score_units(model, tiny_models.items(3), Units.of(model), quiet=True)
+    score_units(model, tiny_models.items(3), Units.of(model))
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert required == [parameter.requires_grad for parameter in model.parameters()]
     after = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -99,16 +99,16 @@ def test_importance_leaves_gradients_rng_and_modes_alone() -> None:
 def test_gradient_checkpointing_changes_no_importance() -> None:
     model, items = expanded().train(), tiny_models.items(3)
     units = Units.of(model)
-    expected = score_units(model, items, units, quiet=True)
+    expected = score_units(model, items, units)
     model.gradient_checkpointing_enable()
-    assert torch.equal(score_units(model, items, units, quiet=True).abs_taylor, expected.abs_taylor) and model.training
+    assert torch.equal(score_units(model, items, units).abs_taylor, expected.abs_taylor) and model.training
 
 
 def test_a_silent_copy_has_no_signal_and_its_source_gives_the_first_rates() -> None:
     model, items = expanded(trained=False), tiny_models.items(3)
     units = Units.of(model)
-    assert not score_units(model, items, units, quiet=True).abs_taylor.any()
-    first = unit_importance(units, first_importance(model, items, quiet=True))
+    assert not score_units(model, items, units).abs_taylor.any()
+    first = unit_importance(units, first_importance(model, items))
     assert bool((first.abs_taylor > 0).all()) and len(unit_rates(first).unique()) > 1
 
 

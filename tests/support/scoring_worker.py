@@ -53,13 +53,13 @@ if __name__ == "__main__":
     folder, settings, rank = Path(sys.argv[1]), sys.argv[2:], distributed.rank()
     model, items = tiny_models.model(num_hidden_layers=6), tiny_models.items(40)
     found = {
-        "whole": score_layers(model, items, losses=("kl",), quiet=True, journal=folder / "journal"),
-        "raced": score_layers(model, items, race=Race(k=2, regret=0.3, first=8), quiet=True),
-        "fisher": score_layers(model, items, "fisher", quiet=True),
-        "units": mask_units(model, items, "head", layers=[1, 4], quiet=True, journal=folder / "units"),
+        "whole": score_layers(model, items, losses=("kl",), journal=folder / "journal"),
+        "raced": score_layers(model, items, race=Race(k=2, regret=0.3, first=8)),
+        "fisher": score_layers(model, items, "fisher"),
+        "units": mask_units(model, items, "head", layers=[1, 4], journal=folder / "units"),
     }
     with pytest.raises(InputError, match="^items, plan of what is scored: not the same in all processes"):
-        score_layers(model, items[rank:], sweep_tokens=256 + rank, quiet=True)
+        score_layers(model, items[rank:], sweep_tokens=256 + rank)
     for name, scores in found.items():
         scores.save(folder / f"{name}-{rank}.json")
     written = Written(folder / "two")

@@ -93,7 +93,7 @@ def trained(
         **(held if units != "tensor" else {}),  # its runs are plain
         **(adept or {}),
     }
-    callback = AdeptCallback(tiny_models.items(5), units, log=log, quiet=True, **options)
+    callback = AdeptCallback(tiny_models.items(5), units, log=log, **options)
     given = {
         "max_steps": 20,
         "per_device_train_batch_size": GLOBAL_BATCH // world,
@@ -251,7 +251,7 @@ def method_recipe(folder: Path, output: str, method: str) -> Recipe:
 
 
 def tune_by(folder: Path, output: str, method: str) -> None:
-    STAGES["tune"](Workspace(method_recipe(folder, output, method), lambda line: None, quiet=True))
+    STAGES["tune"](Workspace(method_recipe(folder, output, method), lambda line: None))
 
 
 def tune_by_all(folder: Path, methods: Sequence[str]) -> None:

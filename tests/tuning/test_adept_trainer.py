@@ -57,7 +57,7 @@ class Stop(TrainerCallback):
 def train(folder: Path, adept: dict | None = None, resume: str | None = None, stop: int = 0, dtype=torch.float32, dropout=0.0, **changes):
     model = expand_model(tiny_models.model("llama", dtype=dtype, attention_dropout=dropout), [0, 2])
     log = TrainerLog(folder / "log.jsonl")
-    callback = AdeptCallback(tiny_models.items(3), **{"refresh_steps": 2, "log": log, "quiet": True, **(adept or {})})
+    callback = AdeptCallback(tiny_models.items(3), **{"refresh_steps": 2, "log": log, **(adept or {})})
     trainer = AdeptTrainer(model, arguments(folder / "work", **changes), adept=callback, train_dataset=blocks())
     if stop:
         trainer.add_callback(Stop(stop))
@@ -98,7 +98,7 @@ def test_only_copies_change_and_every_unit_has_its_rate(tmp_path: Path) -> None:
 
 def test_first_importances_that_are_given_are_taken(tmp_path: Path) -> None:
     own = train(tmp_path / "own", max_steps=1)[2]
-    sums = first_importance(expand_model(tiny_models.model(), [0, 2]), tiny_models.items(3), quiet=True)
+    sums = first_importance(expand_model(tiny_models.model(), [0, 2]), tiny_models.items(3))
     given = {key: Sums(2 * found.abs_taylor, found.fisher) for key, found in sums.items()}
     doubled = train(tmp_path / "given", {"first": given}, max_steps=1)[2]
     found, expected = (next(entry["importance"] for entry in entries if entry["event"] == "refresh") for entries in (doubled, own))
@@ -161,7 +161,7 @@ def test_a_refresh_changes_nothing_but_the_rates(tmp_path: Path, changes: dict) 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, **CHECKPOINTED}])
 def test_the_callback_changes_nothing_but_the_rates_of_another_trainer(tmp_path: Path, changes: dict) -> None:
     found = []
-    for callbacks in ([], [AdeptCallback(tiny_models.items(3), refresh_steps=1, rate_map=ones, quiet=True)]):
+    for callbacks in ([], [AdeptCallback(tiny_models.items(3), refresh_steps=1, rate_map=ones)]):
         model = expand_model(tiny_models.model(attention_dropout=0.1), [0, 2])
         freeze_original(model)
         args = arguments(tmp_path, **changes)
@@ -195,7 +195,7 @@ def test_any_trainer_takes_the_callback(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)
     log = TrainerLog(tmp_path / "log.jsonl")
-    callback = AdeptCallback(iter(tiny_models.items(2)), units="neuron", refresh_steps=3, log=log, quiet=True)
+    callback = AdeptCallback(iter(tiny_models.items(2)), units="neuron", refresh_steps=3, log=log)
     trainer = Trainer(
         model, arguments(tmp_path), train_dataset=blocks(), callbacks=[callback], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2})
     )
@@ -211,7 +211,7 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
     model = type(causal)(causal.config)
     model.adept_config = causal.adept_config
     freeze_original(model)
-    args, late, early = arguments(tmp_path), *(AdeptCallback(tiny_models.items(2), quiet=True) for _ in range(2))
+    args, late, early = arguments(tmp_path), *(AdeptCallback(tiny_models.items(2)) for _ in range(2))
     made = Trainer(model, args, train_dataset=blocks(), optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2}))
     made.add_callback(late)
     for refused in (made.train, lambda: AdeptTrainer(model, args, adept=early, train_dataset=blocks())):
@@ -222,7 +222,7 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)
-    callback = AdeptCallback(tiny_models.items(2), quiet=True)
+    callback = AdeptCallback(tiny_models.items(2))
     with pytest.raises(InputError, match=r"need adept_fast.AdamW, this Trainer has AdamW|optimizer_cls_and_kwargs"):
         Trainer(model, arguments(tmp_path), train_dataset=blocks(), callbacks=[callback]).train()
     with pytest.raises(InputError, match="optim=adafactor"):

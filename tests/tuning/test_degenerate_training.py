@@ -40,7 +40,7 @@ def trained(folder: Path, supervised: str, fast: bool, **changes: object) -> tup
         logging_nan_inf_filter=not fast, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True,
         **{"per_device_train_batch_size": 1, **IN_ORDER, **changes},
     )  # fmt: skip
-    trainer = AdeptTrainer(model, args, adept=AdeptCallback(tiny_models.items(2), quiet=True), train_dataset=rows(supervised))
+    trainer = AdeptTrainer(model, args, adept=AdeptCallback(tiny_models.items(2)), train_dataset=rows(supervised))
     trainer.train() if fast else StagedTrainer.train(trainer)
     copies = {name: parameter.detach().clone() for name, parameter in trainer._trained().items()}
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -35,11 +35,11 @@ def test_predictions_and_bounds_are_those_of_fp64_gradients(family: str, granula
     model = expanded(family)
     units, meter, exact = Units.of(model, granularity), Meter(ITEMS), copy.deepcopy(model).double().eval()
     exact.set_experts_implementation("eager")  # torch's grouped product takes no fp64
-    first = meter.read(model, units, quiet=True)
+    first = meter.read(model, units)
     assert first.predicted is None and first.rise == 0 and model.training
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     nudge(model, 1e-3)
-    reading = meter.read(model, units, quiet=True)
+    reading = meter.read(model, units)
     tokens = sum(item.supervised for item in ITEMS)
     for item in ITEMS:
         logs = exact(torch.tensor([item.input_ids])).logits[0, :-1].log_softmax(-1)
@@ -60,7 +60,7 @@ def test_predictions_and_bounds_are_those_of_fp64_gradients(family: str, granula
     assert (reading.predicted - predicted).norm() <= 1e-4 * predicted.norm()
     assert (reading.bound - bound).norm() <= 1e-4 * bound.norm()
     assert bool((reading.predicted.abs() <= reading.bound).all())
-    assert abs(reading.loss - corpus_loss(model, ITEMS, quiet=True).mean) <= 1e-5 * reading.loss
+    assert abs(reading.loss - corpus_loss(model, ITEMS).mean) <= 1e-5 * reading.loss
 
 
 def test_the_prediction_nears_the_measured_rise_as_the_change_shrinks() -> None:
@@ -68,9 +68,9 @@ def test_the_prediction_nears_the_measured_rise_as_the_change_shrinks() -> None:
     for size in (4e-3, 1e-3):
         model, meter = expanded().double(), Meter(ITEMS)
         units = Units.of(model, "tensor")
-        meter.read(model, units, quiet=True)
+        meter.read(model, units)
         nudge(model, size)
-        reading = meter.read(model, units, quiet=True)
+        reading = meter.read(model, units)
         errors.append(abs(float(reading.predicted.sum()) - reading.rise) / abs(reading.rise))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.05
 
@@ -132,7 +132,7 @@ def test_each_reading_above_the_limit_halves_the_rates_again() -> None:
     units, scales = Units.of(model, "tensor"), []
     for size, above in ((0, False), (0.3, True), (0, True), (-0.3, False)):
         nudge(model, size)
-        assert (meter.read(model, units, quiet=True).rise > 1e-3) == above
+        assert (meter.read(model, units).rise > 1e-3) == above
         scales.append(meter.scale)
     assert scales == [1, 0.5, 0.25, 0.25] and not meter.stopped
 

@@ -151,7 +151,7 @@ def test_any_trainer_takes_it(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)
     anchor = Anchor(tiny_models.items(4), 1.0, every=1)
-    callback = AdeptCallback(tiny_models.items(2), anchor=anchor, quiet=True)
+    callback = AdeptCallback(tiny_models.items(2), anchor=anchor)
     made = Trainer(model, arguments(tmp_path), train_dataset=blocks(), callbacks=[callback], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2}))
     seen = []
     backward = anchor.backward

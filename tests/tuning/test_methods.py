@@ -37,7 +37,7 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
         ],
     )  # fmt: skip
     said: list[str] = []
-    work = Workspace(recipe, said.append, quiet=True)
+    work = Workspace(recipe, said.append)
     with work.held():
         run_stages(work)
     assert (f"warning: method={method} copies no layers: expand.k has no effect" in said) is not METHODS[method].copies

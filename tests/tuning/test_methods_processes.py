@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
         for output in ("uniform", "uniform-ddp"):
-            STAGES["expand"](Workspace(method_recipe(folder, output, "uniform"), lambda line: None, quiet=True))
+            STAGES["expand"](Workspace(method_recipe(folder, output, "uniform"), lambda line: None))
         for method in METHODS:
             tune_by(folder, method, method)
     in_processes(2, folder, tune_by_all, folder, METHODS)

@@ -68,7 +68,7 @@ def train(folder: Path, bad: tuple[int, ...], kind=AdeptTrainer, model=None, res
     )  # fmt: skip
     log = TrainerLog(folder.parent / f"{folder.name}.jsonl")
     log.path.touch()
-    callback = AdeptCallback(tiny_models.items(3), refresh_steps=100, log=log, quiet=True, **adept)
+    callback = AdeptCallback(tiny_models.items(3), refresh_steps=100, log=log, **adept)
     if kind is AdeptTrainer:
         trainer = AdeptTrainer(model, args, adept=callback, train_dataset=rows(bad), callbacks=[seen])
     else:
@@ -155,7 +155,7 @@ def test_copies_that_are_no_numbers_are_neither_saved_nor_resumed(tmp_path: Path
 
 @pytest.mark.parametrize("skip", [0, 9])
 def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: int) -> None:
-    expand_checkpoint(tiny_models.checkpoint(tmp_path / "base"), tmp_path / "expanded", [1], steering=tiny_models.items(2), quiet=True)
+    expand_checkpoint(tiny_models.checkpoint(tmp_path / "base"), tmp_path / "expanded", [1], steering=tiny_models.items(2))
     load = checkpoint.load_model
 
     def loaded(*args, **kwargs):
@@ -170,7 +170,7 @@ def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest
     ids[40] = BAD
     documents = WeightedDocuments(Documents(ids, np.arange(0, 97, 12)), np.ones(8))
     settings = TuningSettings(block_size=24, skip_nonfinite=skip, training={"max_steps": 4, "per_device_train_batch_size": 1})
-    books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl", say=lambda _: None, quiet=True)
+    books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl", say=lambda _: None)
 
     def tune() -> None:
         tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", documents, tiny_models.items(2), {}, settings, books)

@@ -58,7 +58,7 @@ def under_trl(make: Callable[..., Trainer], rate_map: RateMap) -> tuple[nn.Modul
     model = expand_model(tiny_models.model(), [1, 2])
     freeze_original(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    callback = AdeptCallback(tiny_models.items(2), refresh_steps=2, rate_map=rate_map, quiet=True)
+    callback = AdeptCallback(tiny_models.items(2), refresh_steps=2, rate_map=rate_map)
     if "optimizer_cls_and_kwargs" in inspect.signature(make).parameters:
         optimizer = {"optimizer_cls_and_kwargs": (AdamW, {"lr": 1e-3})}
     else:

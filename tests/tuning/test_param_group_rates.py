@@ -121,7 +121,7 @@ def trained(
         optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], **options)
     log = TrainerLog(folder / "log.jsonl")
     rule = RateRule("mean_preserving", average=average, conflict=True)
-    callbacks = [AdeptCallback(tiny_models.items(3), refresh_steps=2, rate_map=rule, log=log, quiet=True), *([Stop(stop)] if stop else [])]
+    callbacks = [AdeptCallback(tiny_models.items(3), refresh_steps=2, rate_map=rule, log=log), *([Stop(stop)] if stop else [])]
     args = arguments(folder / "work", lr_scheduler_type="cosine", warmup_steps=2)
     trainer = Trainer(model, args, train_dataset=blocks(), callbacks=callbacks, optimizers=(optimizer, None))
     if stop:
@@ -153,7 +153,7 @@ def test_optimizers_without_a_group_for_each_unit_are_refused() -> None:
     heads = Units.of(model, "head")
     with pytest.raises(InputError, match="SGD's groups are not one for each unit"):
         apply_rates(optimizer, model, heads, torch.ones(len(heads)))
-    callback = AdeptCallback(tiny_models.items(1), units, rate_map=RateRule(conflict=True), quiet=True)
+    callback = AdeptCallback(tiny_models.items(1), units, rate_map=RateRule(conflict=True))
     backward(model, 0)
     adagrad = torch.optim.Adagrad(rate_groups(model, units), lr=RATE)
     with pytest.raises(InputError, match="which Adagrad does not keep"):
@@ -171,7 +171,7 @@ def test_row_wise_rates_are_refused() -> None:
 def test_zero_is_told_by_its_parameters_and_its_optimizer() -> None:
     model, _ = made()
     refuse_flattened(model, AdamW(model.parameters()))
-    callback, state = AdeptCallback(tiny_models.items(1), quiet=True), SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback, state = AdeptCallback(tiny_models.items(1)), SimpleNamespace(global_step=0, is_world_process_zero=True)
     optimizer = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
     with pytest.raises(InputError, match="DeepSpeed ZeRO flattens parameters"):
         callback.on_train_begin(None, state, None, model=model, optimizer=SimpleNamespace(optimizer=optimizer))

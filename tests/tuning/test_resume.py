@@ -33,7 +33,6 @@ def made(
         "monitors": {"general": tiny_models.items(2, seed=9)},
         "monitor_steps": 3,
         "meter": Meter(tiny_models.items(2, seed=24), limit=1e-4, action="cut"),
-        "quiet": True,
         **(adept or {}),
     }
     callback = AdeptCallback(tiny_models.items(3), **given)
@@ -267,7 +266,7 @@ def test_a_stock_trainer_with_the_callback_refuses_other_settings_of_it(tmp_path
     def trainer(refresh_steps: int) -> Trainer:
         model = expand_model(tiny_models.model(), [0, 2])
         freeze_original(model)
-        callback = AdeptCallback(tiny_models.items(3), refresh_steps=refresh_steps, quiet=True)
+        callback = AdeptCallback(tiny_models.items(3), refresh_steps=refresh_steps)
         args: TrainingArguments = arguments(tmp_path, max_steps=4)
         return Trainer(model, args, train_dataset=blocks(), callbacks=[callback], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2}))
 

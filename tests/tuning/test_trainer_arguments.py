@@ -40,7 +40,7 @@ def trainer(
     folder: Path, kind: type[AdeptTrainer] = AdeptTrainer, callbacks: tuple[TrainerCallback, ...] = (), **changes: Any
 ) -> AdeptTrainer:
     model = expand_model(tiny_models.model(), [0, 2])
-    adept = AdeptCallback(tiny_models.items(3), refresh_steps=2, quiet=True)
+    adept = AdeptCallback(tiny_models.items(3), refresh_steps=2)
     args = arguments(folder, lr_scheduler_type="constant", **changes)
     return kind(model, args, adept=adept, train_dataset=blocks(), eval_dataset=blocks(), callbacks=list(callbacks))
 
@@ -96,7 +96,7 @@ def test_the_callback_of_a_stock_trainer_says_that_it_cannot_be_made_anew(tmp_pa
     model = expand_model(tiny_models.model(), [0, 2])
     freeze_original(model)
     args = arguments(tmp_path, restore_callback_states_from_checkpoint=True)
-    adept = AdeptCallback(tiny_models.items(3), quiet=True)
+    adept = AdeptCallback(tiny_models.items(3))
     with pytest.raises(InputError, match="restore_callback_states_from_checkpoint"):
         Trainer(model, args, train_dataset=blocks(), callbacks=[adept], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2})).train()
 
@@ -104,7 +104,7 @@ def test_the_callback_of_a_stock_trainer_says_that_it_cannot_be_made_anew(tmp_pa
 def test_a_stock_trainer_that_would_train_the_base_is_refused(tmp_path: Path) -> None:
     for allowed in (False, True):
         model = expand_model(tiny_models.model(), [0, 2])
-        adept = AdeptCallback(tiny_models.items(3), quiet=True, train_original=allowed)
+        adept = AdeptCallback(tiny_models.items(3), train_original=allowed)
         given = {"train_dataset": blocks(), "callbacks": [adept], "optimizer_cls_and_kwargs": (AdamW, {"lr": 1e-2})}
         made = Trainer(model, arguments(tmp_path, max_steps=1), **given)
         before = weights(model)
@@ -130,7 +130,7 @@ def test_the_config_is_saved_and_left_as_it_was(tmp_path: Path, use_cache: bool 
     else:
         model.config.use_cache = use_cache
     args = arguments(tmp_path / "work", max_steps=1)
-    made = AdeptTrainer(model, args, adept=AdeptCallback(tiny_models.items(3), quiet=True), train_dataset=blocks(), eval_dataset=blocks())
+    made = AdeptTrainer(model, args, adept=AdeptCallback(tiny_models.items(3)), train_dataset=blocks(), eval_dataset=blocks())
     made.add_callback(Saves())
     assert vars(model.config).get("use_cache") is use_cache
     made.train()
@@ -178,7 +178,7 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_made(tmp_path: Path, na
     }.get(name) or {name: GIVEN[name]}
     args = arguments(tmp_path / "work", use_cpu=True, **given)
     model = expand_model(tiny_models.model(), [0, 2])
-    adept = {"adept": AdeptCallback(tiny_models.items(3), quiet=True)} if kind is AdeptTrainer else {}
+    adept = {"adept": AdeptCallback(tiny_models.items(3))} if kind is AdeptTrainer else {}
     if name == "gradient_checkpointing" and kind is StagedTrainer:
         StagedTrainer(model, args, train_dataset=blocks())  # of all parameters: each layer's input has a gradient
         return

@@ -61,7 +61,7 @@ def test_conflict_is_the_cosine_of_momentum_and_probe_gradient_in_fp64() -> None
     units = Units.of(model, "neuron")
     random = torch.Generator().manual_seed(3)
     momenta = {name: torch.randn(model.get_parameter(name).shape, generator=random) for name in units.slices}
-    found = score_units(model, items, units, quiet=True, momenta=momenta)
+    found = score_units(model, items, units, momenta=momenta)
     twin = expanded("qwen2").double()
     loss = sum(
         torch.nn.functional.cross_entropy(
@@ -77,7 +77,7 @@ def test_conflict_is_the_cosine_of_momentum_and_probe_gradient_in_fp64() -> None
 
     cosine = products(momenta, gradients) / (products(momenta, momenta) * products(gradients, gradients)).sqrt()
     torch.testing.assert_close(found.conflict, (-cosine).clamp(min=0), rtol=1e-3, atol=1e-5)
-    still = score_units(model, items, units, quiet=True, momenta={name: torch.zeros_like(value) for name, value in momenta.items()})
+    still = score_units(model, items, units, momenta={name: torch.zeros_like(value) for name, value in momenta.items()})
     assert torch.equal(still.conflict, torch.zeros(len(units), dtype=torch.float64)), "no momentum opposes nothing"
     rates, slowed = (RateRule(conflict=conflict).rates(RateRule().spread_out(found), found) for conflict in (False, True))
     opposing = found.conflict > 0

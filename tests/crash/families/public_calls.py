@@ -35,7 +35,7 @@ MODELS = [tiny_models.model(num_hidden_layers=2, **shape) for shape in ({}, WIDE
 EXPANDED = [expand_model(model, [1]) for model in MODELS]
 for _model in EXPANDED:
     freeze_original(_model)
-SCORES = score_layers(MODELS[0], tiny_models.items(2), quiet=True)
+SCORES = score_layers(MODELS[0], tiny_models.items(2))
 BACKENDS = ("cpu", "cpu", "torch")
 NUMBERS = (None, -1, 0, 1, 2, 3, 2.5, float("nan"), float("inf"), True, "2", 2**40, [1])
 NAMES = ("tensor", "head", "neuron", "answer", "kl", "all", "masking", "gate", "fisher", "rank", "", "None", None, 3)
@@ -81,7 +81,7 @@ def layer_scores(draw: random.Random) -> Case:
             options[name] = draw.choice(pool)
 
     def call() -> list[Tensor]:
-        scores = score_layers(MODELS[model], _records(random.Random(seed)), **options, quiet=True)
+        scores = score_layers(MODELS[model], _records(random.Random(seed)), **options)
         return [_numbers(getattr(profile, key)) for profile in scores.profiles.values() for key in ("values", "low", "high")]
 
     return Case(f"score_layers of model {model}, records of {seed}, {options}", call, backend=draw.choice(BACKENDS))
@@ -98,7 +98,7 @@ def unit_scores(draw: random.Random) -> Case:
             changes = {"right": lambda x: x, "short": lambda x: x[:1], "meta": lambda x: x.to("meta"), "other": lambda x: x.flatten()}
             change = changes[momenta]
             given = {name: change(torch.ones_like(EXPANDED[model].get_parameter(name))) for name in units.slices}
-        found = score_units(EXPANDED[model], _records(random.Random(seed)), units, quiet=True, momenta=given)
+        found = score_units(EXPANDED[model], _records(random.Random(seed)), units, momenta=given)
         rates = unit_rates(found)
         optimizer = AdamW([p for p in EXPANDED[model].parameters() if p.requires_grad], lr=1e-3)
         apply_rates(optimizer, EXPANDED[model], units, rates)
@@ -116,7 +116,7 @@ def masked_units(draw: random.Random) -> Case:
             options[name] = draw.choice(pool)
 
     def call() -> list[Tensor]:
-        return [_numbers(mask_units(MODELS[model], _records(random.Random(seed)), **options, quiet=True).values)]
+        return [_numbers(mask_units(MODELS[model], _records(random.Random(seed)), **options).values)]
 
     return Case(f"mask_units of model {model}, records of {seed}, {options}", call, backend=draw.choice(BACKENDS))
 
