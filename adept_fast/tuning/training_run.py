@@ -189,7 +189,7 @@ class _Steps(TrainerCallback):
     """Shows how far training has come."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=args.disable_tqdm)
+        self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=bool(args.disable_tqdm))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
