@@ -86,7 +86,11 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "record": record,
         "inserted": checked("scores.json", lambda: _inserted(record, scores)),
         "measure": measure_of(scores) if scores else None,
-        "costs": checked("trainer_log.jsonl", lambda: list(_costs(scores, log, evaluation))),
+        "costs": [
+            *checked("scores.json", lambda: _scoring_costs(scores or {})),
+            *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
+            *checked("eval.json", lambda: [("Evaluation", duration(seconds))] if is_finite(seconds := (evaluation or {}).get("seconds")) else []),
+        ],
         "recipe": list(flatten(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
@@ -131,10 +135,13 @@ def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> l
     return [(old, new, number(at("values", old)), interval(at("low", old), at("high", old))) for old, new in copies]
 
 
-def _costs(scores: Mapping[str, Any] | None, log: list[dict[str, Any]], evaluation: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    if scores and is_finite(scores.get("seconds")):
-        size = f"{scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens"
-        yield "Scoring", f"{duration(scores['seconds'])} for {size}"
+def _scoring_costs(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not is_finite(scores.get("seconds")):
+        return []
+    return [("Scoring", f"{duration(scores['seconds'])} for {scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens")]
+
+
+def _tuning_costs(log: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     plan = next((entry for entry in reversed(log) if entry.get("event") == "plan"), {})
     speeds = [entry["tokens_per_second"] for entry in log if is_finite(entry.get("tokens_per_second"))]
     end = next((entry for entry in log if entry.get("event") == "end"), {})
@@ -153,8 +160,6 @@ def _costs(scores: Mapping[str, Any] | None, log: list[dict[str, Any]], evaluati
     elif speeds and plan.get("tokens") and plan.get("steps"):
         tokens = plan["tokens"] * done / plan["steps"]
         yield "Tuning time", f"about {duration(tokens / statistics.median(speeds))} (tokens / median tokens/s)"
-    if evaluation and is_finite(evaluation.get("seconds")):
-        yield "Evaluation", duration(evaluation["seconds"])
 
 
 def duration(seconds: float) -> str:
