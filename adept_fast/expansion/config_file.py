@@ -31,7 +31,7 @@ def config_file(source: Mapping[str, Any], config: PretrainedConfig, copied_from
     return content
 
 
-def _change(content: dict[str, Any], before: PretrainedConfig, after: PretrainedConfig) -> None:
+def _change(content: dict[str, Any], before: Any, after: Any) -> None:
     plain = after.to_dict()
     for key in dict.fromkeys([*content, *plain]):
         old, new = getattr(before, key, None), getattr(after, key, None)

@@ -18,6 +18,7 @@ from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, Record, plan_shards, prove_bytes, write_checkpoint
+from adept_fast.models import decoder_layers
 from adept_fast.runtime.input_files import making_sense
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
@@ -105,8 +106,7 @@ def _reopen(written: Path, on_disk: OnDisk) -> OnDisk:
 
 
 def _parameters(on_disk: OnDisk, record: AdeptConfig, layers: Sequence[Layer]) -> dict[str, int]:
-    inside = on_disk.skeleton.get_submodule(on_disk.family.layers)
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in inside]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(on_disk.skeleton)]
     total = sum(parameter.numel() for parameter in on_disk.skeleton.parameters())
     edited = [sizes[layer.template] for layer in layers]
     return {"total": total - sum(sizes) + sum(edited), "trainable": sum(edited[layer] for layer in record.trained)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, record_of
 from adept_fast.checkpoints.digest import identity, kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.data.items import Item
@@ -66,11 +66,12 @@ def expand_checkpoint(
     """
     folder, target = checkpoint.resolve(str(source)), Path(target).expanduser()
     on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
-    earlier = on_disk.skeleton.adept_config = AdeptConfig.find(folder)
+    earlier = AdeptConfig.find(folder)
+    setattr(on_disk.skeleton, KEY, earlier)
     layout = place_copies(layers, on_disk.count, earlier)
     chosen = [layout.sources[index] for index in layout.new]
     with naming_folder(folder):
-        expanded = expand_model(on_disk.skeleton, chosen, initialisation).adept_config
+        expanded = record_of(expand_model(on_disk.skeleton, chosen, initialisation))
         warnings = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
     source_config = read_json(folder / "config.json")
     config = config_file(source_config, on_disk.skeleton.config, chosen)

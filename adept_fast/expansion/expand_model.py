@@ -18,17 +18,7 @@ from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, Inserted, reco
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import initial_values, silent_values
 from adept_fast.expansion.settings import Expand
-from adept_fast.models import (
-    Family,
-    decoder_layers,
-    describe,
-    expanded_config,
-    layer_indices,
-    layers_path,
-    require_causal,
-    same_layers,
-    unwrapped,
-)
+from adept_fast.models import Family, decoder_layers, describe, expanded_config, layer_indices, require_causal, same_layers, unwrapped
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:
@@ -111,21 +101,22 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     layout = place_copies(layers, count, earlier)
     expanded = _build(model, [layout.sources[index] for index in layout.new])
     same_layers(model, expanded, layout.sources)
-    _fill(expanded, model, family.layers, layout)
     after = decoder_layers(expanded)
+    _fill(expanded, model, after, layout)
     for index in layout.new:
         _initialise(after[index], family, layout.sources[index], initialisation, index)
     total = sum(parameter.numel() for parameter in expanded.parameters())
     trainable = sum(parameter.numel() for index in layout.new for parameter in after[index].parameters())
     source = earlier.source if earlier else {"name_or_path": model.config.name_or_path, "identity": "", "num_hidden_layers": count}
-    expanded.adept_config = AdeptConfig(
+    record = AdeptConfig(
         inserted=layout.inserted,
         source=source,
         parameters={"total": total, "trainable": trainable},
         versions=versions(),
         initialisation=initialisation,
     )
-    setattr(expanded.config, KEY, expanded.adept_config.as_dict())
+    setattr(expanded, KEY, record)
+    setattr(expanded.config, KEY, record.as_dict())
     return expanded.eval()
 
 
@@ -140,9 +131,9 @@ def _build(model: PreTrainedModel, chosen: list[int]) -> PreTrainedModel:
     return built
 
 
-def _fill(expanded: PreTrainedModel, model: PreTrainedModel, path: str, layout: Layout) -> None:
+def _fill(expanded: PreTrainedModel, model: PreTrainedModel, after: nn.ModuleList, layout: Layout) -> None:
     """Share the tensors of `model` with `expanded`; the new copies get clones."""
-    before, after = model.get_submodule(path), expanded.get_submodule(path)
+    before = decoder_layers(model)
     pairs = [(after[index], before[source]) for index, source in enumerate(layout.sources)]
     for index, (layer, source) in enumerate(pairs):
         for name, module in layer.named_modules():
@@ -156,8 +147,8 @@ def _fill(expanded: PreTrainedModel, model: PreTrainedModel, path: str, layout: 
 def _take(module: nn.Module, source: nn.Module, copied: bool) -> None:
     for name, tensor in source._parameters.items():
         module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad) if copied and tensor is not None else tensor
-    for name, tensor in source._buffers.items():
-        module._buffers[name] = tensor.clone() if copied and tensor is not None else tensor
+    for name, buffer in source._buffers.items():
+        module._buffers[name] = buffer.clone() if copied and buffer is not None else buffer
 
 
 def _initialise(layer: nn.Module, family: Family, source: int, how: str, index: int) -> None:
@@ -170,7 +161,7 @@ def _initialise(layer: nn.Module, family: Family, source: int, how: str, index: 
 
 def copies(model: PreTrainedModel) -> list[nn.Module]:
     """Return the copies of the last expansion, the ones that are trained, in order."""
-    layers = model.get_submodule(layers_path(model))
+    layers = decoder_layers(model)
     return [layers[index] for index in record_of(model).trained]
 
 

@@ -70,7 +70,7 @@ def merge_copies(
         layers, inserted = _averaged(first, ours, second, theirs, weights), ours.inserted
     else:
         layers, inserted = _stacked(first, ours, second, theirs)
-    merged = {"how": how, "of": [str(a), str(b)], "selections": [dict(ours.selection), dict(theirs.selection)]}
+    merged: dict[str, Any] = {"how": how, "of": [str(a), str(b)], "selections": [dict(ours.selection), dict(theirs.selection)]}
     if how == "average":
         merged["weights"] = [float(weight) for weight in weights]
     record = replace(ours, inserted=inserted, selection={"merged": merged}, inputs={"model": ours.inputs.get("model")})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ DECODED = 4  # tokens
 def random_inputs(model: PreTrainedModel) -> Tensor:
     """Draw token ids [2, 33] from the model's vocabulary, the same ones in each call."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, TOKENS, generator=generator).to(device_of(model))
+    return torch.randint(vocabulary_of(model), TOKENS, generator=generator).to(device_of(model))
 
 
 def verify_expansion(base: PreTrainedModel, expanded: PreTrainedModel, inputs: Tensor | None = None) -> None:
@@ -77,7 +76,8 @@ def compute_logits(model: PreTrainedModel, inputs: Tensor) -> list[tuple[str, Te
         )
         own, model.generation_config = model.generation_config, greedy  # the model's own would add sampling and an end of text
         try:
-            decoded = model.generate(inputs, attention_mask=torch.ones_like(inputs))
+            generate: Any = model.generate
+            decoded = generate(inputs, attention_mask=torch.ones_like(inputs))
         finally:
             model.generation_config = own
         return seen + [("in greedy decoding", logits) for logits in decoded.logits]

@@ -39,10 +39,17 @@ def require_losses(loss: str, losses: Collection[str]) -> None:
 class Masks(Protocol):
     """A model, and `count` parts of it to mask, one at a time. identity: what a journal knows the parts by, beside the model."""
 
-    model: PreTrainedModel
-    plan: SweepPlan
-    count: int
-    identity: Mapping[str, Any]
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def plan(self) -> SweepPlan: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def measure(self, pack: Pack, parts: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
         """Summed losses of each item of a pack, fp64 [items, 1 + parts] by name, the baseline first."""

@@ -63,7 +63,8 @@ def score_layers(
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
     domain = _all_tokens(model, domain)
     copies = record.copies if (record := AdeptConfig.of(model)) else ()
-    started, notes, proof = time.perf_counter(), (), None
+    started, proof = time.perf_counter(), None
+    notes: tuple[str, ...] = ()
     if method in CHEAP:
         loss, per_item = _cheap(model, items, method, loss, wanted)
         if domain:
@@ -92,7 +93,7 @@ def score_layers(
         items=len(items),
         tokens=sum(item.supervised for item in items),
         seconds=time.perf_counter() - started,
-        model=model.config.name_or_path,
+        model=model.config.name_or_path or "",
         notes=notes,
         inputs=dict(inputs or {}),
         certificate=proof,

@@ -129,7 +129,7 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: Sweep
     front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
 
     def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with cut_to(modules[-1], cut, pack.rows.to(hidden.device)):  # for no longer: layers may share modules
+        with cut_to(modules[-1], cut or (), pack.rows.to(hidden.device)):  # for no longer: layers may share modules
             return forward(hidden, *args, **kwargs)
 
     with ExitStack() as stack:
@@ -254,7 +254,8 @@ def _agree_at_length(model: PreTrainedModel, items: Sequence[Item], *plans: Swee
 
 def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
     """Modules of the last layer that need its rows alone: see rows.py."""
-    last, found = decoder_layers(model)[-1], []
+    last = decoder_layers(model)[-1]
+    found: list[str] = []
 
     def trying(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         found.extend(cut_modules(last, lambda: forward(hidden, *args, **kwargs), pack.rows.to(hidden.device)))

@@ -76,7 +76,7 @@ def _gathered(
     at_once: int,
     share: bool = False,
     against: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[tuple[str, Dims], tuple[Tensor, Tensor | None]], dict[tuple[str, Dims], Tensor], int]:
+) -> tuple[dict[tuple[str, Dims], tuple[Tensor, Tensor]], dict[tuple[str, Dims], Tensor], int]:
     """(what GradientSums.read and .against give after one backward for each `at_once` supervised items, the number of backwards)."""
     items = [item for item in items if item.supervised]
     if not items:
@@ -99,12 +99,14 @@ def _gathered(
         return found, sums.against(against or {}), len(batches)
 
 
-def _require_finite(model: PreTrainedModel, losses: Sequence[Tensor], found: Mapping[tuple[str, Dims], tuple], title: str) -> None:
+def _require_finite(
+    model: PreTrainedModel, losses: list[Tensor], found: Mapping[tuple[str, Dims], tuple[Tensor, Tensor]], title: str
+) -> None:
     """Raise InputError for a loss, or a gradient of finite losses, that is not finite. Once a corpus: nothing waits for the device."""
     if losses:
         require_finite(model, torch.stack(losses).cpu(), f"{title}: the loss of item")
     for (name, _), (sums, taylor) in found.items():
-        if not bool(sums.isfinite().all()) or (taylor is not None and not bool(taylor.isfinite().all())):
+        if not bool(sums.isfinite().all() and taylor.isfinite().all()):
             raise InputError(f"{title}: the gradient of {name} is not finite, although the loss is: {likely_cause(model)}")
 
 
@@ -149,9 +151,10 @@ def unit_importance(units: Units, sums: Mapping[tuple[str, Dims], Sums]) -> Unit
     picked = {name: sums[name, cut.dims] for name, cut in units.slices.items()}
     abs_taylor = units.gather({name: entry.abs_taylor for name, entry in picked.items()}) / units.sizes
     fisher = units.gather({name: entry.fisher for name, entry in picked.items()}) / units.sizes
+    compared = {name: entry.against for name, entry in picked.items() if entry.against is not None}
     conflict = None
-    if all(entry.against is not None for entry in picked.values()):
-        both, own, other = (units.gather({name: entry.against[kind] for name, entry in picked.items()}) for kind in range(3))
+    if len(compared) == len(picked):
+        both, own, other = (units.gather({name: terms[kind] for name, terms in compared.items()}) for kind in range(3))
         conflict = (-both / (own * other).sqrt().clamp_min(torch.finfo(both.dtype).tiny)).clamp(0, 1)
     return UnitImportance(units, abs_taylor, fisher, conflict)
 

@@ -151,7 +151,7 @@ def mask_units(
         items=len(items),
         tokens=sum(item.supervised for item in items),
         seconds=time.perf_counter() - started,
-        model=model.config.name_or_path,
+        model=model.config.name_or_path or "",
         inputs=dict(inputs or {}),
         per_item=per_item,
     )
@@ -194,7 +194,7 @@ class UnitMasks:
                     hidden.append(self._masked(pack, modules, outputs, layer, together[start : start + most]))
         return item_losses(self.model, torch.cat(hidden), pack, losses)
 
-    def _masked(self, pack: Pack, modules: Sequence[nn.Module], outputs: Sequence[Any], layer: int, units: Sequence[MaskedUnit]) -> Tensor:
+    def _masked(self, pack: Pack, modules: nn.ModuleList, outputs: Sequence[Any], layer: int, units: Sequence[MaskedUnit]) -> Tensor:
         """Hidden states at pack.rows with each of some units of a layer masked; layers below give what they gave."""
         with ExitStack() as stack:
             for module, output in zip(modules[:layer], outputs, strict=False):
@@ -224,7 +224,8 @@ def _keeping(forward: Any, outputs: list[Any]) -> Any:
 
 def _mask(stack: ExitStack, layer: nn.Module, units: Sequence[MaskedUnit]) -> set[str]:
     """Let `layer` run on a batch of as many copies of its input as there are units, with unit i masked in copy i; who has been called."""
-    own, called = layer.forward, set()
+    own = layer.forward
+    called: set[str] = set()
 
     def spread(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as hooks:  # for no longer: layers may share modules
@@ -262,7 +263,7 @@ def _without_weights(layer: nn.Module, unit: MaskedUnit) -> Callable[..., Any]:
     if unit.stop is None:
         weights = [parameter.data for parameter in module.parameters(recurse=False)]
     else:
-        weights = [module.weight.data.narrow(_inputs(module), unit.start, unit.stop - unit.start)]
+        weights = [module.get_parameter("weight").data.narrow(_inputs(module), unit.start, unit.stop - unit.start)]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         kept = [weight.clone() for weight in weights]

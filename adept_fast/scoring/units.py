@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.errors import InputError
-from adept_fast.models import FUSED_ATTENTION, Part, describe, fused_rows, text_config, unwrapped
+from adept_fast.models import FUSED_ATTENTION, Part, decoder_layers, describe, fused_rows, text_config, unwrapped
 from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.settings.validation import require
@@ -75,7 +75,7 @@ class Units:
         require("granularity", granularity, str, GRANULARITIES)
         model = unwrapped(model)
         record, family, config = record_of(model), describe(model), text_config(model)
-        layers = model.get_submodule(family.layers)
+        layers = decoder_layers(model)
         names: list[tuple[str, str]] = []
         slices: dict[str, Slices] = {}
         gates: set[int] = set()
@@ -95,8 +95,8 @@ class Units:
                         cut.other(own)
             gates |= {int(slices[f"{family.layers}.{layer}.{name}"].unit.flatten()[0]) for name in family.gains[layer]}
         sizes = torch.zeros(len(names), dtype=torch.int64)
-        for name, cut in slices.items():
-            index = cut.unit.flatten()
+        for name, sliced in slices.items():
+            index = sliced.unit.flatten()
             sizes.index_add_(0, index, torch.full_like(index, model.get_parameter(name).numel() // len(index)))
         units = tuple(
             Unit(name, kind, int(size), index in gates) for index, ((name, kind), size) in enumerate(zip(names, sizes, strict=True))

@@ -146,9 +146,10 @@ class GradientSums:
                 gathered.small = None
 
     @torch.no_grad()
-    def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, Dims], tuple[Tensor, Tensor | None]]:
+    def read(self, tokens: int, shared: bool = False) -> dict[tuple[str, Dims], tuple[Tensor, Tensor]]:
         """(name, dimension) -> (sums over all backwards, fp64 [kinds, indices]; sum |theta g| of the running sum / tokens), on the host.
 
+        Without a running sum the second is 0.
         shared: the backwards were shared out over processes, each of which gets the sums over all.
         """
         if shared:
@@ -165,10 +166,9 @@ class GradientSums:
             for dim, sums in gathered.sums.items():
                 keys.append((gathered.name, dim))
                 parts.append(whole_sums(torch.cat([sums, taylor[dim][1:2] / tokens]), gathered.parameter, dim))
-        running = self._gathered[0].running is not None
         flat = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()  # the one wait for a device
         host = [values.view(part.shape) for values, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
-        return {key: (values[:-1], values[-1] if running else None) for key, values in zip(keys, host, strict=True)}
+        return {key: (values[:-1], values[-1]) for key, values in zip(keys, host, strict=True)}
 
     @torch.no_grad()
     def against(self, others: Mapping[str, Tensor]) -> dict[tuple[str, Dims], Tensor]:
