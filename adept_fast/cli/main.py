@@ -152,7 +152,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
         keys = [setting for setting in settings if setting.startswith("output_dir=")]
         target = keys[-1].partition("=")[2] if keys else "comparison"
-        logger.info(f"comparison: {compare([setting for setting in settings if setting not in keys], target, logger.info)}")
+        logger.info(f"comparison: {compare([setting for setting in settings if setting not in keys], target)}")
         return
     from adept_fast.pipeline import recipe
     from adept_fast.pipeline.run import STAGES

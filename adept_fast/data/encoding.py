@@ -8,6 +8,7 @@ What tokenizer and chat template write themselves stays: the begin of a text, th
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections import Counter
@@ -23,6 +24,8 @@ from adept_fast.settings.validation import require
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("text", "tokens")
 MARK = f"\uf8ff{secrets.token_hex(8)}"  # stands in no text
@@ -118,16 +121,16 @@ class Encoder:
         described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}|{self.special_tokens}".encode()
 
-    def news(self, where: str) -> str | None:
-        """One line about control tokens found since the last news, if any."""
+    def warn_of_control_tokens(self, where: str) -> None:
+        """Log one line about the control tokens found since the last one, if any. where: what the texts are for, the line's first words."""
         found, self._told = self.found - self._told, self.found.copy()
         if not found:
-            return None
+            return
         listed = ", ".join(f"{token!r} {count:,} times" for token, count in found.most_common(3))
         more = f" and {len(found) - 3} others" if len(found) > 3 else ""
-        if self.special_tokens == "text":
-            return f"{where}: control tokens stand in the text ({listed}{more}): encoded as plain text; special_tokens=tokens keeps them"
-        return f"{where}: control tokens stand in the text ({listed}{more}): kept as tokens, by special_tokens=tokens"
+        kept = self.special_tokens == "tokens"
+        fate = "kept as tokens, by special_tokens=tokens" if kept else "encoded as plain text; special_tokens=tokens keeps them"
+        logger.warning(f"{where}: control tokens stand in the text ({listed}{more}): {fate}")
 
     def look(self, texts: Iterable[str]) -> None:
         """Count control tokens of texts that are encoded already."""

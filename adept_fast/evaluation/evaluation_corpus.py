@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,20 +15,20 @@ from adept_fast.models.losses import Candidates
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EvaluationCorpus:
     """A tokenised corpus.
 
-    items: the sequences whose loss is measured. candidates, answers: for questions one an item, otherwise empty. notes: a line for each
-    kind of record that was cut or left out.
+    items: the sequences whose loss is measured. candidates, answers: for questions one an item, otherwise empty.
     """
 
     name: str
     items: tuple[Item, ...]
     candidates: tuple[Candidates, ...] = ()
     answers: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def corpus(
@@ -35,7 +36,7 @@ def corpus(
 ) -> EvaluationCorpus:
     """Tokenise records, which are all questions or all texts.
 
-    Texts are cut to `max_length` tokens; longer questions are left out; `notes` counts both. vocabulary: the bound on the ids of records
+    Texts are cut to `max_length` tokens; longer questions are left out; warnings count both. vocabulary: the bound on the ids of records
     that are tokenised already. Raises InputError for a mixture of both, and where nothing is left to evaluate.
     """
     questions = [record for record in records if is_choice(record)]
@@ -50,28 +51,25 @@ def corpus(
             raise InputError(f"{name}: no supervised token within the first {max_length} tokens of its texts")
         longer = sum(len(item.input_ids) > max_length for item in whole)
         unanswered = len(cut) - len(items)
-        notes = (
-            _note(name, longer, len(whole), "texts", f"are longer than {max_length} tokens: the loss is taken on their first {max_length}"),
-            _note(name, unanswered, len(whole), "texts", f"have no supervised token in their first {max_length}: they are left out"),
-        )
-        return EvaluationCorpus(name, tuple(items), notes=tuple(filter(None, notes)))
+        _warn(name, longer, len(whole), "texts", f"are longer than {max_length} tokens: the loss is taken on their first {max_length}")
+        _warn(name, unanswered, len(whole), "texts", f"have no supervised token in their first {max_length}: they are left out")
+        return EvaluationCorpus(name, tuple(items))
     every = [tokenize_choices(record, tokenizer) for record in questions]
     asked = [choices for choices in every if max(len(option.input_ids) for option in choices.options) <= max_length]
     if not asked:
         raise InputError(f"{name}: no question fits in {max_length} tokens")
-    long = _note(name, len(every) - len(asked), len(every), "questions", f"do not fit in {max_length} tokens: they are left out")
+    _warn(name, len(every) - len(asked), len(every), "questions", f"do not fit in {max_length} tokens: they are left out")
     return EvaluationCorpus(
         name,
         tuple(choices.options[choices.answer] for choices in asked),
         tuple(map(_first_difference, asked)),
         tuple(choices.answer for choices in asked),
-        (long,) if long else (),
     )
 
 
-def _note(name: str, count: int, total: int, what: str, fate: str) -> str:
-    """Return a line for the user, or an empty one where `count` is 0."""
-    return f"{name}: {count:,} of {total:,} {what} {fate}" if count else ""
+def _warn(name: str, count: int, total: int, what: str, fate: str) -> None:
+    if count:
+        logger.warning(f"{name}: {count:,} of {total:,} {what} {fate}")
 
 
 def _cut(item: Item, length: int) -> Item:

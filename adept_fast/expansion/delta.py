@@ -27,7 +27,6 @@ def extract_copies(source: str | Path, target: str | Path, *, trust_remote_code:
     Args:
         source: the checkpoint, a folder or hub name.
         target: the folder to write; it must not exist.
-        quiet: show no progress.
         trust_remote_code: as in transformers.
 
     Returns:
@@ -69,7 +68,6 @@ def apply_copies(
         delta: a folder written by `extract_copies`, which has an example.
         target: the folder to write; it must not exist.
         verify: compare every written tensor and the digest of the base; False leaves a note in the record.
-        quiet: show no progress.
         trust_remote_code: as in transformers.
 
     Returns:

@@ -52,7 +52,6 @@ def dial(
         target: the folder to write; it must not exist.
         alpha: 0 gives the base, 1 the tuned model; above 1 extrapolates.
         verify: compare every written tensor and the digest of the base; False leaves a note in the record.
-        quiet: show no progress.
         trust_remote_code: as in transformers.
 
     Returns:

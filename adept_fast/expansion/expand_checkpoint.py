@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,8 @@ from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models import broken_periods, expanded_config
 from adept_fast.runtime.input_files import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def expand_checkpoint(
@@ -50,7 +53,6 @@ def expand_checkpoint(
         initialisation: as in `expand_model`.
         verify: compare every carried tensor, then load source and result in turn and compare their logits (where the initialisation
             is silent). False, for a model that memory cannot hold, leaves a note in the record.
-        quiet: show no progress.
         loading: keyword arguments of `from_pretrained`: dtype, trust_remote_code, attn_implementation.
 
     Returns:
@@ -73,6 +75,8 @@ def expand_checkpoint(
     with naming_folder(folder):
         expanded = record_of(expand_model(on_disk.skeleton, chosen, initialisation))
         warnings = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
+    for line in warnings:
+        logger.warning(line)
     source_config = read_json(folder / "config.json")
     config = config_file(source_config, on_disk.skeleton.config, chosen)
     make = partial(on_disk.copied, how=initialisation)

@@ -41,7 +41,6 @@ def merge_copies(
         how: "average" gives weights[0] * a + weights[1] * b, rounded once from fp64, for copies of the same layers; "stack" puts b's copies
             of a layer after a's, unchanged.
         verify: compare the base in the result bit for bit, load it, and require finite logits.
-        quiet: show no progress.
         loading: keyword arguments of `from_pretrained`.
 
     Returns:

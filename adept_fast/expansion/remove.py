@@ -27,7 +27,6 @@ def remove_copies(
         target: the folder to write; it must not exist.
         copies: the layer indices in `source` of the copies to remove; None removes all.
         verify: compare every written tensor and the digest of the base; False leaves a note in the record.
-        quiet: show no progress.
         trust_remote_code: as in transformers.
 
     Returns:

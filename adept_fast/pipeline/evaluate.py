@@ -28,8 +28,7 @@ def evaluation_corpora(work: Workspace) -> tuple[EvaluationCorpus, EvaluationCor
     if work.recipe.domain or work.recipe.eval.domain:
         records["domain"] = work.corpora.held_out(limit)
     found = {name: corpus(name, each, work.encoder, work.positions, work.vocabulary(each)) for name, each in records.items()}
-    for line in (work.encoder.news("what is evaluated on"), *(note for each in found.values() for note in each.notes)):
-        work.tell(line)
+    work.encoder.warn_of_control_tokens("what is evaluated on")
     return found["general"], found.get("domain"), {name: work.corpora.digest(each) for name, each in records.items()}
 
 

@@ -25,6 +25,8 @@ def expand(work: Workspace) -> AdeptConfig:
     how = selection(work, layers, scores)
     if "shares" in how:
         work.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**how["shares"]))
+    for note in how["notes"]:
+        work.say(note)
     record = expand_checkpoint(
         work.source,
         work.expanded,
@@ -36,8 +38,6 @@ def expand(work: Workspace) -> AdeptConfig:
         inputs=inputs,
         **work.loading,
     )
-    for note in record.selection["notes"]:
-        work.say(note)
     trainable, total = record.parameters["trainable"], record.parameters["total"]
     share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
     work.say(f"{work.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")

@@ -182,7 +182,7 @@ class Workspace:
         records = list(records)
         vocabulary = self.vocabulary(records)
         items = [tokenize_item(record, self.encoder, style, vocabulary) for record in records]
-        self.tell(self.encoder.news("probe"))
+        self.encoder.warn_of_control_tokens("probe")
         fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
         if not fitting:
             raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")

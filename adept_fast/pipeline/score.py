@@ -91,8 +91,6 @@ class Scoring:
         losses = LOSSES if keys.loss is None and keys.regret is None and keys.method == "masking" else ()
         more = {"losses": losses, "domain": self._domain_items(), "race": race(self.work)}
         scores = score_layers(self.model, self.items, keys.method, loss, **more, **how)
-        for note in scores.notes:
-            self.work.say(note)
         if scores.certificate:
             self.work.say(certified(scores.certificate))
         return scores

@@ -59,7 +59,8 @@ def training_text(work: Workspace) -> WeightedDocuments | StreamedText:
     first, shown = (blocks, training.shown) if isinstance(blocks, Blocks) else (blocks.head(2), [0, 1])
     for line in [*table(summaries), *unread, *preview(first, shown, work.tokenizer)]:
         work.say(line)
-    for line in (work.encoder.news("domain"), str(planned), planned.warning, work.recipe.unused):
+    work.encoder.warn_of_control_tokens("domain")
+    for line in (str(planned), planned.warning, work.recipe.unused):
         work.tell(line)
     return text
 
@@ -81,7 +82,7 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     given = {**_of_recipe(inputs), "global batch": batch}
     if isinstance(text, StreamedText):
         given["domain"] = text.settings_digest  # each checkpoint keeps what was read; what was not may be repaired
-    books = Bookkeeping(work.checkpoints, work.log, inputs, given, work.say)
+    books = Bookkeeping(work.checkpoints, work.log, inputs, given)
     if books.last is not None:
         if not books.started.exists():
             raise InputError(f"{work.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
@@ -90,8 +91,6 @@ def tune(work: Workspace, text: WeightedDocuments | StreamedText | None = None) 
     limit = min(work.positions, keys.block_size)
     records = work.corpora.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, work.encoder, limit, work.vocabulary(records))
-    for line in held.notes:
-        work.say(line)
     monitors = {"general": work.items(work.corpora.reporting(keys.max_items)), "domain": held.items}
     with books.nothing_left_by_a_refusal():
         if record is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from adept_fast.tuning.trainer_log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 MEASURED_ON = {
     "model": "another base model",
@@ -69,10 +72,10 @@ class Spread:
         return {"mean": self.mean, "spread": self.spread, "values": list(self.values)}
 
 
-def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[str], None] = lambda line: None) -> Path:
+def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
     """Write compare.json and compare.html of evaluated output_dirs to the folder `target`, and return the page's path.
 
-    Runs whose recipes differ only in the seed share a row. say: receives a line of losses for each row. Raises InputError for a folder
+    Runs whose recipes differ only in the seed share a row. The losses of each row are logged. Raises InputError for a folder
     without a result, fewer than two runs, and runs that were measured on different items.
     """
     runs = [_load(Path(folder).expanduser()) for folder in dict.fromkeys(map(str, folders))]
@@ -105,7 +108,7 @@ def compare(folders: Sequence[str | Path], target: str | Path, say: Callable[[st
     }
     for name, row in rows.items():
         losses = zip(MEASURES[:2], _cells(row), strict=False)
-        say(f"{name}: {', '.join(' '.join(filter(None, (title, *cell))) for (title, *_), cell in losses)} nats per token")
+        logger.info(f"{name}: {', '.join(' '.join(filter(None, (title, *cell))) for (title, *_), cell in losses)} nats per token")
     target = Path(target).expanduser()
     content = {name: details.get(name, {}) | {title: spread.as_dict() for title, spread in row.items()} for name, row in rows.items()}
     write_json(target / "compare.json", {"schema": 1, "rows": content})

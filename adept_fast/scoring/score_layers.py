@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def score_layers(
@@ -86,6 +89,8 @@ def score_layers(
                 with Measuring(masks, domain, ["all"], beside, inputs) as measuring:
                     measuring.measure("scoring the domain")
                     per_item["domain"] = measuring.item_scores("all")
+    for note in notes:
+        logger.warning(note)
     return LayerScores(
         method=method,
         loss=loss,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 
 class AdeptCallback(Monitor, GoesOnByItself):
     """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
@@ -42,7 +45,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
     first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
     anchor: adds a loss that holds the model to its base; its KL is logged.
     meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
-    monitors, monitor_steps (None: each refresh), log, tokens_per_step, say, skip_nonfinite: see Monitor; refreshes are logged too.
+    monitors, monitor_steps (None: each refresh), log, tokens_per_step, skip_nonfinite: see Monitor; refreshes are logged too.
     train_original: let other parameters than the copies train too; without it a Trainer with such parameters is refused.
     The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
     tensor any other one made from `rate_groups`.
@@ -66,13 +69,12 @@ class AdeptCallback(Monitor, GoesOnByItself):
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        say: Callable[[str], None] | None = None,
         skip_nonfinite: int = Tuning.skip_nonfinite,
         train_original: bool = False,
     ) -> None:
         named = {"units": units} if isinstance(units, str) else {}
         check(Tuning, refresh_steps=refresh_steps, skip_nonfinite=skip_nonfinite, **named)
-        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, say, skip_nonfinite, tokenizer)
+        super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
@@ -231,9 +233,9 @@ class AdeptCallback(Monitor, GoesOnByItself):
             self.log.write("forgetting", step, **{f"meter_{key}": value for key, value in content.items()})
         if self.meter.stopped:
             control.should_training_stop = control.should_save = True
-        if self.say and (self.meter.stopped or self.meter.scale < scale):
+        if self.meter.stopped or self.meter.scale < scale:
             action = "training stops" if self.meter.stopped else f"all rates are cut to {self.meter.scale:g} of what they would be"
-            self.say(f"step {step}: general loss rose by {reading.rise:.3f} nats per token, above {self.meter.limit:g}: {action}")
+            logger.warning(f"step {step}: general loss rose by {reading.rise:.3f} nats per token, above {self.meter.limit:g}: {action}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

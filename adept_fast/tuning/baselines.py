@@ -97,7 +97,6 @@ def tune_baseline(
         run.monitor_steps or settings.refresh_steps,
         run.log,
         run.planned.tokens_per_step,
-        books.say,
         settings.skip_nonfinite,
         run.tokenizer,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,15 @@ from adept_fast.tuning.trainer_log import TrainerLog
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 
 class Monitor(TrainerCallback):
-    """Writes steps and held-out losses to the log, and tells the losses. On several processes rank 0 writes and tells.
+    """Writes steps and held-out losses to the log, and losses and skipped steps to the logger "adept_fast". On several processes rank 0
+    writes the log.
 
     monitors: name -> items whose mean loss is taken at the start, every `monitor_steps` and at the end; they steer nothing.
-    log: where losses and steps are written as JSON lines; say: where the monitored losses are told, one line each time.
+    log: where losses and steps are written as JSON lines.
     skip_nonfinite: steps whose loss or gradient is not finite that are skipped, logged and told before the run is stopped, with the text of
     their documents where there is a tokenizer (or the Trainer's processing_class).
     tokens_per_step: for tokens/s, what a callback does itself left out, and peak memory in bytes in the log.
@@ -40,16 +44,15 @@ class Monitor(TrainerCallback):
         monitor_steps: int,
         log: TrainerLog | None = None,
         tokens_per_step: int | None = None,
-        say: Callable[[str], None] | None = None,
         skip_nonfinite: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.nonfinite, self.tokenizer = NonFiniteSteps(skip_nonfinite, say=self._say_all), tokenizer
+        self.nonfinite, self.tokenizer = NonFiniteSteps(skip_nonfinite), tokenizer
         self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
         for name, items in self.monitors.items():
             if not any(item.supervised for item in items):
                 raise InputError(f"monitors: {name} has no item with a supervised token, so no mean loss")
-        self.log, self.tokens_per_step, self.say = log, tokens_per_step, say
+        self.log, self.tokens_per_step = log, tokens_per_step
         self._timed: tuple[float, int] = (0.0, 0)
         self._skipped = False
 
@@ -94,10 +97,6 @@ class Monitor(TrainerCallback):
         if self._skipped and self.log:
             self.log.write("skipped", state.global_step + 1, skipped=self.nonfinite.skipped)
 
-    def _say_all(self, line: str) -> None:
-        if self.say:
-            self.say(line)
-
     def _of_step(self) -> dict[str, float]:
         """What else stands in a step's line."""
         return {}
@@ -106,7 +105,7 @@ class Monitor(TrainerCallback):
         """Leave writing to rank 0; a resumed run's log ends where its checkpoint does, a new run's begins behind an earlier one's."""
         skipped = self.log.count("skipped", state.global_step) if self.log and state.global_step else 0
         if not state.is_world_process_zero:
-            self.log = self.say = None
+            self.log = None
         self.nonfinite.skipped = skipped
         if self.log and state.global_step:
             self.log.cut(state.global_step)
@@ -133,8 +132,7 @@ class Monitor(TrainerCallback):
         losses = {name: _mean_loss(model, items, name) for name, items in self.monitors.items()}
         if self.log:
             self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
-        if self.say:
-            self.say(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
+        logger.info(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
 
 
 def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str) -> float:

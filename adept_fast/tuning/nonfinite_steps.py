@@ -6,6 +6,7 @@ while schedule, data and step number go on. Under a loss scaler infinite gradien
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,17 @@ from adept_fast.runtime.dtensor import local
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 3  # documents of a step in a message, ...
 WORDS = 60  # ... of so many characters each
 
 
 class NonFiniteSteps:
-    """limit: how many steps may be skipped before the run stops, 0 for none. decode: token ids -> text, in
-    messages; say: hears of each."""
+    """limit: how many steps may be skipped before the run stops, 0 for none. decode: token ids -> text, in messages."""
 
-    def __init__(self, limit: int = 0, decode: Callable[[list[int]], str] | None = None, say: Callable[[str], None] | None = None) -> None:
-        self.limit, self.decode, self.say = limit, decode, say
+    def __init__(self, limit: int = 0, decode: Callable[[list[int]], str] | None = None) -> None:
+        self.limit, self.decode = limit, decode
         self.skipped = 0
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
@@ -61,8 +63,7 @@ class NonFiniteSteps:
         if not scaled:
             for parameter in parameters:
                 parameter.grad = None
-        if self.say:
-            self.say(f"{found}: skipped, {self.skipped} of {self.limit} that may be")
+        logger.warning(f"{found}: skipped, {self.skipped} of {self.limit} that may be")
         return True
 
     def _documents(self, batches: Sequence[dict[str, Any]]) -> str:

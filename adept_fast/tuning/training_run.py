@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,18 +45,18 @@ from adept_fast.tuning.tuning_settings import TuningSettings, arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Bookkeeping:
-    """What a run keeps and tells. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
-    inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json;
-    say: hears a line at a time."""
+    """What a run keeps. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
+    inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json."""
 
     work: Path
     log: Path
     inputs: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
-    say: Callable[[str], None] = print
 
     @property
     def started(self) -> Path:
@@ -110,7 +111,7 @@ class Run:
         if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
             collate = default_data_collator
             planned, blocks = plan(corpus, encoder, settings, positions, one_per_row=True)
-            books.say(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+            logger.warning(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
         args = arguments(settings, books.work, planned.steps)
@@ -122,12 +123,12 @@ class Run:
         last = books.last
         if last is not None:
             checkpoint_digests.verify(Path(last))
-            books.say(f"resuming from {Path(last).name}")
+            logger.info(f"resuming from {Path(last).name}")
         log = TrainerLog(books.log)
         if last is None:
             log.require_own()
             if line := warning(compare_pieces(model, blocks), encoder):
-                books.say(line)
+                logger.warning(line)
         return cls(planned, blocks, collate, args, books, log, last, tokenizer)
 
     @property
@@ -143,7 +144,7 @@ class Run:
             position = StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log)
             trainer.add_callback(position)
             for path in position.changed:
-                books.say(f"{path}: changed since, but not where it was read: going on with it as it is now")
+                logger.warning(f"{path}: changed since, but not where it was read: going on with it as it is now")
         if distributed.rank() == 0:
             books.work.mkdir(parents=True, exist_ok=True)
             remove_leftovers(books.work)
@@ -158,11 +159,11 @@ class Run:
         trainer.add_callback(_Steps())
         if done is None or (done < planned.steps and not stopped_in(Path(self.last))):
             trainer.train(resume_from_checkpoint=self.last)
-            if isinstance(self.blocks, Stream) and self.planned.epochs is None and (line := self.blocks.encoder.news("domain")):
-                self.books.say(line)  # else they were counted, and told, before
+            if isinstance(self.blocks, Stream) and self.planned.epochs is None:  # else they were counted, and told, before
+                self.blocks.encoder.warn_of_control_tokens("domain")
             return trainer.run
         if done < planned.steps:
-            books.say(f"{Path(self.last).name}: general loss had passed tune.general_limit there, so training does not go on")
+            logger.warning(f"{Path(self.last).name}: general loss had passed tune.general_limit there, so training does not go on")
         trainer._load_from_checkpoint(self.last)  # killed after the last step
         if distributed.rank() == 0:
             self.log.cut(done)
@@ -174,7 +175,7 @@ class Run:
         if entry["step"] != done or before == now == self.planned.steps:
             return
         course = "" if entry["as_from_the_start"] else ", which is not what as many from the start would have given (tune.extend)"
-        self.books.say(f"going on from step {done:,}: {before:,} steps became {now:,}{course}")
+        logger.info(f"going on from step {done:,}: {before:,} steps became {now:,}{course}")
         if distributed.rank() == 0:
             self.log.cut(done)
             if self.log.planned_steps() != now:

@@ -60,7 +60,6 @@ def tune_checkpoint(
         meter=Meter(metering, settings.general_limit, settings.general_action) if metering else None,
         log=run.log,
         tokens_per_step=run.planned.tokens_per_step,
-        say=books.say,
         skip_nonfinite=settings.skip_nonfinite,
         tokenizer=run.tokenizer,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -145,12 +146,17 @@ def test_what_a_tokenizer_writes_behind_a_text_stands_behind_documents_only() ->
     assert document_tokens(["there", TEXT], closing)[1].tolist() == document_tokens(["there", TEXT], given)[1].tolist()
 
 
-def test_tokens_are_cached_by_what_control_tokens_become(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_cached_by_what_control_tokens_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path))
     given = tokenizer(byte_level)
     encoder = Encoder(given)
     assert tokenize_documents([TEXT], encoder).tokens > tokenize_documents([TEXT], Encoder(given, "tokens")).tokens
+    encoder.warn_of_control_tokens("d")
+    encoder.warn_of_control_tokens("d")  # of none that was not told
     line = "d: control tokens stand in the text ('</s>' 2 times, '<pad>' 1 times, '<s>' 1 times): encoded as plain text; special_tokens="
-    assert encoder.news("d") == f"{line}tokens keeps them" and encoder.news("d") is None
+    assert caplog.messages == [f"{line}tokens keeps them"]
     tokenize_documents([TEXT], encoder)
-    assert encoder.news("d") == f"{line}tokens keeps them", "from the cache too"
+    encoder.warn_of_control_tokens("d")
+    assert caplog.messages == [f"{line}tokens keeps them"] * 2, "from the cache too"

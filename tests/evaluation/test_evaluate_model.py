@@ -60,20 +60,21 @@ def test_questions_and_texts() -> None:
     assert found["domain"]["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5) and found["domain"]["tokens"] == len(losses)
 
 
-def test_texts_are_cut_and_long_questions_left_out_and_both_counted() -> None:
+def test_texts_are_cut_and_long_questions_left_out_and_both_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_models.tokenizer()
     lengths = sorted(max(len(option.input_ids) for option in [*corpus("q", [record], tokenizer, 999).items]) for record in QUESTIONS)
     some = corpus("general", QUESTIONS, tokenizer, lengths[5])
     left, count = len(QUESTIONS) - len(some.items), len(QUESTIONS)
     assert 0 < left < count
-    assert some.notes == (f"general: {left} of {count} questions do not fit in {lengths[5]} tokens: they are left out",)
+    assert caplog.messages == [f"general: {left} of {count} questions do not fit in {lengths[5]} tokens: they are left out"]
+    caplog.clear()
     cut = corpus("domain", TEXTS, tokenizer, 9)
     assert {len(item.input_ids) for item in cut.items} == {9}
     longer = f"{len(TEXTS)} of {len(TEXTS)} texts are longer than 9 tokens: the loss is taken on their first 9"
-    assert cut.notes == (f"domain: {longer}",) and corpus("domain", TEXTS, tokenizer, 128).notes == ()
+    assert len(corpus("domain", TEXTS, tokenizer, 128).items) == len(TEXTS) and caplog.messages == [f"domain: {longer}"]
     prompted = Record({"instruction": "The fox counts nine stones and", "output": " sleeps."}, "t:1")
-    mixed = corpus("domain", [*TEXTS, prompted], tokenizer, 9).notes
-    assert mixed[1] == f"domain: 1 of {len(TEXTS) + 1} texts have no supervised token in their first 9: they are left out"
+    corpus("domain", [*TEXTS, prompted], tokenizer, 9)
+    assert caplog.messages[2] == f"domain: 1 of {len(TEXTS) + 1} texts have no supervised token in their first 9: they are left out"
     with pytest.raises(InputError, match="no question fits"):
         corpus("general", QUESTIONS, tokenizer, 3)
     with pytest.raises(InputError, match="^t:0: no 'choices'"):

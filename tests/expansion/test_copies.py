@@ -222,7 +222,7 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     documents = WeightedDocuments(Documents(ids, np.array([0, 20, 90, 100, 250, 600])), np.ones(5))
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
-    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl", say=lambda _: None)
+    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl")
     tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, books, **loading)
 
 

@@ -96,28 +96,26 @@ def test_it_changes_no_weight_and_logs_every_unit(tmp_path: Path) -> None:
     assert '<section id="forgetting">' in write_report(tmp_path, {}, {}).read_text()
 
 
-def test_a_limit_stops_training(tmp_path: Path) -> None:
-    said = []
-    adept = {"meter": Meter(ITEMS, limit=1e-4), "say": said.append, "monitors": {"general": ITEMS}, "monitor_steps": 100}
+def test_a_limit_stops_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adept = {"meter": Meter(ITEMS, limit=1e-4), "monitors": {"general": ITEMS}, "monitor_steps": 100}
     _, trainer, entries = train(tmp_path, adept, learning_rate=0.3, max_steps=40, save_steps=100)
     stop = next(entry for entry in readings(entries) if entry["meter_rise"] > 1e-4)["step"]
     assert trainer.state.global_step == stop < 40 and entries[-1] == {"event": "end", "step": stop}
     assert stopped_in(tmp_path / "work" / f"checkpoint-{stop}") and not stopped_in(tmp_path)
-    assert any("training stops" in line for line in said)
+    assert any("training stops" in line for line in caplog.messages)
     assert [entry["step"] for entry in entries if entry["event"] == "evaluation"] == [0, stop]
     assert max(entry["step"] for entry in entries if entry["event"] == "refresh") < stop
 
 
-def test_a_limit_cuts_all_rates(tmp_path: Path) -> None:
-    said = []
-    _, _, entries = train(tmp_path, {"meter": Meter(ITEMS, 1e-4, "cut"), "rate_map": ones, "say": said.append}, learning_rate=0.3)
+def test_a_limit_cuts_all_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, entries = train(tmp_path, {"meter": Meter(ITEMS, 1e-4, "cut"), "rate_map": ones}, learning_rate=0.3)
     scale = 1.0
     for reading in readings(entries):
         scale *= 0.5 if reading["meter_rise"] > 1e-4 else 1.0
         assert reading["meter_rate_scale"] == scale
         rates = [entry["rates"] for entry in entries if entry["event"] == "refresh" and entry["step"] == reading["step"]]
         assert all(set(entry.values()) == {scale} for entry in rates)
-    assert scale < 1 and sum("all rates are cut to 0.5 of what they would be" in line for line in said) == 1
+    assert scale < 1 and sum("all rates are cut to 0.5 of what they would be" in line for line in caplog.messages) == 1
 
 
 def test_it_is_read_at_the_end_too(tmp_path: Path) -> None:

@@ -94,15 +94,15 @@ def test_the_first_such_step_stops_the_run_and_names_its_documents(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", [AdeptTrainer, Trainer])
-def test_a_skipped_step_touches_nothing_and_is_counted(tmp_path: Path, kind: type) -> None:
-    told: list[str] = []
-    states, log, trainer = train(tmp_path / "out", (3, 5), kind, skip_nonfinite=2, say=told.append)
+def test_a_skipped_step_touches_nothing_and_is_counted(tmp_path: Path, kind: type, caplog: pytest.LogCaptureFixture) -> None:
+    states, log, trainer = train(tmp_path / "out", (3, 5), kind, skip_nonfinite=2)
     for step in range(1, STEPS):
         assert same(states[step], states[step - 1]) == (step + 1 in (3, 5))
     skipped = [entry for entry in log if entry["event"] == "skipped"]
     assert skipped == [{"event": "skipped", "step": 3, "skipped": 1}, {"event": "skipped", "step": 5, "skipped": 2}]
     losses = {entry["step"]: entry["loss"] for entry in log if entry["event"] == "step"}
     assert [step for step, loss in losses.items() if loss is None] == [3, 5] and all(losses[step] > 1 for step in (1, 2, 4, 6))
+    told = [line for line in caplog.messages if "skipped, " in line]
     assert len(told) == 2 and "skipped, 2 of 2 that may be" in told[1]
     assert trainer.state.global_step == STEPS
     with pytest.raises(InputError, match="step 5: .*1 steps were skipped before.*above 1"):
@@ -170,7 +170,7 @@ def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest
     ids[40] = BAD
     documents = WeightedDocuments(Documents(ids, np.arange(0, 97, 12)), np.ones(8))
     settings = TuningSettings(block_size=24, skip_nonfinite=skip, training={"max_steps": 4, "per_device_train_batch_size": 1})
-    books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl", say=lambda _: None)
+    books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl")
 
     def tune() -> None:
         tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", documents, tiny_models.items(2), {}, settings, books)
