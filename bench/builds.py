@@ -75,7 +75,8 @@ def main(argv: list[str]) -> dict:
         for rated in (False, True)
         for dtype in ("float32", "bfloat16")
     } | {"score_layers": LAYERS.format(), "score_units": UNITS.format()}
-    return {"device": "cpu", "threads": torch.get_num_threads()} | {name: compare(setup, given.old, given.rounds) for name, setup in works.items()}
+    compared = {name: compare(setup, given.old, given.rounds) for name, setup in works.items()}
+    return {"device": "cpu", "threads": torch.get_num_threads(), **compared}
 
 
 def compare(setup: str, old: str, rounds: int) -> dict[str, float]:

@@ -89,7 +89,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "costs": [
             *checked("scores.json", lambda: _scoring_costs(scores or {})),
             *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
-            *checked("eval.json", lambda: [("Evaluation", duration(seconds))] if is_finite(seconds := (evaluation or {}).get("seconds")) else []),
+            *([("Evaluation", duration(evaluation["seconds"]))] if evaluation and is_finite(evaluation.get("seconds")) else []),
         ],
         "recipe": list(flatten(recipe)) if recipe.get("model_name_or_path") else [],
         "versions": versions,
@@ -138,7 +138,8 @@ def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> l
 def _scoring_costs(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not is_finite(scores.get("seconds")):
         return []
-    return [("Scoring", f"{duration(scores['seconds'])} for {scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens")]
+    size = f"{scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens"
+    return [("Scoring", f"{duration(scores['seconds'])} for {size}")]
 
 
 def _tuning_costs(log: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
