@@ -177,7 +177,7 @@ def resolve(operation: str, device: torch.device, forced: str | None = None) -> 
     if not name:
         return next(candidate for candidate in implemented if _fits(candidate, device) and _FIND[candidate]().found)
     asked = f"backend={name!r}" if forced else f"{OVERRIDE}={name}"
-    if name not in _FIND:
+    if not isinstance(name, str) or name not in _FIND:
         raise InputError(f"{asked}: no such backend; choose one of {', '.join(_FIND)}")
     if name not in implemented:
         raise RuntimeError(f"{asked}: {operation} is not implemented there; choose one of {', '.join(implemented)}, or none")

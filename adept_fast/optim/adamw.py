@@ -225,6 +225,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _described(self, settings: Settings) -> StepUpdates:
         """Collect this step's updates without cached plans, through a method that torch.compile can trace."""
+        arguments.check_own_arguments(settings.state_dtype, settings.master_weights, settings.max_grad_norm)
         updates, first = StepUpdates(settings.max_grad_norm is not None), 0
         for number, group in enumerate(self.param_groups):
             columns: list[list[Any]] = [[] for _ in Operands._fields]
@@ -240,7 +241,7 @@ class AdamW(torch.optim.Optimizer):
 
         torch.compile runs a method of this name while it traces, and guards the contents of the lists.
         """
-        arguments.check_hyperparameters(number, group)
+        arguments.check_group(number, group)
         arguments.refuse_sparse(group["params"])
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
@@ -274,7 +275,7 @@ class AdamW(torch.optim.Optimizer):
         """
         hook = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(arguments.checked_state_dict(state_dict))
         finally:
             hook.remove()
 

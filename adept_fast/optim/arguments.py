@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from adept_fast.errors import InputError
 from adept_fast.ops.adamw.checks import REAL
 from adept_fast.ops.adamw.reference import needs_master
 from adept_fast.runtime.dtensor import is_sharded
+from adept_fast.settings.validation import shown
 
+HYPERPARAMETERS, FLAGS = ("lr", "betas", "eps", "weight_decay"), ("maximize", "amsgrad", "capturable", "fused")
 ROUNDED_TO_ZERO = -1e-12  # torch's CosineAnnealingLR ends a few 1e-20 below its eta_min
 
 
@@ -28,6 +31,11 @@ def check_torch_arguments(
     differentiable: bool,
 ) -> None:
     """Raise InputError (RuntimeError if torch raises that) for arguments out of range or that exclude each other."""
+    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        if not _is_number(value) and not (name == "lr" and isinstance(lr, Tensor)):
+            raise InputError(f"{name} must be a number, found {shown(value)}", name)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
+        raise InputError(f"betas must be two numbers, found {shown(betas)}", "betas")
     if isinstance(lr, Tensor):
         if foreach and not capturable:
             raise InputError("lr as a Tensor is not supported for capturable=False and foreach=True")
@@ -62,36 +70,86 @@ def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | N
         raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, REAL))} and None")
     if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
         raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise InputError(f"max_grad_norm: {max_grad_norm} is not positive; None switches clipping off")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+        raise InputError(f"max_grad_norm: {shown(max_grad_norm)} is no positive number; None switches clipping off")
 
 
 def check_hyperparameters(number: int, group: Mapping[str, Any]) -> None:
-    """Raise InputError if a group's current lr, betas, eps or weight_decay is out of range.
+    """Raise InputError, naming group and key, if a current lr, betas, eps or weight_decay is missing, no number or out of range.
 
     Tensors on a GPU are not read. An lr just below 0, as a scheduler's rounding leaves it, counts as 0.
     """
-    lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
-        lr, beta1, beta2 = (_number(number, name, value) for name, value in (("lr", lr), ("betas", beta1), ("betas", beta2)))
     try:
+        lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
+            lr, beta1, beta2 = _number(lr), _number(beta1), _number(beta2)
         fine = ROUNDED_TO_ZERO < lr < inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < inf and 0 <= weight_decay < inf
-    except TypeError:
+    except (KeyError, TypeError, ValueError, RuntimeError):
         fine = False
     if not fine:
-        raise InputError(
-            f"group {number}: lr={lr}, betas={(beta1, beta2)}, eps={eps}, weight_decay={weight_decay}: all must be finite and >= 0, "
-            "betas below 1; set them in optimizer.param_groups"
-        )
+        raise _unfit(number, group)
 
 
-def _number(number: int, name: str, value: float | Tensor) -> float:
-    """Return the value of a number or of a tensor on the CPU; 0 for a tensor on another device, to avoid a synchronisation."""
+def check_group(number: int, group: Mapping[str, Any]) -> None:
+    """Raise InputError as check_keys and check_hyperparameters do."""
+    check_keys(number, group)
+    check_hyperparameters(number, group)
+
+
+def check_keys(number: int, group: Mapping[str, Any]) -> None:
+    """Raise InputError, naming group and keys, for a group without one of the keys that a step reads."""
+    if missing := [key for key in (*HYPERPARAMETERS, *FLAGS, "params") if key not in group]:
+        raise InputError(f"group {number}: has no {', '.join(missing)}: give it the keys of AdamW's groups, as an AdamW saves them")
+
+
+def _unfit(number: int, group: Mapping[str, Any]) -> InputError:
+    """What is wrong with the first of its hyperparameters that is missing, no number or out of range."""
+    check_keys(number, {**dict.fromkeys((*FLAGS, "params")), **group})
+    fits = {name: _in_range(group[name], ROUNDED_TO_ZERO if name == "lr" else 0, inf) for name in HYPERPARAMETERS}
+    try:
+        beta1, beta2 = group["betas"]
+        fits["betas"] = _in_range(beta1, 0, 1) and _in_range(beta2, 0, 1)
+    except (TypeError, ValueError):
+        fits["betas"] = False
+    name = next(name for name in HYPERPARAMETERS if not fits[name])
+    what = "two numbers from 0 to below 1" if name == "betas" else "one finite number of at least 0"
+    return InputError(f"group {number}: {name}={shown(group[name])} must be {what}; set it in optimizer.param_groups", name)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+
+
+def _in_range(value: Any, low: float, below: float) -> bool:
+    try:
+        return bool(low <= _number(value) < below)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _number(value: float | Tensor) -> float:
+    """Return the value of a number or of a tensor on the CPU; 0 for a tensor on another device, to avoid a synchronisation.
+
+    Raises ValueError for a tensor that is not one real number.
+    """
     if not isinstance(value, Tensor):
         return value
-    if value.numel() != 1 or value.is_complex():
-        raise InputError(f"group {number}: {name} is a tensor of {value.dtype} and shape {tuple(value.shape)}; it must be one real number")
+    if not _is_number(value):
+        raise ValueError
     return value.item() if value.device.type == "cpu" else 0.0
+
+
+def checked_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict. Raises InputError for what no optimizer's state_dict() returned."""
+    parts = {"state": Mapping, "param_groups": list}
+    if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(name), kind) for name, kind in parts.items()):
+        found = f"keys: {', '.join(map(str, state_dict)) or 'none'}" if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        wanted = "a dict `state` and a list `param_groups`"
+        raise InputError(f"state_dict: must hold {wanted} ({found}): give what optimizer.state_dict() returned")
+    for number, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise InputError(f"state_dict: group {number} has no list `params`: give what optimizer.state_dict() returned")
+    return state_dict
 
 
 def checked_scale(name: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:

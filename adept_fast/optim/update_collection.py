@@ -18,7 +18,7 @@ from adept_fast.ops.adamw.checks import REAL, check_operands
 from adept_fast.ops.adamw.memory_order import Operands, Pair, in_memory
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import Table
-from adept_fast.optim.arguments import check_dtypes, check_hyperparameters, refuse_sparse
+from adept_fast.optim.arguments import check_dtypes, check_hyperparameters, check_keys, check_own_arguments, refuse_sparse
 from adept_fast.optim.state import RATES, STALE_AFTER_EDIT, Settings, check_placements, create_missing, state_format
 from adept_fast.optim.update_cache import Place, Plan, outdated, plan_of
 from adept_fast.runtime import dtensor
@@ -89,7 +89,12 @@ class UpdateCollector:
 
         A second pass looks up the tensors whose memory changed although the Python object is the planned one.
         """
-        step = self._walk(settings, groups, states)
+        try:
+            step = self._walk(settings, groups, states)
+        except KeyError:
+            for number, group in enumerate(groups):
+                check_keys(number, group)
+            raise
         changed = [batch.updates[i].seed for batch in step.batches.values() for i in _tabulated(batch)]
         if changed:
             firsts = [0, *accumulate(len(group["params"]) for group in groups)]
@@ -104,10 +109,11 @@ class UpdateCollector:
     def _walk(self, settings: Settings, groups: Sequence[Group], states: States) -> StepUpdates:
         step, first = StepUpdates(settings.max_grad_norm is not None), 0
         for number, group in enumerate(groups):
-            options = options_of(group, settings)
             check_hyperparameters(number, group)
+            options = options_of(group, settings)
             relied_on = (settings, os.environ.get(dispatch.OVERRIDE), group["amsgrad"], first)
             if number not in self.plans or self.plans[number].settings != relied_on:
+                check_own_arguments(settings.state_dtype, settings.master_weights, settings.max_grad_norm)
                 self.plans[number] = GroupPlans(relied_on)
             plans = self.plans[number].plans
             rates = group.get(RATES, {})

@@ -61,7 +61,7 @@ LOADS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]]
     "rates of no dimension": (lambda s, g: s.update(unit_lr=torch.ones(8), unit_dim=4), "unit_lr: dim: 4"),
     "rates that wait, below 0": (lambda s, g: g.update(unit_lr={1: (torch.full((8,), -1.0), 0)}), "unit_lr: every multiplier"),
     "rates that wait for nothing": (lambda s, g: g.update(unit_lr={7: (torch.ones(8), 0)}), "unit_lr has 7"),
-    "lr infinite": (lambda s, g: g.update(lr=INF), "lr=inf"),
+    "lr infinite": (lambda s, g: g.update(lr=INF), "lr=inf must be one finite number of at least 0"),
     "weight_decay NaN": (lambda s, g: g.update(weight_decay=NAN), "weight_decay=nan"),
 }  # fmt: skip
 
@@ -160,6 +160,91 @@ def test_hyperparameters_out_of_range_are_refused_whenever_they_are_set(change: 
     with pytest.raises(InputError, match="^group 1: "):
         optimizer.step()
     assert all(map(torch.equal, tensors(optimizer), before))
+
+
+BOTH, ONE = "must be two numbers from 0 to below 1", "must be one finite number of at least 0"
+SET: list[tuple[dict[str, Any], str]] = [
+    ({"betas": (0.9,)}, rf"betas=\(0.9,\) {BOTH}"),
+    ({"betas": None}, f"betas=None {BOTH}"),
+    ({"betas": 0.9}, f"betas=0.9 {BOTH}"),
+    ({"betas": ("a", "b")}, rf"betas=\('a', 'b'\) {BOTH}"),
+    ({"betas": (torch.ones(2), 0.9)}, f"betas=.* {BOTH}"),
+    ({"lr": None}, f"lr=None {ONE}"),
+    ({"lr": "1e-3"}, f"lr='1e-3' {ONE}"),
+    ({"lr": torch.ones(2)}, f"lr=.* {ONE}"),
+    ({"lr": [1e-3]}, f"lr=.* {ONE}"),
+    ({"eps": "x"}, f"eps='x' {ONE}"),
+    ({"eps": torch.ones(3)}, f"eps=.* {ONE}"),
+    ({"weight_decay": None}, f"weight_decay=None {ONE}"),
+    ({"weight_decay": 1j}, f"weight_decay=1j {ONE}"),
+]
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize(("change", "said"), SET, ids=[str(index) for index in range(len(SET))])
+def test_hyperparameters_of_another_kind_are_refused_by_group_and_key(change: dict[str, Any], said: str, differentiable: bool) -> None:
+    if said != SET[4][1]:  # torch's words, which a test of its errors compares
+        with pytest.raises(InputError, match="^(betas|lr|Tensor lr|eps|weight_decay) must be "):
+            AdamW([Parameter(torch.ones(2))], **HYPER | change)
+    with pytest.raises(InputError, match=f"^group 0: {said}; set it in optimizer.param_groups$"):
+        AdamW([{"params": [Parameter(torch.ones(2))], **change}], **HYPER)
+    optimizer, param = stepped()
+    optimizer.defaults["differentiable"] = differentiable
+    before, saved = tensors(optimizer), copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[1].update(change)
+    with pytest.raises(InputError, match=f"^group 1: {said}; set it in optimizer.param_groups$"):
+        optimizer.step()
+    saved["param_groups"][1].update(change)
+    with pytest.raises(InputError, match=f"^group 1: {said}"):
+        stepped()[0].load_state_dict(saved)
+    assert all(map(torch.equal, tensors(optimizer), before))
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay", "maximize", "amsgrad", "params"])
+def test_a_group_without_a_key_is_refused_by_its_name(key: str, differentiable: bool) -> None:
+    optimizer, _ = stepped()
+    optimizer.defaults["differentiable"] = differentiable
+    optimizer.param_groups[1].pop(key)
+    with pytest.raises(InputError, match=f"^group 1: has no {key}: give it the keys of AdamW's groups"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [0.0, -1, NAN, "x", [1.0], 1j], ids=str)
+def test_a_norm_that_is_none_is_refused_before_and_after_the_first_step(given: Any) -> None:
+    with pytest.raises(InputError, match="^max_grad_norm: .* is no positive number"):
+        AdamW([Parameter(torch.ones(2))], max_grad_norm=given)
+    for options in ({}, {"max_grad_norm": 1.0}, {"differentiable": True}):
+        optimizer, _ = stepped(max_grad_norm=options.get("max_grad_norm"))
+        optimizer.defaults |= options
+        before, optimizer.max_grad_norm = tensors(optimizer), given
+        for _ in range(2):
+            with pytest.raises(InputError, match="^max_grad_norm: .* is no positive number"):
+                optimizer.step()
+        assert all(map(torch.equal, tensors(optimizer), before))
+
+
+NO_STATE = [None, [], {}, {"state": {}}, {"state": {}, "param_groups": None}, {"state": [], "param_groups": []}, 3]
+
+
+@pytest.mark.parametrize("given", NO_STATE, ids=str)
+def test_what_is_no_state_dict_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match="^state_dict: must hold a dict `state` and a list `param_groups` "):
+        stepped()[0].load_state_dict(given)
+
+
+def test_groups_of_another_optimizer_are_refused_by_group_and_key() -> None:
+    (optimizer, _), (source, _) = stepped(), stepped()
+    before, groups = tensors(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    for momentum in (0.0, 0.9):
+        sgd = torch.optim.SGD([{"params": group["params"]} for group in source.param_groups], lr=0.1, momentum=momentum)
+        sgd.step()
+        with pytest.raises(InputError, match="^group 0: has no betas, eps: give it the keys of AdamW's groups, as an AdamW saves them$"):
+            optimizer.load_state_dict(sgd.state_dict())
+    for group in (3, {}, {"params": 3}):
+        with pytest.raises(InputError, match="^state_dict: group 1 has no list `params`"):
+            optimizer.load_state_dict({"state": {}, "param_groups": [source.state_dict()["param_groups"][0], group]})
+    assert all(map(torch.equal, tensors(optimizer), before)) and optimizer.state_dict()["param_groups"] == groups
 
 
 def test_a_rate_that_a_schedule_rounds_below_zero_is_one_of_zero() -> None:
