@@ -6,6 +6,8 @@
 | input_ids; labels | Tokens |
 | messages (role, content) or conversations (from, value); system, tools | Chat |
 | instruction, output; input, system, history | Answered |
+| instruction, response; context or input, system, history | Answered, as Dolly has it |
+| question, answer, and no other key | Answered, as GSM8K has it |
 | prompt, completion | Answered, or Chat where they are lists of messages |
 | text | Text |
 
@@ -15,7 +17,7 @@ The first whose needed keys are all there, and not null, is meant. A record whos
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -25,6 +27,14 @@ from adept_fast.errors import InputError
 from adept_fast.settings.validation import shown
 
 IGNORE = -100
+REMEDY = "name its text with column=, or name its keys as one of these formats has them"
+REMEDIES = {
+    frozenset(("chosen", "rejected")): "of a preferred and a rejected answer one can be trained on: name 'chosen' 'completion' where "
+    "'prompt' stands beside it, or give column=chosen where it is a list of messages",
+    frozenset(("question", "answer")): "'question' and 'answer' are read where nothing stands beside them: leave the others out, or name "
+    "what is asked, with all that belongs to it, 'prompt', and the answer 'completion'",
+}
+"""What to do with records that are often met, by keys that they have."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -109,23 +119,31 @@ def unread(record: Record) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _Format:
+    """alone: whether the needed keys have this meaning only where no other key stands beside them."""
+
     needed: tuple[str, ...]
     also: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Meaning | None]
+    alone: bool = False
+
+    def fits(self, keys: Set[str], named: Set[str]) -> bool:
+        """Whether `keys` are enough for it, in a record that names `named`."""
+        return keys >= {*self.needed} and not (self.alone and named - {*self.needed})
 
 
 def _format_of(record: Record) -> _Format | None:
     """None for a record that would have a format were its values not null."""
-    content, column = record.content, record.column
+    content, column, named = record.content, record.column, record.content.keys() | record.nulls
     here = {key for key, value in content.items() if value is not None}
     formats = FORMATS if column is None else (_Format((column,), (), lambda content: _column(content, column)),)
-    found = next((form for form in formats if here.issuperset(form.needed)), None)
-    if found is None and here and not any((content.keys() | record.nulls).issuperset(form.needed) for form in formats):
+    found = next((form for form in formats if form.fits(here, named)), None)
+    if found is None and here and not any(form.fits(named, named) for form in formats):
         keys = ", ".join(sorted(map(str, here)))
         if column is not None:
             raise MalformedRecord(f"{record.where}: no column {column!r} (keys: {keys})")
         known = "; ".join(", ".join(form.needed) for form in formats[::-1])
-        raise MalformedRecord(f"{record.where}: its keys ({keys}) are of no format that is read ({known}); name its text with column=")
+        remedy = next((remedy for pair, remedy in REMEDIES.items() if here >= pair), REMEDY)
+        raise MalformedRecord(f"{record.where}: its keys ({keys}) are of no format that is read ({known}); {remedy}")
     return found
 
 
@@ -152,8 +170,9 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _instruction(content: Mapping[str, Any]) -> Answered | None:
-    prompt, context, answer, system = (_string(content.get(key), key) for key in ("instruction", "input", "output", "system"))
+def _instruction(content: Mapping[str, Any], context: str = "input", answer: str = "output") -> Answered | None:
+    """context, answer: the keys of what goes with the instruction, and of its answer."""
+    prompt, context, answer, system = (_string(content.get(key), key) for key in ("instruction", context, answer, "system"))
     history = content.get("history") or ()
     if not isinstance(history, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
         raise ValueError(f"'history' must be a list of pairs, prompt and answer, found {shown(history)}")
@@ -161,6 +180,17 @@ def _instruction(content: Mapping[str, Any]) -> Answered | None:
     if not answer.strip() or not (prompt.strip() or context.strip()):
         return None
     return Answered(prompt if prompt.strip() else context, answer, context if prompt.strip() and context.strip() else "", system, pairs)
+
+
+def _response(content: Mapping[str, Any]) -> Answered | None:
+    if "input" in content and "context" in content:
+        raise ValueError("'input' and 'context' both stand beside the instruction: leave one")
+    return _instruction(content, "input" if "input" in content else "context", "response")
+
+
+def _asked(content: Mapping[str, Any]) -> Answered | None:
+    question, answer = (_string(content[key], key) for key in ("question", "answer"))
+    return Answered(question, answer) if question.strip() and answer.strip() else None
 
 
 def _completion(content: Mapping[str, Any]) -> Meaning | None:
@@ -243,6 +273,8 @@ FORMATS: tuple[_Format, ...] = (
     _Format(("messages",), ("system", "tools"), lambda content: _chat(content["messages"], content, "messages")),
     _Format(("conversations",), ("system", "tools"), lambda content: _chat(content["conversations"], content, "conversations")),
     _Format(("instruction", "output"), ("input", "system", "history"), _instruction),
+    _Format(("instruction", "response"), ("context", "input", "system", "history"), _response),
+    _Format(("question", "answer"), (), _asked, alone=True),
     _Format(("prompt", "completion"), ("tools",), _completion),
     _Format(("text",), (), _text),
 )

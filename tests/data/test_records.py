@@ -65,6 +65,12 @@ def record(content: Any, **how: Any) -> Record:
             ["\nfour"],
             set(),
         ),
+        ({"instruction": "count", "context": "the stones", "response": "three", "category": "qa"}, "count\nthe stones\nthree",
+         ["\nthree"], {"category"}),
+        ({"instruction": "count", "input": "the stones", "response": "three"}, "count\nthe stones\nthree", ["\nthree"], set()),
+        ({"instruction": "count", "context": "", "response": "three"}, "count\nthree", ["\nthree"], set()),
+        ({"question": "how many?", "answer": "2 + 1 = 3\n#### 3"}, "how many?\n2 + 1 = 3\n#### 3", ["\n2 + 1 = 3\n#### 3"], set()),
+        ({"question": "how many?", "answer": "three", "text": "a fox"}, "a fox", None, {"question", "answer"}),
         ({"prompt": "the fox ", "completion": "walks", "meta": {}}, "the fox walks", [" walks"], {"meta"}),
         ({"prompt": "the", "completion": "re"}, "there", None, set()),
         ({"messages": [ASKED, ANSWERED], "source": "x"}, ONE_TURN, ["the lake</s>\n"], {"source"}),
@@ -166,6 +172,7 @@ def test_a_null_is_not_there() -> None:
     [
         *({}, {"text": ""}, {"text": " \n"}, {"text": None}, {"text": None, "id": 3}, {"messages": []}, {"input_ids": []}),
         *({"instruction": "a", "output": None, "id": 1}, {"instruction": "a", "output": " "}, {"prompt": "a", "completion": ""}),
+        *({"question": "a", "answer": None}, {"question": "", "answer": "b"}, {"instruction": "a", "response": "", "context": "b"}),
         *({"question": "a", "choices": None, "answer": 1}, {"messages": [{**ASKED, "content": " "}]}),
     ],
 )
@@ -176,7 +183,15 @@ def test_empty_records_mean_nothing(content: dict) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"id": 3}, r"its keys \(id\) are of no format that is read \(text; prompt, completion; instruction, output;.*column="),
+        ({"id": 3}, r"its keys \(id\) are of no format that is read \(text; prompt, completion; question, answer; .*column="),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"its keys \(chosen, prompt, rejected\) .*name 'chosen' 'completion'"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}, "give column=chosen where it is a list of messages"),
+        ({"question": "a", "answer": "b", "context": "c"}, r"its keys \(answer, context, question\) .*read where nothing stands beside"),
+        ({"question": "a", "options": ["b"], "answer": "b"}, "'question' and 'answer' are read where nothing stands beside them"),
+        ({"question": "a", "answer": 3}, "'answer' must be a text, found 3"),
+        ({"instruction": "a", "response": ["b"]}, "'response' must be a text"),
+        ({"instruction": "a", "context": 3, "response": "b"}, "'context' must be a text"),
+        ({"instruction": "a", "context": "c", "input": "d", "response": "b"}, "'input' and 'context' both stand"),
         ({"instruction": "a"}, r"its keys \(instruction\)"),
         ({"text": 3}, "'text' must be a text, found 3"),
         ({"text": ["a"]}, "'text' must be a text"),
