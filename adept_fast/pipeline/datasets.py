@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from adept_fast.data.records import meaning
 from adept_fast.data.source_files import source_files
 from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
-from adept_fast.data.splits import HELD_OUT, ProbeParts, by_hash, falls_out, hold_out, split_probe
+from adept_fast.data.splits import ProbeParts, by_hash, falls_out, hold_out, hold_out_of_streams, split_probe
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
@@ -159,21 +159,20 @@ class Corpora:
             return self._with_text(self._records("eval", given), given.column)
         name = ", ".join(source.path for source in self.recipe.domain)
         try:
-            held = self._fallen_out(name) if self.streamed else hold_out([text for text, _ in self._documents], name)
+            held = self._fallen_out[0] if self.streamed else hold_out([text for text, _ in self._documents], name)
         except InputError as error:
             raise InputError(f"{error} or set eval.domain") from None
         return [Record({"text": text}, "held-out document") for text in sorted(held)]
 
-    def _fallen_out(self, name: str) -> set[str]:
-        """The first held-out documents of each domain source."""
-        held: set[str] = set()
+    @cached_property
+    def _fallen_out(self) -> tuple[set[str], float]:
+        """The first held-out documents of each domain source that is streamed, and the share that is not trained on for being held out."""
+        streams = []
         for source in self.recipe.domain:
             summary = SourceSummary(source, self.recipe.malformed_rows)
-            texts = (summary.take(record, self._text) for record in reader(source).records())
-            held.update(islice((text for text in texts if text is not None and falls_out(text)), HELD_OUT_OF_A_STREAM))
-        if not held:
-            raise InputError(f"{name}: no document falls to the held-out {HELD_OUT:.0%}: set eval.domain")
-        return held
+            texts = map(partial(summary.take, read=self._text), reader(source).records())
+            streams.append(text for text in texts if text is not None)
+        return hold_out_of_streams(streams, ", ".join(source.path for source in self.recipe.domain), HELD_OUT_OF_A_STREAM)
 
     @cached_property
     def streamed(self) -> bool:
@@ -222,7 +221,7 @@ class Corpora:
 
     @cached_property
     def _stream(self) -> StreamedText:
-        share = HELD_OUT if self.recipe.eval.domain is None else 0.0
+        share = self._fallen_out[1] if self.recipe.eval.domain is None else 0.0
         purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes if not falls_out(text, share)}
 
         def keep(text: str) -> bool:

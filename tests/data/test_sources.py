@@ -19,7 +19,7 @@ from adept_fast.data.items import IGNORE, Item, load_items, tokenize_choices, to
 from adept_fast.data.packing import document_order
 from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Record, Source
-from adept_fast.data.splits import by_hash, falls_out, hold_out, split_probe
+from adept_fast.data.splits import FEW, HELD_OUT, by_hash, falls_out, hold_out, hold_out_of_streams, split_probe
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file
@@ -219,6 +219,25 @@ def test_the_lowest_hashes_are_held_out() -> None:
     assert hold_out(texts[::-1], "domain") == set(texts[:10])
     fallen = [falls_out(text, 0.1) for text in texts]
     assert fallen == sorted(fallen, reverse=True) and 30 < sum(fallen) < 70
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [2, 5, 40, FEW - 1])
+def test_of_few_documents_the_same_is_held_out_streamed_and_in_memory(count: int, seed: int) -> None:
+    texts = [f"text {seed} {number}" for number in range(count)]
+    held, share = hold_out_of_streams([iter(texts[::3]), iter([*texts, texts[0]])], "domain", 1)
+    assert held == hold_out(texts, "domain") and len(held) == 1 and share == 0
+
+
+def test_of_many_documents_a_stream_holds_out_those_that_fall_out_and_at_least_one() -> None:
+    texts = [f"text {number}" for number in range(3000)]
+    fallen, kept = ([text for text in texts if falls_out(text) == out] for out in (True, False))
+    assert hold_out_of_streams([iter(texts)], "domain", 256) == ({*fallen}, HELD_OUT) and 30 < len(fallen) < 90
+    assert hold_out_of_streams([iter(texts[:1500]), iter(texts[1500:])], "domain", 5)[0] < {*fallen}
+    lowest = min(kept, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert hold_out_of_streams([iter(kept)], "domain", 256) == ({lowest}, HELD_OUT)
+    with pytest.raises(InputError, match="^domain: one document only"):
+        hold_out_of_streams([iter(["only"]), iter(["only"])], "domain", 256)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7])

@@ -158,3 +158,16 @@ def test_the_size_of_a_folder_decides_whether_it_is_streamed(here: Path, monkeyp
         monkeypatch.setattr("adept_fast.pipeline.datasets.STREAM_ABOVE", above)
         _, work = told(domain)
         assert isinstance(work.corpora.training(), StreamedText) == kind
+
+
+def test_of_few_documents_the_same_are_held_out_and_trained_on_streamed_and_in_memory(here: Path) -> None:
+    domain, texts = alpaca(here)
+    kept: list[tuple[list[str], set[str]]] = []
+    for streaming in ("true", "false"):
+        _, work = told(domain, "eval.domain=null", f"tune.streaming={streaming}", "tune.max_steps=2")
+        training = work.corpora.training()
+        streamed = isinstance(training, StreamedText)
+        trained = [*training.texts(training.sources[0], work.encoder)] if streamed else training.texts
+        kept.append(([record.content["text"] for record in work.corpora.held_out(None)], {*trained}))
+    (held, trained), in_memory = kept
+    assert (held, trained) == in_memory and len(held) == 1 and len(trained) == len(texts) - 1 and held[0] not in trained
