@@ -111,7 +111,8 @@ def _due(work: Workspace, inputs: Mapping[str, Any]) -> bool:
         return True
     recorded = inputs_of(tuned_record(work.tuned))
     require_same(work.tuned, _compared(recorded), _compared(inputs), work.recipe.model_name_or_path, _explained(work))
-    schedule = [f"tune.{name}" for name in sorted(SCHEDULE) if recorded.get(f"tune.{name}") != inputs.get(f"tune.{name}")]
+    then, now = ({name: made.get(f"tune.{name}", known()[name][1]) for name in sorted(SCHEDULE)} for made in (recorded, inputs))
+    schedule = [f"tune.{name}" for name, value in now.items() if value != then[name]]
     if not schedule:
         work.say(f"{work.tuned}: up to date")
         return False

@@ -132,7 +132,8 @@ def checked(key: str, value: Any) -> Any:
     if key in LEFT_OUT and value != default:
         also = [name for name in known().keys() - SET_ELSEWHERE.keys() if re.search(rf"\b{name}\b", LEFT_OUT[key])]
         raise InputError(f"{key}: {LEFT_OUT[key]}: leave it out", key, *also)
-    if (value is None and optional) or (key == "lr_scheduler_type" and value in WSD):
+    unset = type(value) is type(default) and value == default  # as max_steps=-1
+    if (value is None and optional) or unset or (key == "lr_scheduler_type" and value in WSD):
         return value
     require(key, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)
     return value

@@ -12,6 +12,8 @@ from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.scoring.settings import Budget
 from adept_fast.settings.training_arguments import DEFAULTS, known
+from adept_fast.tuning import TuningSettings, check_settings
+from adept_fast.tuning.tuning_settings import arguments
 
 NEEDED = ["model_name_or_path=M", "domain=d.txt"]
 
@@ -49,6 +51,19 @@ def test_text_stays_text_and_numbers_are_read() -> None:
     assert (recipe.output_dir, recipe.revision, recipe.tune.training["warmup_steps"]) == ("010", "0123456", 0.03)
     recipe = load(None, [*NEEDED, "tune.lr_scheduler_kwargs={min_lr: 1e-5, power: 2}", "domain={path: d.txt, share: 5e-1}"])
     assert recipe.tune.training["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "power": 2} and recipe.domain[0].share == 0.5
+
+
+def test_no_steps_are_steps_that_are_not_set(tmp_path: Path) -> None:
+    recipe = load(None, [*NEEDED, "tune.max_steps=3", "tune.max_steps=-1"])
+    assert recipe.tune.training["max_steps"] == -1
+    given = TuningSettings(training=recipe.tune.training)
+    check_settings(given)
+    assert arguments(given, tmp_path).max_steps == -1
+    for wrong in ("-2", "0", "true", "-1.0"):
+        with pytest.raises(InputError, match="^tune.max_steps must be a whole number of 1 or more, found"):
+            load(None, [*NEEDED, f"tune.max_steps={wrong}"])
+    with pytest.raises(InputError, match="gradient_accumulation_steps must be a whole number of 1 or more, found True"):
+        TuningSettings(training={"gradient_accumulation_steps": True})  # which equals the default
 
 
 def test_what_yaml_reads_otherwise_than_transformers() -> None:
