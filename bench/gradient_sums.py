@@ -28,7 +28,7 @@ from adept_fast.data.items import Item
 from adept_fast.models import decoder_layers
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
-from adept_fast.ops.gradient_sums.op import GradientSums, saliency_sums
+from adept_fast.ops.gradient_sums.op import GradientSums, gradient_sums
 from adept_fast.runtime.malloc import freed_memory_kept
 from bench import parser
 from bench.measure import allocated, cache_filler, device_name, interleaved, now, peak_memory
@@ -65,8 +65,8 @@ def _sums(dtype: torch.dtype, rounds: int, device: torch.device) -> dict[str, fl
     target = torch.empty_like(weight)
     ways = {
         "copy": lambda: target.copy_(weight),
-        "rows": lambda: saliency_sums(weight, gradient, 0),
-        "columns": lambda: saliency_sums(weight, gradient, 1),
+        "rows": lambda: gradient_sums(weight, gradient, 0),
+        "columns": lambda: gradient_sums(weight, gradient, 1),
     }
     seconds = interleaved(ways, rounds, device, cache_filler(device))
     rates = {name: 2 * weight.nbytes / each / 1e9 for name, each in seconds.items()}

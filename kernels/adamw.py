@@ -1,13 +1,13 @@
-"""AdamW for lists of tensors in two kinds of launch: one that steps counters and prepares scalars, and one update per set-up of dtypes.
+"""AdamW for a list of tensors: one launch increments the steps and computes scalars, then one launch per combination of dtypes updates.
 
     m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2            (amsgrad: vmax <- max(vmax, v), used for v below)
     w <- w - (rate weight_decay w + rate sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps sqrt(1 - beta2^t)))
     rate = lr * multiplier
 
-The operations of csrc/adamw.h in its order, each rounded once: fp32, scalars and unit rates in fp64 until their last rounding. Backends
-agree bit for bit, but for which NaN a NaN is. Where a multiplier is 0, the bits that stood in parameter and master are written back.
+The operations and their order are those of csrc/adamw.h, each rounded once: fp32, with scalars and unit rates in fp64 until their last
+rounding. All backends give the same bits, except for the payloads of NaN. A multiplier of 0 writes the old bits of parameter and master.
 
-Tensors are found through a table on the device, and programs find their tensor through a map (adamw_tables.py). Tested in Triton's
+A table on the device has the addresses of the tensors, and a second one the tensor of each program (adamw_tables.py). Tested in Triton's
 interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
 """
 
@@ -37,13 +37,14 @@ from adept_fast.kernels.adamw_scalars import (
     prepare_kernel,
 )
 from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
+from adept_fast.kernels.number_formats import TRITON_DTYPES, divided, is_finite, read, rounded, square_root, widened, write
 from adept_fast.ops.adamw.descriptors import WORD, WORDS
 from adept_fast.ops.adamw.table import Table
 from adept_fast.ops.native_formats import MODES
 
-BLOCK = 1024  # elements at a time; unit numbers are computed exactly up to 1024
-BLOCKS = 8  # in a row, by one program
-TENSORS = 64  # prepared by one program
+BLOCK = 1024  # elements at a time; `quotient` is exact up to 1024
+BLOCKS = 8  # consecutive blocks of one program
+TENSORS = 64  # tensors of one program of prepare_kernel
 COPY = tl.constexpr(MODES["copy"])
 REMAINDER = tl.constexpr(MODES["remainder"])
 KAHAN = tl.constexpr(MODES["kahan"])
@@ -59,96 +60,26 @@ NUMEL_WORD = tl.constexpr(WORD.numel)
 LENGTH_WORD = tl.constexpr(WORD.length)
 INNER_WORD = tl.constexpr(WORD.inner)
 FIRST_INDEX_WORD = tl.constexpr(WORD.first_index)
-# Triton's own division and square root flush denormals; its interpreter, which does not, knows no PTX.
-PTX = tl.constexpr(isinstance(mix, triton.JITFunction) and torch.version.hip is None)
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def pointers(address, first, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    # bf16 as bits: the interpreter's own conversion truncates.
-    start = address.to(tl.pointer_type(tl.uint16 if DTYPE == tl.bfloat16 else DTYPE)) + first
-    if WHOLE:
-        # An address out of a table says nothing of its alignment, and without it accesses are one element wide.
-        start = tl.multiple_of(start, 16)
-    return start + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def read(address, first, inside, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements as stored, bf16 as uint16."""
-    place = pointers(address, first, DTYPE, BLOCK, WHOLE)
-    return tl.load(place) if WHOLE else tl.load(place, mask=inside, other=0)
-
-
-@triton.jit
-def write(address, first, inside, stored, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    place = pointers(address, first, DTYPE, BLOCK, WHOLE)
-    if WHOLE:
-        tl.store(place, stored)
-    else:
-        tl.store(place, stored, mask=inside)
-
-
-@triton.jit
-def widened(stored, DTYPE: tl.constexpr):
-    """As stored -> fp32."""
-    if DTYPE == tl.bfloat16:
-        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return stored.to(tl.float32)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """fp32 -> as stored, to nearest even."""
-    if DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x != x, 0x7FC0, nearest).to(tl.uint16)
-    else:
-        return x.to(DTYPE)
-
-
-@triton.jit
-def is_finite(x):
-    return (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
-
-
-@triton.jit
-def divided(x, y):
-    if PTX:
-        return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def square_root(x):
-    if PTX:
-        return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.sqrt_rn(x)
 
 
 @triton.jit
 def average(old, value, weight, slow):
-    """From the old value by `weight` where slow, else from the new one."""
+    """Move from the old value by `weight` if slow, else from the new one."""
     start = tl.where(slow, old, value)
     return start + weight * (tl.where(slow, value, old) - start)
 
 
 @triton.jit
 def quotient(offset, divisor, BLOCK: tl.constexpr):
-    """max(offset, 0) // divisor for offset < 2 BLOCK, divisor <= BLOCK: exact for BLOCK <= 1024, without a division per element."""
+    """Compute max(offset, 0) // divisor without a division per element. Exact for offset < 2 BLOCK, divisor <= BLOCK <= 1024."""
     reciprocal = ((2097152 + divisor - 1) // divisor).to(tl.uint32)
     return ((tl.maximum(offset, 0).to(tl.uint32) * reciprocal) >> 21).to(tl.int32)
 
 
 @triton.jit
 def units_on(elements, place, inner, BLOCK: tl.constexpr):
-    """How many unit boundaries lie within `elements` (<= BLOCK) from `place` in a unit of `inner` elements."""
-    # A unit longer than BLOCK ends at most once; it is taken for its last BLOCK elements.
+    """Count unit boundaries in the next `elements` (<= BLOCK) elements. place: position in the current unit, of `inner` elements."""
+    # Of a unit longer than BLOCK at most one end is near: only its last BLOCK elements count.
     short = tl.minimum(inner, BLOCK)
     before_end = tl.maximum(place - (inner - short), -BLOCK).to(tl.int32)
     return quotient(elements + before_end, short.to(tl.int32), BLOCK)
@@ -171,7 +102,11 @@ def update_block(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Update `left` elements from `first` on. decay: rate weight_decay, -1 where frozen; stride: what m / (sqrt(v) + epsilon) is times."""
+    """Update `left` elements from `first` on.
+
+    decay: rate * weight_decay, or -1 for frozen elements.
+    stride: factor of m / (sqrt(v) + epsilon).
+    """
     param_address, grad_address, exp_avg, exp_avg_sq, max_exp_avg_sq, master_address = addresses
     grad_scale, epsilon, weight1, weight2, slow1, slow2, key_low, key_high = scalar
     inside = tl.arange(0, BLOCK) < left
@@ -196,7 +131,7 @@ def update_block(
             weight = tl.where(widened(rounded(master, PARAM), PARAM) == weight, master, weight)
         elif MODE == REMAINDER:
             joined = ((param.to(tl.int32) << 16) + master.to(tl.int32)).to(tl.float32, bitcast=True)
-            weight = tl.where(joined != joined, weight, joined)  # of a parameter set to 0 behind the optimizer's back
+            weight = tl.where(joined != joined, weight, joined)  # NaN: the parameter was set to 0 through .data
         else:
             weight = weight + widened(master, PARAM)
     change = stride * divided(m, square_root(second) + epsilon)
@@ -205,7 +140,7 @@ def update_block(
     frozen = decay < 0.0
     bits = weight.to(tl.uint32, bitcast=True)
     if MODE == REMAINDER:
-        # A tie rounds away from zero: the remainder of a tie to even does not fit.
+        # A tie rounds away from zero, as the remainder of a tie to even may not fit 16 bits.
         low = tl.where(is_finite(weight), bits.to(tl.int16), 0)
         new = tl.where(is_finite(weight), ((bits - low.to(tl.int32).to(tl.uint32)) >> 16).to(tl.uint16), rounded(weight, PARAM))
         write(master_address, first, inside, tl.where(frozen, master, low), MASTER, BLOCK, WHOLE)
@@ -237,7 +172,7 @@ def update_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Each program updates BLOCKS blocks of one tensor: `chunks` says which tensor, and which part of it."""
+    """Update BLOCKS blocks of one tensor. chunks: the tensor of each program, and its part of the tensor."""
     program = first_program + tl.program_id(0).to(tl.int64)
     chunk = tl.load(chunks + program)
     tensor = chunk & 0xFFFFFFFF
@@ -271,7 +206,7 @@ def update_kernel(
         inner = tl.load(row + INNER_WORD)
         first_index = tl.load(row + FIRST_INDEX_WORD)
         aligned = ((param | grad | exp_avg | exp_avg_sq | max_exp_avg_sq | master) & 15) == 0
-        # 64-bit division is slow: once here, then unit and place in it move along.
+        # 64-bit division is slow. Divide once, then move unit and place along.
         unit = first // inner
         place = first - unit * inner
         unit = unit % length
@@ -301,10 +236,10 @@ def update_kernel(
 
 
 def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Backend "triton": see adept_fast.ops.adamw.op. fp32, bf16 and fp16, real, `step` on the parameters' device.
+    """Backend "triton": see adept_fast.ops.adamw.op. Takes real fp32, bf16 and fp16, with `step` on the parameters' device.
 
-    Nothing waits for the device. In a CUDA graph, lr and betas given as tensors, steps and multipliers are read at each replay; one
-    step outside of it comes first, as torch asks, because pinned memory is reserved and kernels are compiled there.
+    It does not synchronise. A CUDA graph reads lr and betas given as tensors, steps and multipliers at each replay. Run one step before
+    the capture, as torch asks: it compiles the kernels and reserves pinned memory.
     """
     updates = table.updates
     if not updates:

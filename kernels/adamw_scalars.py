@@ -1,4 +1,4 @@
-"""Before an update: every tensor's step is advanced, and the scalars of its update are computed, on the device."""
+"""Increments every tensor's step and computes the scalars of its update, on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LR_ADDRESS = tl.constexpr(GROUP_WORD.lr_address)
 BETA1_ADDRESS = tl.constexpr(GROUP_WORD.beta1_address)
 BETA2_ADDRESS = tl.constexpr(GROUP_WORD.beta2_address)
 KINDS = tl.constexpr(GROUP_WORD.kinds)
-# The scalars of one tensor's update, by their place in a row of `scalars`.
+# Columns of `scalars`.
 SCALARS = tl.constexpr(12)
 RATE = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
@@ -47,7 +47,7 @@ def mix(x):
 
 @triton.jit
 def hyperparameter(group, word: tl.constexpr, address_word: tl.constexpr, number_of_kind: tl.constexpr, inside):
-    """Load lr, beta1 or beta2 of each tensor's group: the number in the table, or what stands at an address there."""
+    """Load lr, beta1 or beta2 of each tensor's group: the number in the table, or the value at the address in the table."""
     number = tl.load(group + word, mask=inside, other=0).to(tl.float64, bitcast=True)
     address = tl.load(group + address_word, mask=inside, other=0)
     kind = (tl.load(group + KINDS, mask=inside, other=0) >> (2 * number_of_kind)) & 3
@@ -58,12 +58,12 @@ def hyperparameter(group, word: tl.constexpr, address_word: tl.constexpr, number
 
 @triton.jit(do_not_specialize=["tensors"])
 def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSORS: tl.constexpr):
-    """scalars: fp64 [tensors, SCALARS], each exact or rounded once more by the update:
+    """Write `scalars`, fp64 [tensors, SCALARS]. Columns, in their order:
 
-        lr, weight_decay, sqrt(1 - beta2^t) / (1 - beta1^t), what gradients are multiplied by, eps sqrt(1 - beta2^t), the weights of both
-        averages, whether each moves from its old value, two keys of stochastic rounding, and whether there is an update at all
+        lr, weight_decay, sqrt(1 - beta2^t) / (1 - beta1^t), factor of gradients, eps sqrt(1 - beta2^t), weights of both averages,
+        whether each average moves from its old value, two keys of stochastic rounding, whether to update
 
-    Where found_inf is not 0 there is none, and no step is advanced.
+    If found_inf is not 0, no tensor is updated and no step is incremented.
     """
     i = tl.program_id(0).to(tl.int64) * TENSORS + tl.arange(0, TENSORS)
     inside = i < tensors
@@ -83,7 +83,7 @@ def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSOR
     step = tl.load(counter, mask=inside, other=0.0) + 1.0
     tl.store(counter, step, mask=finite)
     t = step.to(tl.int32)
-    # By squaring, as in csrc/adamw.h. A fixed number of times, because the interpreter knows no other ranges.
+    # By squaring, as in csrc/adamw.h, with a fixed number of turns, as the interpreter needs it.
     power1 = tl.full([TENSORS], 1.0, tl.float64)
     power2 = tl.full([TENSORS], 1.0, tl.float64)
     base1 = beta1

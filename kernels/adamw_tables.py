@@ -1,4 +1,4 @@
-"""What adamw.py's kernels read about tensors, groups and chunks: tables of 64-bit words, kept on the device while they do not change."""
+"""Tables of 64-bit words about tensors, groups and chunks for the kernels of adamw.py, cached on the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from adept_fast.ops.adamw.descriptors import group_rows
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import ROW_BYTES, Table
 
-TABLES_KEPT = 64
+CACHED_TABLES = 64
 RESERVED_WORDS = 2**17  # of pinned memory
 
 
 class Setup(NamedTuple):
-    """What one compiled kernel serves."""
+    """The dtypes and mode of one compiled kernel."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -27,13 +27,13 @@ class Setup(NamedTuple):
     amsgrad: bool
 
 
-_kept: dict[tuple[str, torch.device, int, int], tuple[bytes, Tensor]] = {}
-_captured: list[tuple[Tensor, Tensor]] = []  # what graphs copy from and to at every replay
+_cache: dict[tuple[str, torch.device, int, int], tuple[bytes, Tensor]] = {}
+_captured: list[tuple[Tensor, Tensor]] = []  # (pinned, table): captured graphs copy from one to the other at every replay
 _reserve = torch.empty(0, dtype=torch.int64)
 
 
 def by_setup(table: Table) -> tuple[array[int], list[tuple[Setup, int]]]:
-    """(rows of the table, those of a set-up together; set-ups with their number of rows, in that order)."""
+    """Sort rows by set-up. Returns the rows, and (set-up, number of its rows) in the same order."""
     found: dict[Setup, list[int]] = {}
     for i, u in enumerate(table.updates):
         mode = None if u.param.dtype == torch.float32 else u.options.master_weights
@@ -47,8 +47,6 @@ def by_setup(table: Table) -> tuple[array[int], list[tuple[Setup, int]]]:
 
 
 def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]) -> Tensor:
-    """`rows` on the device."""
-
     def words() -> Tensor:
         assert all(u.param.device == device and u.step.device == device and u.step.dtype == torch.float32 for u in updates)
         return torch.frombuffer(rows, dtype=torch.int64)
@@ -57,7 +55,7 @@ def tensors_on(device: torch.device, rows: array[int], updates: Sequence[Update]
 
 
 def groups_on(device: torch.device, options: Sequence[AdamWOptions]) -> Tensor:
-    """The rows of groups. lr and betas stay tensors where the kernels can read them; others are read here."""
+    """Upload the rows of groups. lr and betas given as tensors that kernels cannot read are converted to numbers."""
 
     def readable(x: float | Tensor) -> float | Tensor:
         there = isinstance(x, Tensor) and x.device == device and x.dtype in (torch.float32, torch.float64)
@@ -68,7 +66,7 @@ def groups_on(device: torch.device, options: Sequence[AdamWOptions]) -> Tensor:
 
 
 def chunks_on(device: torch.device, numels: array[int], size: int) -> Tensor:
-    """One word per chunk of `size` elements: the tensor it is in, and 2^32 times its number there."""
+    """Upload one word per chunk of `size` elements: its tensor + 2^32 * its number in the tensor."""
 
     def words() -> Tensor:
         counts = (torch.frombuffer(numels, dtype=torch.int64) + size - 1) // size
@@ -80,19 +78,19 @@ def chunks_on(device: torch.device, numels: array[int], size: int) -> Tensor:
 
 
 def _on_device(kind: str, content: bytes, words: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The table that `content` stands for; copied there without waiting, unless this stream holds it from an earlier call."""
+    """Upload words() without synchronisation, or return the cached table of equal `content` on this stream."""
     global _reserve
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     key = (kind, device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, len(content))
-    held = _kept.get(key)
+    held = _cache.get(key)
     if held is not None and held[0] == content and not capturing:
         return held[1]
     source = words()
     if not on_gpu:
         table = source.clone()
     elif capturing and _reserve.numel() >= source.numel():
-        # Older releases of torch cannot pin memory during a capture.
+        # Older torch releases cannot pin memory during a capture.
         pinned, _reserve = _reserve[: source.numel()].copy_(source), _reserve[source.numel() :]
         table = pinned.to(device, non_blocking=True)
     else:
@@ -103,7 +101,7 @@ def _on_device(kind: str, content: bytes, words: Callable[[], Tensor], device: t
         return table
     if on_gpu and _reserve.numel() < 4 * source.numel() + RESERVED_WORDS // 2:
         _reserve = torch.empty(8 * source.numel() + RESERVED_WORDS, dtype=torch.int64, pin_memory=True)
-    if len(_kept) >= TABLES_KEPT:
-        del _kept[next(iter(_kept))]
-    _kept[key] = (content, table)
+    if len(_cache) >= CACHED_TABLES:
+        del _cache[next(iter(_cache))]
+    _cache[key] = (content, table)
     return table

@@ -1,12 +1,12 @@
-"""Sums of squared gradients and of first-order Taylor terms per row or column of a parameter, in one pass over both tensors.
+"""Sums of squared gradients and of first-order Taylor terms over all dimensions of a parameter but one, in one pass over both tensors.
 
-For each index i of dimension `dim`, over all other dimensions j:
+For each index i of dimension `dim`, with j the index of all other dimensions:
 
     sum_j g_ij^2        sum_j |theta_ij g_ij|        sum_j theta_ij g_ij
 
-Accumulated in fp32 (fp64 where an input is fp64). Each program sums a band of one tile width into its own partial, and a second
-stage adds the partials: no atomics, so a result does not change from run to run. Tested in Triton's interpreter and compiled for
-sm_80, sm_90 and sm_100; not yet run on a GPU.
+Accumulated in fp32 (fp64 if an input is fp64). Each program writes the partial sums of one band, and a second stage adds them. There are
+no atomics, so results are the same from run to run. Tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100; untested on
+a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adept_fast.kernels.gradient_sums_vectors import Vector, add_vectors
 
-__all__ = ["Vector", "add_vectors", "saliency_sums"]
+__all__ = ["Vector", "add_vectors", "gradient_sums"]
 
 TILE = 1024  # 2048 made ptxas spill a register on sm_100 (Triton 3.9, fp32 rows)
 PROGRAMS = 1024
@@ -40,7 +40,7 @@ def partial_sums_kernel(
     REDUCED: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """partials: [3, bands, kept]. Program (a, b) sums band b, TILES tiles of REDUCED indices, for KEPT kept ones."""
+    """Write partials [3, bands, kept]. Program (a, b) sums band b, TILES tiles of REDUCED reduced indices, for KEPT kept indices."""
     i = tl.program_id(0).to(tl.int64) * KEPT + tl.arange(0, KEPT)
     first = tl.program_id(1).to(tl.int64) * (TILES * REDUCED)
     squares = tl.zeros((KEPT, REDUCED), ACCUMULATOR)
@@ -63,7 +63,7 @@ def partial_sums_kernel(
 
 
 def tile(kept: int, reduced: int, kept_stride: int, reduced_stride: int) -> tuple[int, int]:
-    """KEPT, REDUCED: TILE elements, wide along the dimension that is contiguous in memory."""
+    """Choose (KEPT, REDUCED), whose product is TILE, with the longer side along the contiguous dimension."""
     if reduced_stride <= kept_stride:
         width = min(triton.next_power_of_2(reduced), TILE)
         return TILE // width, width
@@ -71,11 +71,11 @@ def tile(kept: int, reduced: int, kept_stride: int, reduced_stride: int) -> tupl
     return width, TILE // width
 
 
-def saliency_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per index of `dim`: (sum g^2, sum |theta g|, sum theta g), three fp32 vectors of length param.shape[dim].
+def gradient_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over all dimensions but `dim`: (sum g^2, sum |theta g|, sum theta g), fp32 [param.shape[dim]] each.
 
-    `param`, `grad`: one shape of at least one dimension, on one device, any strides, each fp32, bf16, fp16 or fp64. Two dimensions are
-    read in place; of more, those are copied first whose other dimensions do not merge into one stride.
+    param, grad: one shape, of at least one dimension; any strides; fp32, bf16, fp16 or fp64.
+    Matrices are read in place. A tensor of more dimensions is copied first if its other dimensions do not merge into one stride.
     """
     assert param.shape == grad.shape and param.device == grad.device
     kept = param.shape[dim]
@@ -87,7 +87,7 @@ def saliency_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor
     block_kept, block_reduced = tile(kept, reduced, *g.stride())
     blocks = triton.cdiv(kept, block_kept)
     tiles = triton.cdiv(reduced, block_reduced)
-    # A power of two, because each value is compiled anew.
+    # A power of two, because each value compiles a kernel.
     tiles_per_band = triton.next_power_of_2(triton.cdiv(tiles, max(1, PROGRAMS // blocks)))
     bands = triton.cdiv(tiles, tiles_per_band)
     partials = torch.empty(3, bands, kept, dtype=torch.float64 if wide else torch.float32, device=param.device)

@@ -1,9 +1,9 @@
-"""Saliency terms of many vectors (norms, biases) in one launch for each set-up of dtypes: one for each vector outlasts its work.
+"""Sums of gradients of many vectors (norms, biases) in one launch per combination of dtypes: a launch each would take longer than its work.
 
     for each index i:   sums[0] += g_i^2    sums[1] += |theta_i g_i|    sums[2] += theta_i g_i    running += g_i
 
-In fp64, but for the running gradient. Programs find their vector through a table of addresses on the device, as the optimizer's do, and
-each element belongs to one program. Tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
+Accumulated in fp64, the running gradient in fp32. A table on the device has the addresses, and each vector one program. Tested in
+Triton's interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adept_fast.kernels.adamw import TRITON_DTYPES, read, widened
+from adept_fast.kernels.number_formats import TRITON_DTYPES, read, widened
 
 WORDS = tl.constexpr(6)
 BLOCK = 1024
 
 
 class Vector(NamedTuple):
-    """param, grad: [n], contiguous, fp32, bf16 or fp16; sums: fp64 [1 or 3, n], contiguous; running: fp32 [n] or nothing."""
+    """param, grad: fp32, bf16 or fp16 [n]. sums: fp64 [1 or 3, n]. running: fp32 [n] or None. All contiguous."""
 
     param: Tensor
     grad: Tensor
@@ -33,7 +33,7 @@ class Vector(NamedTuple):
 
 @triton.jit
 def add_terms_kernel(rows, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Program a takes vector a, a row of the table: addresses of param, grad, sums and running (0: none), its length, kinds of sums."""
+    """Add the terms of vector a in program a. A row: addresses of param, grad, sums and running (0: none), length, number of sums."""
     row = rows + tl.program_id(0).to(tl.int64) * WORDS
     param = tl.load(row)
     grad = tl.load(row + 1)
@@ -52,12 +52,12 @@ def add_terms_kernel(rows, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.co
             tl.store(place + length, tl.load(place + length, mask=inside, other=0.0) + tl.abs(product), mask=inside)
             tl.store(place + 2 * length, tl.load(place + 2 * length, mask=inside, other=0.0) + product, mask=inside)
         if running != 0:
-            kept = running.to(tl.pointer_type(tl.float32)) + i
-            tl.store(kept, tl.load(kept, mask=inside, other=0.0) + g, mask=inside)
+            target = running.to(tl.pointer_type(tl.float32)) + i
+            tl.store(target, tl.load(target, mask=inside, other=0.0) + g, mask=inside)
 
 
 def add_vectors(vectors: Sequence[Vector]) -> None:
-    """Add the terms of each vector to its sums. All on one device; nothing waits for it."""
+    """Add the terms of each vector, all on one device, to its sums. Does not synchronise."""
     setups: dict[tuple[torch.dtype, torch.dtype], list[Vector]] = {}
     for vector in vectors:
         assert all(x is None or x.is_contiguous() for x in vector)

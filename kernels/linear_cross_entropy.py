@@ -1,11 +1,12 @@
-"""Cross-entropy of a linear head, without keeping its logits: the vocabulary is passed in blocks, with a running maximum and sum.
+"""Cross-entropy of a linear head without storing its logits: the vocabulary is processed in blocks with a running maximum and sum.
 
     z_v = cap tanh(scale (w_v . h + b_v) / cap)        loss = log sum_v exp z_v - z_target        KL = sum_v p_v (log p_v - log q_v)
 
-Each program takes a block of rows through one share of the vocabulary and leaves maximum, sum and likeliest token of its share; a second
-stage joins the shares. No atomics, and the shares depend on shapes alone: bits are the same from run to run. Accumulated in fp32; fp32
-inputs are multiplied in full (no TF32). Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses without logits (Wijmans
-et al., arXiv 2411.09009). Tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
+Each program processes a block of rows and one share of the vocabulary, and writes maximum, sum and most likely token of the share. A
+second stage combines the shares. There are no atomics and shares depend on shapes only, so results are the same from run to run.
+Accumulation is fp32, and fp32 inputs are multiplied in full precision (no TF32).
+Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses without logits (Wijmans et al., arXiv 2411.09009).
+Tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adept_fast.kernels.number_formats import INTERPRETED
 from adept_fast.ops.linear_cross_entropy.reference import Projection, RowLosses
 
 PROGRAMS = 1024
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time: ROWS x VOCABULARY logits, over WIDTH entries of a hidden state."""
+    """The tile that a program multiplies at a time: ROWS x VOCABULARY logits over WIDTH hidden entries, and its launch options."""
 
     rows: int
     vocabulary: int
@@ -48,23 +50,20 @@ def tile(dtype: torch.dtype, divergence: bool = False) -> Tile:
 
 @triton.jit
 def tanh(x):
-    # libdevice's is not known to the interpreter
+    # The interpreter does not have libdevice's.
     return 1 - 2 / (tl.exp(2 * x) + 1)
-
-
-INTERPRETED = tl.constexpr(not isinstance(tanh, triton.JITFunction))
 
 
 @triton.jit
 def dot(a, b, total):
-    if INTERPRETED:  # it would multiply the bits of bf16
+    if INTERPRETED:  # the interpreter would multiply the bits of bf16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
 def products(hidden, weight, i, v, width, WIDTH: tl.constexpr):
-    """Rows i of `hidden` times rows v of `weight`: fp32 [rows, vocabulary]. i, v: within bounds, of 32 bits where that does."""
+    """Multiply rows i of `hidden` with rows v of `weight`: fp32 [rows, vocabulary]. i, v: within bounds."""
     total = tl.zeros((i.shape[0], v.shape[0]), tl.float32)
     for first in range(0, width, WIDTH):
         k = first + tl.arange(0, WIDTH)
@@ -110,10 +109,13 @@ def share_kernel(
     VOCABULARY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Program (a, b) takes ROWS rows through share b of the vocabulary, `blocks` blocks of VOCABULARY entries.
+    """Process one share of the vocabulary: program (a, b) takes ROWS rows and share b, which is `blocks` blocks of VOCABULARY entries.
 
-    maxima, sums, wanted, weighted: fp32 [shares, rows]; likeliest: int64, the same. wanted: z_target in the share that holds it, else 0
-    (NaN where none does); weighted: sum of exp(z of the base - its maximum) (z of the base - z). The base of row i is row i % base_rows.
+    Outputs, fp32 [shares, rows] (likeliest: int64):
+    maxima, sums: maximum of z, and sum of exp(z - maximum).
+    likeliest: token of the maximum.
+    wanted: z_target in the share of the target, 0 in the others; NaN for a target outside the vocabulary.
+    weighted: sum of exp(base z - base maximum) * (base z - z). The base of row i is row i % base_rows.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
@@ -165,10 +167,9 @@ def share_kernel(
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
     """See adept_fast.ops.linear_cross_entropy.reference.
 
-    hidden, head: one of fp32, bf16 and fp16; a divergence multiplies twice, a gradient three times as much.
-
-    A target outside the vocabulary, of which the host hears nothing, makes its row's loss and gradient NaN.
-    Holds beside its results 24 bytes a row and share of the vocabulary: at most 24 PROGRAMS tile.rows, 3 MiB, and 24 a row.
+    hidden, head: of one dtype, fp32, bf16 or fp16. A divergence multiplies twice as much, a gradient three times.
+    A target outside the vocabulary gives NaN as loss and gradient, because kernels cannot raise.
+    Temporary memory: 24 bytes per row and share, at most 3 MiB + 24 bytes per row.
     """
     rows, width = hidden.shape
     vocabulary = len(head.weight)

@@ -1,9 +1,9 @@
-"""Gradient of each row's cross-entropy to its hidden state, the head being frozen, from blocks of the softmax that are computed again.
+"""Gradient of each row's cross-entropy to its hidden state, with a frozen head, from recomputed blocks of the softmax.
 
     d loss / d h = sum_v (exp(z_v - log sum_u exp z_u) - [v = target]) scale (1 - (z_v / cap)^2) w_v
 
-A part of the vocabulary at a time: one kernel leaves the factors of w_v for the part, in the head's type, another adds their product with
-the part's rows of the head, in fp32. Each element of the gradient belongs to one program, so there are no atomics.
+For one part of the vocabulary after the other, one kernel writes the factors of w_v in the head's dtype, and another adds their product
+with the head's rows in fp32. Each element of the gradient belongs to one program, so there are no atomics.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adept_fast.kernels.adamw import TRITON_DTYPES, rounded
 from adept_fast.kernels.linear_cross_entropy import dot, logits, products, tile
+from adept_fast.kernels.number_formats import TRITON_DTYPES, rounded
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 
-PART = 2**25  # factors held at once
+PART = 2**25  # factors in memory at a time
 
 
 @triton.jit(do_not_specialize=["rows", "first", "count"])
@@ -42,12 +42,12 @@ def factors_kernel(
     VOCABULARY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """factors [rows, stride]: of w_v for v from `first` on, 0 behind `count` entries. Program (a, b): ROWS rows, VOCABULARY entries."""
+    """Write factors [rows, stride] of w_v for v = first, first + 1, ...: 0 after `count` entries. Program (a, b): ROWS x VOCABULARY."""
     first_row, start = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * VOCABULARY
     row, column = tl.arange(0, ROWS), tl.arange(0, VOCABULARY)
     i = tl.minimum(row, rows - 1 - first_row).to(tl.int32)
     at = first.to(tl.int64) + start
-    left = count - start  # may be negative: of the last part, the factors behind it are cleared
+    left = count - start  # negative behind the end of the last part, where factors are set to 0
     v = tl.minimum(column, tl.maximum(left - 1, 0))
     at = tl.where(left > 0, at, 0)
     product = products(hidden + first_row * width, weight + at * width, i, v, width, WIDTH)
@@ -58,7 +58,7 @@ def factors_kernel(
         factor *= 1 - (z / softcap) * (z / softcap)
     factor = tl.where((column < left)[None, :], factor * scale, 0.0)
     stored = rounded(factor, DTYPE)
-    # bf16 as bits: the interpreter's own conversion truncates.
+    # bf16 as uint16, because the interpreter's conversion truncates.
     place = factors.to(tl.pointer_type(stored.dtype)) + first_row * stride + start + (row[:, None] * stride + column[None, :])
     tl.store(place, stored, mask=(row < rows - first_row)[:, None])
 
@@ -77,7 +77,7 @@ def add_product_kernel(
     VOCABULARY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """gradient += factors @ weight[first:], the factors of entries behind `last` being 0. Program (a, b): ROWS rows, VOCABULARY columns."""
+    """gradient += factors @ weight[first:]. Factors after entry `last` are 0. Program (a, b): ROWS rows, VOCABULARY columns."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     column = tl.program_id(1) * VOCABULARY + tl.arange(0, VOCABULARY)
@@ -96,9 +96,11 @@ def add_product_kernel(
 
 
 def input_gradient(hidden: Tensor, head: Projection, targets: Tensor, normaliser: Tensor) -> Tensor:
-    """fp32 [rows, width]. hidden, head.weight: contiguous, of one type; head.bias: contiguous; normaliser: log sum_v exp z_v, fp32 [rows].
+    """Compute the gradient, fp32 [rows, width].
 
-    Holds PART factors, fewer for a small head: memory does not grow with the vocabulary.
+    hidden, head.weight: contiguous, of one dtype. head.bias: contiguous.
+    normaliser: log sum_v exp z_v, fp32 [rows].
+    Temporary memory: at most PART factors.
     """
     rows, width = hidden.shape
     vocabulary = len(head.weight)

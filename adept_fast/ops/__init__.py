@@ -1,1 +1,1 @@
-"""Operations with several implementations, and which one runs."""
+"""Operations with several backends, and the choice between them."""

@@ -1,4 +1,4 @@
-"""The dtype that sums and products are taken in."""
+"""The accumulation dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 from torch import Tensor
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    """fp64 for fp64, else fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """Return fp64 if a tensor is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -1,6 +1,6 @@
-"""The registry of operations: which backends implement each, in which module, and which one runs.
+"""The registry of operations and their backends, and the choice of the backend that runs.
 
-One override serves all operations: the argument `backend` where an operation has one, else the environment variable ADEPT_FAST_BACKEND.
+The argument `backend`, if an operation has one, overrides the choice. Otherwise the environment variable ADEPT_FAST_BACKEND does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from adept_fast.errors import InputError
 
-# operation -> backend -> the module that implements it, the preferred backend first
+# operation -> backend -> module, in order of preference
 IMPLEMENTED: dict[str, dict[str, str]] = {
     "adamw": {
         "cuda": "adept_fast.ops.adamw.cuda",
@@ -38,15 +38,15 @@ IMPLEMENTED: dict[str, dict[str, str]] = {
     "decoder_layers": {"cpu": "adept_fast._C", "torch": "the model's own modules"},
 }
 OVERRIDE = "ADEPT_FAST_BACKEND"
-OLDEST = (8, 0)  # compute capability
+OLDEST = (8, 0)  # compute capability that the kernels need
 
 
 @dataclass(frozen=True)
 class Status:
     """Whether a backend can be used.
 
-    reason: what was found, or why the backend cannot be used.
-    remedy: what makes it usable; empty where it is found.
+    reason: the version found, or why the backend cannot be used.
+    remedy: how to make it usable; empty if it is found.
     """
 
     found: bool
@@ -61,7 +61,7 @@ def _cuda() -> Status:
     except ModuleNotFoundError:
         return Status(
             False,
-            "the CUDA extension was not built: there was no nvcc, or it failed",
+            "the CUDA extension was not built: nvcc was not found, or it failed",
             "install the CUDA toolkit and reinstall from source with ADEPT_FAST_BUILD_CUDA=1, which shows the error",
         )
     except ImportError as error:
@@ -70,7 +70,7 @@ def _cuda() -> Status:
     runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in (versions["runtime"], versions["driver"]))
     if versions["driver"] == 0:
         return Status(False, "there is no NVIDIA driver", f"install one for CUDA {runtime} or newer")
-    # Within a major version older drivers serve, but for launch parameters beyond 4 KB, which csrc/adamw.cu has from 12.1 on.
+    # Older drivers of the same major version work, except that launch parameters above 4 KB (csrc/adamw.cu) need 12.1.
     if versions["driver"] < max(versions["runtime"] // 1000 * 1000, min(versions["runtime"], 12010)):
         return Status(
             False,
@@ -80,7 +80,7 @@ def _cuda() -> Status:
     try:
         devices = native.devices()
     except RuntimeError as error:
-        return Status(False, str(error), "check that nvidia-smi works, and the driver's version")
+        return Status(False, str(error), "check that nvidia-smi works, and the version of the driver")
     if not devices:
         return Status(False, "no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
     oldest = min(tuple(device["capability"]) for device in devices)
@@ -146,31 +146,33 @@ def _fits(name: str, device: torch.device) -> bool:
 
 
 def status() -> dict[str, Status]:
-    """The status of each backend: "cuda", "triton", "cpu", "torch"."""
+    """Return the status of "cuda", "triton", "cpu" and "torch"."""
     return {name: find() for name, find in _FIND.items()}
 
 
 def implementation(operation: str, backend: str) -> ModuleType:
-    """The module in which `backend`, as `resolve` chose it, implements `operation`."""
+    """Import the module that implements `operation` for a backend that `resolve` returned."""
     return import_module(IMPLEMENTED[operation][backend])
 
 
 def has_native_layers() -> bool:
     """Whether adept_fast._C may run decoder layers on the CPU.
 
-    An override that names a backend without this operation leaves the layers to the model instead of raising: no caller asked for it.
+    ADEPT_FAST_BACKEND may name a backend without this operation. That is no error here, as the caller did not ask for the operation.
     """
     forced = os.environ.get(OVERRIDE)
     return (not forced or forced in IMPLEMENTED["decoder_layers"]) and resolve("decoder_layers", torch.device("cpu")) == "cpu"
 
 
 def resolve(operation: str, device: torch.device, forced: str | None = None) -> str:
-    """Choose the backend that runs `operation` (a key of IMPLEMENTED) on tensors of `device`.
+    """Choose the backend of an operation.
 
-    `forced`, or else ADEPT_FAST_BACKEND, decides. Without them the first backend that is found and fits the device runs.
+    operation: a key of IMPLEMENTED.
+    device: of the tensors.
+    forced: a backend; None: that of ADEPT_FAST_BACKEND, else the first that is found and supports the device.
 
-    Raises InputError for a forced backend that does not exist; RuntimeError, with the remedy, for one that is missing, lacks the operation
-    or cannot run on the device.
+    Raises InputError for an unknown backend. Raises RuntimeError, with the remedy, for a forced backend that is missing, lacks the
+    operation or does not support the device.
     """
     implemented = IMPLEMENTED[operation]
     name = forced or os.environ.get(OVERRIDE)

@@ -1,4 +1,4 @@
-"""Numbers that native code has for dtypes and for master modes: enums Format and Master of csrc/descriptor.h."""
+"""Enums of csrc/descriptor.h: Format, the dtypes, and Master, the master modes."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_info_prints_the_registry() -> None:
 
 def test_every_module_of_the_registry_implements_its_operation() -> None:
     pytest.importorskip("triton"), pytest.importorskip("adept_fast._C"), pytest.importorskip("adept_fast._CUDA")
-    functions = {"adamw": "adamw", "gradient_sums": "saliency_sums", "linear_cross_entropy": "linear_cross_entropy"}
+    functions = {"adamw": "adamw", "gradient_sums": "gradient_sums", "linear_cross_entropy": "linear_cross_entropy"}
     for operation, name in functions.items():
         for backend in dispatch.IMPLEMENTED[operation]:
             plain = "adamw_update_" if (operation, backend) == ("adamw", "torch") else name

@@ -102,7 +102,7 @@ def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dty
     from triton.compiler import ASTSource
 
     from adept_fast.kernels import gradient_sums_vectors
-    from adept_fast.kernels.adamw import TRITON_DTYPES
+    from adept_fast.kernels.number_formats import TRITON_DTYPES
 
     types = (TRITON_DTYPES[DTYPES[name]] for name in (param_dtype, grad_dtype))
     constants = dict(zip(("PARAM", "GRAD"), types, strict=True)) | {"BLOCK": gradient_sums_vectors.BLOCK}
@@ -146,22 +146,22 @@ def test_compiles_to_wide_loads_without_spills(architecture: int, dim: int, para
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(37, 131), (1027, 4096), (4096, 1536), (3, 100_003)], ids=str)
 def test_gpu_gives_the_sums(shape: tuple[int, ...], layout: str, dim: int) -> None:
-    from adept_fast.kernels.gradient_sums import saliency_sums
+    from adept_fast.kernels.gradient_sums import gradient_sums
 
     param, grad = inputs(shape, layout, "bf16", "fp32", "cuda")
-    sums = saliency_sums(param, grad, dim)
+    sums = gradient_sums(param, grad, dim)
     assert excess(sums, param, grad, dim) <= 1.0
-    assert all(map(torch.equal, sums, saliency_sums(param, grad, dim)))
+    assert all(map(torch.equal, sums, gradient_sums(param, grad, dim)))
 
 
 @pytest.mark.gpu
 def test_gpu_indexes_beyond_32_bits() -> None:
-    from adept_fast.kernels.gradient_sums import saliency_sums
+    from adept_fast.kernels.gradient_sums import gradient_sums
 
     param = torch.full((2**16 + 1, 2**15 + 8), 0.5, dtype=torch.bfloat16, device="cuda")
     grad = torch.ones_like(param)
     param[-1], grad[-1] = -0.25, 3.0
-    squares, absolutes, products = (found[-1].item() for found in saliency_sums(param, grad, 0))
+    squares, absolutes, products = (found[-1].item() for found in gradient_sums(param, grad, 0))
     columns = param.shape[1]
     assert (squares, absolutes, products) == (9.0 * columns, 0.75 * columns, -0.75 * columns)
 
@@ -274,7 +274,7 @@ def interpret_all() -> list[dict[str, float | bool]]:
     for shape, dim, layout, param_dtype, grad_dtype, tile, programs in CASES:
         gradient_sums.TILE, gradient_sums.PROGRAMS = tile, programs
         param, grad = inputs(shape, layout, param_dtype, grad_dtype, "cpu")
-        first, second = (gradient_sums.saliency_sums(param, grad, dim) for _ in range(2))
+        first, second = (gradient_sums.gradient_sums(param, grad, dim) for _ in range(2))
         results.append({"excess": excess(first, param, grad, dim), "repeats": all(map(torch.equal, first, second))})
     results.append({"vectors": vectors_agree("cpu")})
     return [*results, *(hooked("cpu", *setting) for setting, _ in HOOKS)]

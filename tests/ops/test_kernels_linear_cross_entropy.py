@@ -176,7 +176,7 @@ def test_compiles_to_wide_loads_without_spills(architecture: int, name: str, dty
 
     from adept_fast.kernels import linear_cross_entropy as kernels
     from adept_fast.kernels import linear_cross_entropy_gradient as gradients
-    from adept_fast.kernels.adamw import TRITON_DTYPES
+    from adept_fast.kernels.number_formats import TRITON_DTYPES
 
     kernel = getattr(kernels if name == "share_kernel" else gradients, name)
     tile = kernels.tile(DTYPES[dtype], flags == "divergence")

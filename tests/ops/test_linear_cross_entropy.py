@@ -141,7 +141,7 @@ WRONG = {
         lambda h, w, b, t: (h, w, b, t[1:]),
         "found hidden \\(37, 24\\), weight \\(1203, 24\\), bias \\(1203,\\), targets \\(36,\\)",
     ),
-    "a shorter bias": (lambda h, w, b, t: (h, w, b[:-1], t), "bias \\[vocabulary\\] or none .* bias \\(1202,\\)"),
+    "a shorter bias": (lambda h, w, b, t: (h, w, b[:-1], t), "bias \\[vocabulary\\] or None .* bias \\(1202,\\)"),
     "a bias of two dimensions": (lambda h, w, b, t: (h, w, b[:, None], t), "bias \\(1203, 1\\)"),
     "another width": (lambda h, w, b, t: (h[:, 1:], w, b, t), "hidden \\(37, 23\\), weight \\(1203, 24\\)"),
     "a weight of three dimensions": (lambda h, w, b, t: (h, w[None], b, t), "weight \\(1, 1203, 24\\)"),
@@ -182,7 +182,7 @@ def test_a_scale_or_softcap_that_is_none_is_refused(change: dict[str, float]) ->
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_divergence_of_what_does_not_fit_is_refused(name: str, shape: tuple[int, ...]) -> None:
     _, head, targets = inputs(*SHAPES[2], torch.float32)
-    with pytest.raises(InputError, match="a divergence needs hidden \\[variants, rows, width\\] and targets \\[rows\\]"):
+    with pytest.raises(InputError, match="expected hidden \\[variants, rows, width\\] and targets \\[rows\\]"):
         linear_divergence(torch.zeros(shape), head, targets[: 5 if shape[0] == 0 else 6], backend=name)
 
 

@@ -96,8 +96,8 @@ def _cut(key: str) -> Callable[[dict[str, Any], Parameter], None]:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], Parameter], object], str]] = {
     "exp_avg shorter": (_entry("exp_avg", lambda x: x[:3].clone()), r"exp_avg has shape \(3, 6\), its parameter \(8, 6\)"),
     "exp_avg shorter under it": (_under("exp_avg", lambda x: x[:3]), r"exp_avg has shape \(3, 6\), its parameter \(8, 6\)"),
-    "exp_avg bf16": (_entry("exp_avg", lambda x: x.bfloat16()), "exp_avg_sq is torch.float32, where .* bfloat16"),
-    "exp_avg_sq bf16 under it": (_under("exp_avg_sq", lambda x: x.bfloat16()), "exp_avg_sq is torch.bfloat16, where .* float32"),
+    "exp_avg bf16": (_entry("exp_avg", lambda x: x.bfloat16()), "exp_avg_sq is torch.float32, and must be bfloat16"),
+    "exp_avg_sq bf16 under it": (_under("exp_avg_sq", lambda x: x.bfloat16()), "exp_avg_sq is torch.bfloat16, and must be float32"),
     "exp_avg on meta": (_entry("exp_avg", lambda x: x.to("meta")), "exp_avg is on meta"),
     "exp_avg_sq gone": (lambda state, param: state.pop("exp_avg_sq"), "has step, exp_avg but no exp_avg_sq"),
     "exp_avg a number": (lambda state, param: state.update(exp_avg=1.0), "exp_avg is a float"),

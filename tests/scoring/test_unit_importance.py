@@ -19,7 +19,7 @@ from adept_fast.errors import InputError
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.ops import dispatch
 from adept_fast.ops.gradient_sums import op, reference
-from adept_fast.ops.gradient_sums.op import GradientSums, saliency_sums
+from adept_fast.ops.gradient_sums.op import GradientSums, gradient_sums
 from adept_fast.scoring.unit_importance import parameter_sums, sequence_sums
 from bench.measure import allocated
 from tests.support import tiny_models
@@ -52,8 +52,8 @@ def test_native_sums(monkeypatch: pytest.MonkeyPatch, param_dtype: torch.dtype, 
         sums = {dim: torch.full((3, size), 0.5, dtype=torch.float64) for dim, size in enumerate(shape)}
         squares = {dim: torch.full((1, size), 0.5, dtype=torch.float64) for dim, size in enumerate(shape)}
         running = torch.ones(shape)
-        cpu.SaliencyPass(sums, shape, None).add(parameter, gradient)
-        cpu.SaliencyPass(squares, shape, running).add(parameter, gradient)
+        cpu.NativeGradientSums(sums, shape, None).add(parameter, gradient)
+        cpu.NativeGradientSums(squares, shape, running).add(parameter, gradient)
         assert torch.equal(running, 1 + gradient.float())
         assert all(torch.equal(squares[dim][0], sums[dim][0]) for dim in sums)
         results.append([*sums.values()])
@@ -72,7 +72,7 @@ def test_one_dimension_by_every_backend(monkeypatch: pytest.MonkeyPatch, name: s
     parameter, gradient = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).unbind(0)
     for dim in (*range(len(shape)), -1):
         exact = truths(parameter, gradient, dim)
-        for value, truth, terms in zip(saliency_sums(parameter, gradient, dim), exact, (exact[0], exact[1], exact[1]), strict=True):
+        for value, truth, terms in zip(gradient_sums(parameter, gradient, dim), exact, (exact[0], exact[1], exact[1]), strict=True):
             assert value.dtype == torch.float32 and bool(((value.double() - truth).abs() <= 1e-5 * terms + 1e-30).all())
 
 
@@ -191,14 +191,14 @@ def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_
     found = sequence_sums(model, items, dims)
     assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
     calls = itertools.count()
-    take = op._Gathered.take
+    take = op._ParameterSums.take
 
     def failing(*arguments: object) -> None:
         if next(calls) == 5:
             raise RuntimeError("the device is lost")
         take(*arguments)
 
-    monkeypatch.setattr(op._Gathered, "take", failing)
+    monkeypatch.setattr(op._ParameterSums, "take", failing)
     with pytest.raises(RuntimeError, match="the device is lost"):
         sequence_sums(model, items, dims)
     after = state_of(model)
@@ -225,7 +225,7 @@ def test_a_gradient_that_comes_in_parts_is_refused() -> None:
 
     layer, x = nn.Linear(5, 5), torch.randn(2, 5, requires_grad=True)
     sums = GradientSums({"weight": layer.weight}, {"weight": [0]}, products=True, running=False)
-    with sums, pytest.raises(InputError, match="weight: .* in parts"):
+    with sums, pytest.raises(InputError, match="weight: .* in several parts"):
         sums.backward(checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True).sum())
 
 
@@ -294,4 +294,4 @@ def test_reference_needs_no_products() -> None:
     sums = {0: torch.zeros(1, 3, dtype=torch.float64)}
     gradient = torch.arange(6.0).view(3, 2)
     op._add(sums, gradient.double(), gradient.double(), None)
-    assert torch.equal(sums[0][0], reference.saliency_sums(gradient, gradient, 0)[0].double())
+    assert torch.equal(sums[0][0], reference.gradient_sums(gradient, gradient, 0)[0].double())

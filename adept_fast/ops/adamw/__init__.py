@@ -1,1 +1,1 @@
-"""One update of AdamW."""
+"""The AdamW update of a list of tensors."""

@@ -1,6 +1,6 @@
-"""Checks of the tensors of one update, before native code gets their addresses: one shape and device, matching dtypes, enough memory.
+"""Checks of the tensors of one update before native code gets their addresses: shape, device, dtype and memory.
 
-They run where an update is described anew and where a state is loaded. A planned step compares addresses instead (table.py).
+They run when an update is looked up and when a state is loaded. A step with a cached plan compares addresses instead (table.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
-MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16}  # kahan: the parameter's
+MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16}  # "kahan": the parameter's
 REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to start it again"
 
 
 def check_operands(where: str, given: Operands | Update, mode: str | None, backend: str) -> None:
-    """Raise InputError where a tensor of `given` does not fit its parameter. mode: master_weights.
+    """Raise InputError if a tensor of `given` does not fit its parameter.
 
-    The message names `where` (the parameter) and both shapes, dtypes or devices.
+    where: names the parameter in the message, beside both shapes, dtypes or devices.
+    mode: master_weights.
     """
     param, native = given.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
@@ -41,13 +42,13 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
         ("master", given.master, (MASTER_DTYPES.get(mode or "", param.dtype),)),
     ):
         if tensor is not None or name in ("gradient", "exp_avg_sq"):
-            present = cast(Tensor, tensor)  # else check_like says that it is None
+            present = cast(Tensor, tensor)  # check_like refuses None
             check_like(where, name, present, param, dtypes)
             _check_memory(where, name, present, written=name != "gradient")
     if given.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
-        raise InputError(f"{where}: master_weights={mode!r} has no master to go with it; {REMEDY}")
+        raise InputError(f"{where}: master_weights={mode!r} needs a master tensor, and the state has none; {REMEDY}")
     if native and given.exp_avg.dtype == torch.float64:
-        raise InputError(f"{where}: exp_avg is torch.float64, which backend {backend!r} does not update; choose 'torch' or state_dtype")
+        raise InputError(f"{where}: exp_avg is torch.float64, which backend {backend!r} does not support; choose 'torch' or state_dtype")
     check_step(where, given.step, {param.device} if native else {param.device, torch.device("cpu")})
     if given.multipliers is not None:
         rates = given.multipliers
@@ -57,7 +58,7 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
 
 
 def check_form(where: str, name: str, tensor: Tensor, param: Tensor) -> None:
-    """Raise InputError unless `tensor` is dense, has the shape of `param`, is complex as it is, and holds values as it does."""
+    """Raise InputError unless `tensor` is dense, of the shape of `param`, complex if it is, and not on meta if it is not."""
     if not isinstance(tensor, Tensor):
         raise InputError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor of shape {tuple(param.shape)}; {REMEDY}")
     if tensor.shape != param.shape:
@@ -67,45 +68,44 @@ def check_form(where: str, name: str, tensor: Tensor, param: Tensor) -> None:
     if tensor.is_complex() != param.is_complex():
         raise InputError(f"{where}: {name} is {tensor.dtype}, its parameter {param.dtype}; {REMEDY}")
     if tensor.device.type == "meta" != param.device.type:
-        raise InputError(f"{where}: {name} is on meta, without values, its parameter on {param.device}; {REMEDY}")
+        raise InputError(f"{where}: {name} is on meta and has no values, its parameter is on {param.device}; {REMEDY}")
 
 
 def check_like(where: str, name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise InputError unless `tensor` has the form and device of `param`, and one of `dtypes`."""
+    """Raise InputError unless `tensor` passes check_form, is on the device of `param` and has one of `dtypes`."""
     check_form(where, name, tensor, param)
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{where}: {name} is {tensor.dtype}, where a parameter of {param.dtype} has {wanted} here; {REMEDY}")
+        raise InputError(f"{where}: {name} is {tensor.dtype}, and must be {wanted}, beside a parameter of {param.dtype}; {REMEDY}")
     if tensor.device != param.device:
         raise InputError(f"{where}: {name} is on {tensor.device}, its parameter on {param.device}; {REMEDY}")
 
 
 def check_step(where: str, step: object, devices: set[torch.device]) -> None:
-    """Raise InputError unless `step` is one fp32 on one of `devices`; on the CPU, also unless it is a whole number >= 0."""
+    """Raise InputError unless `step` is one fp32 on one of `devices`, and a whole number >= 0 (checked on the CPU only)."""
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.float32 or step.device not in devices:
         found = f"{step.dtype} of shape {tuple(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
         where_to = " or ".join(sorted(map(str, devices)))
-        raise InputError(f"{where}: step is {found}; it must be one float32 on {where_to}. {REMEDY}")
+        raise InputError(f"{where}: step is {found}; it must be one float32 on {where_to}; {REMEDY}")
     _check_memory(where, "step", step, written=True)
     if step.device.type == "cpu":
         check_count(where, step.item())
 
 
 def check_count(where: str, count: float) -> None:
-    """Raise InputError unless a step count is a whole number >= 0."""
     if not 0 <= count < 2**63 or count != int(count):
-        raise InputError(f"{where}: step is {count}, and must be a whole number of at least 0; {REMEDY}")
+        raise InputError(f"{where}: step is {count}; it must be a whole number >= 0; {REMEDY}")
 
 
 def _check_memory(where: str, name: str, tensor: Tensor, written: bool) -> None:
-    """Raise InputError where a tensor exceeds its storage, or a tensor to be written has overlapping, negated or conjugated elements."""
+    """Raise InputError for a tensor larger than its storage, or one to be written whose elements overlap or are lazily negated."""
     if tensor.device.type == "meta":
         return
     elements = tensor.numel()
     if elements and not tensor.is_contiguous():
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if written and torch._debug_has_internal_overlap(tensor) == 1:
-            raise InputError(f"{where}: elements of {name} share memory (stride {tensor.stride()}); give it memory with .clone()")
+            raise InputError(f"{where}: elements of {name} share memory (stride {tensor.stride()}); copy it with .clone()")
     held = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     if elements > held:
         raise InputError(f"{where}: {name} of shape {tuple(tensor.shape)} needs {elements} elements, its storage has {max(held, 0)}")

@@ -13,7 +13,7 @@ from adept_fast.ops.adamw.table import Table
 
 
 def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Backend "cpu": see adept_fast.ops.adamw.op. Runs on torch.get_num_threads() threads of torch's own OpenMP."""
+    """Backend "cpu": see adept_fast.ops.adamw.op. Uses torch.get_num_threads() threads of torch's OpenMP runtime."""
     if found_inf is not None and found_inf.item() != 0:
         return
     numbers = [o._replace(lr=float(o.lr), beta1=float(o.beta1), beta2=float(o.beta2)) for o in table.options]
@@ -23,6 +23,6 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     """Sum the squares of all elements of dense `grads`: fp64, 0-d, the same bits for any number of threads.
 
-    torch's fp64 norm takes longer than a step.
+    torch's fp64 norm takes longer than an optimizer step.
     """
     return torch.tensor(_C.sum_of_squares(gradient_rows(grads), torch.get_num_threads()), dtype=torch.float64)

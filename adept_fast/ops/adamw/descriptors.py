@@ -1,4 +1,4 @@
-"""The words that native code and the Triton kernels read: one row of 64-bit words per tensor and per group, each word by its name."""
+"""The tables that native code and the Triton kernels read: a row of named 64-bit words per tensor and per group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Word = TypeVar("Word")
 
 
 class TensorRow(NamedTuple, Generic[Word]):
-    """The words of one tensor, in the order of struct Tensor of csrc/descriptor.h. Word: an index, or a column of values."""
+    """The words of one tensor, in the order of struct Tensor in csrc/descriptor.h. Word: the word's index, or a column of values."""
 
     param: Word
     grad: Word
@@ -38,11 +38,11 @@ class TensorRow(NamedTuple, Generic[Word]):
 
 
 class GroupRow(NamedTuple):
-    """The words of one group, in the order of struct Group of csrc/descriptor.h.
+    """The words of one group, in the order of struct Group in csrc/descriptor.h.
 
     lr ... maximize: fp64.
-    *_address: where not 0, the address of an fp32 or fp64 on the device of the parameters that replaces the number.
-    kinds: 2 bits each for lr, beta1 and beta2; fp32 1, fp64 2.
+    *_address: address of an fp32 or fp64 on the parameters' device that replaces the number; 0: none.
+    kinds: dtype at each address, 2 bits each for lr, beta1 and beta2: 1 fp32, 2 fp64.
     """
 
     lr: float
@@ -67,17 +67,16 @@ class GradientRow(NamedTuple):
 
 WORDS, GROUP_WORDS = len(TensorRow._fields), len(GroupRow._fields)
 WORD = TensorRow(*range(WORDS))
-"""The index of each word: `rows[WORD.numel::WORDS]` is a column."""
+"""The index of each word. `rows[WORD.numel::WORDS]` is a column."""
 GROUP_WORD = GroupRow(*range(GROUP_WORDS))
 
 
 def gradient_rows(grads: Sequence[Tensor]) -> array[int]:
-    """One row per tensor."""
     return array("q", [word for g in grads for word in GradientRow(g.data_ptr(), g.numel(), FORMATS[g.dtype])])
 
 
 def group_rows(options: Sequence[AdamWOptions]) -> bytes:
-    """One row per group. lr, beta1 and beta2 are numbers, or fp32 or fp64 tensors on the device of the parameters."""
+    """Pack one row per group. lr, beta1, beta2: numbers, or fp32 or fp64 tensors on the parameters' device."""
     rows = bytearray()
     for o in options:
         scalars = (o.lr, o.beta1, o.beta2)

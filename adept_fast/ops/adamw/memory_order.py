@@ -1,7 +1,7 @@
-"""The memory order of a parameter, and its gradient and state brought into the same order.
+"""Brings the gradient and the state of a parameter into the parameter's memory order.
 
-Backends walk memory, not indices: element i of a dense tensor is the i-th in memory, whatever the strides. Index j of a dimension with
-stride s and size n is then (i // s) % n, in transposed and channels-last tensors too.
+Backends count elements in memory order: element i of a dense tensor is the i-th in memory, whatever its strides. The index of element i
+along a dimension of stride s and size n is (i // s) % n, also in transposed and channels-last tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Operands(NamedTuple):
-    """One parameter with a gradient as the optimizer has it, in any memory order. Of a sharded one, this process's part.
+    """A parameter, its gradient and its state in any memory order. Of DTensors: the local parts.
 
-    dim: the first dimension of the parameter that `multipliers` covers. mesh: what a sharded parameter is sharded over.
+    dim: the first dimension that `multipliers` covers.
+    first_index, seed: see Update.
+    mesh: the mesh that a DTensor is sharded over.
     """
 
     param: Tensor
@@ -40,9 +42,9 @@ class Operands(NamedTuple):
 
 
 def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair]]:
-    """Bring the tensors into one memory order, all real.
+    """Convert to real tensors in one memory order.
 
-    Returns the update, and the pairs (original, copy) of tensors that had to be copied and are written to.
+    Returns the update, and the pairs (original, copy) of tensors that were copied and must be written back.
     """
     param, grad, multipliers = given.param, given.grad, given.multipliers
     if param.numel() == 0:
@@ -51,7 +53,7 @@ def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair
     if grad.is_complex():
         grad = grad.resolve_conj()
     elif grad.dtype == torch.float64 != param.dtype:
-        grad = grad.float()  # what the arithmetic is in
+        grad = grad.float()  # the arithmetic is fp32
     grad = grad.resolve_neg()
     needed = [param, grad, given.exp_avg, given.exp_avg_sq]
     optional = [x for x in (given.max_exp_avg_sq, given.master) if x is not None]
@@ -87,9 +89,9 @@ def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair
 
 
 def in_one_order(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], list[Pair]]:
-    """Make the tensors dense and ordered as the first one's dimensions are, or row-major.
+    """Copy tensors that are not dense in the memory order of the first one (row_major: in row-major order).
 
-    Returns them, and the pairs (tensor, copy) of those that had to be copied.
+    Returns all tensors, and the pairs (tensor, copy).
     """
     first = tensors[0]
     if all(x.is_contiguous() for x in tensors):
@@ -108,7 +110,8 @@ def in_one_order(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], 
 def unit_walk(param: Tensor, multipliers: Tensor, dim: int) -> tuple[int, int] | None:
     """Find (length, inner) such that element i in memory has the multiplier multipliers.view(-1)[(i // inner) % length].
 
-    `multipliers` covers dimensions dim .. dim + ndim - 1. Returns None where the memory order of `param` allows no such pair.
+    multipliers: covers dimensions dim, dim + 1, ... of `param`.
+    Returns None if the memory order of `param` has no such pair.
     """
     units = [d for d in range(dim, dim + multipliers.ndim) if param.shape[d] > 1]
     if not units or param.numel() == 0:

@@ -1,7 +1,7 @@
-"""A step's updates handed to their backend, in eager mode and through torch.compile.
+"""Runs updates by a backend, in eager mode and under torch.compile.
 
-A backend is a module with a function `adamw(table, grad_scale, found_inf)`, all on one device. It advances every `step` and updates, with
-gradients multiplied by `grad_scale` (fp64, 0-d) first. Where `found_inf` (fp32, 0-d) is not 0 it does nothing.
+A backend is a module with a function `adamw(table, grad_scale, found_inf)`, all arguments on one device. It increments every `step`,
+multiplies gradients by `grad_scale` (fp64, 0-d) and updates. If `found_inf` (fp32, 0-d) is not 0 it does nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adept_fast.ops.adamw.table import Table
 def launch(
     backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None, table: Table | None = None
 ) -> None:
-    """Run `updates`, all on one device, by `backend`: "cuda", "triton", "cpu" or "torch". table: the table of these updates, if built."""
+    """Run `updates`, all on one device, by a backend. table: that of these updates, if the caller has built it."""
     if torch.compiler.is_compiling() and backend != "torch":
         _through_the_compiler(backend, updates, grad_scale, found_inf)
     elif backend == "torch":
@@ -32,7 +32,7 @@ def launch(
 
 def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     dispatch.implementation("adamw", backend).adamw(table, grad_scale, found_inf)
-    # Autograd and the check for edits see writes by this counter alone.
+    # Tells autograd, and the detection of in-place edits, that native code wrote.
     each = table.columns
     optional = [*_present(each.max_exp_avg_sq), *_present(each.master)]
     torch.autograd.graph.increment_version([*each.param, *each.exp_avg, *each.exp_avg_sq, *each.step, *optional])
@@ -49,9 +49,10 @@ def _torch(updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tens
 
 
 def sum_of_squares(grads: Sequence[Tensor], backend: str = "torch") -> Tensor:
-    """Sum the squares of all elements of `grads`: fp64, 0-d, on the device of the first.
+    """Sum the squares of all elements: fp64, 0-d, on the device of the first gradient.
 
-    grads: real and dense, on any devices. backend: "cpu" sums those on the CPU natively.
+    grads: real and dense, on any devices.
+    backend: "cpu" uses native code for those on the CPU.
     """
     devices: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
@@ -73,12 +74,12 @@ def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def _number(x: float | Tensor) -> float:
-    """-1 in the place of a tensor: no hyperparameter is below 0."""
+    """Return -1 for a tensor, as no hyperparameter is negative."""
     return -1.0 if isinstance(x, Tensor) else x
 
 
 def _through_the_compiler(backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Call the operator, which takes lists of tensors and numbers: absent tensors are left out of their list and marked absent."""
+    """Call the custom operator. It takes flat lists: optional tensors that are None are left out, and flagged by a list of bools."""
     options = [u.options for u in updates]
     torch.ops.adept_fast.adamw_(
         params=[u.param for u in updates],
@@ -160,7 +161,7 @@ def _operator(
             seed=seeds[i],
             options=AdamWOptions(lr, beta1, beta2, epsilons[i], weight_decays[i], maximize[i], master_weights or None),
         )
-        # A traced step knows dtypes and shapes, not memory.
+        # Tracing saw dtypes and shapes, not memory.
         check_operands(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)
         updates.append(update)
     _run(backend, Table(updates), grad_scale, found_inf)

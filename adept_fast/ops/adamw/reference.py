@@ -1,4 +1,4 @@
-"""AdamW with a rate per unit, its masters and its clipping, in plain torch."""
+"""AdamW with unit rates, master weights and clipping in plain torch: the definition that all backends follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class AdamWOptions(NamedTuple):
-    """Hyperparameters of one parameter group. `lr` and betas may be 0-d tensors, which are then read on their device."""
+    """Hyperparameters of one parameter group. lr and betas given as 0-d tensors are read on their device."""
 
     lr: float | Tensor
     beta1: float | Tensor
@@ -22,12 +22,16 @@ class AdamWOptions(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One parameter to update, in the form that every backend takes. `param`, `step`, the moments and `master` are written to.
+    """The update of one parameter, as every backend takes it.
 
-    All tensors but `step` and `multipliers` are real, of one shape and dense, and lie in memory in one order: elements are counted in that
-    order, and element i has the multiplier multipliers[(i // inner) % length], 1 where there are none. `step` is an fp32 0-d tensor,
-    advanced by the update. `master` is what `options.master_weights` needs: fp32 copy, int16 remainder, compensation, or None.
-    Stochastic rounding tells parameters apart by `seed`, and elements by their number, counted from `first_index`.
+    All tensors but `step` and `multipliers` are real, dense, of one shape and in one memory order.
+
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq: updated in place.
+    master: fp32 copy, int16 remainder, compensation, or None, by options.master_weights; updated in place.
+    step: fp32, 0-d; incremented.
+    multipliers: fp32 [length], on the parameter's device, or None (all 1). Element i in memory has multipliers[(i // inner) % length].
+    first_index: number of the first element in the unsharded parameter, for stochastic rounding.
+    seed: number of the parameter, for stochastic rounding.
     """
 
     param: Tensor
@@ -37,7 +41,7 @@ class Update(NamedTuple):
     max_exp_avg_sq: Tensor | None
     master: Tensor | None
     step: Tensor
-    multipliers: Tensor | None  # fp32, [length], on the parameter's device
+    multipliers: Tensor | None
     length: int
     inner: int
     first_index: int
@@ -55,17 +59,19 @@ def adamw_(
     step: float | Tensor,
     options: AdamWOptions,
 ) -> Tensor:
-    """The new weight; the moments are updated in place. Real tensors of one shape and one dtype (fp32 or fp64).
+    """Return the new weight, and update the moments in place.
 
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2            (amsgrad: vmax <- max(vmax, v), used for v below)
         w <- w - (rate weight_decay w + rate sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps sqrt(1 - beta2^t)))
         rate = lr * multiplier
 
-    Every operation is rounded once, in the order of csrc/adamw.h, so that backends agree bit for bit. That order is torch's but for
-    sqrt(1 - beta2^t), taken out of the denominator, and for decay and step, added before they are taken off w: it loses less.
-    `step` is t, the number of this update, from 1; an fp64 0-d tensor avoids host synchronisation, and is needed where lr or betas are
-    tensors. `multipliers` broadcasts against `weight`; 0 keeps it. Source: Loshchilov and Hutter, arXiv 1711.05101; amsgrad: Reddi et
-    al., arXiv 1904.09237.
+    weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq: real, of one shape and one dtype (fp32 or fp64).
+    multipliers: broadcasts against `weight`; 0 leaves the weight as it is.
+    step: t, the number of this update, from 1. If lr or betas are tensors: fp64, 0-d, which avoids a synchronisation with the host.
+
+    Every operation is rounded once, in the order of csrc/adamw.h, so that backends agree bit for bit. Two changes of torch's order lose
+    less precision: sqrt(1 - beta2^t) is taken out of the denominator, and decay and step are added before they are subtracted from w.
+    Source: Loshchilov and Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv 1904.09237.
     """
     lr, beta1, beta2 = options.lr, options.beta1, options.beta2
     _average_(exp_avg, grad, beta1)
@@ -77,7 +83,7 @@ def adamw_(
     rate = lr if multipliers is None else lr * multipliers.double()
     stride = _rounded(rate * (root / (1 - power(beta1, step))), weight)
     decay = _rounded(rate * options.weight_decay, weight)
-    # torch's fp32 root on CPUs is an ulp off for one number in five; rounding the fp64 one is exact.
+    # On CPUs torch's fp32 square root is off by one ulp for every fifth number. The rounded fp64 one is exact.
     change = (exp_avg / (second.double().sqrt().to(weight.dtype) + _rounded(options.eps * root, weight))) * stride
     # An infinite weight does not decay: inf - inf is no number.
     moved = weight - (torch.where(weight.isfinite(), weight * decay, 0) + change)
@@ -85,7 +91,7 @@ def adamw_(
 
 
 def _average_(old: Tensor, value: Tensor, beta: float | Tensor) -> None:
-    """old <- beta old + (1 - beta) value, moving from the nearer of the two, so that beta = 0 forgets exactly."""
+    """old <- beta old + (1 - beta) value, computed from the one with the larger weight, so that beta = 0 gives exactly `value`."""
     if isinstance(beta, Tensor):
         slow = old + (value - old) * _rounded(1 - beta, old)
         old.copy_(torch.where(beta.to(old.device) >= 0.5, slow, value + (old - value) * _rounded(beta, old)))
@@ -96,7 +102,7 @@ def _average_(old: Tensor, value: Tensor, beta: float | Tensor) -> None:
 
 
 def power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
-    """base ** count, for numbers by squaring: the same bits as native code, unlike a libm's pow."""
+    """base ** count. Of numbers by squaring: the same bits as native code, unlike pow of a C library."""
     if isinstance(base, Tensor) or isinstance(count, Tensor):
         return base**count
     result, count = 1.0, int(count)
@@ -109,13 +115,14 @@ def power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
 
 
 def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
-    """One update of one parameter, `step` advanced. Arithmetic is fp32 (fp64 for fp64), results are rounded to the dtypes given.
+    """Update one parameter, its state and its `step` in place.
 
-    The gradient is first multiplied by `grad_scale`. Where a multiplier is 0 neither the parameter nor its master is stored to, whatever
-    the gradient holds; the moments move. Modes (`options.master_weights`), for parameters of low precision:
+    The arithmetic is fp32 (fp64 for fp64 parameters); results are rounded to the dtypes of `update`.
+    The gradient is first multiplied by `grad_scale`. A multiplier of 0 leaves parameter and master as they are, whatever the gradient; the
+    moments move. Modes of options.master_weights for 16-bit parameters:
 
         None          w = param
-        "copy"        w = master, or param where the two disagree (someone edited it)     stored: fp32 master, param = round(w)
+        "copy"        w = master, or param if round(master) differs (it was edited)       stored: fp32 master, param = round(w)
         "remainder"   w = join_master(param, remainder)                                   stored: split_master(w), exact
         "kahan"       w = param + compensation                                            stored: param = round(w), round(w - param)
         "stochastic"  w = param                                                           stored: param = stochastic_round(w)
@@ -145,7 +152,7 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
 
 
 def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, int], Tensor | None]]:
-    """Yield (first element, shape in periods, units and elements, multipliers) of blocks whose temporaries fit a CPU's cache."""
+    """Yield (first element, shape [periods, units, elements], multipliers) of blocks whose temporaries fit into a CPU's cache."""
     length, inner = update.length, update.inner
     periods = update.param.numel() // (length * inner)
     multipliers = None if update.multipliers is None else update.multipliers.view(1, length, 1)
@@ -162,7 +169,7 @@ def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, 
 
 
 def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None) -> None:
-    """Update a block, whose multipliers broadcast against it. step: the number of this update."""
+    """Update a block. Its multipliers broadcast against it. step: the number of this update."""
     param, multipliers, options = block.param, block.multipliers, block.options
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     grad = block.grad.to(dtype)
@@ -171,7 +178,7 @@ def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None
     if options.maximize:
         grad = -grad
     mode = options.master_weights if needs_master(param) else None
-    # Autograd saves what it reads: with it, work on copies, written back at the end.
+    # Autograd saves the tensors that it reads. Under it, work on copies and write them back at the end.
     copy = torch.is_grad_enabled()
     exp_avg, exp_avg_sq = block.exp_avg.to(dtype, copy=copy), block.exp_avg_sq.to(dtype, copy=copy)
     max_exp_avg_sq = None if block.max_exp_avg_sq is None else block.max_exp_avg_sq.to(dtype, copy=copy)
@@ -190,7 +197,7 @@ def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None
 
 
 def needs_master(param: Tensor) -> bool:
-    """Whether `param` is bf16 or fp16; fp32, fp64 and complex parameters are their own master."""
+    """Whether `param` is bf16 or fp16."""
     return param.is_floating_point() and param.dtype.itemsize < 4
 
 
@@ -220,15 +227,15 @@ def _round_weight(
 
 
 def _rounded(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """To the dtype of `like`; numbers are rounded by the operation that takes them."""
+    """Convert a tensor to the dtype of `like`. A number is rounded by the operation that uses it."""
     return value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
 
 
 def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 nearest to it, int16 remainder); exact: join_master gives the same bits back, except for the payload of a NaN.
+    """Split fp32 exactly into (nearest bf16, int16 remainder). join_master restores the bits, except for the payload of a NaN.
 
-    With X the fp32 bits: remainder = the low 16 bits of X as a signed number, bf16 bits = (X - remainder) / 2^16. A tie thus rounds away
-    from zero: round-to-even would leave a remainder of +32768, which int16 does not hold.
+    With X the fp32 bits: remainder = the low 16 bits of X as a signed number, bf16 bits = (X - remainder) / 2^16. A tie rounds away from
+    zero, because rounding to even could need a remainder of +32768, which int16 does not have.
     """
     bits = weight.view(torch.int32)
     remainder = bits.to(torch.int16)
@@ -237,23 +244,24 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """(bf16, int16 remainder) -> the fp32 weight with bits 2^16 * bf16 bits + remainder; the inverse of split_master.
+    """Join (bf16, int16 remainder) to the fp32 weight with bits 2^16 * bf16 bits + remainder: the inverse of split_master.
 
-    Where those are NaN (a negative remainder of a parameter that was set to 0 since, through `.data`), the parameter itself.
+    The result is the parameter itself where those bits are NaN: a parameter that was set to 0 through `.data` and has a negative
+    remainder.
     """
     joined = ((param.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
     return torch.where(joined.isnan(), param.float(), joined)
 
 
 def stochastic_round(weight: Tensor, seed: int, step: float | Tensor, first_index: int = 0) -> Tensor:
-    """fp32 -> bf16, up or down with the probability that makes the expectation exact; bf16 values, infinities and NaN stay.
+    """Round fp32 to bf16, up or down with probabilities that make the expectation exact. bf16 values, infinities and NaN stay.
 
-    The low 16 bits of the fp32 pattern plus r decide, r = top 16 bits of a hash of (seed, step, element index), all arithmetic modulo
-    2^32 with mix(x) = x ^= x >> 16; x *= 0x21f0aaad; x ^= x >> 15; x *= 0x735a2d97; x ^= x >> 15:
+    Adds r to the low 16 bits of the fp32 pattern and truncates. r is the top 16 bits of a hash of (seed, step, element index), with all
+    arithmetic modulo 2^32 and mix(x) = x ^= x >> 16; x *= 0x21f0aaad; x ^= x >> 15; x *= 0x735a2d97; x ^= x >> 15:
 
         key = mix(mix(seed + 0x9e3779b9) ^ step)        r = mix(mix(low32(index) ^ key) + high32(index) + mix(key + 0x9e3779b9)) >> 16
 
-    `index` counts elements in row-major order of the shape given, from `first_index`.
+    index: the element's number in row-major order, from `first_index`.
     """
     step = torch.as_tensor(step).to(weight.device, torch.int64)
     key = _mix(_mix(torch.full_like(step, (seed + _GOLDEN) & _LOW)) ^ (step & _LOW))
@@ -267,24 +275,24 @@ _LOW, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 def _mix(x: Tensor) -> Tensor:
-    # int64 holds 32-bit values; both factors are below 2^31, so no product overflows. Constants: hash-prospector's best two-round mix.
+    # 32-bit values in int64. Both factors are below 2^31, so no product overflows. Constants: the best two-round mix of hash-prospector.
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _LOW
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _LOW
     return x ^ (x >> 15)
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Sum the squares of all elements of `grads`, all on one device, in fp64 whatever their dtype: fp64, 0-d."""
+    """Sum the squares of all elements of `grads`, all on one device, in fp64: fp64, 0-d."""
     norms = torch._foreach_norm(list(grads), dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
 
 def clip_scale(squares: Tensor, max_norm: float, inverse_scale: Tensor | None = None) -> Tensor:
-    """The factor that makes the 2-norm of gradients at most `max_norm`: torch.nn.utils.clip_grad_norm_, with unscaling.
+    """Return the factor that clips gradients to a 2-norm of `max_norm`, as torch.nn.utils.clip_grad_norm_, after unscaling them.
 
         inverse_scale * min(1, max_norm / (norm + 1e-6))        norm = sqrt(squares) * inverse_scale
 
-    fp64 in, fp64 out; nan where the norm is nan.
+    squares: sum of the squares of the scaled gradients, fp64. Returns fp64; NaN if the norm is NaN.
     """
     norm = squares.sqrt()
     if inverse_scale is None:

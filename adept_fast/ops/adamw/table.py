@@ -1,4 +1,4 @@
-"""The table of a step's updates: what native code reads, by column."""
+"""The table of a step's updates that native code reads, filled column by column."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from adept_fast.ops.adamw.descriptors import WORD, WORDS, TensorRow
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
 from adept_fast.ops.native_formats import FORMATS, MODES
 
-GRAD_SHIFT, MOMENTS_SHIFT = 2, 4  # in the word `formats`
+GRAD_SHIFT, MOMENTS_SHIFT = 2, 4  # positions in the word `formats`
 ROW_BYTES = 8 * WORDS
-_GRAD_BYTES = tuple((4, 2, 2, 8)[formats >> GRAD_SHIFT & 3] for formats in range(64))  # per element, by the word `formats`
+_GRAD_BYTES = tuple((4, 2, 2, 8)[formats >> GRAD_SHIFT & 3] for formats in range(64))  # bytes per element, by the word `formats`
 
 
 class Columns(NamedTuple):
-    """The fields of Update, each over all updates of a table."""
+    """The updates of a table, field by field."""
 
     param: tuple[Tensor, ...] = ()
     grad: tuple[Tensor, ...] = ()
@@ -38,7 +38,7 @@ class Columns(NamedTuple):
 
 
 class Table:
-    """The rows of `updates`, all on one device, and the options that the word `group` is an index of."""
+    """Rows of `updates`, all on one device. The word `group` is an index of `options`."""
 
     def __init__(self, updates: Sequence[Update]) -> None:
         self.updates = updates
@@ -48,7 +48,7 @@ class Table:
         numbers = {key: number for number, key in enumerate(options)}
         formats = zip(each.param, each.grad, each.exp_avg, strict=True)
         modes = zip(each.param, each.options, strict=True)
-        # Column by column, which takes Python half the time of row by row.
+        # Column by column: half of the time of row by row.
         columns: TensorRow[Iterable[int]] = TensorRow(
             param=map(Tensor.data_ptr, each.param),
             grad=map(Tensor.data_ptr, each.grad),
@@ -72,13 +72,13 @@ class Table:
             self.rows[word::WORDS] = array("q", column)
 
     def fingerprint(self) -> bytes:
-        """The rows without the words that may change from step to step: the gradient's address and the group."""
+        """Return the rows without the gradient's address and the group, which may change from step to step."""
         rows = array("q", self.rows)
         rows[WORD.grad :: WORDS] = rows[WORD.group :: WORDS] = array("q", bytes(8 * len(self.updates)))
         return rows.tobytes()
 
     def misfits(self) -> set[int]:
-        """Indices of updates whose tensors were checked once and no longer fit: in number of elements, storage, device or sign."""
+        """Return the indices of updates whose checked tensors have changed in number of elements, storage, device or sign."""
         each, numels = self.columns, self.rows[WORD.numel :: WORDS]
         found: set[int] = set()
         for column in (each.grad, each.exp_avg, each.exp_avg_sq):
@@ -95,7 +95,7 @@ class Table:
             found.update(i for i, (there, size) in enumerate(zip(held, needed, strict=True)) if there < size)
         if len({*map(Tensor.get_device, each.grad), *map(Tensor.get_device, each.param[:1])}) > 1:
             found.update(i for i, (param, grad) in enumerate(zip(each.param, each.grad, strict=True)) if param.device != grad.device)
-        if any(map(Tensor.is_neg, each.grad)):  # whose memory has the other sign
+        if any(map(Tensor.is_neg, each.grad)):  # lazily negated: the memory has the opposite sign
             found.update(i for i, grad in enumerate(each.grad) if grad.is_neg())
         addresses = self.rows[WORD.grad :: WORDS]
         if 0 in addresses:

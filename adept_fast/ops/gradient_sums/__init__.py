@@ -1,1 +1,1 @@
-"""Sums of gradients."""
+"""Sums of gradients over all dimensions but one."""

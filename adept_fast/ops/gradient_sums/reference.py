@@ -1,19 +1,16 @@
-"""Sums of a gradient and of its products with its parameter, in plain torch."""
+"""Sums of a gradient and of its products with its parameter, in plain torch: the definition that all backends follow."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-
-def accumulator(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+from adept_fast.ops.accumulator import accumulator
 
 
-def saliency_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per index of dimension `dim`, over all other dimensions: (sum g^2, sum |theta g|, sum theta g).
+def gradient_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over all dimensions but `dim`: (sum g^2, sum |theta g|, sum theta g), fp32 [param.shape[dim]] each.
 
-    `param`, `grad`: one shape, at least one dimension. Three fp32 vectors of length param.shape[dim], accumulated in fp32 (fp64 for fp64).
+    param, grad: one shape, of at least one dimension. Accumulated in fp32 (fp64 if one is fp64).
     """
     dtype, length = accumulator(param, grad), param.shape[dim]
     theta, g = (x.detach().movedim(dim, 0).reshape(length, x.numel() // max(length, 1)).to(dtype) for x in (param, grad))

@@ -1,1 +1,1 @@
-"""Cross-entropy of a linear head."""
+"""Cross-entropy of a linear head, without storing its logits."""

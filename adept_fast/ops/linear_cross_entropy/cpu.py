@@ -8,18 +8,18 @@ from torch import Tensor
 from adept_fast import _C
 from adept_fast.ops.linear_cross_entropy.reference import Projection, RowLosses
 
-BLOCK = 1024  # entries of the vocabulary at once
-CONVERTED = 2**18  # elements of a 16-bit head at once, in fp32: 1 MiB
-AREA = 2**18  # logits at once: 1 MiB
-INSTRUCTIONS = ""  # the best that the CPU has
-THREADS = 0  # torch's
+BLOCK = 1024  # vocabulary entries at a time
+CONVERTED = 2**18  # elements of a 16-bit head at a time, in fp32: 1 MiB
+AREA = 2**18  # logits at a time: 1 MiB
+INSTRUCTIONS = ""  # "avx512", "avx2" or "generic"; "": the best of this CPU
+THREADS = 0  # 0: torch.get_num_threads()
 
 
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
-    """See adept_fast.ops.linear_cross_entropy.reference: products by torch, their softmax by C++ while they are in cache.
+    """See adept_fast.ops.linear_cross_entropy.reference. torch multiplies a block; C++ takes its softmax while it is in cache.
 
-    Beside its results it holds the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32. C++ takes
-    addresses alone: what it reads and writes is in one piece, and was made here or is bias and targets, whose lengths op.py has compared.
+    Temporary memory: the rows in fp32, AREA logits, and CONVERTED elements of a 16-bit head in fp32.
+    C++ gets addresses only. The tensors are contiguous, and op.py has compared their lengths.
     """
     rows, width = hidden.shape
     if rows and not 0 <= targets.min() <= targets.max() < len(head.weight):

@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear head, without keeping its logits.
+"""Cross-entropy of a linear head, without storing its logits.
 
     z_v = cap tanh(scale (w_v . h + b_v) / cap)        loss = log sum_v exp z_v - z_target        KL = sum_v p_v (log p_v - log q_v)
 
-The vocabulary is passed in blocks with a running maximum and sum, so memory does not grow with it; fp32 accumulation (fp64 for fp64).
-The gradient to `hidden` is taken in the same pass, its sum rescaled as the maximum grows. The head is frozen: it gets none.
+The vocabulary is processed in blocks with a running maximum and sum, so memory does not grow with it. Accumulation is fp32 (fp64 for fp64).
+The gradient to `hidden` comes from the same pass: its sum is rescaled whenever the maximum grows. The head must be frozen.
 Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867); losses without logits (Wijmans et al., arXiv 2411.09009).
 """
 
@@ -24,23 +24,27 @@ from adept_fast.ops.linear_cross_entropy.reference import Projection
 
 IGNORE = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FACTORS = 1e-30, 1e30  # what a scale or a soft-cap may be, for its reciprocal to be an fp32 too
+FACTORS = 1e-30, 1e30  # bounds of scale and soft-cap whose reciprocals are fp32 numbers too
 
 
 class Divergence(NamedTuple):
-    """losses: [variants, rows]; kl: KL(variant 0 || variant), [variants, rows]. Both 0 where there is no target."""
+    """losses: nats [variants, rows]. kl: KL(variant 0 || variant), nats [variants, rows]. Both are 0 in rows without a target."""
 
     losses: Tensor
     kl: Tensor
 
 
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Tensor:
-    """Loss of each row in nats: fp32 (fp64 for fp64) of the shape of `targets`, 0 where the target is -100, differentiable in `hidden`.
+    """Compute the loss of each row, differentiable in `hidden`: F.cross_entropy(logits, targets, reduction="none") without logits.
 
-    hidden: [..., width] of fp32, bf16, fp16 or fp64; targets: [...] of int64. Rows without a target cost nothing, and their gradient is 0
-    whatever the loss is multiplied by (0 / 0 where no row has one, say), as F.cross_entropy's is. Raises InputError for shapes, dtypes and
-    devices that do not fit, where the head would need a gradient, and where a gradient is differentiated again. A target outside the
-    vocabulary is an IndexError on a CPU; in the kernels of a GPU, for which nobody waits, its row's loss and gradient are NaN.
+    hidden: [..., width], fp32, bf16, fp16 or fp64.
+    targets: token ids, int64 [...]; -100: no target. Such a row has loss 0, takes no time and has gradient 0, even if it is multiplied
+        by NaN, as in F.cross_entropy.
+    backend: see dispatch.resolve.
+
+    Returns nats, fp32 (fp64 for fp64), of the shape of `targets`.
+    Raises InputError for shapes, dtypes or devices that do not match, a head that requires a gradient, and a second derivative.
+    A target outside the vocabulary raises IndexError on a CPU. On a GPU, whose kernels do not synchronise, its loss and gradient are NaN.
     """
     hidden, head = _cast(hidden, head, targets)
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
@@ -50,12 +54,12 @@ def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, *, b
         )[0]
     else:
         chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
-        losses = _scattered(chosen, rows, head, targets.flatten(), False)[0]
+        losses = _with_targets(chosen, rows, head, targets.flatten(), False)[0]
     return losses.view(targets.shape)
 
 
 def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Losses as of `linear_cross_entropy`, and the token that is likeliest in each row (rows without a target too), int64. No gradient."""
+    """Compute losses as `linear_cross_entropy`, and the most likely token of every row (int64), without a gradient."""
     hidden, head = _cast(hidden, head, targets)
     chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
     known = torch.where(targets == IGNORE, 0, targets).flatten()
@@ -64,9 +68,12 @@ def linear_predictions(hidden: Tensor, head: Projection, targets: Tensor, *, bac
 
 
 def linear_divergence(hidden: Tensor, head: Projection, targets: Tensor, *, backend: str | None = None) -> Divergence:
-    """Losses of variants of a model and their divergence from the first: hidden [variants, rows, width], targets [rows]. No gradient."""
+    """Compute the losses of several variants of a model and their divergence from the first, without a gradient.
+
+    hidden: [variants, rows, width]. targets: int64 [rows]; -100: no target.
+    """
     if hidden.ndim != 3 or len(hidden) == 0 or targets.shape != hidden.shape[1:2]:
-        raise InputError(f"a divergence needs hidden [variants, rows, width] and targets [rows], found {_shapes(hidden, None, targets)}")
+        raise InputError(f"expected hidden [variants, rows, width] and targets [rows], found {_shapes(hidden, None, targets)}")
     variants, rows = hidden.shape[:2]
     hidden, head = _cast(hidden, head, targets.expand(variants, rows))
     chosen = dispatch.resolve("linear_cross_entropy", hidden.device, backend)
@@ -78,11 +85,11 @@ def linear_divergence(hidden: Tensor, head: Projection, targets: Tensor, *, back
 
 
 def _cast(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Projection]:
-    """Hidden states and head in the type that they are multiplied in."""
+    """Convert hidden states and head to the dtype of their product: autocast's, or the promoted one."""
     _require_fitting(hidden, head, targets)
     weight, bias = head.weight, head.bias
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise InputError("linear_cross_entropy gives no gradient to the head: freeze it (requires_grad_(False)) or take F.cross_entropy")
+        raise InputError("linear_cross_entropy computes no gradient of the head: freeze it (requires_grad_(False)) or use F.cross_entropy")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
@@ -91,7 +98,7 @@ def _cast(hidden: Tensor, head: Projection, targets: Tensor) -> tuple[Tensor, Pr
 
 
 def _require_fitting(hidden: Tensor, head: Projection, targets: Tensor) -> None:
-    """Raise InputError for a shape, dtype, device or factor that does not fit: backends check nothing."""
+    """Raise InputError for a shape, dtype, device or factor that does not fit, as backends check nothing."""
     weight, bias = head.weight, head.bias
     if (
         hidden.ndim < 1
@@ -102,7 +109,7 @@ def _require_fitting(hidden: Tensor, head: Projection, targets: Tensor) -> None:
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
         raise InputError(
-            "a loss needs hidden [..., width], weight [vocabulary, width], bias [vocabulary] or none and targets [...], found "
+            "expected hidden [..., width], weight [vocabulary, width], bias [vocabulary] or None and targets [...], found "
             + _shapes(hidden, head, targets)
         )
     floats = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
@@ -114,7 +121,7 @@ def _require_fitting(hidden: Tensor, head: Projection, targets: Tensor) -> None:
     for name, x in {**floats, "targets": targets}.items():
         if x.device != hidden.device or x.device.type == "meta":
             where = f"hidden is on {hidden.device}, {name} on {x.device}"
-            raise InputError(f"hidden, weight, bias and targets must lie on one device, with their values: {where}")
+            raise InputError(f"hidden, weight, bias and targets must be on one device that is not meta: {where}")
     least, most = FACTORS
     if not (isfinite(head.scale) and abs(head.scale) <= most and (head.softcap == 0 or least <= head.softcap <= most)):
         raise InputError(f"scale must be finite, softcap 0 or positive, found {head.scale} and {head.softcap}")
@@ -126,15 +133,16 @@ def _shapes(hidden: Tensor, head: Projection | None, targets: Tensor) -> str:
 
 
 def _run(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, variants: int, gradient: bool) -> reference.RowLosses:
-    """Run `chosen` on rows that all have a target: see reference.linear_cross_entropy."""
+    """Run a backend on rows that all have a target: see reference.linear_cross_entropy."""
     wide = torch.float64 in (hidden.dtype, head.weight.dtype)
     module = dispatch.implementation("linear_cross_entropy", "torch" if wide else chosen)
-    with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast, and sums stay in fp32
+    with torch.autocast(hidden.device.type, enabled=False):  # the operands are cast already, and sums must stay in fp32
         found: reference.RowLosses = module.linear_cross_entropy(hidden, head, targets, variants, gradient)
     return found
 
 
-def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+def _with_targets(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Run a backend on the rows that have a target; the others get loss and gradient 0."""
     there = (targets != IGNORE).nonzero()[:, 0]
     if len(there) == len(targets):
         found = _run(chosen, hidden.detach(), head, targets, 0, gradient)
@@ -149,10 +157,10 @@ def _scattered(chosen: str, hidden: Tensor, head: Projection, targets: Tensor, g
 def _operator(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses [rows], and their gradient to `hidden` [rows, width], both of the accumulator's type."""
+    """Return losses [rows] and their gradient to `hidden` [rows, width], both in the accumulation dtype."""
     head = Projection(weight, bias, scale, softcap)
     _require_fitting(hidden, head, targets)
-    return _scattered(dispatch.resolve("linear_cross_entropy", hidden.device, backend), hidden, head, targets, True)
+    return _with_targets(dispatch.resolve("linear_cross_entropy", hidden.device, backend), hidden, head, targets, True)
 
 
 @_operator.register_fake
@@ -163,23 +171,23 @@ def _(
     return hidden.new_empty(targets.shape, dtype=dtype), torch.empty_like(hidden, dtype=dtype)
 
 
-# torch's stub of a context lacks `saved_tensors` and what a setup puts there.
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+# ctx is Any, as torch's type of it lacks `saved_tensors` and attributes set here.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], inputs[0], inputs[3])
     ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx: Any, losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     slope, hidden, targets = ctx.saved_tensors
-    losses = torch.where(targets == IGNORE, 0, losses)  # which may be anything, and 0 times that is not always 0
+    losses = torch.where(targets == IGNORE, 0, losses)  # it may be NaN or inf, and 0 times that is NaN
     found = (losses[:, None] * slope).to(ctx.dtype)
-    if torch.is_grad_enabled():  # by create_graph=True; `slope` does not know that it depends on `hidden`
+    if torch.is_grad_enabled():  # create_graph=True: autograd does not know that `slope` depends on `hidden`
         found = _once(found, hidden)
     return (found, *(None,) * 6)
 
 
 class _Once(torch.autograd.Function):
-    """A gradient of `hidden` that cannot be differentiated again."""
+    """Identity whose backward raises: the gradient to `hidden` cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, found: Tensor, hidden: Tensor) -> Tensor:
@@ -187,9 +195,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor | None, ...]:
-        raise InputError("linear_cross_entropy has no second derivative: take F.cross_entropy of the logits where one is needed")
+        raise InputError("linear_cross_entropy has no second derivative: use F.cross_entropy of the logits if you need one")
 
 
 # torch's stub of `apply` has no annotations.
 _once: Callable[[Tensor, Tensor], Tensor] = _Once.apply
-_operator.register_autograd(_backward, setup_context=_keep)
+_operator.register_autograd(_backward, setup_context=_save)

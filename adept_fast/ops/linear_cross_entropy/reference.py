@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, in plain torch, a few rows at a time."""
+"""Cross-entropy of a linear head in plain torch, a few rows at a time: the definition that all backends follow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from adept_fast.ops.accumulator import accumulator
 
 
 class Projection(NamedTuple):
-    """A head: logits = softcap * tanh(scale * (weight @ h + bias) / softcap); weight [vocabulary, width]; softcap 0: none."""
+    """A linear head: logits = softcap * tanh(scale * (weight @ h + bias) / softcap).
+
+    weight: [vocabulary, width]. bias: [vocabulary]. softcap: 0 for none.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -20,7 +23,13 @@ class Projection(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """Per row: the loss and the divergence in nats [rows] (kl: [0] where not asked for), the likeliest token; gradient: [rows, width]."""
+    """Results of each row.
+
+    losses: nats [rows].
+    argmax: most likely token, int64 [rows].
+    kl: divergence in nats [rows]; [0] without variants.
+    gradient: of the row's loss to its hidden state [rows, width]; [0, width] if not asked for.
+    """
 
     losses: Tensor
     argmax: Tensor
@@ -29,17 +38,20 @@ class RowLosses(NamedTuple):
 
 
 def logits(hidden: Tensor, head: Projection) -> Tensor:
-    """[..., vocabulary], in fp32 (fp64 for fp64)."""
+    """Compute logits [..., vocabulary] in fp32 (fp64 for fp64)."""
     dtype = accumulator(hidden)
     z = torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)) * head.scale
     return torch.tanh(z / head.softcap) * head.softcap if head.softcap else z
 
 
 def linear_cross_entropy(hidden: Tensor, head: Projection, targets: Tensor, variants: int = 0, gradient: bool = False) -> RowLosses:
-    """Losses of rows of `hidden` [rows, width]; targets: int64 [rows].
+    """Compute the losses of rows, in fp32 (fp64 for fp64).
 
-    variants > 0: the rows are as many runs of one corpus, one after the other, and `kl` is that of the first run to each.
-    gradient: also that of each row's loss to its row of `hidden`. fp32 (fp64 for fp64). Holds a few rows of logits at a time.
+    hidden: [rows, width].
+    targets: token ids, int64 [rows].
+    variants: if > 0, the rows are [variants, rows / variants] flattened: one corpus, run by several variants of a model. `kl` is then
+        KL(variant 0 || variant).
+    gradient: whether to compute the gradient too.
     """
     rows, at_once = len(targets), 256
     found = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adept_fast.ops.gradient_sums.op import GradientSums, saliency_sums
+from adept_fast.ops.gradient_sums import op as sums_op
 from adept_fast.ops.linear_cross_entropy.op import IGNORE, linear_cross_entropy, linear_divergence, linear_predictions
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 from tests.crash.case import Case
@@ -127,7 +127,7 @@ def gradient_sums(draw: random.Random) -> Case:
     described = [(tuple(x.shape), str(x.dtype)[6:], layout) for x, layout in zip(given, layouts, strict=True)]
     return Case(
         f"sums by {backend} of {described} along {dim}, {wrong} {how}",
-        lambda: saliency_sums(*given, dim),
+        lambda: sums_op.gradient_sums(*given, dim),
         expected,
         valid=wrong is None and -len(shape) <= dim < len(shape),
         rtol=1e-4,
@@ -143,7 +143,7 @@ def hooked_gradients(draw: random.Random) -> Case:
 
     def call() -> list[Tensor]:
         parameter = nn.Parameter(value.clone())
-        with GradientSums({"weight": parameter}, {"weight": [0]}, not running, running) as sums:
+        with sums_op.GradientSums({"weight": parameter}, {"weight": [0]}, not running, running) as sums:
             sums.backward((parameter * parameter).sum())
             if other != "as it was":
                 parameter.data = WRONG[other](value)
