@@ -76,10 +76,13 @@ _MODULES = {
             "apply_copies dial expand_checkpoint expand_model extract_copies freeze_original merge_copies remove_copies "
             "verify_expansion"
         ),
-        "adept_fast.scoring": (
-            "LayerScores Race UnitScores compare_scores corpus_conflicts mask_units score_layers select_layers "
-            "selection_stability"
-        ),
+        "adept_fast.scoring.method_comparison": "compare_scores",
+        "adept_fast.scoring.race": "Race",
+        "adept_fast.scoring.score_layers": "score_layers",
+        "adept_fast.scoring.scores": "LayerScores UnitScores",
+        "adept_fast.scoring.select_layers": "select_layers",
+        "adept_fast.scoring.stability": "corpus_conflicts selection_stability",
+        "adept_fast.scoring.unit_masking": "mask_units",
         "adept_fast.optim": "AdamW",
         "adept_fast.scoring.unit_importance": "score_units",
         "adept_fast.tuning": "AdeptCallback AdeptTrainer Anchor apply_rates fast_step unit_rates",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.data.items import Item
-from adept_fast.models import decoder_layers
+from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
 from adept_fast.ops.gradient_sums.op import GradientSums, gradient_sums

@@ -20,10 +20,9 @@ from torch import Tensor
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import Item, load_items
 from adept_fast.models.lm_head import token_losses
-from adept_fast.scoring import LayerScores
 from adept_fast.scoring.cheap_scores import cheap_scores
 from adept_fast.scoring.packs import pack, swept_length
-from adept_fast.scoring.scores import STATISTICS
+from adept_fast.scoring.scores import STATISTICS, LayerScores
 from adept_fast.scoring.settings import CHEAP
 from adept_fast.scoring.sweep import bypassed, pack_hidden, plan
 from bench import parser

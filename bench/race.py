@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_fast.models import decoder_layers, device_of
+from adept_fast.models.decoder_layers import decoder_layers, device_of
 from adept_fast.runtime.malloc import freed_memory_kept
-from adept_fast.scoring import layer_masking
+from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.packs import Pack, pack
 from adept_fast.scoring.race import Race, run
 from adept_fast.scoring.sweep import plan
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
         def timed() -> list[Any]:
             start = time.perf_counter()
-            losses = layer_masking.measure(model, part, without, ["answer"], planned)["answer"]
+            losses = LayerMasks(model, planned).measure(part, without, ["answer"])["answer"]
             return [time.perf_counter() - start, (losses[:, 1:] - losses[:, :1]).tolist()]
 
         took, values = kept.get(json.dumps([way, part.items, list(without)]), timed)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     race = Race(k=given.k, regret=given.regret)
     with freed_memory_kept():
-        layer_masking.measure(model, waiting[0], range(0, layers, 8), ["answer"], planned)  # warm-up
+        LayerMasks(model, planned).measure(waiting[0], range(0, layers, 8), ["answer"])  # warm-up
         outcome = run(race, tokens, layers, measure, given.seed)
         while waiting:
             next_exact()

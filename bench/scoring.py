@@ -24,9 +24,9 @@ import torch
 from torch.nn import functional
 
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.models import decoder_layers, device_of
+from adept_fast.models.decoder_layers import decoder_layers, device_of
 from adept_fast.runtime.malloc import freed_memory_kept
-from adept_fast.scoring import layer_masking
+from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.packs import Pack, pack
 from adept_fast.scoring.sweep import SweepPlan, flops, plan
 from bench import parser
@@ -97,7 +97,7 @@ def _run(model: torch.nn.Module, items: list[Item], planned: SweepPlan, part: in
 
 
 def _swept(model: torch.nn.Module, task: Pack, planned: SweepPlan) -> dict[str, list[float]]:
-    losses = layer_masking.measure(model, task, range(len(decoder_layers(model))), ["answer"], planned)["answer"]
+    losses = LayerMasks(model, planned).measure(task, range(len(decoder_layers(model))), ["answer"])["answer"]
     return {str(index): values for index, values in zip(task.items, (losses[:, 1:] - losses[:, :1]).tolist(), strict=True)}
 
 

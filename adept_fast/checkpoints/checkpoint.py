@@ -18,7 +18,8 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
 from adept_fast.errors import InputError
-from adept_fast.models import check_kind, decoder_layers, require_causal, vocabulary_of
+from adept_fast.models.causality import require_causal
+from adept_fast.models.decoder_layers import decoder_layers, require_decoder_only, vocabulary_of
 from adept_fast.runtime.input_files import read_json, regular
 from adept_fast.settings.validation import require
 
@@ -133,7 +134,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementa
     check_counts(read_json(folder / "config.json"), shards)  # before transformers makes lists of so many layers
     with _refused_by_name(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_kind(config)
+        require_decoder_only(config)
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(skeleton, shards)
     if attn_implementation is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
-from adept_fast.models import unwrapped
 from adept_fast.models.losses import corpus_loss
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime.bootstrap import bootstrap
 
 if TYPE_CHECKING:

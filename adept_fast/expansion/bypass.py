@@ -10,7 +10,8 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from adept_fast.expansion.expand_model import copies
-from adept_fast.models import replaced_forward, unwrapped, with_hidden
+from adept_fast.models.decoder_layers import replaced_forward, with_hidden
+from adept_fast.models.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adept_fast.checkpoints.adept_config import KEY
-from adept_fast.models import expanded_config
+from adept_fast.models.layer_config import expanded_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

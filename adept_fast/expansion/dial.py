@@ -23,7 +23,8 @@ from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.models import describe, unwrapped
+from adept_fast.models.silent_copies import describe
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.settings.validation import Range, require
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, Record, plan_shards, prove_bytes, write_checkpoint
-from adept_fast.models import decoder_layers
+from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.runtime.input_files import making_sense
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}

@@ -21,7 +21,7 @@ from adept_fast.expansion.first_importance import FILE, as_tensors, first_import
 from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
-from adept_fast.models import broken_periods, expanded_config
+from adept_fast.models.layer_config import broken_periods, expanded_config
 from adept_fast.runtime.input_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,12 @@ from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, Inserted, reco
 from adept_fast.errors import InputError
 from adept_fast.expansion.initialise import initial_values, silent_values
 from adept_fast.expansion.settings import Expand
-from adept_fast.models import Family, decoder_layers, describe, expanded_config, layer_indices, require_causal, same_layers, unwrapped
+from adept_fast.models.causality import require_causal
+from adept_fast.models.decoder_layers import decoder_layers, layer_indices
+from adept_fast.models.equal_layers import require_same_layers
+from adept_fast.models.layer_config import expanded_config
+from adept_fast.models.silent_copies import Family, describe
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.settings.validation import check
 
 if TYPE_CHECKING:
@@ -100,7 +105,7 @@ def expand_model(model: PreTrainedModel, layers: Iterable[int], initialisation: 
     count = len(family.silent)
     layout = place_copies(layers, count, earlier)
     expanded = _build(model, [layout.sources[index] for index in layout.new])
-    same_layers(model, expanded, layout.sources)
+    require_same_layers(model, expanded, layout.sources)
     after = decoder_layers(expanded)
     _fill(expanded, model, after, layout)
     for index in layout.new:

@@ -15,7 +15,7 @@ from torch import Tensor
 from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.models import layers_path
+from adept_fast.models.decoder_layers import layers_path
 from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.scoring.unit_importance import Sums, parameter_sums
 

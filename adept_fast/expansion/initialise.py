@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adept_fast.checkpoints.adept_config import PRESERVING
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.models import Family
+from adept_fast.models.silent_copies import Family
 
 NOISE, SHARE = 0.02, 0.1
 UP = ".up_proj.weight"

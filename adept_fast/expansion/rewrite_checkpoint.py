@@ -26,7 +26,8 @@ from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open
 from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion.initialise import PRESERVING, initial_values, silent_values
-from adept_fast.models import Family, describe, layers_path
+from adept_fast.models.decoder_layers import layers_path
+from adept_fast.models.silent_copies import Family, describe
 from adept_fast.runtime.atomic_files import staged_folder, write_json
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.staging_folder import remove_leftovers

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.models import device_of, evaluating, unwrapped, vocabulary_of
+from adept_fast.models.decoder_layers import device_of, evaluating, vocabulary_of
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.settings.validation import require_made
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
-"""Whether a model reads ahead: then its next-token losses mean nothing, however good they look.
+"""Refuse a model that is not causal: its next-token losses mean nothing, however good they look.
 
-    r = sum over t < T of c_t . h_t        a causal model: dr / de_T = 0, exactly        (h: last hidden states, e: token embeddings)
+    r = sum over t < T of c_t . h_t        causal: dr / de_T = 0 exactly        (h: last hidden states, e: token embeddings, c: random)
 
-A gradient rather than a second input with another last token: where that changes which expert the last token goes to, rounding changes
-with the number of tokens an expert is given, and may send an earlier token to another expert too.
+The check takes a gradient instead of a second forward with another last token. In a mixture of experts another last token may go to another
+expert; the number of tokens per expert then changes, with it rounding, and so possibly the expert of an earlier token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 16
-LEAST = 1e-6  # bidirectional models of random weights have 0.05 and more, causal ones 0
+LEAST = 1e-6  # random bidirectional models measure 0.05 or more, causal ones 0
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Raise UnsupportedFamilyError where the last of 16 tokens moves the hidden states before it. Takes one forward and backward.
+    """Raise UnsupportedFamilyError if the last of 16 tokens influences earlier hidden states. Costs one forward and backward.
 
-    A model whose weights are not all in memory, or that cannot be differentiated in eval mode, passes untried.
+    A model with weights offloaded, or one that cannot be differentiated in eval mode, passes without the check.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
-        ahead, behind = _reach(model)
+        ahead, behind = _gradient_norms(model)
     except (RuntimeError, ValueError, AssertionError):
         return
     if ahead > LEAST * behind:
@@ -42,16 +42,16 @@ def require_causal(model: PreTrainedModel) -> None:
         raise UnsupportedFamilyError(f"{model.config.model_type}: reads ahead: {what}: {way_out}")
 
 
-def _reach(model: PreTrainedModel) -> tuple[float, float]:
-    """Norms of dr / de_T and of dr / de_t, t < T."""
+def _gradient_norms(model: PreTrainedModel) -> tuple[float, float]:
+    """Return the norms of dr / de_T and of dr / de_t, t < T."""
     embeddings, embedded = model.get_input_embeddings(), []
 
     def watch(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which a model may change in place
+        return embedded[-1].clone()  # the model may change its copy in place
 
     tokens = vocabulary_of(model)
-    ids = (torch.arange(TOKENS) + tokens // 2) % tokens  # special tokens, which some models mask, stand at the ends
+    ids = (torch.arange(TOKENS) + tokens // 2) % tokens  # from the middle: some models mask special tokens, which are first or last
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hook = embeddings.register_forward_hook(watch)
     try:

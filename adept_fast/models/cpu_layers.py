@@ -1,11 +1,11 @@
-"""Decoder layers of the plain kind, run on the CPU by torch's products with adept_fast._C between them, in fp32 and without gradients.
+"""Run llama-like decoder layers on the CPU by torch's matrix products with adept_fast._C between them, in fp32, without gradients.
 
-    h = h + o(attention(turned q(n), turned k(n), v(n)))     n = RMS norm of h; causal within segments; turned by rotary positions
-    h = h + down(silu(gate(n)) up(n))                        n = RMS norm of h
+    h = h + o(attention(rotated q(n), rotated k(n), v(n)))     n = RMS norm of h; causal within segments; rotary positions
+    h = h + down(silu(gate(n)) up(n))                          n = RMS norm of h
 
-q, k, v may have a bias, q and k a norm of each head. A layer is taken for one by its modules alone, which is no proof: who uses this
-compares it with the layer's own forward on the texts at hand. Two residual additions, two norms, the rotation, the scores and the gated
-activation each pass over memory once at most, where modules pass about thirty times.
+q, k and v may have a bias; q and k may have a norm per head. A layer is recognised by its modules, which proves nothing, so callers compare
+the result with the layer's own forward on their texts. Residual additions, norms, rotation, attention scores and gated activation pass over
+memory at most once each; the modules pass about thirty times.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Norm:
     epsilon: float
 
     def __call__(self, x: Tensor, into: Tensor) -> Tensor:
-        """Of rows of x, which has as many elements in one piece as `into`."""
+        """Normalise rows of x into `into`, both contiguous and of one size."""
         from adept_fast import _C
 
         width, threads = len(self.weight), torch.get_num_threads()
@@ -57,10 +57,11 @@ class _PlainLayer:
     width: int
     scale: float
 
-    def __call__(self, hidden: Tensor, turns: Sequence[Tensor], ends: Sequence[int], rows: Tensor | None) -> None:
-        """Update hidden [sequences, tokens, width] in place, at `rows` of the tokens alone where they are given.
+    def __call__(self, hidden: Tensor, rotary: Sequence[Tensor], ends: Sequence[int], rows: Tensor | None) -> None:
+        """Update hidden [sequences, tokens, width] in place, at `rows` of the tokens only if given.
 
-        turns: cosines and sines [1, tokens, head width]; ends: of segments.
+        rotary: cosines and sines, [1, tokens, head width] each
+        ends: index behind the last token of each segment
         """
         from adept_fast import _C
 
@@ -68,23 +69,22 @@ class _PlainLayer:
         sequences, tokens, _ = hidden.shape
         normed = self.before_attention(hidden, torch.empty_like(hidden))
         keys, values = _product(normed, attention.k_proj), _product(normed, attention.v_proj)
-        askers = torch.arange(tokens, device="cpu") if rows is None else rows
-        kept, normed = (hidden, normed) if rows is None else (hidden[:, rows], normed[:, rows])
+        query_rows = torch.arange(tokens, device="cpu") if rows is None else rows
+        states, normed = (hidden, normed) if rows is None else (hidden[:, rows], normed[:, rows])
         queries = _product(normed, attention.q_proj)
         for norm, heads in zip(self.head_norms, (queries, keys), strict=False):
             norm(heads, heads)
         attended = torch.empty_like(queries)
-        addresses = (x.data_ptr() for x in (queries, keys, values, *turns, attended))
+        addresses = (x.data_ptr() for x in (queries, keys, values, *rotary, attended))
         counts = (x.shape[2] // self.width for x in (queries, keys))
-        asking = askers.data_ptr(), len(askers)
-        _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, *asking, self.scale, threads)
-        _add_product(kept, attended, attention.o_proj)
-        self.before_mlp(kept, normed)
+        _C.attention(*addresses, sequences, tokens, *counts, self.width, ends, query_rows.data_ptr(), len(query_rows), self.scale, threads)
+        _add_product(states, attended, attention.o_proj)
+        self.before_mlp(states, normed)
         gate, up = _product(normed, mlp.gate_proj), _product(normed, mlp.up_proj)
         _C.gated_activation(gate.data_ptr(), up.data_ptr(), gate.numel(), threads)
-        _add_product(kept, gate, mlp.down_proj)
+        _add_product(states, gate, mlp.down_proj)
         if rows is not None:
-            hidden[:, rows] = kept
+            hidden[:, rows] = states
 
 
 def _product(inputs: Tensor, linear: nn.Linear) -> Tensor:
@@ -98,8 +98,12 @@ def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Linear) -> None:
 
 
 def _plain(layer: Any) -> _PlainLayer | None:
-    """None for a layer of other modules, weights that are not at hand in fp32 (quantised or sharded ones are no plain parameters), or hooks
-    and forwards in the way of its modules' own."""
+    """Recognise a llama-like layer. Returns None for
+
+    - other modules
+    - weights that are not plain fp32 parameters in CPU memory (quantised, sharded or offloaded)
+    - modules with hooks or a replaced forward
+    """
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or _children(layer.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = layer.self_attn, layer.mlp
@@ -123,8 +127,8 @@ def _plain(layer: Any) -> _PlainLayer | None:
         or any(len(linear.weight) % width for linear in (attention.q_proj, attention.k_proj))
         or attention.k_proj.weight.shape != attention.v_proj.weight.shape
         or mlp.gate_proj.weight.shape != mlp.up_proj.weight.shape
-        or any(map(_touched, (attention, mlp, mlp.act_fn, *modules, *linears)))
-        or any(type(x) is not nn.Parameter or not _at_hand(x) or not x.is_contiguous() for x in weights)
+        or any(map(_has_hooks, (attention, mlp, mlp.act_fn, *modules, *linears)))
+        or any(type(x) is not nn.Parameter or not _is_fp32_in_memory(x) or not x.is_contiguous() for x in weights)
         or any(True for _ in mlp.act_fn.parameters())
         or not torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     ):
@@ -138,8 +142,8 @@ def _norm(module: nn.Module) -> _Norm | None:
     return None if epsilon is None or weight is None else _Norm(weight, epsilon)
 
 
-def _at_hand(x: Tensor) -> bool:
-    """Whether it is fp32 and in memory: of weights that are gathered when they are needed the storage is empty meanwhile."""
+def _is_fp32_in_memory(x: Tensor) -> bool:
+    """Whether a tensor is fp32 on the CPU with its storage. The storage of weights that are gathered on demand is empty in between."""
     held = x.device.type == "cpu" and x.untyped_storage().nbytes() >= 4 * (x.storage_offset() + x.numel())
     return held and x.dtype == torch.float32
 
@@ -148,15 +152,19 @@ def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _touched(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @contextmanager
 def native_layers(model: PreTrainedModel, lengths: Sequence[int], rows: Tensor | None = None) -> Iterator[None]:
-    """For the time being, layers of the plain kind run so, on sequences of segments of `lengths` tokens, and update their input in place:
-    for one who gives them a buffer of his own. The last layer need give what it gives at `rows` alone, int64 [rows], ascending. Raises
-    InputError for rows that C++ would read otherwise."""
+    """Within the context, run llama-like layers natively. They update their input in place, so the caller owns that buffer.
+
+    lengths: tokens of each segment, end to end in every sequence
+    rows: token rows that the last layer computes, int64 [rows], ascending; None: all
+
+    Raises InputError for rows of another type, shape or device.
+    """
     if rows is not None and not (rows.dtype == torch.int64 and rows.ndim == 1 and rows.is_contiguous() and rows.device.type == "cpu"):
         found = f"{rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
         raise InputError(f"rows must be int64 [rows] in one piece on the CPU, found {found}")
@@ -175,27 +183,26 @@ def _native(layer: nn.Module, ends: Sequence[int], rows: Tensor | None) -> Any:
     own = layer.forward
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turns: Any = kwargs.get("position_embeddings")
+        rotary: Any = kwargs.get("position_embeddings")
         plain = _plain(layer)
-        if plain is None or not _fit(turns, hidden, plain):
+        if plain is None or not _accepts(plain, hidden, rotary):
             return own(hidden, *args, **kwargs)
-        plain(hidden, [each.contiguous() for each in turns], ends, rows)
+        plain(hidden, [each.contiguous() for each in rotary], ends, rows)
         return hidden
 
     return run
 
 
-def _fit(turns: Any, hidden: Tensor, layer: _PlainLayer) -> bool:
-    """Whether hidden states are fp32 in one piece, of which no gradient is wanted, and positions are turns of whole heads, the same for all
-    sequences."""
+def _accepts(layer: _PlainLayer, hidden: Tensor, rotary: Any) -> bool:
+    """Whether hidden states are contiguous fp32 without gradients, and rotary positions span whole heads, the same for all sequences."""
     if hidden.ndim != 3 or hidden.shape[2:] != layer.before_attention.weight.shape:
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (_at_hand(hidden) and hidden.is_contiguous()):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (_is_fp32_in_memory(hidden) and hidden.is_contiguous()):
         return False
     shape = (1, hidden.shape[1], layer.width)
-    return isinstance(turns, tuple) and all(isinstance(x, Tensor) and _at_hand(x) and x.shape == shape for x in turns)
+    return isinstance(rotary, tuple) and all(isinstance(x, Tensor) and _is_fp32_in_memory(x) and x.shape == shape for x in rotary)
 
 
 def has_native_layers(model: PreTrainedModel) -> bool:
-    """Whether any layer may run so."""
+    """Whether any layer can run natively."""
     return dispatch.has_native_layers() and any(_own_forward(layer) and _plain(layer) is not None for layer in decoder_layers(model))

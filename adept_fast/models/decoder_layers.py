@@ -1,4 +1,4 @@
-"""Where a decoder-only model keeps its layers, and how its forward is entered: found by structure, not by architecture."""
+"""Find the layers of a decoder-only model and the entry points of its forward, by structure, not by architecture."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def layer_configs(model: PreTrainedModel) -> Sequence[PretrainedConfig]:
-    """What holds for each layer: the text config, or its own where fields of that differ from layer to layer."""
+    """Return the config of each layer: the text config, or the layer's own if fields differ from layer to layer."""
     config = text_config(model)
     return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * config.num_hidden_layers
 
 
-def check_kind(config: PretrainedConfig) -> None:
-    """Raise UnsupportedFamilyError for a model that is no decoder alone."""
+def require_decoder_only(config: PretrainedConfig) -> None:
+    """Raise UnsupportedFamilyError for a model that is not decoder-only."""
     if config.is_encoder_decoder or hasattr(config.get_text_config(decoder=True), "decoder_layers"):
         raise UnsupportedFamilyError(
             f"{config.model_type}: an encoder-decoder, or the decoder of one; adept_fast is for decoder-only models"
@@ -36,8 +36,8 @@ def check_kind(config: PretrainedConfig) -> None:
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Path of the decoder layers: of the text decoder's, the outermost module list with config.num_hidden_layers entries."""
-    check_kind(model.config)
+    """Return the path of the decoder layers: the outermost module list of the text decoder with config.num_hidden_layers entries."""
+    require_decoder_only(model.config)
     if "shared_kv_states" in inspect.signature(model.forward).parameters:
         raise UnsupportedFamilyError(f"{model.config.model_type}: drafts for another model, whose keys and values it needs")
     count = getattr(text_config(model), "num_hidden_layers", None)
@@ -53,7 +53,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> list[int]:
-    """`given`, ascending. Raises InputError under `name` unless they are layers of a model of `count`, each once, one at least."""
+    """Return `given`, ascending. Raises InputError about `name` unless they are distinct layers of a model of `count`, one at least."""
     require_made(name, given, Iterable, "give layer indices, select_layers(scores) say")
     layers = list(given)
     known = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in layers)
@@ -63,33 +63,36 @@ def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> lis
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:
-    """The hidden states in what a decoder layer returns."""
+    """Return the hidden states in a decoder layer's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
-    """The same kind of output with other hidden states."""
+    """Return a decoder layer's output with its hidden states replaced."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def headless(model: PreTrainedModel) -> nn.Module:
-    """What gives a model's hidden states after the final norm. Llama 4 for text names no base model: then what calls the layers."""
+    """Return the module that computes the hidden states after the final norm.
+
+    That is the base model, or the module that calls the layers if none is named (Llama 4 for text).
+    """
     return model.base_model if model.base_model is not model else _stack(model)
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """Hidden states after the final norm, [batch, tokens, hidden]."""
+    """Compute the hidden states after the final norm, [batch, tokens, hidden]."""
     return headless(model)(input_ids=input_ids, use_cache=False, **inputs)[0]
 
 
 def _stack(model: PreTrainedModel) -> nn.Module:
-    """What calls the layers."""
+    """Return the module that calls the layers."""
     return model.get_submodule(layers_path(model).rpartition(".")[0])
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for a module's for the time being, and put back what stood there (accelerate patches instances too)."""
+    """Within the context, replace a module's forward; then restore the former one (accelerate patches instances too)."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -103,7 +106,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time being; then every module has the mode that it had."""
+    """Within the context, put the model in eval mode; then restore every module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -114,10 +117,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [n, vocabulary] of hidden states [n, hidden] taken after the final norm, through the model's own head.
+    """Compute the logits [n, vocabulary] of hidden states [n, hidden] after the final norm, through the model's own head.
 
-    The model's forward runs with its body replaced, so logit scaling and soft-capping stay what the family makes them. Whatever else a
-    family reads of its body's output (attentions, router logits, shared keys and values) is None.
+    The model's forward runs with its body replaced, so logit scaling and soft-capping are the family's. Anything else that a family reads
+    from its body's output (attentions, router logits, shared keys and values) is None.
     """
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -129,20 +132,22 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def body(*args: object, **kwargs: object) -> Output:
         return Output(last_hidden_state=hidden[None])
 
-    with ExitStack() as stack:  # of the two, OPT's head calls the inner one, and where the final norm lies between them others the outer
+    with ExitStack() as stack:  # both: OPT's head calls the inner one; families whose final norm is between them, the outer
         for module in {headless(model), _stack(model)}:
             stack.enter_context(replaced_forward(module, body))
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens it has embeddings of; meta tensors are enough."""
+    """Return the number of rows of the input embeddings. Meta tensors are enough."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its inputs go: the device of its first weights that are there (others may be offloaded, which accelerate marks as meta); where
-    all are offloaded, the one that accelerate runs it on."""
+    """Return the device for a model's inputs: that of its first parameter in memory.
+
+    accelerate marks offloaded parameters as meta. If all are offloaded, it is the device that accelerate runs the model on.
+    """
     devices = [parameter.device for parameter in model.parameters()]
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     runs_on = (getattr(hook, "execution_device", None) for hook in hooks)

@@ -1,4 +1,4 @@
-"""Whether the layers that an expanded config builds are those of the base: what depends on a layer's index shows here, by name."""
+"""Compare the layers that an expanded config builds with those of the base, to find by name what depends on a layer's index."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 IDLE = {"store_full_length_kv": "is_kv_shared_layer"}
-"""Flag -> the flag that makes it matter: keys and values are kept for layers that reuse them; where none does, nothing reads them."""
+"""Flag -> the flag that gives it an effect: stored keys and values matter only if some layer reuses them."""
 
 
-def same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Sequence[int]) -> None:
+def require_same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Sequence[int]) -> None:
     """Raise UnsupportedFamilyError, naming what differs, unless layer j of `expanded` is built as layer sources[j] of `base`.
 
-    Modules, shapes of parameters, computed buffers and the modules' plain attributes are compared, except a layer's own index and what
-    both configs hold under that name. Outside the layers, shapes must agree. Meta tensors are enough, but show no buffer's values.
+    Compared are modules, shapes of parameters, computed buffers and plain attributes of modules. Exempt are a layer's own index, and
+    attributes equal to the config field of that name. Outside the layers, shapes must agree. Meta tensors suffice, but hide the values of
+    buffers.
     """
     family, configs = base.config.model_type, (text_config(base), text_config(expanded))
     own, built = decoder_layers(base), decoder_layers(expanded)
@@ -47,7 +48,7 @@ def same_layers(base: PreTrainedModel, expanded: PreTrainedModel, sources: Seque
 def _difference(
     own: nn.Module, built: nn.Module, indices: tuple[int, int], configs: tuple[Any, Any], idle: Collection[str]
 ) -> str | None:
-    """The name of the first thing in which two layers differ."""
+    """Return the name of the first difference between two layers."""
     modules = dict(built.named_modules())
     for path, module in own.named_modules():
         twin = modules.pop(path, None)

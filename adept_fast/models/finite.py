@@ -1,4 +1,4 @@
-"""A loss that is no number: which item has it, and why, in as far as the weights tell."""
+"""Refuse losses and tensors that are not finite, naming the item and the likely cause."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def require_finite(model: PreTrainedModel, losses: Tensor, what: str) -> None:
-    """Raise InputError unless every loss of items [n] is finite: naming the first that is not as `what` and its number, and the cause."""
+    """Raise InputError for the first loss of items [n] that is not finite, with `what`, its index and the likely cause."""
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         raise InputError(f"{what} {int(wrong[0, 0])} is not finite: {likely_cause(model)}")
@@ -24,7 +24,7 @@ def require_finite(model: PreTrainedModel, losses: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def require_finite_tensors(named: Iterable[tuple[str, Tensor]], where: str, way_out: str) -> None:
-    """Raise InputError for the first tensor that holds a NaN or infinity. Of a sharded one this process's part is looked at."""
+    """Raise InputError for the first tensor that holds NaN or infinity. Of a sharded tensor only this process's part is read."""
     for name, tensor in named:
         values = local(tensor.detach())
         if values.is_floating_point() and not values.is_meta and not bool(values.isfinite().all()):
@@ -33,7 +33,7 @@ def require_finite_tensors(named: Iterable[tuple[str, Tensor]], where: str, way_
 
 @torch.no_grad()
 def likely_cause(model: PreTrainedModel) -> str:
-    """Why a loss of this model is not finite: a tensor of it is not, or its activations overflow in its dtype."""
+    """Explain why a loss of this model is not finite: a parameter is not, or activations overflow the dtype."""
     for name, parameter in model.named_parameters():
         values = local(parameter.detach())
         if not values.is_meta and not bool(values.isfinite().all()):

@@ -1,13 +1,13 @@
-"""Projections that hold several in one tensor: which rows belong to which part, and to which head of it.
+"""Find which rows of a fused projection belong to which part, and to which head of it.
 
     one after the other       q, k, v        qkv_proj (phi3), c_attn (gpt2, gpt_bigcode with multi_query), Wqkv (mpt)
     per group of heads        [groups, queries of the group + key + value, head size]
                               query_key_value (a group a head in bloom, gpt_neox, persimmon; falcon); gpt_bigcode without multi_query
-    in four blocks            [4, q + v + k]  qkv_proj of codegen, whose weights were cut for four devices
+    in four blocks            [4, q + v + k]  qkv_proj of codegen, whose weights were split over four devices
     per head                  q, gate         q_proj of qwen3_next and qwen3_5;     k, v   kv_b_proj of latent attention (deepseek)
     halves                    gate, up        gate_up_proj, input_linear, of experts too
 
-Source: the forward of each family in transformers; tests/models/test_fused_projections.py moves each part and looks which head answers.
+Source: the forward of each family in transformers; tests/models/test_fused_projections.py perturbs each part and checks which head changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FUSED_ATTENTION = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
 class Part(NamedTuple):
-    """rows: int64, head after head; head: how many of them make one head."""
+    """A part of a projection. rows: int64, head after head; head: rows per head."""
 
     name: str
     rows: Tensor
@@ -33,14 +33,14 @@ class Part(NamedTuple):
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Rows of one attention head; 1 where the config names no heads."""
+    """Return the rows of one attention head; 1 if the config names no heads."""
     return vars(config).get("head_dim") or config.hidden_size // (_heads(config) or config.hidden_size)
 
 
 def fused_rows(config: PretrainedConfig, module: str, rows: int, head: int | None = None) -> list[Part]:
-    """Parts of a projection of `rows` rows, by the name of its module; one that is not fused is one part with an empty name.
+    """Split a projection of `rows` rows into parts, by the name of its module. One that is not fused is a single part named "".
 
-    head: rows of a head, where the module has others than the config.
+    head: rows per head, if the module's differ from the config's
     """
     head = head or head_size(config)
     whole = [Part("", torch.arange(rows), head)]
@@ -75,7 +75,7 @@ def _heads(config: PretrainedConfig) -> int | None:
 
 
 def _parts(groups: int, parts: list[tuple[str, int, int]]) -> list[Part]:
-    """Parts of rows laid out as `groups` times all of `parts`, each (name, heads in a group, rows of a head)."""
+    """Split rows that repeat `parts`, each (name, heads in a group, rows per head), `groups` times."""
     lengths = [heads * size for _, heads, size in parts]
     split = torch.arange(groups * sum(lengths)).view(groups, -1).split(lengths, 1)
     return [Part(name, rows.flatten(), size) for (name, _, size), rows in zip(parts, split, strict=True)]

@@ -1,4 +1,4 @@
-"""Losses and gradients of a model in training, of which nothing is touched: modes, gradients, random numbers."""
+"""Compute losses and gradients of a model in training without changing its modes, gradients or random numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adept_fast.errors import InputError
-from adept_fast.models import evaluating
+from adept_fast.models.decoder_layers import evaluating
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
@@ -24,17 +24,17 @@ def _refuse_reentrant(model: nn.Module) -> None:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """For the time being; activations stay checkpointed where they are in training."""
+    """Within the context, put the model in eval mode, but keep checkpointing activations as in training."""
     modes = [(module, module.training) for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     with evaluating(model):
-        for module, mode in modes:  # transformers checkpoints activations in training mode only; a layer's own flag switches no dropout on
+        for module, mode in modes:  # transformers checkpoints in training mode only; a layer's own flag enables no dropout
             module.training = mode
         yield
 
 
 @contextmanager
 def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """For the time being, without gradients of their own, in eval mode and with the RNG forked: nothing of a training run is touched."""
+    """Within the context, let only these parameters require grad, with all .grad None, in eval mode and with the RNG forked."""
     _refuse_reentrant(model)
     wanted = {id(parameter) for parameter in parameters}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

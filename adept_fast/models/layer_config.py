@@ -1,7 +1,7 @@
-"""The config of an expanded model: the layer count and every field that says something about single layers.
+"""Make the config of an expanded model: rewrite the layer count and every per-layer field.
 
-An allowlist of fields by what they hold, as lists of indices and of layers can have the same length. A field that is not on it and
-matters comes out in `same_layers`, which compares the layers that both configs build.
+Fields are listed by meaning, because a list of layer indices and a list with one entry per layer can have the same length.
+`require_same_layers` compares the layers that both configs build, and so finds a field that matters and is missing here.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ ONE_A_LAYER = (
     *("layer_rope_theta", "num_attention_heads_per_layer"),
 )
 INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")  # how many
+FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")  # numbers of first layers
 LAST_INDEX = ("moe_layer_end_index",)
 COUNTS = ("num_hidden_layers", "num_blocks")
-OVERRIDES = "per_layer_config"  # {"3": {field: value}}, which transformers keeps behind a property
+OVERRIDES = "per_layer_config"  # {"3": {field: value}}, a property in transformers
 
 
 class _Positions:
-    """Where the layers of a model with `count` of them stand after a copy of each of `layers` is put right after it."""
+    """The new indices of a model's `count` layers, once each of `layers` is followed by its copy."""
 
     def __init__(self, layers: Sequence[int], count: int) -> None:
         self.layers, self.count = frozenset(layers), count
 
     def of(self, index: int) -> list[int]:
-        """The new indices of a layer: its own, and its copy's."""
+        """Return the new indices of a layer and, if it has one, of its copy."""
         own = index + sum(layer < index for layer in self.layers)
         return [own, own + 1] if index in self.layers else [own]
 
@@ -55,9 +55,9 @@ class _Positions:
 
 
 def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """A copy of `config` (the whole one, of a multimodal model too) for the model with a copy right after each of `layers`.
+    """Return a copy of `config`, also a multimodal one, for the model with a copy right after each of `layers`.
 
-    layers: indices in the unexpanded model, each once.
+    layers: distinct indices in the unexpanded model
     """
     expanded = copy.deepcopy(config)
     text = expanded.get_text_config(decoder=True)
@@ -86,7 +86,7 @@ def expanded_config(config: PretrainedConfig, layers: Sequence[int]) -> Pretrain
 
 
 def broken_periods(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
-    """A sentence for each per-layer field that repeated with a period in `before` and no longer does in `after`."""
+    """Return a sentence for each per-layer field that is periodic in `before` but not in `after`."""
     old, new = (vars(config.get_text_config(decoder=True)) for config in (before, after))
     found = {key: period for key in ONE_A_LAYER if isinstance(old.get(key), list) and (period := _period(old[key])) > 1}
     return [
@@ -98,13 +98,13 @@ def broken_periods(before: PretrainedConfig, after: PretrainedConfig) -> list[st
 
 
 def _period(values: Sequence[Any]) -> int:
-    """After how many entries they repeat, at least once; 0 where they do not, 1 where they are all the same."""
+    """Return the period of `values`, which must repeat at least once; 0 without a period, 1 if all are equal."""
     periods = range(1, len(values) // 2 + 1)
     return next((period for period in periods if all(value == values[at % period] for at, value in enumerate(values))), 0)
 
 
 def _indexers(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
-    """A "full" layer picks the tokens that the "shared" ones after it attend to; a copy of it in between would pick others for them."""
+    """Refuse to copy a "full" layer that selects tokens for the "shared" layer after it: the copy would select others."""
     types = text.indexer_types
     for layer in at.layers:
         if types[layer : layer + 2] == ["full", "shared"]:
@@ -116,24 +116,24 @@ def _indexers(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
 
 
 def _sparse_step(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
-    """Every n-th layer is sparse -> the others are named."""
+    """Replace "every n-th layer is sparse" by a list of the dense layers."""
     step = text.decoder_sparse_step
     dense = [index for index in range(at.count) if index in text.mlp_only_layers or (index + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": at.indices(dense)}
 
 
 def _cyclic_types(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
-    """A pattern that is repeated to the end -> one entry a layer."""
+    """Replace a repeated pattern by one entry per layer."""
     return {"block_types": at.one_a_layer([text.block_types[index % len(text.block_types)] for index in range(at.count)])}
 
 
 def _attention_types(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
-    """[[pattern, times], ...] -> the whole as a pattern, once."""
+    """Replace [[pattern, times], ...] by one pattern of all layers, once."""
     return {"attention_types": [[at.one_a_layer(text.attention_layers), 1]]}
 
 
 def _scale_depth(text: PretrainedConfig, at: _Positions) -> dict[str, Any]:
-    """scale_depth / sqrt(layers) multiplies each branch: the factor that keeps the quotient, to the last bit."""
+    """Keep scale_depth / sqrt(layers), the factor of each branch, to the last bit."""
     wanted, root = text.scale_depth / math.sqrt(at.count), math.sqrt(at.count + len(at.layers))
     value = wanted * root
     near = [value, math.nextafter(value, math.inf), math.nextafter(value, 0)]

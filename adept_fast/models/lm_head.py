@@ -1,7 +1,7 @@
-"""Losses of hidden states through a model's own head, without keeping logits where the head is a plain linear one.
+"""Compute losses of hidden states through a model's own head, without storing logits if the head is a plain linear projection.
 
-A head whose logits are softcap * tanh(scale * (W h + b) / softcap) is read off the model's config and proven on two rows against the
-model's own forward; any other head runs as the family made it, a few rows at a time.
+If the logits are softcap * tanh(scale * (W h + b) / softcap), scale and soft-cap come from the config, and two rows are checked against the
+model's own forward. Any other head runs as the family wrote it, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adept_fast.models import head_logits, text_config
+from adept_fast.models.decoder_layers import head_logits, text_config
 from adept_fast.ops.linear_cross_entropy import op as fused
 from adept_fast.ops.linear_cross_entropy.op import IGNORE, Divergence
 from adept_fast.ops.linear_cross_entropy.reference import Projection, logits
@@ -21,20 +21,20 @@ from adept_fast.ops.linear_cross_entropy.reference import Projection, logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 256  # rows of logits held at once where they are held
-DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # config fields of families: what logits are divided by
+ROWS = 256  # rows of logits in memory at once, for heads that need them
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # config fields by which families divide logits
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_scales: WeakKeyDictionary[nn.Module, tuple[nn.Module, tuple[float, float] | None]] = WeakKeyDictionary()  # of models seen
+_scales: WeakKeyDictionary[nn.Module, tuple[nn.Module, tuple[float, float] | None]] = WeakKeyDictionary()  # one entry per model
 
 
 @torch.no_grad()
 def projection(model: PreTrainedModel, hidden: Tensor) -> Projection | None:
-    """The head as a linear projection with scale and soft-cap, where it is one: checked once a model, on rows like `hidden` [n, width]."""
+    """Return the head as a linear projection with scale and soft-cap, or None. Checked once per model, on rows of `hidden` [n, width]."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        return None  # wrapped, quantised or moved about: it is not the weight alone that makes the logits
+        return None  # wrapped, quantised or offloaded: the logits depend on more than the weight
     if type(layer.weight.data) is not Tensor or layer.weight.device != hidden.device or not len(hidden):
-        return None  # sharded, or elsewhere
+        return None  # sharded, or on another device
     known = _scales.get(model)
     if known is None or known[0] is not layer:
         known = _scales[model] = (layer, _scale_and_softcap(model, layer, hidden[:1]))
@@ -48,7 +48,7 @@ def _scale_and_softcap(model: PreTrainedModel, layer: nn.Linear, row: Tensor) ->
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))), 0.0)
     largest = logits(row, Projection(layer.weight, layer.bias)).abs().amax().clamp_min(1e-6)
-    rows = torch.cat([row, (row * (100 / largest)).to(row.dtype)])  # large ones, which a cap would change
+    rows = torch.cat([row, (row * (100 / largest)).to(row.dtype)])  # the second is large enough for a soft-cap to change it
     expected = head_logits(model, rows).float()
     found = logits(rows, Projection(layer.weight, layer.bias, scale, softcap))
     if found.shape != expected.shape:
@@ -63,9 +63,9 @@ def _frozen(head: Projection) -> bool:
 
 
 def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of hidden states after the final norm: hidden [..., width], targets [...] -> fp32 [...], 0 where the target is -100.
+    """Compute -log p(target) from hidden states after the final norm: hidden [..., width], targets [...] -> fp32 [...], 0 for target -100.
 
-    Differentiable in `hidden`, and in the head where it is trained (whose logits are then kept).
+    Differentiable in `hidden`, and in the head if it is trained; its logits are then stored.
     """
     head = projection(model, hidden.flatten(0, -2))
     if head is not None and _frozen(head):
@@ -73,7 +73,7 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     there = (wanted != IGNORE).nonzero()[:, 0]
     if not len(there):
-        return rows[there].float().sum() + torch.zeros(targets.shape, device=hidden.device)  # a sum of nothing, differentiable
+        return rows[there].float().sum() + torch.zeros(targets.shape, device=hidden.device)  # an empty sum, which is differentiable
     losses = [
         functional.cross_entropy(head_logits(model, rows[part]).float(), wanted[part], reduction="none") for part in there.split(ROWS)
     ]
@@ -82,7 +82,7 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
 
 @torch.no_grad()
 def token_predictions(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of hidden [n, width] as of `token_losses`, and the likeliest token of each row, int64 [n]."""
+    """Compute the losses of hidden [n, width], as `token_losses` does, and the most likely token of each row, int64 [n]."""
     head = projection(model, hidden)
     if head is not None:
         return fused.linear_predictions(hidden, head, targets)
@@ -96,7 +96,7 @@ def token_predictions(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -
 
 @torch.no_grad()
 def variant_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Divergence:
-    """Losses of variants of a model and KL(variant 0 || variant), [variants, rows] each: hidden [variants, rows, width], targets [rows]."""
+    """Compute losses and KL(variant 0 || variant), [variants, rows] each, from hidden [variants, rows, width] and targets [rows]."""
     head = projection(model, hidden.flatten(0, 1))
     if head is not None:
         return fused.linear_divergence(hidden, head, targets)

@@ -1,6 +1,6 @@
-"""Next-token losses of a corpus of items: -log p(token t | tokens before t) in nats, fp32, on supervised tokens only.
+"""Compute next-token losses of items: -log p(token t | tokens before t) in nats, fp32, on supervised tokens only.
 
-Items are batched by length and padded on the right; a causal model never looks there, so padding changes no value.
+Items are batched by length and padded on the right. A causal model never attends there, so padding changes no value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.data.items import IGNORE, Item
-from adept_fast.models import device_of, evaluating, head_logits, last_hidden
+from adept_fast.models.decoder_layers import device_of, evaluating, head_logits, last_hidden
 from adept_fast.models.finite import require_finite
 from adept_fast.models.lm_head import token_losses, token_predictions
 from adept_fast.runtime.dtensor import in_shards
@@ -27,8 +27,13 @@ BATCH_TOKENS = 2048  # padded tokens of one forward
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """Per item: the summed loss in nats [n], the number of supervised tokens [n]; the argmax at every position, and which candidate
-    token was likeliest, where asked for."""
+    """Losses of n items.
+
+    sums: summed loss, nats, fp64 [n]
+    tokens: supervised tokens, [n]
+    argmax: the most likely token at every position of each item, if asked for
+    picked: the index of the most likely candidate of each item, if candidates were given
+    """
 
     sums: Tensor
     tokens: Tensor
@@ -37,23 +42,16 @@ class CorpusLoss:
 
     @property
     def mean(self) -> float:
-        """Token-weighted mean loss, nats per supervised token."""
+        """Return the token-weighted mean loss, nats per supervised token."""
         return float(self.sums.sum() / self.tokens.sum())
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens to compare at one supervised position of an item (the position that predicts them)."""
+    """Tokens to compare at one supervised position of an item: the position that predicts them."""
 
     position: int
     tokens: tuple[int, ...]
-
-
-def item_tensors(item: Item, device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and the label that each position predicts (the next one; -100 at the end), int64 [tokens]; one token at least."""
-    ids = torch.tensor(item.input_ids, dtype=torch.int64, device=device)
-    targets = torch.tensor((*item.labels[1:], IGNORE), dtype=torch.int64, device=device)
-    return ids, targets
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
@@ -77,9 +75,11 @@ def corpus_loss(
     candidates: Sequence[Candidates] = (),
     title: str = "loss",
 ) -> CorpusLoss:
-    """Loss of each item under `model` in eval mode; every module's mode is left as it was. candidates: none, or one per item.
+    """Compute the loss of each item under `model` in eval mode, and restore every module's mode.
 
-    Of a sharded (FSDP2) model the losses alone; every process must be given the same items. Raises InputError for a loss that is not
+    candidates: empty, or one per item
+
+    A sharded (FSDP2) model gives losses only, and every process must be given the same items. Raises InputError for a loss that is not
     finite.
     """
     device = device_of(model)
@@ -94,11 +94,11 @@ def corpus_loss(
                     sums[index] = batch_loss(model, [items[index]]).double().cpu()
                 bar.update(len(batch))
                 continue
-            pairs = [item_tensors(items[index], device) for index in batch]
-            ids = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in pairs], batch_first=True)
-            hidden = last_hidden(model, ids)
-            rows = [torch.arange(len(pair[0]), device=device) if argmax else (pair[1] != IGNORE).nonzero()[:, 0] for pair in pairs]
-            targets = torch.cat([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
+            ids = [torch.tensor(items[index].input_ids, device=device) for index in batch]
+            labels = [torch.tensor((*items[index].labels[1:], IGNORE), device=device) for index in batch]  # of the next token
+            hidden = last_hidden(model, torch.nn.utils.rnn.pad_sequence(ids, batch_first=True))
+            rows = [torch.arange(len(each), device=device) if argmax else (each != IGNORE).nonzero()[:, 0] for each in labels]
+            targets = torch.cat([each[row] for each, row in zip(labels, rows, strict=True)])
             hidden = torch.cat([hidden[number, row] for number, row in enumerate(rows)])
             asked, at = {}, 0
             for index, row in zip(batch, rows, strict=True):
@@ -119,14 +119,14 @@ def corpus_loss(
 
 
 def batch_loss(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
-    """Summed loss of items in one forward, differentiable: the negative log-likelihood of their supervised tokens, 0 of none."""
+    """Compute the summed loss of items in one forward, differentiable: the negative log-likelihood of their supervised tokens, or 0."""
     length = max(1, *(len(item.input_ids) for item in items))
     ids = [[*item.input_ids, *[0] * (length - len(item.input_ids))] for item in items]
     labels = [(row, at, label) for row, item in enumerate(items) for at, label in enumerate(item.labels[1:]) if label != IGNORE]
     device = device_of(model)
     placed = torch.tensor(labels, dtype=torch.int64, device=device).view(-1, 3)
-    rows, positions, targets = placed.unbind(1)  # found on the host: a mask would wait for the device
-    if in_shards(model):  # only a call of the whole model gathers them
+    rows, positions, targets = placed.unbind(1)  # indices made on the host: a mask would wait for the device
+    if in_shards(model):  # only a call of the whole model gathers its shards
         logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits[rows, positions]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return token_losses(model, last_hidden(model, torch.tensor(ids, device=device))[rows, positions], targets).sum()

@@ -1,9 +1,12 @@
-"""What makes a copy of a layer silent, read off the layer's own computation.
+"""Find what makes a copy of a layer silent, from the layer's own autograd graph.
 
-A layer is silent when its output is its input, bit for bit. Its autograd graph, walked from the output, says how: a sum of the input
-and of branches needs the input untouched and each branch 0; a branch is 0 when the last factor of it that is a parameter is 0. That is
-the output projection (weight and bias) in pre-norm layers, and the gain of the norm behind it in post-norm ones, where a zeroed
-projection would be silent too, but whose first updates the norm would amplify. The graph is that of a model without values.
+A layer is silent when its output equals its input bit for bit. The graph, walked back from the output, shows how to get there:
+
+    a sum of the input and of branches   leave the input untouched and make each branch 0
+    a branch                             make its last factor that is a parameter 0
+
+In pre-norm layers that factor is the output projection (weight and bias). In post-norm layers it is the gain of the norm behind the
+projection: a zeroed projection would be silent too, but the norm would amplify its first updates. The graph is recorded with fake tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ PRODUCTS = frozenset({"Mul", "Mm", "Bmm", "Mv", "Linear", "GroupedMm", "Convolut
 BIASED_PRODUCTS = frozenset({"Addmm", "Baddbmm", "Addbmm", "Addmv"})  # bias, factor, factor
 NORMS = frozenset({"NativeLayerNorm", "FusedRmsNorm", "NativeGroupNorm"})  # input, gain, bias
 SUMS = frozenset({"Add", "Sub", "Cat", "Stack", "IndexAdd", "ScatterAdd", "IndexPut", "IndexCopy", "Scatter", "Where", "CopySlices"})
-SAME = frozenset(  # the same numbers, perhaps elsewhere
+SAME = frozenset(  # ops that keep the numbers and at most move them
     {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Slice", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
     | {"NativeDropout"}
 )
@@ -45,9 +48,10 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
 
 @dataclass(frozen=True)
 class Silence:
-    """How a copy of one layer is made silent. fill: parameters and buffers, named within the layer, and the value to fill each with.
+    """The values that make a copy of one layer silent.
 
-    gains: those of them that are gains (elementwise factors) rather than projections: the gates of a post-norm copy.
+    fill: name of a parameter or buffer within the layer -> the value to fill it with
+    gains: those names in `fill` that are gains of a norm behind a branch (post-norm layers), not projections
     """
 
     fill: Mapping[str, float] = field(default_factory=dict)
@@ -57,26 +61,44 @@ class Silence:
         return Silence({**self.fill, **other.fill}, self.gains | other.gains)
 
 
+@dataclass(frozen=True)
+class Family:
+    """What the package knows of a model's architecture.
+
+    name: config.model_type
+    layers: path of the module list that holds the decoder layers
+    silent, gains: per layer, the fields of `Silence`
+    """
+
+    name: str
+    layers: str
+    silent: tuple[Mapping[str, float], ...]
+    gains: tuple[frozenset[str], ...]
+
+
 class _Refused(Exception):
-    """Why a value cannot be made 0, or cannot be made the layer's input."""
+    """The reason why no fill makes a value 0, or makes it equal to the layer's input."""
 
 
-def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
-    """One per layer. `model` may hold meta tensors. Raises UnsupportedFamilyError with the reason."""
+def describe(model: PreTrainedModel) -> Family:
+    """Find what makes a copy of each layer silent. Meta tensors are enough.
+
+    Raises UnsupportedFamilyError, with the reason, for a model whose copies cannot be made silent.
+    """
     from transformers.initialization import no_init_weights
 
     own, path, name = list(decoder_layers(model)), layers_path(model), model.config.model_type
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # numbers of tokens that an expert gets are symbols
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # the number of tokens per expert becomes a symbol
     config = copy.deepcopy(model.config)
-    if config._attn_implementation not in ("eager", "sdpa"):  # flash attention's way in looks at values
+    if config._attn_implementation not in ("eager", "sdpa"):  # flash attention reads values before it computes
         config._attn_implementation = "eager"
     with torch.device("meta"), no_init_weights():
         twin = type(model)(config).eval()
     with mode:
-        twin.to_empty(device="cpu")  # not built so: a module's own .to() swaps parameters, which fake ones refuse
-    twin.set_experts_implementation("batched_mm")  # the one whose control flow does not look at values
+        twin.to_empty(device="cpu")  # after construction: a module's own .to() swaps parameters, which fake tensors refuse
+    twin.set_experts_implementation("batched_mm")  # the one implementation whose control flow reads no values
     layers = twin.get_submodule(path)
-    traces: dict[int, tuple[Tensor, Any]] = {}  # entry and output of the first layer of each signature
+    traces: dict[int, tuple[Tensor, Any]] = {}  # input and output of the first layer of each signature
     first: dict[tuple, int] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
@@ -92,7 +114,8 @@ def silences(model: PreTrainedModel) -> tuple[Silence, ...]:
         if index not in traces:
             raise UnsupportedFamilyError(f"{where} takes no part when the input is text")
         found[index] = _Walk(own[index], layers[index], traces[index][0]).silence(traces[index][1], where)
-    return tuple(found[first[_signature(layer)]] for layer in layers)
+    silences = [found[first[_signature(layer)]] for layer in layers]
+    return Family(name, path, tuple(silence.fill for silence in silences), tuple(silence.gains for silence in silences))
 
 
 def _signature(layer: nn.Module) -> tuple:
@@ -102,7 +125,7 @@ def _signature(layer: nn.Module) -> tuple:
 
 @contextmanager
 def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]], family: str) -> Iterator[None]:
-    """Let the layer record its computation, or pass its input through where one of its kind has; either way the next one gets it as is."""
+    """Record the layer's computation, once per signature; later layers pass their input through. The next layer always gets the input."""
     forward = layer.forward
 
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +146,7 @@ def _traced(layer: nn.Module, first: int, traces: dict[int, tuple[Tensor, Any]],
 
 
 class _Walk:
-    """The computation of one layer from its entry (a leaf) to its output. own: the layer with values, for probing its norms."""
+    """Walk the graph of one layer from its output to its entry (a leaf). own: the layer with values, to probe its norms."""
 
     def __init__(self, own: nn.Module, layer: nn.Module, entry: Tensor) -> None:
         self.own, self.entry = own, entry
@@ -141,7 +164,7 @@ class _Walk:
         return Silence({twin: value for name, value in found.fill.items() for twin in self._alike(name)}, found.gains)
 
     def unchanged(self, node: Any) -> Silence:
-        """What makes a value the layer's input."""
+        """Find the fills that make a value equal to the layer's input."""
         kind = _kind(node)
         if kind == "AccumulateGrad" and node.variable is self.entry:
             return Silence()
@@ -170,9 +193,9 @@ class _Walk:
         raise _Refused("it scales the residual stream")
 
     def zero(self, node: Any) -> Silence:
-        """What makes a value 0."""
+        """Find the fills that make a value 0."""
         kind, inputs = _kind(node), _inputs(node)
-        if node is None:  # a constant: the zeros that sums start from; the logits check sees others
+        if node is None:  # a constant: the zeros that sums start from; the check of logits finds any other
             return Silence()
         if kind == "AccumulateGrad":
             if id(node.variable) not in self.parameters:
@@ -213,7 +236,7 @@ class _Walk:
         raise refused
 
     def _leaf(self, node: Any) -> tuple[str | None, bool]:
-        """The parameter or buffer that a value is, and whether a constant is added to it."""
+        """Return the name of the parameter or buffer behind a value, if it is one, and whether a constant is added to it."""
         shifted = False
         while _kind(node) in ZERO_TO_ZERO or (_kind(node) == "Add" and len(_inputs(node)) == 1):
             shifted |= _kind(node) == "Add"
@@ -221,7 +244,7 @@ class _Walk:
         return (self.names.get(id(node.variable)) if _kind(node) == "AccumulateGrad" else None), shifted
 
     def _vanishing(self, name: str) -> float:
-        """The gain with which the norm that owns it gives 0, found by trying: -1 where it multiplies by 1 + gain."""
+        """Find, by trying, the gain with which a norm outputs 0: 0, or -1 if the norm multiplies by 1 + gain."""
         path, _, gain = name.rpartition(".")
         norm = copy.deepcopy(self.own.get_submodule(path))
         norm = (norm.to_empty(device="cpu") if norm.get_parameter(gain).is_meta else norm.cpu()).float()
@@ -234,7 +257,7 @@ class _Walk:
         raise _Refused(f"neither 0 nor -1 for the gain {name} makes its norm give 0")
 
     def _alike(self, name: str) -> list[str]:
-        """The name and those that differ in indices only: the other experts of a list, which the traced tokens need not have reached."""
+        """Return all names that differ from this one in indices only: the traced tokens need not have reached every expert of a list."""
         pattern = re.compile(r"\d+".join(map(re.escape, _INDEX.split(name))))
         return [other for other in self.shapes if pattern.fullmatch(other) and self.shapes[other] == self.shapes[name]]
 
@@ -248,6 +271,6 @@ def _inputs(node: Any, start: int = 0) -> list[Any]:
 
 
 def _constant(node: Any) -> float | None:
-    """The number that a Mul multiplies by, where it is a plain one."""
+    """Return the scalar constant that a Mul multiplies by, or None."""
     other = getattr(node, "_saved_other", None)
     return float(other) if isinstance(other, Tensor) and other.ndim == 0 else None

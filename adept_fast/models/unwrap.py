@@ -1,7 +1,7 @@
-"""The transformers model in what a caller has: out of wrappers that compute the same, and a refusal with the remedy for all else.
+"""Find the transformers model in a caller's argument: unwrap wrappers that compute the same, refuse everything else with the remedy.
 
-torch.compile, DataParallel and DistributedDataParallel only call the model that they hold, so it stands for them. Adapters do not: a model
-with them computes another function than its base weights, which would be counted as units, scored and copied without what was trained.
+torch.compile, DataParallel and DistributedDataParallel only call the model that they hold, so they are unwrapped. Adapters are refused: the
+base weights alone would be scored and copied, without the trained adapters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from adept_fast.errors import InputError, UnsupportedFamilyError
-from adept_fast.models.decoder_layers import check_kind
+from adept_fast.models.decoder_layers import require_decoder_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,17 +22,17 @@ TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "
 
 
 def bare(model: nn.Module) -> Any:
-    """What torch.compile, DataParallel and DistributedDataParallel wrap, in whatever order; others as they are."""
+    """Unwrap torch.compile, DataParallel and DistributedDataParallel, in any order; return other modules unchanged."""
     while (inner := _wrapped(model)) is not model:
         model = inner
     return model
 
 
 def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
-    """The causal language model that a caller of a public function means.
+    """Return the causal language model in a public function's argument `name`.
 
-    name: of the argument. Raises InputError for what is no transformers model, holds adapters or flattened parameters, and
-    UnsupportedFamilyError for one that is no decoder with a language-model head: in one line, with the way out.
+    Raises InputError for anything but a transformers model, for adapters and for flattened parameters, and UnsupportedFamilyError for a
+    model that is not a decoder with a language-model head.
     """
     from transformers import PreTrainedModel
 
@@ -53,7 +53,7 @@ def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
             f"{name}: PEFT adapters were injected ({adapted}): merge them into the weights first (merge_and_unload of a PeftModel), or "
             f"load the model without them by {LOAD}"
         )
-    check_kind(model.config)
+    require_decoder_only(model.config)
     kind = type(model).__name__
     if kind.endswith(tuple(f"For{task}" for task in TASKS)) or (kind.endswith("Model") and model.get_output_embeddings() is None):
         raise UnsupportedFamilyError(f"{name}: {kind} has no language-model head: load it by {LOAD}")
@@ -67,13 +67,13 @@ def _wrapped(model: nn.Module) -> nn.Module:
 
 
 def _instance(model: object, module: str, name: str) -> bool:
-    """Whether it is one of a class of a module that may not be imported: then it is none."""
+    """Whether an object is of a class whose module may not be imported; if it is not, no object is."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(model, kind)
 
 
 def _found(given: Any, name: str) -> str:
-    """What it is, and what to pass instead."""
+    """Describe the given object, and name what to pass instead."""
     from transformers import PreTrainedModel
 
     if isinstance(given, str) or hasattr(given, "__fspath__"):

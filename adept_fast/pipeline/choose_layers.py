@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers, layer_indices
+from adept_fast.models.decoder_layers import decoder_layers, layer_indices
 from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.runtime.strict_json import finite
-from adept_fast.scoring import LayerCosts, LayerScores, Race, check_budget, check_choice, evenly, next_layer, select_layers, undecided
+from adept_fast.scoring.budget import LayerCosts, check_budget
+from adept_fast.scoring.race import Race
+from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.select_layers import check_choice, evenly, next_layer, select_layers, undecided
 
 
 def check_layers(work: Workspace) -> None:

@@ -8,7 +8,7 @@ from adept_fast.expansion import PRESERVING, expand_checkpoint, largest_differen
 from adept_fast.pipeline.choose_layers import choose, selection
 from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
-from adept_fast.scoring import LayerScores
+from adept_fast.scoring.scores import LayerScores
 
 
 @section("expand")

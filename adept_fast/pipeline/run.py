@@ -13,7 +13,8 @@ from typing import Any
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import is_tokenised, tokenize_item
-from adept_fast.models import describe, vocabulary_of
+from adept_fast.models.decoder_layers import vocabulary_of
+from adept_fast.models.silent_copies import describe
 from adept_fast.pipeline.choose_layers import by_scores, check_layers
 from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_corpora, report
 from adept_fast.pipeline.expand import expand, verify

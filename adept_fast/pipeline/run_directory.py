@@ -20,7 +20,7 @@ from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import Item, is_tokenised, tokenize_item
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
-from adept_fast.models import vocabulary_of
+from adept_fast.models.decoder_layers import vocabulary_of
 from adept_fast.pipeline.datasets import Corpora
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.runtime import distributed

@@ -10,26 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adept_fast.data.items import Item, tokenize_item
-from adept_fast.models import decoder_layers, text_config
+from adept_fast.models.decoder_layers import decoder_layers, text_config
 from adept_fast.pipeline.choose_layers import check_layers, choose, race
 from adept_fast.pipeline.recipe import section
 from adept_fast.pipeline.run_directory import Workspace
 from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
-from adept_fast.scoring import (
-    LayerScores,
-    UnitScores,
-    certified,
-    compare_scores,
-    corpus_conflicts,
-    forwards,
-    mask_units,
-    masked_units,
-    score_layers,
-    selection_stability,
-)
+from adept_fast.scoring.method_comparison import compare_scores
+from adept_fast.scoring.race import certified
+from adept_fast.scoring.score_layers import score_layers
+from adept_fast.scoring.scores import LayerScores, UnitScores
 from adept_fast.scoring.settings import LOSSES
+from adept_fast.scoring.stability import corpus_conflicts, selection_stability
+from adept_fast.scoring.unit_masking import forwards, mask_units, masked_units
 
 Scores = TypeVar("Scores", LayerScores, UnitScores)
 

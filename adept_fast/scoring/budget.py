@@ -1,12 +1,12 @@
-"""What copies cost as shares of full continual pretraining (CPT), and the largest choice that a budget allows.
+"""Compute what copies cost as shares of full continual pretraining (CPT), and choose as many layers as a budget allows.
 
     parameters = sum over copies of p_l / P                 p_l parameters of layer l, P of the whole model
-    time       = (F + B) / (3 (sum w_l + h))                the work of full CPT: forward, and backward to activations and to weights
+    time       = (F + B) / (3 (sum w_l + h))                full CPT: forward, backward to activations, backward to weights
              F = sum over layers and copies of w_l + h      forward
              B = h + sum over layers above the lowest copied of w_l + 2 sum over copies of w_l
 
-w_l: weights of the matrices of layer l, h: of the head; all of the model as it is, with the copies that it may have already. The time is a
-model, not a measurement: it counts no attention products, no element-wise work and no optimizer step, of which copies save most.
+w_l counts the weights of the matrices of layer l, h those of the head. A model that has copies already counts as it is. The time is a
+model, not a measurement: it leaves out attention products, element-wise work and the optimizer step, of which copies save most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers
+from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.scoring.settings import Budget
 from adept_fast.settings.validation import check, under
 
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """parameters, weights: numbers of each layer, in all and in its matrices; total: parameters of the model; head: weights of its head."""
+    """Sizes from which the costs of copies follow.
+
+    parameters, weights: of each layer, in all and in its matrices
+    total: parameters of the model
+    head: weights of its head
+    """
 
     parameters: tuple[int, ...]
     weights: tuple[int, ...]
@@ -35,7 +40,7 @@ class LayerCosts:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LayerCosts:
-        """Of a model (meta tensors are enough)."""
+        """Count the sizes of a model. Meta tensors are enough."""
         layers = decoder_layers(model)
         head = model.get_output_embeddings()
         return cls(
@@ -46,7 +51,7 @@ class LayerCosts:
         )
 
     def shares(self, layers: Sequence[int]) -> dict[str, float]:
-        """Shares of full CPT that copies of `layers` take: {"parameters": ..., "time": ...}."""
+        """Return the shares of full CPT that copies of `layers` take: {"parameters": ..., "time": ...}."""
         copies = sum(self.weights[layer] for layer in layers)
         forward = sum(self.weights) + copies + self.head
         backward = self.head + sum(self.weights[min(layers) + 1 :]) + 2 * copies if layers else 0
@@ -55,7 +60,7 @@ class LayerCosts:
 
 
 def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Sequence[int]) -> None:
-    """Raise InputError for a budget that is none, or that not one of `candidates` fits."""
+    """Raise InputError for a malformed budget, and for one that no single layer of `candidates` fits."""
     known = [entry.name for entry in fields(Budget)]
     if not budget or not set(known).issuperset(budget):
         raise InputError(f"budget takes {' and '.join(known)}, shares of full training, found {dict(budget)}", "budget")
@@ -68,7 +73,7 @@ def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Seq
 
 
 def within(budget: Mapping[str, float], costs: LayerCosts, choices: Sequence[list[int]]) -> list[int]:
-    """The last of `choices`, of one layer each more, whose shares are all within the budget. Raises InputError where none is."""
+    """Return the last of `choices` whose shares are all within the budget. Raises InputError if none is."""
     fitting = [layers for layers in choices if all(costs.shares(layers)[name] <= share for name, share in budget.items())]
     if not fitting:
         cheapest = {name: round(min(costs.shares(layers)[name] for layers in choices), 4) for name in budget}

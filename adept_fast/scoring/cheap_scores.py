@@ -1,13 +1,13 @@
-"""Layer scores that cost one or three passes instead of a sweep. None has replaced masking so far (docs/experiments.md).
+"""Score layers in one to three passes instead of a sweep. None has replaced masking so far (docs/experiments.md).
 
-    gate             -sum over tokens <f(x) - x, d loss / d f(x)>, x the layer's input and f(x) its output: the first-order estimate of what
-                     is lost without the layer, nats per token that counts
-    cumulative       mean over sequences of sum |theta g|, summed over the layer, divided by the largest layer's
-    rank             of cumulative within each kind of module: 1 - mean over kinds of rank / layers, the highest having rank 1
-    fisher           mean over sequences of sum g^2, summed over the layer
-    block_influence  mean over tokens of 1 - cos(x, f(x)); no loss
+    gate             -sum over tokens <f(x) - x, d loss / d f(x)>, x the layer's input, f(x) its output: the first-order estimate of the
+                     loss without the layer, nats per supervised token
+    cumulative       mean over sequences of sum |theta g| over the layer, divided by the largest layer's
+    rank             1 - mean over kinds of module of rank / layers, ranked by cumulative within the kind, the highest having rank 1
+    fisher           mean over sequences of sum g^2 over the layer
+    block_influence  mean over tokens of 1 - cos(x, f(x)); needs no loss
 
-g is the gradient of one sequence's negative log-likelihood, the sum over its tokens that count, so that batching changes nothing.
+g is the gradient of one sequence's negative log-likelihood, summed over its supervised tokens, so batching changes nothing.
 Source: ADEPT (arXiv 2510.10071), appendix E; block influence: ShortGPT (arXiv 2403.03853).
 """
 
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
+from adept_fast.models.decoder_layers import decoder_layers, device_of, hidden_of, last_hidden, replaced_forward, with_hidden
 from adept_fast.models.finite import require_finite
 from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.models.losses import batch_loss
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, loss: str) -> ItemScores:
-    """Scores of each item by `method`, shared out over processes. loss: "answer" or "all". Leaves the model as it was."""
+    """Score each item by `method`, split over processes. loss: "answer" or "all". Leaves the model as it was."""
     if method != "block_influence" and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{method} needs all weights in memory, and some are offloaded: score by masking or block_influence")
     if loss == "all":
@@ -64,13 +64,13 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
 
 
 def _kind(name: str) -> str:
-    """The module within a layer that a parameter belongs to: "self_attn.q_proj"."""
+    """Return the module within a layer that a parameter belongs to: "self_attn.q_proj"."""
     return name.rpartition(".")[0]
 
 
 @contextmanager
 def _recorded(model: PreTrainedModel, leaf: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Input and output of each layer in the forwards within; leaf: gradients flow back to the first layer's input."""
+    """Record input and output of each layer in the forwards within. leaf: make the first layer's input require grad."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ def _block_influence(model: PreTrainedModel, item: Item) -> Tensor:
 
 
 def _from_gradients(model: PreTrainedModel, item: Item, parameters: Sequence[Tensor], method: str, kinds: Sequence[str]) -> Tensor:
-    """Sums over each layer of |theta g| or g^2, by kind of module where ranks are wanted."""
+    """Sum |theta g| or g^2 over each layer: fp64 [layers], for method "rank" [layers, kinds of module]."""
     gradients = iter(torch.autograd.grad(batch_loss(model, [item]), parameters))
     layers = decoder_layers(model)
     found = torch.zeros(len(layers), len(kinds), dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Modules of the last layer that need to run only on the rows that the head reads: queries, output projection, norm and MLP, mostly.
+"""Run modules of the last layer only on the token rows that the head reads: mostly queries, output projection, norm and MLP.
 
-A module may be cut to some rows where what it gives there depends on its input there alone, and where the layer's output there depends
-on what it gives there alone. Both are proven with NaN in all other rows, before the module and behind it, whatever the family.
+A module may run on selected token rows only if each output row depends on that input row alone, and if the layer's output at those rows
+depends on the module's output at those rows alone. Both are proven, for any family, by NaN in all other rows before and behind the module.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adept_fast.models import hidden_of, replaced_forward
+from adept_fast.models.decoder_layers import hidden_of, replaced_forward
 
 
 def _scattered(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
-    """forward on `rows` of dimension 1 alone, with 0 in all others."""
+    """Run forward on `rows` of dimension 1 only; all other rows are 0."""
 
     def run(hidden: Tensor) -> Tensor:
         output = forward(hidden[:, rows])
@@ -41,17 +41,17 @@ def _poisoned(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
 
 
 class _Uncut(Exception):
-    """A module that is not called with one tensor of [variants, tokens, ...] and answered with one."""
+    """Raised for a module whose input or output is not a single tensor [variants, tokens, ...]."""
 
 
 def _with_nan(x: Tensor, rows: Tensor) -> Tensor:
-    kept = torch.full_like(x, torch.nan)
-    kept[:, rows] = x[:, rows]
-    return kept
+    poisoned = torch.full_like(x, torch.nan)
+    poisoned[:, rows] = x[:, rows]
+    return poisoned
 
 
 def cut_modules(layer: nn.Module, forward: Callable[[], Any], rows: Tensor) -> tuple[str, ...]:
-    """Names, within `layer`, of the outermost modules with weights that may be cut. forward: the layer's, of some short input."""
+    """Find the outermost modules with weights that may run on `rows` only: names within `layer`. forward: the layer's, on a short input."""
 
     def proven(module: nn.Module) -> bool:
         try:
@@ -72,7 +72,7 @@ def cut_modules(layer: nn.Module, forward: Callable[[], Any], rows: Tensor) -> t
 
 @contextmanager
 def cut_to(layer: nn.Module, names: Sequence[str], rows: Tensor) -> Iterator[None]:
-    """For the time being, run these modules of a layer on `rows` of their input alone."""
+    """Within the context, run these modules of a layer on `rows` of their input only."""
     with ExitStack() as stack:
         for name in names:
             module = layer.get_submodule(name)

@@ -1,4 +1,4 @@
-"""The losses of each item of a corpus under each variant of a model, measured pack by pack: journalled, and shared out over processes."""
+"""Measure the losses of each item of a corpus under each variant of a model, pack by pack, journalled and split over processes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def require_losses(loss: str, losses: Collection[str]) -> None:
-    """Raise InputError unless the primary profile and those beside it are known ones."""
+    """Raise InputError unless the primary loss and all others are known."""
     require("loss", loss, str, LOSSES)
     for index, name in enumerate(losses):
         require(f"losses[{index}]", name, str, LOSSES)
 
 
 class Masks(Protocol):
-    """A model, and `count` parts of it to mask, one at a time. identity: what a journal knows the parts by, beside the model."""
+    """A model and `count` parts of it to mask, one at a time. identity: what identifies the parts in a journal, beside the model."""
 
     @property
     def model(self) -> PreTrainedModel: ...
@@ -52,17 +52,19 @@ class Masks(Protocol):
     def identity(self) -> Mapping[str, Any]: ...
 
     def measure(self, pack: Pack, parts: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
-        """Summed losses of each item of a pack, fp64 [items, 1 + parts] by name, the baseline first."""
+        """Return summed losses of each item of a pack by name, fp64 [items, 1 + parts], the baseline first."""
 
     def flops(self, pack: Pack, parts: Sequence[int]) -> float:
-        """Of measuring it."""
+        """Return the FLOPs of `measure`."""
 
 
 class Measuring:
-    """losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN where not measured, inf where masking leaves no finite
-    loss. cost: FLOPs spent by all processes.
+    """Losses of items with each part of a model masked. A context manager, which closes the journal.
 
-    A context manager, which closes the journal: what is measured within is kept there, and taken from there where a killed run left it.
+    losses: by name, fp64 [items, 1 + masks.count], the baseline first; NaN if not measured, inf if masking leaves no finite loss
+    cost: FLOPs spent by all processes
+
+    Measurements are written to the journal, and read from it if a killed run left them there.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Measuring:
             self._journal.close()
 
     def measure(self, title: str, indices: Sequence[int] | None = None, parts: Sequence[int] | None = None) -> None:
-        """Fill in the losses of the items at `indices` for the baseline and with each of `parts` masked (none: of all)."""
+        """Fill in the losses of the items at `indices`, for the baseline and with each of `parts` masked. None means all."""
         indices = range(len(self.items)) if indices is None else indices
         parts = range(self.masks.count) if parts is None else parts
         packs = pack(self.items, indices, self.masks.plan.pack, "all" in self.names)
@@ -128,12 +130,12 @@ class Measuring:
         self.cost += sum(costs)
 
     def whole_cost(self) -> float:
-        """FLOPs of measuring all parts on all items, whatever the packs."""
+        """Return the FLOPs of measuring all parts on all items, one item per pack."""
         alone = pack(self.items, range(len(self.items)), 0, "all" in self.names)
         return sum(self.masks.flops(each, range(self.masks.count)) for each in alone)
 
     def item_scores(self, name: str) -> ItemScores:
-        """Loss with each part masked minus the baseline's, summed over each item's tokens, and how many tokens count."""
+        """Return the loss with each part masked minus the baseline's, summed over each item's tokens, and the number of those tokens."""
         counts = [len(item.input_ids) - 1 if name == "all" else item.supervised for item in self.items]
         losses = self.losses[name]
         base = None if name == "kl" else losses[:, 0].clone()
@@ -146,12 +148,14 @@ class Measuring:
         return self._journal.recorded([list(pack.items), list(parts)], run) if self._journal else run()
 
     def _measured(self, pack: Pack, parts: Sequence[int]) -> dict[str, Tensor]:
-        """The losses of a pack. Where masking a part makes an item's loss NaN or infinite (float16 overflows, a router divides by 0),
-        nothing is left of the model without it: that loss is inf, above all others. Raises InputError for an item whose own loss is."""
+        """Measure a pack. A loss that masking makes NaN or infinite (float16 overflow, a router's division by 0) becomes inf.
+
+        Raises InputError for an item whose unmasked loss is not finite.
+        """
         found = self.masks.measure(pack, parts, self.names)
         if all(bool(values.isfinite().all()) for values in found.values()):
             return found
-        if len(pack.items) > 1:  # within a pack the NaN of one reaches all: attention gives it the weight 0, and 0 times NaN is NaN
+        if len(pack.items) > 1:  # within a pack the NaN of one item reaches all: its attention weight is 0, and 0 times NaN is NaN
             alone = [self._measured(packed(self.items, [index], "all" in self.names), parts) for index in pack.items]
             return {name: torch.cat([each[name] for each in alone]) for name in found}
         if not all(bool(values[0, 0].isfinite()) for values in found.values()):
@@ -160,12 +164,12 @@ class Measuring:
 
 
 def _infinities(values: Sequence[Sequence[float | None]]) -> list[list[float]]:
-    """A loss past all others is null in a journal."""
+    """Read null as inf: JSON has no infinity."""
     return [[math.inf if value is None else value for value in row] for row in values]
 
 
 def _shares(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Places of `costs` for each process, the costliest first, each to the one that has least so far."""
+    """Assign indices of `costs` to processes: the costliest first, each to the process with the least so far."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
     for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):

@@ -1,4 +1,4 @@
-"""What a long scoring run has measured so far, one line a pack of items, so that a killed run goes on where it stopped."""
+"""Journal of a scoring run: one line per measured pack of items, so that a killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from adept_fast.runtime.strict_json import dumps
 
 
 class Journal:
-    """Append-only JSON lines: a header that says what the rows belong to, then one row a measurement, in the order of the run.
+    """Append-only JSON lines: a header that identifies the run, then one row per measurement, in the order of the run.
 
-    A run that starts again asks for the same measurements in the same order and is answered from the file as far as it goes. Rows under
-    another header, a last line that was cut off, and what follows a row that was not asked for are dropped.
+    A resumed run asks for the same measurements in the same order, and gets them from the file as long as there are any. Dropped are rows
+    under another header, an incomplete last line, and everything from the first row that was not asked for.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path, self._at = path, 0
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         self._first = dumps({"journal": header}, sort_keys=True)
-        self._rows = list(_whole(lines[1:-1])) if lines and lines[0] == self._first else []  # what follows the last newline is not whole
+        self._rows = list(_whole(lines[1:-1])) if lines and lines[0] == self._first else []  # a line without a newline is incomplete
         self._file = self._rewritten()
 
     def recorded(self, key: Any, measure: Callable[[], Any]) -> Any:
-        """What was measured for `key`: from the file, or now. Both are JSON; numbers keep all their bits."""
+        """Return the measurement for `key`, from the file or from `measure`. Both are JSON, in which floats keep all their bits."""
         if self._at < len(self._rows):
             row = self._rows[self._at]
             if row["key"] == key:
@@ -55,7 +55,7 @@ class Journal:
 
 
 def _whole(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows up to the first malformed line."""
+    """Yield rows up to the first malformed line."""
     for line in lines:
         try:
             yield json.loads(line)

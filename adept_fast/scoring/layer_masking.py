@@ -1,7 +1,7 @@
-"""Layer importance by masking out, exact: I(l) = loss(model without layer l) - loss(model), in nats per supervised token.
+"""Measure layer importance exactly, by masking: I(l) = loss(model without layer l) - loss(model), nats per supervised token.
 
-With layer l bypassed the residual stream passes through it unchanged. All layers of a pack of items are measured by one sweep
-(sweep.py); the head runs on the tokens that count only. Source: ADEPT (arXiv 2510.10071), stage 1.
+The residual stream passes a masked layer unchanged. One sweep (sweep.py) measures all layers on a pack of items. The head runs on the
+supervised tokens only. Source: ADEPT (arXiv 2510.10071), stage 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from adept_fast.models import decoder_layers, device_of
+from adept_fast.models.decoder_layers import decoder_layers, device_of
 from adept_fast.models.lm_head import token_losses, variant_losses
 from adept_fast.scoring.packs import Pack
 from adept_fast.scoring.settings import LOSSES
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerMasks:
-    """Each layer of a model, to be bypassed: the masks of measuring.py."""
+    """The layers of a model, bypassed one at a time: `Masks` of item_losses.py."""
 
     model: PreTrainedModel
     plan: SweepPlan
@@ -35,28 +35,27 @@ class LayerMasks:
     def count(self) -> int:
         return len(decoder_layers(self.model))
 
+    @torch.no_grad()
     def measure(self, pack: Pack, layers: Sequence[int], losses: Collection[str]) -> dict[str, Tensor]:
-        return measure(self.model, pack, layers, losses, self.plan)
+        """Return summed losses of each item by name, fp64 [items, 1 + layers]: the baseline, then the model without each layer.
+
+        answer: cross-entropy of the supervised tokens
+        all: cross-entropy of all tokens; the pack must be made for it
+        kl: KL(base || masked) summed over the supervised positions, 0 for the baseline
+        """
+        pack = pack.to(device_of(self.model))
+        hidden = sweep(self.model, pack, layers, self.plan) if self.plan.swept else one_by_one(self.model, pack, layers)
+        return item_losses(self.model, hidden, pack, losses)
 
     def flops(self, pack: Pack, layers: Sequence[int]) -> float:
         return flops(self.model, pack, layers, self.plan)
 
 
-@torch.no_grad()
-def measure(model: PreTrainedModel, pack: Pack, layers: Sequence[int], losses: Collection[str], plan: SweepPlan) -> dict[str, Tensor]:
-    """Summed losses of each item of a pack, fp64 [items, 1 + layers] by name, the baseline first and then the model without each layer.
-
-    "answer": cross-entropy of the supervised tokens; "all": of all tokens (the pack must be made for it); "kl": KL(base || masked) summed
-    over the supervised positions, 0 for the baseline itself.
-    """
-    pack = pack.to(device_of(model))
-    hidden = sweep(model, pack, layers, plan) if plan.swept else one_by_one(model, pack, layers)
-    return item_losses(model, hidden, pack, losses)
-
-
 def item_losses(model: PreTrainedModel, hidden: Tensor, pack: Pack, losses: Collection[str]) -> dict[str, Tensor]:
-    """The losses of `measure` from hidden states after the final norm at pack.rows, [variants, rows, hidden]. NaN for the KL to a baseline
-    whose own loss is not finite."""
+    """Compute the losses of `LayerMasks.measure` from hidden states after the final norm at pack.rows, [variants, rows, hidden].
+
+    The KL to a baseline whose own loss is not finite is NaN.
+    """
     answered = pack.supervised.nonzero()[:, 0]
     found: dict[str, Tensor] = {}
     if "kl" in losses:
@@ -73,5 +72,5 @@ def item_losses(model: PreTrainedModel, hidden: Tensor, pack: Pack, losses: Coll
 
 
 def _by_item(values: Tensor, owners: Tensor, items: int) -> Tensor:
-    """Sums over the rows of each item: [variants, rows] -> fp64 [items, variants]."""
+    """Sum over the rows of each item: [variants, rows] -> fp64 [items, variants]."""
     return torch.zeros(items, len(values), dtype=torch.float64).index_add_(0, owners.cpu(), values.double().T.cpu())

@@ -1,4 +1,4 @@
-"""Several methods side by side: do they rank the layers alike?"""
+"""Compare scoring methods by the rank correlation of their layer scores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,28 @@ from adept_fast.settings.validation import require_made
 
 
 def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, Any]:
-    """Spearman's rank correlation over layers of each pair of scores, by their primary profiles, with 95 % bootstrap intervals over items.
+    """Compute Spearman's rank correlation over layers for each pair of scores, by their primary profiles.
 
-    {"names": method and loss of each, "values": [n, layers], "spearman", "low", "high": [n, n]}. Scores of one corpus are resampled
-    together, item by item; where one is of a race, those that it measured all layers on. Raises InputError for fewer than two scores, and
-    for other numbers of layers or items.
+    All scores are resampled together, item by item. If one is from a race, only items on which it measured all layers count.
+
+    Args:
+        several: two or more results of `score_layers` for one model and one probe
+        seed: of the bootstrap
+
+    Returns:
+        dict with
+            names: method and loss of each of the n scores
+            values: [n, layers]
+            spearman, low, high: [n, n], with 95 % bootstrap intervals over items
+
+    Raises:
+        InputError: fewer than two scores, or different numbers of layers or items
+
+    >>> table = compare_scores([score_layers(model, probe, method) for method in ("masking", "gate")])
+    >>> table["names"]
+    ['masking, answer', 'gate, answer']
+
+    Source: Spearman, "The proof and measurement of association between two things", 1904; bootstrap over items as in runtime/bootstrap.py.
     """
     require_made("several", several, Sequence, "give a list of what score_layers returns")
     require_scores(*several)
@@ -45,7 +62,7 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
 
 
 def _correlations(ranked: Tensor) -> Tensor:
-    """Ranks [n, draws, layers] -> correlations [draws, n, n]."""
+    """Correlate ranks [n, draws, layers] -> [draws, n, n]."""
     centred = ranked - ranked.mean(-1, keepdim=True)
     unit = (centred / centred.norm(dim=-1, keepdim=True)).transpose(0, 1)
     return unit @ unit.mT

@@ -1,6 +1,6 @@
-"""Items end to end in one row, without padding: each is told apart by positions that start again at 0.
+"""Pack items end to end in one row, without padding. Positions restart at 0 for each item, so that attention stays within it.
 
-An item is cut behind the last position that predicts a supervised token: a causal model's losses do not depend on what follows.
+An item ends behind the last position that predicts a supervised token: the losses of a causal model do not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from adept_fast.data.items import IGNORE, Item
 class Pack:
     """Some items of a corpus as one row.
 
-    items: their indices; lengths: tokens of each; ids, positions: int64 [tokens]. rows: positions whose hidden states the head needs, int64
-    [rows], in ascending order, with the tokens that they predict (targets), the place in `items` they belong to (owners), and whether the
-    item supervises them (all are, unless the loss on all tokens is wanted).
+    items: their indices in the corpus
+    lengths: tokens of each
+    ids, positions: int64 [tokens]
+    rows: positions whose hidden states the head needs, int64 [rows], ascending
+    targets: the token that each of them predicts, int64 [rows]
+    owners: the index into `items` of each, int64 [rows]
+    supervised: whether its label is supervised, bool [rows]; False occurs only in packs for the loss on all tokens
     """
 
     items: tuple[int, ...]
@@ -44,14 +48,14 @@ TENSORS = ("ids", "positions", "rows", "targets", "owners", "supervised")
 
 
 def swept_length(item: Item, all_tokens: bool) -> int:
-    """Tokens of an item that the model must read: up to the last position that predicts one that counts."""
+    """Return how many tokens of an item the model must read: up to the last position that predicts a supervised token."""
     if all_tokens:
         return len(item.labels) - 1
     return max(index for index, label in enumerate(item.labels) if label != IGNORE)
 
 
 def packed(items: Sequence[Item], indices: Sequence[int], all_tokens: bool) -> Pack:
-    """One pack of the items at `indices`, in that order."""
+    """Pack the items at `indices`, in that order."""
     lengths = tuple(swept_length(items[index], all_tokens) for index in indices)
     ids = torch.cat([torch.tensor(items[index].input_ids[:length]) for index, length in zip(indices, lengths, strict=True)])
     following = torch.cat([torch.tensor(items[index].input_ids[1 : length + 1]) for index, length in zip(indices, lengths, strict=True)])
@@ -63,7 +67,7 @@ def packed(items: Sequence[Item], indices: Sequence[int], all_tokens: bool) -> P
 
 
 def pack(items: Sequence[Item], indices: Sequence[int], limit: int, all_tokens: bool = False) -> list[Pack]:
-    """Packs of at most `limit` tokens (a longer item alone), by first fit, longest first: the same packs for the same items."""
+    """Make packs of at most `limit` tokens, deterministically, by first fit and longest first. A longer item is alone in its pack."""
     lengths = {index: swept_length(items[index], all_tokens) for index in indices}
     bins: list[tuple[int, list[int]]] = []
     for index in sorted(indices, key=lambda index: (-lengths[index], index)):

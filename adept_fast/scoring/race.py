@@ -1,19 +1,19 @@
-"""The k layers of lowest importance by a race: candidates are measured on growing parts of the corpus and dropped as they are decided.
+"""Find the k layers of lowest importance by a race: measure candidates on growing parts of the corpus, and drop each once it is decided.
 
-The corpus is finite, and its items are measured in random order, without replacement. With x_i = items * d_i / tokens, d_i the loss
-difference of a layer summed over item i and tokens those of the whole corpus, a layer's importance is exactly the mean of x over the
-corpus. For two layers i, j let y be the difference of their x, its linear regression on the items' token counts (whose corpus mean is
-known) taken off. For a fixed slope
+The corpus is finite. Its items are measured in random order, without replacement. Let x_i = items * d_i / tokens, with d_i the loss
+difference of a layer summed over item i, and tokens those of the whole corpus. A layer's importance is then the mean of x over the corpus.
+For two layers let y be the difference of their x, minus its linear regression on the items' token counts, whose corpus mean is known.
+For a fixed slope
 
-    M_n = sum over the first n items of (y - mean) / (N - n),    a martingale, of variance s^2 n / (N (N - n)) after n of N items,
+    M_n = sum over the first n items of (y - mean) / (N - n)    is a martingale of variance s^2 n / (N (N - n)) after n of N items.
 
-so its one-sided normal-mixture boundary holds at all n at once (Howard, Ramdas, McAuliffe, Sekhon, Annals of Statistics 2021,
-arXiv 1810.08240; sampling without replacement: Waudby-Smith and Ramdas, arXiv 2006.04347), with a share of the error for each ordered pair.
-It shrinks to 0 as n nears N, where the answer is exact. Peeking after each part is therefore safe.
+Its one-sided normal-mixture boundary therefore holds at all n at once (Howard, Ramdas, McAuliffe, Sekhon, Annals of Statistics 2021,
+arXiv 1810.08240; sampling without replacement: Waudby-Smith and Ramdas, arXiv 2006.04347), and looking after each part is safe. Each
+ordered pair gets an equal part of the error probability. The boundary shrinks to 0 as n approaches N, where the answer is exact.
 
-Assumption: slope and variance s^2 are estimated from the items measured so far, as asymptotic confidence sequences do
-(Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, arXiv 2103.06476): the bound is exact for Gaussian differences of known variance and holds
-for others as n grows, which is why the first part has 32 items. The regret is meant over the given corpus, not over what it was drawn from.
+Assumption: slope and variance s^2 are estimated from the items measured so far, as in asymptotic confidence sequences
+(Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, arXiv 2103.06476). The bound is exact for Gaussian differences of known variance and holds
+for others as n grows, so the first part has 32 items. Regret refers to the given corpus, not to the distribution it was drawn from.
 """
 
 from __future__ import annotations
@@ -32,9 +32,23 @@ from adept_fast.settings.validation import Range, check, require
 
 @dataclass(frozen=True)
 class Race:
-    """Stop when the chosen k layers lose at most `regret` nats a token more than the best k (sum over layers), at `confidence`.
+    """Settings of a race for the k layers of lowest importance, an argument of `score_layers`.
 
-    first: items of the first part; growth: how many times as many items each later look has.
+    Args:
+        k: layers to find, from 1 to one below the number of candidates
+        regret: stop once the chosen layers lose at most so many nats per token more than the best k, summed over layers
+        confidence: probability with which that holds, from 0.5 to below 1
+        first: items of the first part, 8 or more
+        growth: factor by which the number of measured items grows from look to look, above 1
+
+    Raises:
+        InputError: from `score_layers`, for a field out of these bounds
+
+    >>> scores = score_layers(model, probe, race=Race(k=2, regret=0.1, first=8))
+    >>> select_layers(scores, k=2) == scores.certificate["layers"]
+    True
+
+    Source: the papers named in this module's docstring.
     """
 
     k: int = Selection.k
@@ -52,8 +66,14 @@ class Race:
 
 @dataclass(frozen=True)
 class Outcome:
-    """layers: the chosen, ascending. undecided: those in and out of them that the race could not tell apart. items: how many were measured
-    before the race stopped; measured: on how many of them each layer was; bound: on the regret, nats per token."""
+    """The result of a race.
+
+    layers: the chosen ones, ascending
+    undecided: layers, chosen or not, that the race could not separate
+    items: how many were measured before the race stopped
+    measured: on how many of them each layer was measured
+    bound: on the regret, nats per token
+    """
 
     layers: tuple[int, ...]
     undecided: tuple[int, ...]
@@ -63,7 +83,7 @@ class Outcome:
 
 
 def boundary(measured: int, items: int, alpha: float) -> float:
-    """Radius, in standard deviations, of a one-sided confidence sequence for the mean of `items` after `measured` of them."""
+    """Return the radius, in standard deviations, of a one-sided confidence sequence for the mean of `items` after `measured` of them."""
     if measured >= items:
         return 0.0
     time = measured / (items * (items - measured))
@@ -75,12 +95,14 @@ def boundary(measured: int, items: int, alpha: float) -> float:
 
 
 def upper_bounds(values: Tensor, tokens: Tensor, items: int, mean_tokens: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """Estimates of the means over the corpus [layers], and upper bounds of their differences [layers, layers] (row minus column).
+    """Estimate the means over the corpus, [layers], and upper bounds of their differences, [layers, layers] (row minus column).
 
-    values: x of the measured items, fp64 [measured, layers]; tokens: theirs [measured]; mean_tokens: over all `items`.
+    values: x of the measured items, fp64 [measured, layers]
+    tokens: of the measured items, [measured]
+    mean_tokens: mean over all `items`
     """
     if bool(values.isinf().any()):
-        return _with_endless(values, tokens, items, mean_tokens, alpha)
+        return _infinite_bounds(values, tokens, items, mean_tokens, alpha)
     measured = len(values)
     centred = tokens.double() - tokens.double().mean()
     spread = float(centred.square().sum())
@@ -92,20 +114,21 @@ def upper_bounds(values: Tensor, tokens: Tensor, items: int, mean_tokens: float,
     return means, means[:, None] - means + boundary(measured, items, alpha) * variance.clamp_min(0).sqrt()
 
 
-def _with_endless(values: Tensor, tokens: Tensor, items: int, mean_tokens: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """The same where some layers have an infinite x: their mean is, and they are surely above all others, not apart from each other."""
-    endless = values.isinf().any(0)
-    means, upper = upper_bounds(values.where(~endless, 0.0), tokens, items, mean_tokens, alpha)
-    upper[:, endless] = -torch.inf
-    upper[endless] = torch.inf
-    upper[endless[:, None] & endless] = 0.0
-    return means.where(~endless, torch.inf), upper
+def _infinite_bounds(values: Tensor, tokens: Tensor, items: int, mean_tokens: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Do the same if some x are infinite: the mean of such a layer is infinite, surely above all finite ones, equal to the others."""
+    infinite = values.isinf().any(0)
+    means, upper = upper_bounds(values.where(~infinite, 0.0), tokens, items, mean_tokens, alpha)
+    upper[:, infinite] = -torch.inf
+    upper[infinite] = torch.inf
+    upper[infinite[:, None] & infinite] = 0.0
+    return means.where(~infinite, torch.inf), upper
 
 
 def regret_bound(upper: Tensor, chosen: Sequence[int], others: Sequence[int]) -> float:
-    """Bound on sum(chosen) - sum(best): each exchange of a chosen layer for another gains at most upper[chosen, other].
+    """Bound sum(chosen) - sum(best). Exchanging a chosen layer for another gains at most upper[chosen, other].
 
-    An optimal exchange pairs each layer once, so it gains neither more than each chosen layer's best partner nor than each other's.
+    An optimal exchange pairs each layer once. So it gains at most the sum over chosen layers of their best partner's gain, and at most the
+    same sum over the other layers.
     """
     if not chosen or not others:
         return 0.0
@@ -122,9 +145,11 @@ def run(
     seed: int,
     copies: Collection[int] = (),
 ) -> Outcome:
-    """Race `layers` layers over a corpus of items with so many tokens each; of them `copies` are no candidates: measured at first alone.
+    """Race `layers` layers over a corpus.
 
-    measure(items, layers): the summed loss differences of those items, fp64 [items, all layers], of which only `layers` are read.
+    tokens: of each item of the corpus
+    measure(items, layers): summed loss differences of those items, fp64 [items, all layers], of which only `layers` are read
+    copies: layers that are no candidates; they are measured in the first part only
     """
     racing = [layer for layer in range(layers) if layer not in copies]
     candidates = len(racing)
@@ -166,7 +191,7 @@ def item_order(items: int, seed: int) -> list[int]:
 
 
 def certificate(race: Race, outcome: Outcome, tokens: Tensor, seed: int, cost_share: float) -> dict[str, Any]:
-    """What scores.json says of a race. cost_share: its cost over that of measuring all layers on all items."""
+    """Build the entry of a race in scores.json. cost_share: its cost relative to measuring all layers on all items."""
     order = item_order(len(tokens), seed)[: outcome.items]
     return {
         "k": race.k,
@@ -185,7 +210,7 @@ def certificate(race: Race, outcome: Outcome, tokens: Tensor, seed: int, cost_sh
 
 
 def certified(certificate: Mapping[str, Any]) -> str:
-    """A certificate in one line."""
+    """Format a certificate in one line."""
     names = {key: ", ".join(map(str, certificate[key])) for key in ("layers", "undecided")}
     return (
         f"layers {names['layers']} lose at most {certificate['regret_bound']:.3f} nats per token more than the best {certificate['k']}, "

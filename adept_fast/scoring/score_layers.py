@@ -1,4 +1,4 @@
-"""score_layers: the importance of each layer for a probe corpus."""
+"""Score the importance of each layer for a probe corpus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import evaluating, unwrapped, vocabulary_of
+from adept_fast.models.decoder_layers import evaluating, vocabulary_of
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.scoring.cheap_scores import cheap_scores
 from adept_fast.scoring.item_losses import Measuring, require_losses
@@ -46,17 +47,40 @@ def score_layers(
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> LayerScores:
-    """Importance of each decoder layer, nats per supervised token, with 95 % bootstrap intervals over items.
+    """Score each decoder layer: the loss without it minus the loss with it, and other methods.
 
-    loss: the primary profile: "answer" (supervised tokens), "kl" (KL(base || masked) on them, never negative), "all" (all tokens). losses:
-    profiles to measure beside it, in the same pass; "all" costs the head on every token.
-    probe: records, a path or a dataset name (with tokenizer), or tokenised items. sweep_tokens: bound on variants times tokens of one layer
-    call, that is on memory (none: 2,048 on a CPU, 16,384 on a GPU). journal: file that lets a killed call resume, which the caller removes.
-    domain: items of another corpus, measured beside the probe: their loss on all tokens is the profile "domain".
-    race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. The result then holds a
-    certificate, and the values of layers that were dropped, or are copies, rest on fewer items.
-    Where torch.distributed is initialised each process, holding a whole model, measures a part of the items; all return the same scores.
-    Raises InputError for an unknown method or loss, or a probe with nothing supervised.
+    If torch.distributed is initialised, each process holds a whole model and measures a part of the items; all return the same scores.
+
+    Args:
+        model: a causal language model of transformers
+        probe: records, a path or dataset name (with `tokenizer`), or tokenised items {"input_ids", "labels"}
+        method: "masking" (exact) or one of "gate", "cumulative", "rank", "fisher", "block_influence" (cheap_scores.py)
+        loss: the primary profile, by which layers are selected
+            answer: cross-entropy of the supervised tokens
+            kl: KL(base || masked) on them, never negative
+            all: cross-entropy of all tokens
+        tokenizer: needed for a probe that is not tokenised
+        losses: further profiles to measure in the same pass; "all" runs the head on every token
+        domain: items of another corpus; the loss on all their tokens becomes the profile "domain"
+        race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. Values of layers that were
+            dropped early, and of copies, then rest on fewer items
+        sweep_tokens: bound on variants times tokens of one layer call, and so on memory; None: 2,048 on a CPU, 16,384 on a GPU
+        seed: of the bootstrap and of the race's order
+        journal: a file that lets a killed call resume; the caller removes it
+        inputs: stored in the result, to tell later what it was made from
+
+    Returns:
+        LayerScores: values, low and high, each [layers], nats per supervised token, with 95 % bootstrap intervals over items; with `race`
+            also a certificate
+
+    Raises:
+        InputError: an unknown method or loss, a probe with nothing supervised, or a loss that is not finite
+
+    >>> scores = score_layers(model, probe)
+    >>> len(scores.values), scores.items
+    (4, 12)
+
+    Source: ADEPT (arXiv 2510.10071), stage 1.
     """
     model, wanted = unwrapped(model), {loss, *losses}
     check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
@@ -83,7 +107,7 @@ def score_layers(
                 else:
                     measuring.measure("scoring")
                 per_item = {name: measuring.item_scores(name) for name in measuring.names}
-            notes += endless(per_item)
+            notes += _infinite_loss_notes(per_item)
             if domain:
                 beside = journal and journal.with_name(f"{journal.name}.domain")
                 with Measuring(masks, domain, ["all"], beside, inputs) as measuring:
@@ -108,8 +132,8 @@ def score_layers(
     )
 
 
-def endless(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
-    """What is said of layers that some items have no finite loss without."""
+def _infinite_loss_notes(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
+    """Name each layer without which the loss of some items is not finite."""
     found = {name: scores.sums.isinf().sum(0) for name, scores in per_item.items()}
     return tuple(
         f"without layer {layer} the loss ({name}) of {items} of {len(per_item[name].sums)} items is not finite: it counts as above all "
@@ -121,7 +145,7 @@ def endless(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
 
 
 def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
-    """Items of a domain, supervised on all their tokens; those of one token, which nothing predicts, are left out."""
+    """Supervise the items of a domain on all their tokens. Items of one token, which nothing predicts, are left out."""
     given = list(domain)
     items = [Item(item.input_ids, item.input_ids) for item in given if len(item.input_ids) > 1]
     if given and not items:
@@ -129,8 +153,10 @@ def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
     return load_items(items, vocabulary=vocabulary_of(model)) if items else []
 
 
-def _cheap(model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str]) -> tuple[str, dict[str, ItemScores]]:
-    """(primary profile, scores of items by profile). Block influence takes no loss: its one profile is called "hidden"."""
+def _cheap(
+    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str]
+) -> tuple[str, dict[str, ItemScores]]:
+    """Return the primary profile and the scores of items by profile. Block influence needs no loss: its one profile is "hidden"."""
     if method == "block_influence":
         return "hidden", {"hidden": cheap_scores(model, items, method, "hidden")}
     if "kl" in wanted:

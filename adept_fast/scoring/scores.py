@@ -1,4 +1,4 @@
-"""The results of scoring: one importance per layer, or per unit, with its uncertainty, for each loss that was measured."""
+"""Results of scoring: the importance of each layer or unit with its uncertainty, for each measured loss."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ AGAIN = "delete it to score again"
 
 @dataclass(frozen=True)
 class Profile:
-    """values [layers], in nats per supervised token where the method is masking (its docstring says so where not); low, high: bootstrap
-    interval over items. inf, in JSON null: without it some item's loss is not finite, so it is above all others."""
+    """Importances by one loss.
+
+    values: [layers], nats per supervised token for masking; other methods: see cheap_scores.py
+    low, high: bootstrap interval over items, [layers]
+    base_loss: of the model as it is, nats per token; None for kl and methods without a baseline
+
+    inf (null in JSON) means that some item has no finite loss without the layer, which therefore ranks above all others.
+    """
 
     values: tuple[float, ...]
     low: tuple[float, ...]
@@ -36,16 +42,19 @@ class Profile:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What a profile is averaged from. sums: fp64 [items, layers] (rank: [items, layers, kinds]), NaN where a race left an item out,
-    inf where no finite loss is left;
-    weights: fp64 [items]; base: the baseline's summed loss, fp64 [items], or nothing. Value of a layer: sum(sums) / sum(weights)."""
+    """Scores of single items. A layer's value is sum(sums) / sum(weights).
+
+    sums: fp64 [items, layers] (method rank: [items, layers, kinds]); NaN if a race did not measure it, inf if no finite loss is left
+    weights: fp64 [items]
+    base: summed loss of the model as it is, fp64 [items], or None
+    """
 
     sums: Tensor
     weights: Tensor
     base: Tensor | None = None
 
     def among(self, items: Tensor) -> ItemScores:
-        """The same of some items, bool [items]."""
+        """Select items by a mask, bool [items]."""
         return ItemScores(self.sums[items], self.weights[items], None if self.base is None else self.base[items])
 
     def profile(self, method: str, seed: int = 0) -> Profile:
@@ -56,14 +65,14 @@ class ItemScores:
 
 
 def share_of_largest(means: Tensor) -> Tensor:
-    """Means [n, layers] divided by the largest of each row."""
+    """Divide means [n, layers] by the largest of each row."""
     return means / means.amax(-1, keepdim=True)
 
 
 def mean_rank(means: Tensor) -> Tensor:
-    """1 - mean over kinds of rank / layers, the highest of a kind having rank 1: [n, layers, kinds] -> [n, layers].
+    """Compute 1 - mean over kinds of rank / layers, the highest of a kind having rank 1: [n, layers, kinds] -> [n, layers].
 
-    A kind that a layer lacks is NaN there.
+    NaN marks a kind that a layer does not have.
     """
     there = ~means.isnan()
     order = means.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -72,19 +81,25 @@ def mean_rank(means: Tensor) -> Tensor:
 
 
 def require_scores(*several: object) -> None:
-    """Raise InputError for what is no result of score_layers."""
+    """Raise InputError for anything that is not a LayerScores."""
     for scores in several:
         if not isinstance(scores, LayerScores):
             raise InputError(f"scores must be what score_layers returns, found {type(scores).__name__}: score_layers(model, probe)")
 
 
-STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # of the weighted means; the other methods are the means themselves
+STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # from weighted means to values; other methods use the means
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profiled:
-    """What results of scoring share. profiles: by loss name ("answer", "kl", "all"), of which `loss` names the primary one; items, tokens:
-    how many were measured, supervised ones; inputs: what they were made from; per_item: the scores of single items, kept in a file beside.
+    """Fields shared by the results of scoring layers and units.
+
+    profiles: loss name ("answer", "kl", "all") -> importances; `loss` names the primary one
+    items, tokens: measured items, and supervised tokens in them
+    seconds: wall-clock time of scoring
+    model: its name or path
+    inputs: what the scores were made from
+    per_item: scores of single items by loss name, saved in a second file
     """
 
     method: str
@@ -116,7 +131,7 @@ class Profiled:
         return self.profiles[self.loss].base_loss
 
     def save(self, path: str | Path) -> None:
-        """Write PATH (scores.json, say), and per_item, where there is any, beside it as scores.items.safetensors."""
+        """Write `path` (scores.json, for example), and per_item, if any, beside it (scores.items.safetensors)."""
         from safetensors.torch import save_file
 
         tensors = {f"{name}.{key}": value for name, scores in self.per_item.items() for key, value in vars(scores).items()}
@@ -129,7 +144,7 @@ class Profiled:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; no per_item where it is missing. Raises InputError for a malformed file, or one of another schema."""
+        """Read what `save` wrote; per_item stays empty if its file is missing. Raises InputError for a malformed file or another schema."""
         scores, items = cls.of(read_json(path), path), _items_path(path)
         if not items.is_file():
             return scores
@@ -138,7 +153,7 @@ class Profiled:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], path: str | Path) -> Self:
-        """The same from the content of PATH, without per_item."""
+        """Build scores from the content of `path`, without per_item."""
         if content.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: {AGAIN}")
         with making_sense(path, AGAIN):
@@ -151,7 +166,7 @@ class Profiled:
             return scores
 
     def check(self) -> None:
-        """Raise ValueError for fields that cannot belong together, or are of other types than their own."""
+        """Raise ValueError for fields of a wrong type, and for fields that contradict each other."""
         check(Profiled, method=self.method, loss=self.loss, items=self.items, tokens=self.tokens, seconds=self.seconds)
         check(Profiled, confidence=self.confidence, inputs=self.inputs)
         if self.loss not in self.profiles or self.items < 1 or self.tokens < 1 or not isinstance(self.model, str):
@@ -167,10 +182,28 @@ class Profiled:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScores(Profiled):
-    """Importance of each layer; layers are selected by the primary profile.
+    """Importance of each layer, the result of `score_layers`. `select_layers` chooses by the primary profile.
 
-    certificate: what a race has proven (see race.py). costs: what copies of layers take. copies: layers that are copies already, which are
-    not copied again. analysis: what was computed from per_item, "stability" of the choice and "conflicts" of two corpora.
+    `values`, `low` and `high`, each [layers], and `base_loss` are those of the primary profile.
+
+    Args:
+        method, loss: how the layers were scored, and the name of the primary profile
+        profiles, items, tokens, seconds, model, inputs, per_item: as of `Profiled`
+        notes: remarks for the report
+        certificate: what a race has proven, or None (race.py)
+        costs: sizes from which the costs of copies follow, or None (budget.py)
+        copies: layers that are copies already; these are never copied again
+        analysis: results computed from per_item: "stability" of the choice, "conflicts" of two corpora
+
+    Raises:
+        InputError: from `load`, for a malformed file or another schema
+
+    >>> scores = score_layers(model, probe)
+    >>> scores.save("scores.json")
+    >>> LayerScores.load("scores.json").values == scores.values
+    True
+
+    Source: ADEPT (arXiv 2510.10071), stage 1.
     """
 
     notes: tuple[str, ...] = ()
@@ -192,13 +225,28 @@ class LayerScores(Profiled):
 
     @property
     def candidates(self) -> list[int]:
-        """The layers that may be copied."""
+        """Return the layers that may be copied."""
         return [layer for layer in range(len(self.values)) if layer not in self.copies]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitScores(Profiled):
-    """Importance of each unit; unit i is the part `kinds[i]` of layer `layers[i]`."""
+    """Importance of each unit of a layer, the result of `mask_units`. Unit i is the part `kinds[i]` of layer `layers[i]`.
+
+    Args:
+        granularity: "tensor" or "head"
+        layers, kinds: layer index and part of each unit, [units]
+        profiles, items, tokens, seconds, model, inputs, per_item: as of `Profiled`
+
+    Raises:
+        InputError: from `load`, for a malformed file or another schema
+
+    >>> scores = mask_units(model, probe, "head", layers=[2])
+    >>> scores.kinds[0], scores.layers[0]
+    ('self_attn[0]', 2)
+
+    Source: extends stage 1 of ADEPT (arXiv 2510.10071) to parts of layers.
+    """
 
     method: str = "unit_masking"
     granularity: str
@@ -213,12 +261,12 @@ class UnitScores(Profiled):
 
 
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists for tuples."""
+    """Turn lists into tuples: JSON has none."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
 def _infinities(profile: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has null for a value past all others."""
+    """Turn null into inf: JSON has no infinity."""
     values = {key: tuple(math.inf if value is None else value for value in profile[key]) for key in ("values", "low", "high")}
     if any(value != value for each in values.values() for value in each):
         raise TypeError("it holds a NaN")
@@ -226,7 +274,7 @@ def _infinities(profile: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _items_path(path: str | Path) -> Path:
-    """scores.json -> scores.items.safetensors."""
+    """Return the path of the items' scores: scores.json -> scores.items.safetensors."""
     return Path(path).with_suffix(".items.safetensors")
 
 

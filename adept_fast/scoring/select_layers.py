@@ -1,4 +1,4 @@
-"""Which layers to copy: the k of lowest importance under a rule of placement."""
+"""Select the layers to copy: the k of lowest importance, under a rule of placement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adept_fast.settings.validation import Range, check, require
 
 
 def check_choice(layers: int, k: int, placement: str) -> None:
-    """Raise InputError for a k or placement that a model of `layers` layers cannot have."""
+    """Raise InputError for an unknown placement, or a k outside 1 to `layers`."""
     check(Selection, placement=placement)
     require("k", k, int, Range(1, layers, why="the number of layers to choose from"))
 
@@ -24,12 +24,28 @@ def check_choice(layers: int, k: int, placement: str) -> None:
 def select_layers(
     scores: LayerScores, k: int | None = None, placement: str = Selection.placement, budget: Mapping[str, float] | None = None
 ) -> list[int]:
-    """k layers (4 by default) that are no copies, ascending. "lowest": the lowest scores; "uniform": the last of each of k equal depth
-    bands (LLaMA Pro); "lowest_per_band": the lowest of each. Scores of a race give the layers that it is the proof of.
+    """Select the layers to copy, among those that are not copies themselves.
 
-    budget: instead of k, {"parameters": 0.15} or {"time": 0.5} or both, shares of full training: as many layers as it allows (budget.py).
-    Raises InputError for a k below 1 or above the number of such layers, for another choice than was raced for, for a budget that allows
-    none.
+    Args:
+        scores: a result of `score_layers`; from a race, only the layers that it has proven can be selected
+        k: number of layers; 4 by default
+        placement: the rule
+            lowest: the k lowest scores
+            uniform: the last layer of each of k equal depth bands (LLaMA Pro); scores do not matter
+            lowest_per_band: the lowest score in each of k equal depth bands
+        budget: instead of k, shares of full training, {"parameters": 0.15} or {"time": 0.5} or both: as many layers as fit (budget.py)
+
+    Returns:
+        list[int]: layer indices, ascending
+
+    Raises:
+        InputError: k is out of range, the scores are from a race for another choice, or the budget allows no copy
+
+    >>> scores = score_layers(model, probe)
+    >>> select_layers(scores, k=2, placement="uniform"), len(select_layers(scores, k=3))
+    ([1, 3], 3)
+
+    Source: ADEPT (arXiv 2510.10071), stage 1; uniform: LLaMA Pro (arXiv 2401.02415).
     """
     require_scores(scores)
     candidates = scores.candidates
@@ -49,7 +65,7 @@ def select_layers(
 
 
 def by_placement(values: Tensor, candidates: Sequence[int], k: int, placement: str) -> Tensor:
-    """The layers of `candidates` that are chosen by each row of values [n, layers], ascending: int64 [n, k]."""
+    """Select k of `candidates` by each row of values [n, layers]: int64 [n, k], ascending."""
     if placement == "uniform":
         return torch.tensor([evenly(candidates, k)]).expand(len(values), -1)
     values, layers, count = values[:, candidates], torch.tensor(candidates), len(candidates)
@@ -60,13 +76,18 @@ def by_placement(values: Tensor, candidates: Sequence[int], k: int, placement: s
 
 
 def evenly(candidates: Sequence[int], k: int) -> list[int]:
-    """The last of each of k equal depth bands of `candidates`."""
+    """Return the last of each of k equal depth bands of `candidates`."""
     return [candidates[(band + 1) * len(candidates) // k - 1] for band in range(k)]
 
 
 def next_layer(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> dict[str, Any] | None:
-    """What one more copy would cost and bring: {"layers": the choice of k + 1, "joins": its new layers, "scores": theirs, "shares": of full
-    training}; nothing where all candidates are chosen, or where the costs are not known."""
+    """Describe the choice of one more layer; None if all candidates are chosen, or the costs are unknown.
+
+    Returns a dict with
+        layers: the choice of k + 1
+        joins, scores: its new layers and their scores
+        shares: what its copies cost, as shares of full training
+    """
     if scores.costs is None or scores.certificate or len(chosen) >= len(scores.candidates):
         return None
     layers = select_layers(scores, len(chosen) + 1, placement)
@@ -75,7 +96,7 @@ def next_layer(scores: LayerScores, chosen: Sequence[int], placement: str = "low
 
 
 def undecided(scores: LayerScores, chosen: Sequence[int], placement: str = "lowest") -> list[int]:
-    """Candidates that were not chosen although their interval reaches below the highest chosen value: the intervals do not part them."""
+    """Return the candidates that were not chosen, but whose interval reaches below the highest interval of a chosen layer."""
     if placement != "lowest":
         return []
     others = [layer for layer in scores.candidates if layer not in chosen]

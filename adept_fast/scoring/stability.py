@@ -1,4 +1,4 @@
-"""How sure a choice of layers is, from the scores of single items: against the size and sampling of the probe, against another corpus."""
+"""Measure how certain a choice of layers is, from the scores of single items: under other probes, and against another corpus."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DRAWS = 1000
 
 
 def complete(scores: LayerScores, profile: str) -> Tensor:
-    """Which items all layers were measured on, bool [items]: all, or of a race those before it dropped a layer, a random part.
+    """Mark the items on which all layers were measured, bool [items]: all, or the random part that a race measured before dropping a layer.
 
-    Raises InputError where the scores of single items are lacking.
+    Raises InputError if the scores of single items are missing.
     """
     require_scores(scores)
     found = scores.per_item.get(profile)
@@ -32,8 +32,13 @@ def complete(scores: LayerScores, profile: str) -> Tensor:
 def resampled_values(
     scores: LayerScores, profile: str, items: int | None = None, draws: int = DRAWS, seed: int = 0, among: Tensor | None = None
 ) -> Tensor:
-    """Values of a profile, fp64 [draws, layers], on random corpora of `items` items (none: as many as there are), drawn with replacement
-    from the complete ones, or from `among`, bool [items]. Raises InputError where the losses of single items are lacking."""
+    """Compute the values of a profile on random corpora, fp64 [draws, layers].
+
+    items: size of each corpus; None: as many as there are, drawn with replacement
+    among: items to draw from, bool [items]; None: those of `complete`
+
+    Raises InputError if the scores of single items are missing.
+    """
     found = scores.per_item[profile].among(complete(scores, profile) if among is None else among)
     means = resampled(found.sums, found.weights, seed, items, draws)
     statistic = STATISTICS.get(scores.method)
@@ -43,11 +48,32 @@ def resampled_values(
 def selection_stability(
     scores: LayerScores, layers: Sequence[int], placement: str = "lowest", sizes: Sequence[int | None] = (*SIZES, None), seed: int = 0
 ) -> dict[str, Any]:
-    """How often each layer would be chosen, and these same `layers` exactly, had the probe been other items of the same kind.
+    """Estimate how often each layer, and exactly this choice, would be selected with another probe of the same kind.
 
-    Of a race this speaks of probes as large as the part of it that all layers were measured on; its certificate speaks of the whole probe.
-    {"layers", "placement", "draws", "sizes": [{"items", "same": share of draws, "frequency": share of draws [layers]}]}. sizes: items of
-    the random corpora, None for all there are; those that are not below the number of items are left out.
+    For scores of a race this refers to the items on which all layers were measured; its certificate refers to the whole probe.
+
+    Args:
+        scores: a result of `score_layers`, with per_item
+        layers: the choice to test
+        placement: the rule by which it was selected
+        sizes: items of each random probe, drawn with replacement; None: all. Sizes not below the number of items are skipped
+        seed: of the draws
+
+    Returns:
+        dict with layers, placement, draws, and sizes, a list of dicts with
+            items: size of the probes
+            same: share of draws that select exactly `layers`
+            frequency: share of draws that select each layer, [layers]
+
+    Raises:
+        InputError: the scores of single items are missing
+
+    >>> scores = score_layers(model, probe)
+    >>> stability = selection_stability(scores, select_layers(scores, k=1), sizes=(4, None))
+    >>> [entry["items"] for entry in stability["sizes"]]
+    [4, 12]
+
+    Source: bootstrap over items as in runtime/bootstrap.py.
     """
     require_scores(scores)
     candidates, k = scores.candidates, len(layers)
@@ -65,14 +91,32 @@ def selection_stability(
 
 
 def ranks(values: Tensor) -> Tensor:
-    """[n, layers] -> rank of each layer among its row's, fp64, the lowest 0; ties keep their order."""
+    """Rank the layers of each row, the lowest 0, ties in their order: [n, layers] -> fp64 [n, layers]."""
     return values.argsort(dim=1, stable=True).argsort(dim=1).double()
 
 
 def corpus_conflicts(scores: LayerScores, first: str, second: str, seed: int = 0) -> dict[str, Any]:
-    """Layers that two corpora, as profiles of `scores`, rank apart: the 95 % bootstrap intervals of their two ranks do not meet.
+    """Find the layers that two corpora rank differently: the 95 % bootstrap intervals of their ranks do not overlap.
 
-    {"profiles", "ranks": {profile: [[rank, low, high] a layer]}, "spearman", "layers": those apart, the widest first}. Rank 0 is lowest.
+    Args:
+        scores: a result of `score_layers` with both corpora as profiles, "answer" and "domain" for example, and with per_item
+        first, second: names of the two profiles
+        seed: of the bootstrap
+
+    Returns:
+        dict with
+            profiles: [first, second]
+            ranks: profile -> [rank, low, high] of each layer; rank 0 is the lowest score
+            spearman: rank correlation of the two profiles
+            layers: those ranked differently, the largest difference first
+
+    Raises:
+        InputError: the scores of single items of a profile are missing
+
+    >>> corpus_conflicts(score_layers(model, probe, losses=["all"]), "answer", "all")["profiles"]
+    ['answer', 'all']
+
+    Source: bootstrap over items as in runtime/bootstrap.py.
     """
     require_scores(scores)
     tail = (1 - CONFIDENCE) / 2

@@ -1,10 +1,10 @@
-"""The wavefront: hidden states of a model without each of some layers, each prefix computed once.
+"""Compute the hidden states of a model without each of some layers in one sweep, each shared prefix once.
 
-At layer l the baseline and the variants that bypass an earlier layer run as one batch, and the baseline's input joins them as the
-variant that bypasses l. The sweep rides on the model's own forward: masks, positions, scaling and soft-capping are the family's.
+At layer l the baseline and all variants that bypass an earlier layer run as one batch. The baseline's input then joins them as the variant
+that bypasses l. The sweep runs inside the model's own forward, so masks, positions, scaling and soft-capping are the family's.
 
-Cost in layers a token, for candidates C of L layers: L + sum over l in C of (L - 1 - l); all of them: L + L (L - 1) / 2. Of the last
-layer only what gives keys and values runs on all tokens, the rest on the rows that the head reads (rows.py).
+Cost in layer calls per token, for candidates C of L layers: L + sum over l in C of (L - 1 - l); for all layers L + L (L - 1) / 2. In the
+last layer only keys and values run on all tokens; the rest runs on the rows that the head reads (head_rows.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adept_fast.models import (
+from adept_fast.models.causality import require_causal
+from adept_fast.models.cpu_layers import has_native_layers, native_layers
+from adept_fast.models.decoder_layers import (
     decoder_layers,
     device_of,
-    has_native_layers,
     hidden_of,
     last_hidden,
     layer_configs,
-    native_layers,
     replaced_forward,
-    require_causal,
     text_config,
     with_hidden,
 )
@@ -39,16 +38,20 @@ if TYPE_CHECKING:
     from adept_fast.data.items import Item
 
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of one layer call
-PACK_SHARE = 16  # a pack fills this part of a layer call, which some layers on holds as many variants of it
-NATIVE_SHARE = 8  # where items of a pack need no mask to be told apart
+PACK_SHARE = 16  # a pack has 1/16 of a layer call's tokens: some layers on, the call holds as many variants of it
+NATIVE_SHARE = 8  # the same for native layers, which need no mask between the items of a pack
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How a model is swept. tokens: bound on variants times tokens of one layer call (a single longer item goes alone); pack: bound on the
-    tokens of a pack, 0 for one item a pack; swept: False where layers cannot be run on a batch of variants, and each costs a forward; cut:
-    modules within the last layer that run on the rows of the head alone, None where the model wants all tokens from its last layer; native:
-    layers run as models/cpu_layers.py has them."""
+    """How to sweep a model.
+
+    tokens: bound on variants times tokens of one layer call; a single longer item still runs alone
+    pack: bound on the tokens of a pack; 0: one item per pack
+    swept: False if layers cannot run on a batch of variants; then each layer costs a forward
+    cut: modules of the last layer that run on the head's rows only; None if the model needs all tokens from its last layer
+    native: run the layers by models/cpu_layers.py
+    """
 
     tokens: int
     pack: int
@@ -58,7 +61,7 @@ class SweepPlan:
 
 
 def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
-    """Replace module.forward by wrapper(original forward, hidden, args, kwargs) for the time being."""
+    """Within the context, replace module.forward by wrapper(original forward, hidden, args, kwargs)."""
     forward = module.forward
 
     def replaced(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +71,7 @@ def _wrapped(module: nn.Module, wrapper: Any) -> AbstractContextManager[None]:
 
 
 class _Wavefront:
-    """Hidden states of the live variants, the baseline first, in one buffer that each layer updates in place."""
+    """Hidden states of all variants so far, the baseline first, in one buffer that each layer updates in place."""
 
     def __init__(self, layers: Sequence[int], last: int | None, rows: Tensor, most: int) -> None:
         self.layers, self.last, self.rows, self.most = set(layers), last, rows, most
@@ -102,34 +105,37 @@ class _Wavefront:
 
 
 def _even_parts(count: int, most: int) -> Iterator[slice]:
-    """range(count) in as few slices of at most `most` as it takes, of sizes that differ by one at most."""
+    """Split range(count) into as few slices of at most `most` as possible, with sizes that differ by at most one."""
     parts = -(-count // most)
     for part in range(parts):
         yield slice(part * count // parts, (part + 1) * count // parts)
 
 
 def pack_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """Last hidden states of a pack, [1, tokens, hidden].
+    """Compute the last hidden states of a pack, [1, tokens, hidden].
 
-    Positions are given only where they start again: without them the model may take the faster causal path.
+    Positions are passed only for several items: without them the model may take the faster causal path.
     """
     positions = {"position_ids": pack.positions[None]} if len(pack.items) > 1 else {}
     return last_hidden(model, pack.ids[None], **positions)
 
 
 def row_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """The same at pack.rows, [1, rows, hidden]."""
+    """Compute the last hidden states at pack.rows, [1, rows, hidden]."""
     hidden = pack_hidden(model, pack)
     return hidden[:, pack.rows.to(hidden.device)]  # a model spread over devices
 
 
 def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: SweepPlan) -> Tensor:
-    """Last hidden states at pack.rows of the baseline and of the model without each of `layers` (ascending): [1 + layers, rows, hidden]."""
+    """Compute the last hidden states at pack.rows, [1 + layers, rows, hidden]: the baseline, then the model without each of `layers`.
+
+    layers: ascending
+    """
     modules, cut = decoder_layers(model), plan.cut
     front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
 
     def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with cut_to(modules[-1], cut or (), pack.rows.to(hidden.device)):  # for no longer: layers may share modules
+        with cut_to(modules[-1], cut or (), pack.rows.to(hidden.device)):  # only during this call: layers may share modules
             return forward(hidden, *args, **kwargs)
 
     with ExitStack() as stack:
@@ -144,7 +150,7 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: Sweep
 
 @contextmanager
 def bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """For the time being, the residual stream passes through these layers unchanged."""
+    """Within the context, pass the residual stream through these layers unchanged."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_wrapped(decoder_layers(model)[layer], _bypass))
@@ -156,7 +162,7 @@ def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 
 def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Tensor:
-    """The same from one forward a layer, each with that layer bypassed: for models whose layers cannot be run on a batch of variants."""
+    """Do the same as `sweep` with one forward per layer, for models whose layers cannot run on a batch of variants."""
     rows = [row_hidden(model, pack)]
     for layer in layers:
         with bypassed(model, [layer]):
@@ -165,7 +171,7 @@ def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Ten
 
 
 def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: SweepPlan) -> float:
-    """FLOPs of measuring a pack without each of some layers."""
+    """Return the FLOPs of measuring a pack without each of some layers."""
     layers, variants = decoder_layers(model), 1 + len(without)
     if not plan.swept:
         return call_flops(model, pack, variants * len(layers), variants)
@@ -176,7 +182,10 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
 
 
 def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) -> float:
-    """FLOPs of `calls` layers a token (2 a weight, causal attention within items) and of the head on the pack's rows of each variant."""
+    """Return the FLOPs of `calls` layers per token, and of the head on the pack's rows for each variant.
+
+    A layer counts 2 per weight, and causal attention within items.
+    """
     config, layers = text_config(model), decoder_layers(model)
     weights, width = _matrices(layers) / len(layers), sum(map(_attention_width, layer_configs(model))) / len(layers)
     body = calls * sum(length * (2 * weights + 2 * width * (length + 1)) for length in pack.lengths)
@@ -184,7 +193,7 @@ def call_flops(model: PreTrainedModel, pack: Pack, calls: float, variants: int) 
 
 
 def _attention_width(config: PretrainedConfig) -> int:
-    """Heads times their dimension; 0 without them, as of a state-space model."""
+    """Return heads times their dimension; 0 for a model without heads, such as a state-space model."""
     heads = getattr(config, "num_attention_heads", 0)
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
@@ -195,9 +204,11 @@ def _matrices(module: nn.Module) -> int:
 
 @torch.no_grad()
 def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = None) -> SweepPlan:
-    """Try the sweep on the first tokens of two items: alone against one forward a layer, and packed against alone.
+    """Choose the fastest plan that agrees with one forward per layer, on the first tokens of two items, alone and packed.
 
-    items: all that it will be asked for, however much of each. Raises UnsupportedFamilyError for a model that reads ahead.
+    items: all that will be swept
+
+    Raises UnsupportedFamilyError for a model that is not causal.
     """
     require_causal(model)
     device = device_of(model)
@@ -209,11 +220,11 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
     expected = [one_by_one(model, pack, layers) for pack in alone]
 
     def agrees(indices: Sequence[int], plan: SweepPlan) -> bool:
-        """The sweep of these items in one pack, on all tokens, or on the supervised ones where they are picked in the last layer."""
+        """Whether the sweep of these items in one pack agrees, on all tokens, or on the supervised ones if the last layer selects them."""
         pack = packed(short, indices, plan.cut is None).to(device)
         wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
-            found = sweep(model, pack, layers, replace(plan, tokens=2 * pack.tokens))  # in several parts
+            found = sweep(model, pack, layers, replace(plan, tokens=2 * pack.tokens))  # small enough to run in several parts
         except (RuntimeError, ValueError):  # shapes that do not broadcast over variants
             return False
         return _close(found, wanted)
@@ -239,7 +250,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     if found.shape != wanted.shape:
         return False
     there = wanted.isfinite()
-    if not bool(there.all()):  # as where float16 overflows without a layer: both must
+    if not bool(there.all()):  # float16 may overflow without a layer: then both must
         if not torch.equal(there, found.isfinite()) or not bool(there.any()):
             return False
         found, wanted = found[there], wanted[there]
@@ -247,13 +258,13 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _agree_at_length(model: PreTrainedModel, items: Sequence[Item], *plans: SweepPlan) -> bool:
-    """On all tokens of the longest item, where windows of attention end and positions are scaled, if they are at all."""
+    """Compare plans on all tokens of the longest item, which reaches past attention windows and into scaled positions, if any item does."""
     pack = packed(items, [max(range(len(items)), key=lambda index: swept_length(items[index], True))], True).to(device_of(model))
     return _close(*(sweep(model, pack, (), plan) for plan in plans))
 
 
 def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
-    """Modules of the last layer that need its rows alone: see rows.py."""
+    """Find the modules of the last layer that may run on the pack's rows only (head_rows.py)."""
     last = decoder_layers(model)[-1]
     found: list[str] = []
 
@@ -267,8 +278,8 @@ def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
 
 
 def _first_tokens(item: Item, count: int) -> Item:
-    """Supervised on the second half."""
+    """Return the first tokens of an item, supervised on their second half."""
     from adept_fast.data.items import IGNORE, Item
 
-    ids = (item.input_ids * 2)[:count]  # an item of one supervised token has two
+    ids = (item.input_ids * 2)[:count]  # the shortest item has two tokens
     return Item(ids, (*[IGNORE] * (len(ids) // 2), *ids[len(ids) // 2 :]))

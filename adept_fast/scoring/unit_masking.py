@@ -1,12 +1,12 @@
-"""Importance of the parts of a layer by masking out, exact: I(u) = loss(model with u zeroed) - loss(model), nats per supervised token.
+"""Measure the importance of parts of layers exactly, by masking: I(u) = loss(model with u zeroed) - loss(model), nats per supervised token.
 
-    tensor   each projection: what it gives is 0 (a query projection of 0 attends evenly, an output projection of 0 bypasses its branch)
-    head     each group of heads that share keys and values, and each of some equal groups of FFN neurons: what the output projection of
-             the branch reads from the group is 0, so its contribution to the residual stream is
+    tensor   each projection: its output is set to 0 (zero queries attend evenly; a zero output projection bypasses its branch)
+    head     each group of heads that share keys and values, and each of 8 equal groups of FFN neurons: the input that the branch's output
+             projection reads from the group is set to 0, and so the group's contribution to the residual stream
 
-One forward of the model as it is, then for each layer one from there up for a batch of its units: sum over units of (layers - layer) layer
-calls a token. A module whose weights a family reads without calling it (dt_proj of Mamba) is masked by setting them to 0, one forward a
-unit. What is no module (fused experts) is no unit. Extends stage 1 of ADEPT (arXiv 2510.10071).
+The model runs once as it is, then once per layer, from that layer up, on a batch of the layer's units: sum over units of (layers - layer)
+layer calls per token. If a family reads a module's weights without calling it (dt_proj of Mamba), they are set to 0, with one forward per
+unit. Fused experts, which are no modules, are not units. Extends stage 1 of ADEPT (arXiv 2510.10071).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from torch.utils.hooks import RemovableHandle
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import (
+from adept_fast.models.cpu_layers import native_layers
+from adept_fast.models.decoder_layers import (
     decoder_layers,
-    describe,
     device_of,
     evaluating,
     hidden_of,
     layer_configs,
     layer_indices,
-    native_layers,
     replaced_forward,
-    unwrapped,
     vocabulary_of,
     with_hidden,
 )
+from adept_fast.models.silent_copies import describe
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime.provenance import digest
 from adept_fast.scoring.item_losses import Measuring, require_losses
 from adept_fast.scoring.layer_masking import item_losses
@@ -59,7 +59,7 @@ ATTENTION_MARKS = ("head_dim", "head_size", "num_heads", "num_attention_heads")
 
 @dataclass(frozen=True)
 class MaskedUnit:
-    """A part of a layer: a module, or the columns start to stop of its input. kind: what it is compared with over layers."""
+    """A part of a layer: a module, or columns start to stop of its input. kind: its name within the layer, the same in every layer."""
 
     layer: int
     module: str
@@ -73,7 +73,7 @@ class MaskedUnit:
 
 
 def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[int] | None = None) -> list[MaskedUnit]:
-    """The units of some layers (none: of all), by layer. Raises InputError for an unknown granularity, a wrong layer, or no units."""
+    """List the units of some layers, in their order; None: of all. Raises InputError for an unknown granularity or layer, or no units."""
     model = unwrapped(model)
     require("granularity", granularity, str, MASKED)
     modules, configs = decoder_layers(model), layer_configs(model)
@@ -101,7 +101,7 @@ def masked_units(model: PreTrainedModel, granularity: str, layers: Collection[in
 
 
 def _head_groups(branch: nn.Module, config: PretrainedConfig) -> int | None:
-    """Into how many groups of heads a branch is cut, if it has heads."""
+    """Return the number of groups of heads of a branch; None for a branch without heads."""
     if not any(hasattr(branch, mark) for mark in ATTENTION_MARKS):
         return None
     given = (getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))  # a state-space config has neither
@@ -109,7 +109,7 @@ def _head_groups(branch: nn.Module, config: PretrainedConfig) -> int | None:
 
 
 def forwards(units: Sequence[MaskedUnit], layers: int) -> float:
-    """What masking these units costs, in forwards of a model of so many layers over the corpus (the head not counted)."""
+    """Return the cost of masking these units in forwards of a model of so many layers over the corpus, without the head."""
     return 1 + sum(layers - unit.layer for unit in units) / layers
 
 
@@ -127,10 +127,26 @@ def mask_units(
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> UnitScores:
-    """Importance of each unit of the chosen layers (none: all), nats per supervised token, with 95 % bootstrap intervals over items.
+    """Score each unit of the chosen layers: the loss with the unit zeroed minus the loss with it.
 
-    granularity: "tensor" or "head"; loss, losses, probe, sweep_tokens, journal: as of `score_layers`. Where torch.distributed is
-    initialised each process measures a part of the items. Raises InputError for what is unknown.
+    If torch.distributed is initialised, each process holds a whole model and measures a part of the items.
+
+    Args:
+        model, probe, loss, losses, tokenizer, sweep_tokens, seed, journal, inputs: as of `score_layers`
+        granularity: "tensor", each projection, or "head", each group of heads that share keys and values and each of 8 groups of neurons
+        layers: indices of the layers whose units are scored; None: all
+
+    Returns:
+        UnitScores: values, low and high, each [units], nats per supervised token, with 95 % bootstrap intervals over items
+
+    Raises:
+        InputError: an unknown granularity, loss or layer, or a probe with nothing supervised
+
+    >>> scores = mask_units(model, probe, layers=[1])
+    >>> scores.kinds[:2]
+    ('self_attn.q_proj', 'self_attn.k_proj')
+
+    Source: extends stage 1 of ADEPT (arXiv 2510.10071) to parts of layers.
     """
     model = unwrapped(model)
     check(Score, sweep_tokens=sweep_tokens, seed=seed)
@@ -159,7 +175,7 @@ def mask_units(
 
 @dataclass(frozen=True)
 class UnitMasks:
-    """Units of a model, each to be zeroed: the masks of measuring.py."""
+    """Units of a model, zeroed one at a time: `Masks` of item_losses.py."""
 
     model: PreTrainedModel
     plan: SweepPlan
@@ -195,7 +211,7 @@ class UnitMasks:
         return item_losses(self.model, torch.cat(hidden), pack, losses)
 
     def _masked(self, pack: Pack, modules: nn.ModuleList, outputs: Sequence[Any], layer: int, units: Sequence[MaskedUnit]) -> Tensor:
-        """Hidden states at pack.rows with each of some units of a layer masked; layers below give what they gave."""
+        """Compute hidden states at pack.rows with each unit of a layer masked; the layers below replay their recorded `outputs`."""
         with ExitStack() as stack:
             for module, output in zip(modules[:layer], outputs, strict=False):
                 stack.enter_context(replaced_forward(module, lambda *_, output=output, **__: _copied(output)))
@@ -210,7 +226,7 @@ class UnitMasks:
 
 
 def _copied(output: Any) -> Any:
-    """A layer's output with hidden states of its own: what the model changes in place behind the layer must not change what is kept."""
+    """Clone the hidden states of a layer's output: the model may change them in place, and the record must stay."""
     return with_hidden(output, hidden_of(output).clone())
 
 
@@ -223,12 +239,12 @@ def _keeping(forward: Any, outputs: list[Any]) -> Any:
 
 
 def _mask(stack: ExitStack, layer: nn.Module, units: Sequence[MaskedUnit]) -> set[str]:
-    """Let `layer` run on a batch of as many copies of its input as there are units, with unit i masked in copy i; who has been called."""
+    """Within `stack`, run `layer` on one copy of its input per unit, with unit i masked in copy i. Returns the paths of modules called."""
     own = layer.forward
     called: set[str] = set()
 
     def spread(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as hooks:  # for no longer: layers may share modules
+        with ExitStack() as hooks:  # only during this call: layers may share modules
             for path in dict.fromkeys(unit.module for unit in units):
                 hooks.callback(_hook(layer.get_submodule(path), path, units, called).remove)
             return own(hidden.repeat(len(units), 1, 1), *args, **kwargs)
@@ -238,11 +254,11 @@ def _mask(stack: ExitStack, layer: nn.Module, units: Sequence[MaskedUnit]) -> se
 
 
 def _hook(module: nn.Module, path: str, units: Sequence[MaskedUnit], called: set[str]) -> RemovableHandle:
-    """Zero what the units of this module give, or what it reads from them, each in its own copy of the batch."""
+    """Zero the units of this module, in its output or its input, each in its own row of the batch."""
 
     def cleared(values: Any) -> Any:
         called.add(path)
-        if isinstance(values, tuple):  # a router's weights, with the experts that they are for
+        if isinstance(values, tuple):  # a router returns weights and the indices of their experts
             return tuple(map(cleared, values))
         if not values.is_floating_point():
             return values
@@ -258,7 +274,7 @@ def _hook(module: nn.Module, path: str, units: Sequence[MaskedUnit], called: set
 
 
 def _without_weights(layer: nn.Module, unit: MaskedUnit) -> Callable[..., Any]:
-    """The layer's forward with the unit's weights 0: of a module whose weights the family reads without calling it."""
+    """Return the layer's forward with the unit's weights set to 0, for a module whose weights the family reads without calling it."""
     own, module = layer.forward, layer.get_submodule(unit.module)
     if unit.stop is None:
         weights = [parameter.data for parameter in module.parameters(recurse=False)]
@@ -266,18 +282,18 @@ def _without_weights(layer: nn.Module, unit: MaskedUnit) -> Callable[..., Any]:
         weights = [module.get_parameter("weight").data.narrow(_inputs(module), unit.start, unit.stop - unit.start)]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        kept = [weight.clone() for weight in weights]
+        saved = [weight.clone() for weight in weights]
         try:
             for weight in weights:
                 weight.zero_()
             return own(*args, **kwargs)
         finally:
-            for weight, values in zip(weights, kept, strict=True):
+            for weight, values in zip(weights, saved, strict=True):
                 weight.copy_(values)
 
     return run
 
 
 def _inputs(module: nn.Module) -> int:
-    """The dimension of its weight that its inputs are along."""
+    """Return the dimension of a projection's weight that indexes its inputs."""
     return 0 if type(module).__name__ == "Conv1D" else 1

@@ -1,11 +1,13 @@
-"""What a unit is: a functional part of a copied layer that gets a learning rate of its own.
+"""Divide copied layers into units: functional parts, each with a learning rate of its own.
 
-granularity "tensor": each attention projection, each MLP projection, each norm (the parts of a fused projection apart);
-"head": query, key and value projections by rows and attention's output projection by columns cut by head; the rest as "tensor";
-"neuron": the projections cut by row, output projections by column; norms whole.
-Tensors of experts, [experts, rows, columns], are cut by expert under "head"; under "neuron" by expert and row where rows are the experts'
-neurons, else by expert. What is neither is one unit a tensor.
-A unit is a set of indices along one dimension, or two adjacent ones, of each of its parameters; a bias belongs to the unit of its weight.
+A unit is a set of indices along one dimension, or two adjacent ones, of each of its parameters. A bias belongs to the unit of its weight.
+
+    granularity   projections                                          expert tensors [experts, rows, columns]    norms, all others
+    tensor        one unit each; one per part of a fused projection    one unit                                   one unit each
+    head          attention by head (queries, keys and values by       one unit per expert                        one unit each
+                  rows, output projection by columns); rest as tensor
+    neuron        one unit per row; output projections per column      per expert and row if rows are the         one unit each
+                                                                       experts' neurons, else per expert
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 
 from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.errors import InputError
-from adept_fast.models import FUSED_ATTENTION, Part, decoder_layers, describe, fused_rows, text_config, unwrapped
+from adept_fast.models.decoder_layers import decoder_layers, text_config
+from adept_fast.models.fused_projections import FUSED_ATTENTION, Part, fused_rows
+from adept_fast.models.silent_copies import describe
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.settings.validation import require
@@ -27,14 +32,19 @@ from adept_fast.settings.validation import require
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-OUTPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense_4h_to_h"})  # by columns in post-norm copies too
+OUTPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense_4h_to_h"})  # cut by columns, in post-norm layers too
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", *FUSED_ATTENTION})
 
 
 @dataclass(frozen=True)
 class Unit:
-    """name: "model.layers.4.mlp.up_proj" (and "[12]" for a row, head or fused part); kind: the module type that units are ranked within;
-    gate: the gain that keeps a post-norm copy silent."""
+    """A unit.
+
+    name: "model.layers.4.mlp.up_proj", with "[12]" behind it for a row, head or fused part
+    kind: the module type within which units are ranked
+    size: its number of parameters
+    gate: whether it is the gain that keeps a post-norm copy silent
+    """
 
     name: str
     kind: str
@@ -44,20 +54,35 @@ class Unit:
 
 @dataclass(frozen=True)
 class Slices:
-    """Which unit each index along `dim` of a parameter belongs to: int64 [parameter.shape[dim]], or [shape[dim], shape[dim + 1]]."""
+    """The unit of each index along `dim` of a parameter: int64 [parameter.shape[dim]], or [shape[dim], shape[dim + 1]]."""
 
     dim: int
     unit: Tensor
 
     @property
     def dims(self) -> Dims:
-        """What sums of gradients are asked for."""
+        """Return the dimensions along which gradient sums are needed."""
         return self.dim if self.unit.ndim == 1 else (self.dim, self.dim + 1)
 
 
 @dataclass(frozen=True)
 class Units:
-    """Units of a model's copies, in the order of its parameters; iterable. `slices` maps parameter names to their units."""
+    """The units of a model's copies, in the order of its parameters; iterable.
+
+    Args:
+        granularity: "tensor", "head" or "neuron" (units.py)
+        units: name, kind and size of each
+        slices: parameter name -> the unit of each of its indices
+
+    Raises:
+        InputError: from `of`, for an unknown granularity or a model without copies
+
+    >>> units = Units.of(expand_model(model, [0]))
+    >>> len(units), next(iter(units)).name
+    (9, 'model.layers.1.self_attn.q_proj')
+
+    Source: ADEPT (arXiv 2510.10071), section on unit-wise learning rates.
+    """
 
     granularity: str
     units: tuple[Unit, ...]
@@ -71,7 +96,7 @@ class Units:
 
     @classmethod
     def of(cls, model: PreTrainedModel, granularity: str = "tensor") -> Units:
-        """The units of an expanded model's copies. Raises InputError for an unknown granularity or a model without copies."""
+        """Divide an expanded model's copies into units. Raises InputError for an unknown granularity or a model without copies."""
         require("granularity", granularity, str, GRANULARITIES)
         model = unwrapped(model)
         record, family, config = record_of(model), describe(model), text_config(model)
@@ -85,7 +110,7 @@ class Units:
                 own = dict(module.named_parameters(recurse=False))
                 output = path in outputs or path.rpartition(".")[2] in OUTPUTS
                 if own:
-                    cut = _Cut(config, granularity, f"{family.layers}.{layer}.{path}".rstrip("."), names, slices)
+                    cut = _UnitBuilder(config, granularity, f"{family.layers}.{layer}.{path}".rstrip("."), names, slices)
                     weight = own.get("weight")
                     if set(own) <= {"weight", "bias"} and weight is not None and weight.ndim == 2:
                         parent = layers[layer].get_submodule(path.rpartition(".")[0])
@@ -104,7 +129,7 @@ class Units:
         return cls(granularity, units, slices)
 
     def require_fitting(self, model: nn.Module) -> None:
-        """Raise InputError unless these are units of this model, not of another."""
+        """Raise InputError unless these are units of this model."""
         for name, cut in self.slices.items():
             try:
                 shape = model.get_parameter(name).shape
@@ -116,30 +141,25 @@ class Units:
 
     @property
     def sizes(self) -> Tensor:
-        """Parameters in each unit, int64 [units]."""
+        """Return the number of parameters in each unit, int64 [units]."""
         return torch.tensor([unit.size for unit in self.units])
 
     def gather(self, sums: dict[str, Tensor]) -> Tensor:
-        """Per-index sums of each parameter (along the dimensions of its slices, flat) summed into units, fp64 [units]."""
+        """Add the sums of each parameter, one per index of its slices (flat), into units: fp64 [units]."""
         total = torch.zeros(len(self), dtype=torch.float64)
         for name, cut in self.slices.items():
             total.index_add_(0, cut.unit.flatten(), sums[name].double().cpu())
         return total
 
     def spread(self, values: Tensor) -> dict[str, Tensor]:
-        """One value per unit as fp32 multipliers per parameter: 0-d where a parameter is one unit, else one per index of its
-        dim, or pair of indices."""
-        values = values.float()
-        return {name: values[cut.unit.flatten()[0]] if _one(cut.unit) else values[cut.unit] for name, cut in self.slices.items()}
-
-
-def _one(unit: Tensor) -> bool:
-    return bool((unit == unit.flatten()[0]).all())
+        """Turn one value per unit into fp32 multipliers per parameter: 0-d if it is a single unit, else one per index of its slices."""
+        values, first = values.float(), {name: cut.unit.flatten()[0] for name, cut in self.slices.items()}
+        return {name: values[first[name] if bool((cut.unit == first[name]).all()) else cut.unit] for name, cut in self.slices.items()}
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """Cuts a module into units: appends their (name, kind) to `names` and puts its parameters' indices into `slices`."""
+class _UnitBuilder:
+    """Divide a module into units: append their (name, kind) to `names`, and add its parameters' indices to `slices`."""
 
     config: PretrainedConfig
     granularity: str
@@ -148,7 +168,7 @@ class _Cut:
     slices: dict[str, Slices]
 
     def projection(self, own: dict[str, nn.Parameter], output: bool, transposed: bool, parent: nn.Module) -> None:
-        """A weight [out, in] (or [in, out]) and its bias: by rows, an output projection by columns."""
+        """Divide a weight [out, in], or [in, out] if transposed, and its bias by output; an output projection by input."""
         kind, weight = self.module.rpartition(".")[2], own["weight"]
         dim = int(output != transposed)
         length = weight.shape[dim]
@@ -156,11 +176,11 @@ class _Cut:
         by_head = kind in ATTENTION or (output and any(name in ATTENTION for name, _ in parent.named_children()))
         index = self._units(fused if not output or len(fused) == 1 else [Part("", torch.arange(length), length)], length, by_head)
         self.slices[f"{self.module}.weight"] = Slices(dim, index)
-        if "bias" in own:  # that of an output projection lies across its columns: it goes with their first unit
+        if "bias" in own:  # an output projection's bias spans all its columns: it joins the first unit
             self.slices[f"{self.module}.bias"] = Slices(0, torch.full(own["bias"].shape, int(index[0])) if output else index)
 
     def _units(self, parts: list[Part], length: int, by_head: bool) -> Tensor:
-        """The unit of each of a projection's `length` rows."""
+        """Append the units of a projection, and return the unit of each of its `length` indices."""
         kind = self.module.rpartition(".")[2]
         index = torch.empty(length, dtype=torch.int64)
         for part, rows, head in parts:
@@ -174,7 +194,7 @@ class _Cut:
         return index
 
     def other(self, own: dict[str, nn.Parameter]) -> None:
-        """Norms, convolutions, states: a unit a tensor, a bias with its weight; tensors of experts."""
+        """Divide norms, convolutions and states, one unit per tensor with its bias, and tensors of experts."""
         whole = set(own) <= {"weight", "bias"} and "weight" in own
         for name, parameter in own.items():
             label, kind = (self.module, self.module.rpartition(".")[2]) if whole else (f"{self.module}.{name}", name)
@@ -188,7 +208,7 @@ class _Cut:
             self.slices[f"{self.module}.{name}"] = Slices(0, torch.full((len(parameter) if parameter.ndim else 1,), len(self.names) - 1))
 
     def _experts(self, label: str, kind: str, shape: Sequence[int]) -> Tensor:
-        """The unit of each expert [experts], or of each row of each, [experts, rows], where the rows are neurons."""
+        """Return the unit of each expert, [experts], or of each row of each, [experts, rows], if the rows are neurons."""
         experts, rows, columns = shape
         if self.granularity != "neuron" or columns != self.config.hidden_size or rows == columns:
             first = len(self.names)

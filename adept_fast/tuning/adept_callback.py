@@ -14,7 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models import bare, require_causal, unwrapped, vocabulary_of
+from adept_fast.models.causality import require_causal
+from adept_fast.models.decoder_layers import vocabulary_of
+from adept_fast.models.unwrap import bare, unwrapped
 from adept_fast.optim import AdamW
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.provenance import changed, digest

@@ -17,7 +17,7 @@ from adept_fast.data.documents import WeightedDocuments
 from adept_fast.data.items import Item
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.models import text_config
+from adept_fast.models.decoder_layers import text_config
 from adept_fast.models.finite import require_finite_tensors
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import replaced_folder, staged_folder, write_json

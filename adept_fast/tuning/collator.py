@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from adept_fast.data.packing import Blocks, flattened
-from adept_fast.models import device_of, evaluating, text_config
+from adept_fast.models.decoder_layers import device_of, evaluating, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adept_fast.models import device_of, evaluating, headless, text_config, unwrapped
+from adept_fast.models.decoder_layers import device_of, evaluating, headless, text_config
 from adept_fast.models.lm_head import projection
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.ops.linear_cross_entropy.op import IGNORE, linear_cross_entropy
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 

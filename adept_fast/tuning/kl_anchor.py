@@ -19,8 +19,9 @@ from torch.nn import functional
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import bypassed
-from adept_fast.models import device_of, head_logits, last_hidden, unwrapped
+from adept_fast.models.decoder_layers import device_of, head_logits, last_hidden
 from adept_fast.models.gradient_scope import in_eval_mode
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.settings.validation import check, require_made

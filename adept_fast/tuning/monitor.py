@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.models import bare
 from adept_fast.models.losses import corpus_loss
+from adept_fast.models.unwrap import bare
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.tuning.nonfinite_steps import NonFiniteSteps

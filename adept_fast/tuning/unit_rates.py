@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError
-from adept_fast.models import bare
+from adept_fast.models.unwrap import bare
 from adept_fast.optim import AdamW
 from adept_fast.scoring.unit_importance import UnitImportance
 from adept_fast.scoring.units import Units

@@ -34,8 +34,8 @@ from adept_fast.expansion import (
     remove_copies,
     verify_expansion,
 )
-from adept_fast.models import describe
 from adept_fast.models.losses import corpus_loss
+from adept_fast.models.silent_copies import describe
 from adept_fast.optim import AdamW
 from tests.support import tiny_families, tiny_models
 

@@ -14,7 +14,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.safetensors_index import open_shards, read_header
 from adept_fast.expansion.delta import FILE as DELTA
 from adept_fast.runtime.input_files import read_json
-from adept_fast.scoring import LayerScores
+from adept_fast.scoring.scores import LayerScores
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 

@@ -11,7 +11,7 @@ from adept_fast import mask_units, score_layers
 from adept_fast.checkpoints.checkpoint import load_model
 from adept_fast.cli.main import main
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.models import require_causal
+from adept_fast.models.causality import require_causal
 from tests.support import tiny_families, tiny_models
 
 ENCODERS = ("bert", "roberta", "electra", "rembert", "xlm-roberta", "megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")

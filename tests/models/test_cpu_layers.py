@@ -15,8 +15,10 @@ from torch.nn.utils import parametrize
 from adept_fast import _C as native
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers, has_native_layers, native_layers
-from adept_fast.scoring import layer_masking, score_layers, sweep
+from adept_fast.models.cpu_layers import has_native_layers, native_layers
+from adept_fast.models.decoder_layers import decoder_layers
+from adept_fast.scoring import layer_masking, sweep
+from adept_fast.scoring.score_layers import score_layers
 from tests.scoring.test_layer_masking import by_hooks
 from tests.support import tiny_families, tiny_models
 

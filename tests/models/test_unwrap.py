@@ -38,7 +38,7 @@ from adept_fast import (
 )
 from adept_fast.evaluation import evaluate
 from adept_fast.expansion import bypassed, dialled_model
-from adept_fast.models import unwrapped
+from adept_fast.models.unwrap import unwrapped
 from adept_fast.scoring.unit_masking import masked_units
 from tests.support import tiny_models
 

@@ -253,18 +253,20 @@ def test_gpu_hooks_hand_all_vectors_of_a_backward_to_one_launch() -> None:
 
 @pytest.mark.gpu
 def test_gpu_sums_the_gradients_of_a_model_as_the_cpu_does() -> None:
-    from adept_fast.scoring.unit_importance import parameter_sums, sequence_sums
+    from adept_fast.scoring.unit_importance import parameter_sums
     from tests.support import tiny_models
+    from tests.support.sequence_sums import sequence_sums
 
     model, items = tiny_models.model("phi3"), tiny_models.items(4)
     dims = {name: tuple(range(parameter.ndim)) for name, parameter in model.named_parameters() if ".layers." in name}
-    for summed, keys in ((parameter_sums, ("abs_taylor", "fisher")), (sequence_sums, ("squares", "absolutes"))):
-        expected, found = (summed(model.to(device), items, dims) for device in ("cpu", "cuda"))
-        assert any(model.get_parameter(name).ndim == 1 for name, _ in found)
-        for where, entry in expected.items():
-            for key in keys:
-                wanted = getattr(entry, key)
-                torch.testing.assert_close(getattr(found[where], key), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
+    corpus, sequences = (
+        [summed(model.to(device), items, dims) for device in ("cpu", "cuda")] for summed in (parameter_sums, sequence_sums)
+    )
+    assert any(model.get_parameter(name).ndim == 1 for name, _ in corpus[1])
+    for where in corpus[0]:
+        pairs = [*((getattr(found[where], key) for found in corpus) for key in ("abs_taylor", "fisher"))]
+        for wanted, value in [*pairs, *zip(*(found[where][:2] for found in sequences), strict=True)]:
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
 def interpret_all() -> list[dict[str, float | bool]]:

@@ -21,7 +21,7 @@ from adept_fast.evaluation.largest_alpha import largest_alpha
 from adept_fast.expansion.first_importance import first_importance
 from adept_fast.expansion.verify import compute_logits
 from adept_fast.models.causality import require_causal
-from adept_fast.models.silent_copies import silences
+from adept_fast.models.silent_copies import describe
 from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.unit_importance import score_units
 from adept_fast.scoring.unit_masking import UnitMasks
@@ -44,7 +44,7 @@ PROBE = [
 ]
 
 # Each proves something of the model on token ids that it makes up (fast_step before it yields): no text, and nothing to begin.
-PROOFS = (require_causal, silences, compute_logits, fast_step)
+PROOFS = (require_causal, describe, compute_logits, fast_step)
 # Who has the model read text: each must be seen to, or the test has not looked there.
 READERS = {
     "score": (LayerMasks.measure, UnitMasks.measure),

@@ -17,7 +17,7 @@ from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
 PLACES = (
-    ("adept_fast.scoring.layer_masking:measure", 3),  # scoring
+    ("adept_fast.scoring.layer_masking:LayerMasks.measure", 3),  # scoring
     ("adept_fast.expansion.expand_checkpoint:first_importance", 0),
     ("adept_fast.expansion.expand_checkpoint:require_equal_logits", 0),  # expanding, all written but the name
     ("adept_fast.tuning.staged_trainer:save_file", 0),  # the first checkpoint

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers
-from adept_fast.scoring import score_layers
+from adept_fast.models.decoder_layers import decoder_layers
+from adept_fast.scoring.score_layers import score_layers
 from tests.support import tiny_models
 
 

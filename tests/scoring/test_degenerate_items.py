@@ -12,11 +12,13 @@ from torch.nn import functional
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
-from adept_fast.models import decoder_layers
+from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.models.losses import batch_loss, corpus_loss
 from adept_fast.ops.dispatch import has_native_layers
-from adept_fast.scoring import layer_masking, mask_units, score_layers, sweep
+from adept_fast.scoring import layer_masking, sweep
+from adept_fast.scoring.score_layers import score_layers
 from adept_fast.scoring.unit_importance import score_units
+from adept_fast.scoring.unit_masking import mask_units
 from adept_fast.scoring.units import Units
 from tests.models.test_cpu_layers import WIDE
 from tests.scoring.test_layer_masking import by_hooks

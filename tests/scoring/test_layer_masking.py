@@ -10,8 +10,13 @@ from torch.nn import functional
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.models import decoder_layers
-from adept_fast.scoring import LayerScores, layer_masking, packs, score_layers, select_layers, sweep, undecided
+from adept_fast.models.decoder_layers import decoder_layers
+from adept_fast.scoring import packs, sweep
+from adept_fast.scoring.layer_masking import LayerMasks
+from adept_fast.scoring.score_layers import score_layers
+from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.select_layers import select_layers, undecided
+from adept_fast.scoring.settings import LOSSES
 from tests.support import tiny_families, tiny_models
 
 OTHERS = {
@@ -66,7 +71,7 @@ def by_hooks(model: torch.nn.Module, items: list) -> dict[str, list[float]]:
 def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     model = tiny_models.model(family, **OTHERS.get(family, {}))
     items = tiny_models.items(4)
-    scores = score_layers(model, items, loss="all", losses=layer_masking.LOSSES)
+    scores = score_layers(model, items, loss="all", losses=LOSSES)
     expected = by_hooks(model, items)
     assert not scores.notes, "the sweep was not used"
     for name, values in expected.items():
@@ -80,8 +85,8 @@ def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
 
 def test_memory_bound_changes_nothing() -> None:
     model, items = tiny_models.model(), tiny_models.items(3)
-    whole = score_layers(model, items, loss="all", losses=layer_masking.LOSSES)
-    parts = score_layers(model, items, loss="all", losses=layer_masking.LOSSES, sweep_tokens=7)
+    whole = score_layers(model, items, loss="all", losses=LOSSES)
+    parts = score_layers(model, items, loss="all", losses=LOSSES, sweep_tokens=7)
     for name in whole.profiles:
         torch.testing.assert_close(torch.tensor(parts.profiles[name].values), torch.tensor(whole.profiles[name].values), atol=1e-5, rtol=0)
 
@@ -117,8 +122,8 @@ def test_journal_resumes_to_the_same_bits(tmp_path, monkeypatch: pytest.MonkeyPa
     assert 1 + 3 < len(lines) < 1 + len(items), "items were not packed, or all into one pack"
     path.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of the third pack's line
     measured = []
-    measure = layer_masking.measure
-    monkeypatch.setattr(layer_masking, "measure", lambda *given: measured.append(given) or measure(*given))
+    measure = LayerMasks.measure
+    monkeypatch.setattr(LayerMasks, "measure", lambda *given: measured.append(given) or measure(*given))
     resumed = score_layers(model, items, sweep_tokens=240, journal=path)
     assert resumed.profiles == whole.profiles and len(measured) == len(lines) - 3
     for others in ((model, tiny_models.items(9, seed=8)), (tiny_models.model(seed=4), items)):

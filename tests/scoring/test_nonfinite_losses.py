@@ -11,10 +11,10 @@ import torch
 from adept_fast import InputError, LayerScores, Race, Units, mask_units, score_layers, score_units, select_layers, selection_stability
 from adept_fast.evaluation import EvaluationCorpus, evaluate
 from adept_fast.expansion import expand_model, first_importance
-from adept_fast.models import decoder_layers
+from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.report.charts import layer_profile
 from adept_fast.runtime.bootstrap import bootstrap
-from adept_fast.scoring import corpus_conflicts
+from adept_fast.scoring.stability import corpus_conflicts
 from tests.support import tiny_models
 
 

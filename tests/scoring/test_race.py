@@ -12,7 +12,12 @@ import torch
 from adept_fast import expand_model
 from adept_fast.errors import InputError
 from adept_fast.runtime.bootstrap import bootstrap
-from adept_fast.scoring import LayerScores, Race, race, score_layers, select_layers, selection_stability, undecided
+from adept_fast.scoring import race
+from adept_fast.scoring.race import Race
+from adept_fast.scoring.score_layers import score_layers
+from adept_fast.scoring.scores import LayerScores
+from adept_fast.scoring.select_layers import select_layers, undecided
+from adept_fast.scoring.stability import selection_stability
 from tests.support import tiny_models
 
 LAYERS, ITEMS = 10, 200

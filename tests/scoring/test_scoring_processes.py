@@ -14,7 +14,9 @@ import torch
 
 from adept_fast import mask_units
 from adept_fast.cli.main import main
-from adept_fast.scoring import LayerScores, Race, UnitScores, score_layers
+from adept_fast.scoring.race import Race
+from adept_fast.scoring.score_layers import score_layers
+from adept_fast.scoring.scores import LayerScores, UnitScores
 from adept_fast.scoring.settings import CHEAP
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
@@ -119,7 +121,7 @@ def test_score_command_survives_a_kill(settings: list[str], tmp_path: Path) -> N
         def score(output: str, **kill: Any) -> tuple[int, str]:
             return attempts.run(["score", *given, f"output_dir={tmp_path / output}"], tmp_path / "said", **kill)
 
-        assert score("killed", place="adept_fast.scoring.layer_masking:measure", calls=3)[0] == -9
+        assert score("killed", place="adept_fast.scoring.layer_masking:LayerMasks.measure", calls=3)[0] == -9
         kept = len((tmp_path / "killed" / ".scores.journal").read_text().splitlines()) - 1
         assert kept == 3
         for output in ("killed", "whole"):

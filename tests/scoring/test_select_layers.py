@@ -16,8 +16,8 @@ from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import load
 from adept_fast.pipeline.run import STAGES
 from adept_fast.pipeline.run_directory import Workspace
-from adept_fast.scoring import LayerScores, UnitScores, next_layer, undecided
-from adept_fast.scoring.scores import ItemScores, Profile, mean_rank
+from adept_fast.scoring.scores import ItemScores, LayerScores, Profile, UnitScores, mean_rank
+from adept_fast.scoring.select_layers import next_layer, undecided
 from tests.support import tiny_models
 
 CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}

@@ -20,9 +20,10 @@ from adept_fast.models.gradient_scope import only_these_require_grad
 from adept_fast.ops import dispatch
 from adept_fast.ops.gradient_sums import op, reference
 from adept_fast.ops.gradient_sums.op import GradientSums, gradient_sums
-from adept_fast.scoring.unit_importance import parameter_sums, sequence_sums
+from adept_fast.scoring.unit_importance import parameter_sums
 from bench.measure import allocated
 from tests.support import tiny_models
+from tests.support.sequence_sums import sequence_sums
 from tests.support.sharded_worker import in_processes
 
 BACKENDS = [name for name in ("cpu", "torch") if dispatch.status()[name].found]
@@ -124,9 +125,9 @@ def test_fisher_is_the_mean_of_squared_sequence_gradients(monkeypatch: pytest.Mo
         )
         terms = means[1] * len(items) / tokens
         for value, truth, their, scale in [
-            (found[key, dim].squares, means[0], theirs[0], means[0]),
-            (found[key, dim].absolutes, means[1], theirs[1], means[1]),
-            (found[key, dim].products, means[2], theirs[2], means[1]),
+            (found[key, dim][0], means[0], theirs[0], means[0]),
+            (found[key, dim][1], means[1], theirs[1], means[1]),
+            (found[key, dim][2], means[2], theirs[2], means[1]),
             (corpus[key, dim].fisher, means[0], theirs[0], means[0]),
             (corpus[key, dim].abs_taylor, total, their_total, terms),
         ]:
@@ -134,9 +135,7 @@ def test_fisher_is_the_mean_of_squared_sequence_gradients(monkeypatch: pytest.Mo
             assert float(error.sum()) <= 1e-5 * float(scale.sum()), (key, dim)
             # Index by index, a gradient in fp32 is itself up to 2e-5 away from fp64.
             assert bool(((value.double() - their).abs() <= 2e-6 * scale).all()), (key, dim)
-        assert all(
-            torch.equal(getattr(again[key, dim], kind), getattr(found[key, dim], kind)) for kind in ("squares", "absolutes", "products")
-        )
+        assert torch.equal(again[key, dim], found[key, dim])
 
 
 def test_squares_of_batches_are_another_quantity() -> None:
@@ -148,8 +147,8 @@ def test_squares_of_batches_are_another_quantity() -> None:
     for key, dim in found:
         pairs = [exact[0][key] + exact[1][key], exact[2][key] + exact[3][key]]
         truth = sum(truths(g, g, dim)[0] for g in pairs) / 2
-        assert bool(((found[key, dim].squares - truth).abs() <= 1e-5 * truth).all())
-        assert not torch.allclose(found[key, dim].squares, 2 * single[key, dim].squares, rtol=1e-3)
+        assert bool(((found[key, dim][0] - truth).abs() <= 1e-5 * truth).all())
+        assert not torch.allclose(found[key, dim][0], 2 * single[key, dim][0], rtol=1e-3)
 
 
 class Deep(nn.Module):
@@ -189,7 +188,7 @@ def test_gradients_of_an_accumulating_step_are_put_back_and_an_exception_leaves_
     before, kept = state_of(model), [p.grad.clone() for p in model.parameters() if p.grad is not None]
     rng = torch.get_rng_state()
     found = sequence_sums(model, items, dims)
-    assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     calls = itertools.count()
     take = op._ParameterSums.take
 
@@ -213,7 +212,7 @@ def test_reentrant_checkpointing_is_refused_and_the_other_changes_nothing() -> N
     expected = sequence_sums(model, items, dims)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found = sequence_sums(model, items, dims)
-    assert all(torch.equal(found[key].squares, expected[key].squares) for key in expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(InputError, match="reentrant activation checkpointing .*use_reentrant"):
         sequence_sums(model, items, dims)

@@ -11,9 +11,9 @@ from adept_fast import AdeptCallback, Anchor, InputError, Race
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record, Source
 from adept_fast.pipeline.recipe import section
-from adept_fast.scoring import check_budget, check_choice
-from adept_fast.scoring.budget import LayerCosts
+from adept_fast.scoring.budget import LayerCosts, check_budget
 from adept_fast.scoring.item_losses import require_losses
+from adept_fast.scoring.select_layers import check_choice
 from adept_fast.settings.validation import require, under
 from adept_fast.tuning import RateRule, TuningSettings
 from adept_fast.tuning.forgetting_meter import Meter

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adept_fast.models import describe, expanded_config, text_config
+from adept_fast.models.decoder_layers import text_config
+from adept_fast.models.layer_config import expanded_config
+from adept_fast.models.silent_copies import describe
 from tests.support import tiny_families
 
 HEADING = """# Model families

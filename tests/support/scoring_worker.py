@@ -16,7 +16,9 @@ from adept_fast import mask_units
 from adept_fast.cli.main import main
 from adept_fast.errors import InputError
 from adept_fast.runtime import distributed
-from adept_fast.scoring import Race, layer_masking, score_layers
+from adept_fast.scoring.layer_masking import LayerMasks
+from adept_fast.scoring.race import Race
+from adept_fast.scoring.score_layers import score_layers
 from tests.support import tiny_models
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -68,5 +70,5 @@ if __name__ == "__main__":
         done.append({"code": main(["score", *settings, f"output_dir={folder / 'two'}"]), "written": written.take()})
     (folder / f"done-{rank}.json").write_text(json.dumps(done))
     distributed.wait()
-    with patch.object(layer_masking, "measure", failing if rank else layer_masking.measure):
+    with patch.object(LayerMasks, "measure", failing if rank else LayerMasks.measure):
         sys.exit(main(["score", *settings, f"output_dir={folder / 'failed'}"]))
