@@ -72,21 +72,28 @@ _MODULES = {
     name: module
     for module, names in {
         "adept_fast.errors": "ExpansionError InputError UnsupportedFamilyError",
-        "adept_fast.expansion": (
-            "apply_copies dial expand_checkpoint expand_model extract_copies freeze_original merge_copies remove_copies "
-            "verify_expansion"
-        ),
+        "adept_fast.expansion.delta": "apply_copies extract_copies",
+        "adept_fast.expansion.dial": "dial",
+        "adept_fast.expansion.expand_checkpoint": "expand_checkpoint",
+        "adept_fast.expansion.expand_model": "expand_model freeze_original",
+        "adept_fast.expansion.merge": "merge_copies",
+        "adept_fast.expansion.remove": "remove_copies",
+        "adept_fast.expansion.verify": "verify_expansion",
+        "adept_fast.optim": "AdamW",
         "adept_fast.scoring.method_comparison": "compare_scores",
         "adept_fast.scoring.race": "Race",
         "adept_fast.scoring.score_layers": "score_layers",
         "adept_fast.scoring.scores": "LayerScores UnitScores",
         "adept_fast.scoring.select_layers": "select_layers",
         "adept_fast.scoring.stability": "corpus_conflicts selection_stability",
-        "adept_fast.scoring.unit_masking": "mask_units",
-        "adept_fast.optim": "AdamW",
         "adept_fast.scoring.unit_importance": "score_units",
-        "adept_fast.tuning": "AdeptCallback AdeptTrainer Anchor apply_rates fast_step unit_rates",
+        "adept_fast.scoring.unit_masking": "mask_units",
         "adept_fast.scoring.units": "Units",
+        "adept_fast.tuning.adept_callback": "AdeptCallback",
+        "adept_fast.tuning.adept_trainer": "AdeptTrainer",
+        "adept_fast.tuning.fast_step": "fast_step",
+        "adept_fast.tuning.kl_anchor": "Anchor",
+        "adept_fast.tuning.unit_rates": "apply_rates unit_rates",
     }.items()
     for name in names.split()
 }
