@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,15 @@ def replaced_tensors(draw: random.Random) -> Case:
     setting = drawn(draw)
     backend, name, how = backend_for(draw, setting), draw.choice(list(OTHERS)), draw.choice(("entry", "data"))
     key = draw.choice(("param", "grad", *STATES))
-    return changed_run(setting, backend, f"{key} {name}, by {how}", replaced(key, name, how))
+    change, right = replaced(key, name, how), None
+    if key == "grad" and name in ("bf16", "fp16", "fp64") and setting.dtype != torch.bfloat16:  # taken here, where torch refuses
+
+        def cast(optimizer: torch.optim.Optimizer, param: Parameter) -> None:
+            change(optimizer, param)
+            param.grad = None if param.grad is None else param.grad.to(param.dtype)
+
+        right = partial(setting.run, cast, False)
+    return changed_run(setting, backend, f"{key} {name}, by {how}", change, right)
 
 
 def shrunk_storages(draw: random.Random) -> Case:
