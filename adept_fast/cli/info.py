@@ -1,4 +1,4 @@
-"""What `adept-fast info` prints: versions, threads, devices, and which backends were found."""
+"""`adept-fast info`: versions, threads, devices, and which backends were found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "accelerate", "data
 
 
 def describe() -> str:
-    """Aligned plain text. transformers and its like are looked up, not imported."""
+    """Return the page as aligned plain text. Packages are looked up, not imported."""
     sections = [("versions", _versions()), ("cpu", _cpu()), ("gpus", _gpus()), ("backends", _backends()), ("operations", _operations())]
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections)
 
@@ -62,7 +62,7 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _operations() -> list[tuple[str, str]]:
-    """Each operation's backends, the preferred one first, and the module of each."""
+    """List each operation's backends, the preferred one first, with their modules."""
     rows = []
     for operation, modules in dispatch.IMPLEMENTED.items():
         names = [operation, *[""] * (len(modules) - 1)]

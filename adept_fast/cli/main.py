@@ -1,4 +1,7 @@
-"""Arguments in, exit code out: 0 done, 1 failed at run time, 2 bad usage or input. One line on stderr; a traceback with --debug only."""
+"""The command `adept-fast`. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 128 + N stopped by signal N.
+
+An error is one line on stderr; --debug adds the traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
-from adept_fast.cli.stop_signals import Stopped, heeded
+from adept_fast.cli.stop_signals import Stopped, stopping_on_signals
 from adept_fast.errors import InputError
 from adept_fast.runtime.console import attached, open_missing
 from adept_fast.runtime.disk_errors import REMEDIES, DiskError, number_of, told
 
 MODEL = ("model_name_or_path",)
-HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules that no command does without
-SHARED = ("score", "tune")  # what several processes, as accelerate or torchrun start them, do together
+HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules of the extra [hf]
+SHARED = ("score", "tune")  # commands that several processes, started by accelerate or torchrun, run together
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("the whole method on a small real model, in minutes", "adept-fast demo output_dir=adept_demo", ()),
     "score": ("which layers general competence rests on", "adept-fast score model_name_or_path=MODEL score.max_items=64", MODEL),
@@ -56,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
-    """Whoever writes --key value is told how settings are written."""
+    """A parser whose error for an unknown --option states how settings are written."""
 
     def error(self, message: str) -> NoReturn:
         super().error(message + "; settings are written key=value" * message.startswith("unrecognized arguments"))
@@ -75,12 +78,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, (what, example, _) in COMMANDS.items():
-        command = _described(commands, name, what, example)
+        command = _add_command(commands, name, what, example)
         if name == "copies":
             actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
             for action, about in ACTIONS.items():
                 keys = ", ".join(entry.name for entry in fields(about.keys))
-                _described(actions, action, about.what, f"adept-fast copies {action} {about.example}").add_argument(
+                _add_command(actions, action, about.what, f"adept-fast copies {action} {about.example}").add_argument(
                     "settings", nargs="*", metavar="key=value", help=f"keys: {keys}"
                 )
         elif name == "compare":
@@ -93,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _described(parsers: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
+def _add_command(parsers: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
     described = parsers.add_parser(name, help=what, description=what, epilog=f"example: {example}")
     described.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     return described
@@ -107,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     open_missing()
     try:
-        with heeded():
+        with stopping_on_signals():
             _run(given.command, given.action, getattr(given, "settings", []))
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        kept = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
-        logger.error(f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}; {kept}")
+        state = "nothing was written" if given.command in ("copies", "compare") else "the same command goes on from here"
+        logger.error(f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}; {state}")
         return 128 + number
     except BaseException as error:
         if given.debug or isinstance(error, SystemExit):
@@ -139,9 +142,9 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
 
         logger.info(describe())
         return
-    _needs_extra()
-    _needs_caches()
-    _calm_libraries()
+    _require_extra()
+    _require_caches()
+    _quiet_libraries()
     if action is not None:
         from adept_fast.cli import copies
 
@@ -179,7 +182,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         STAGES[command](work)
 
 
-def _needs_extra() -> None:
+def _require_extra() -> None:
     from importlib.util import find_spec
 
     missing = [name for name in HF if find_spec(name) is None]
@@ -187,8 +190,11 @@ def _needs_extra() -> None:
         raise InputError(f"the command line needs {', '.join(missing)}: pip install 'adept-fast[hf]'")
 
 
-def _needs_caches() -> None:
-    """Refuse a variable for a cache that can be none, which libraries find out after hours; one that is read only may be what is wanted."""
+def _require_caches() -> None:
+    """Raise InputError for a cache variable whose folder cannot be made, which libraries would only find out after hours.
+
+    A read-only folder passes: it may be shared on purpose.
+    """
     for name in CACHES:
         folder = os.path.abspath(os.path.expanduser(os.environ.get(name) or "."))
         above = folder
@@ -199,11 +205,11 @@ def _needs_caches() -> None:
             raise InputError(f"{name}={os.environ[name]} cannot be made ({above} {why}): set {name} to a folder, or unset it")
 
 
-def _calm_libraries() -> None:
-    """Their progress bars and advice would drown the one line that matters."""
+def _quiet_libraries() -> None:
+    """Switch off the progress bars and warnings of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours are Progress, which is calm by itself
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; Progress decides for itself
     from transformers.utils import logging as of_transformers
 
     of_transformers.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, by which schedulers and terminals end a run: it stops as it does on Ctrl-C, and leaves nothing half written."""
+"""Stop a run on SIGTERM and SIGHUP as on Ctrl-C: schedulers and terminals send them, and nothing must be left half written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """number: of the signal."""
+    """Raised by a signal. number: the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -21,22 +21,22 @@ class Stopped(KeyboardInterrupt):
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise Stopped(number)
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
-    """Let both raise Stopped in the main thread. One that is ignored, as nohup has it, stays so."""
+def stopping_on_signals() -> Iterator[None]:
+    """Raise Stopped in the main thread on either signal. An ignored signal (by nohup, say) stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    handled = [number for number, handler in before.items() if handler is signal.SIG_DFL]
     try:
-        for number in taken:
+        for number in handled:
             signal.signal(number, _stop)
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, before[number])

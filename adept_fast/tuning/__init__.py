@@ -1,4 +1,4 @@
-"""Stage 2: the copies are tuned, each unit at a learning rate of its own."""
+"""Stage 2: tune the copies, each unit at its own learning rate."""
 
 from adept_fast.tuning.adept_callback import AdeptCallback
 from adept_fast.tuning.adept_trainer import AdeptTrainer

@@ -1,4 +1,4 @@
-"""AdeptCallback: unit-wise learning rates in any transformers Trainer, refreshed while it trains."""
+"""AdeptCallback sets unit-wise learning rates in any transformers Trainer, and refreshes them while it trains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.param_group_rates import has_rate_groups, multiply_rates, refuse_flattened
-from adept_fast.tuning.resume import GoesOnByItself, items_digest
+from adept_fast.tuning.resume import RestoresItself, items_digest
 from adept_fast.tuning.settings import Tuning
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.unit_rates import RateMap, RateRule, apply_rates
@@ -39,21 +39,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AdeptCallback(Monitor, GoesOnByItself):
-    """Sets one learning rate per unit at the start and every `refresh_steps` optimizer steps.
+class AdeptCallback(Monitor, RestoresItself):
+    """Set one learning rate per unit at the start of training, and again every `refresh_steps` optimizer steps.
 
-    probe: the steering corpus (records, items, a path or dataset name). units: a granularity or Units.
-    rate_map: a map's name, a callable, or a RateRule with floor, moving average and conflict.
-    first: sums of the copied layers (adept_fast.expansion.first_importance); without them a fresh model is probed at the start.
-    anchor: adds a loss that holds the model to its base; its KL is logged.
-    meter: read at the start, each refresh and the end; logged; it stops training or cuts all rates where its limit is passed.
-    monitors, monitor_steps (None: each refresh), log, tokens_per_step, skip_nonfinite: see Monitor; refreshes are logged too.
-    train_original: let other parameters than the copies train too; without it a Trainer with such parameters is refused.
-    The Trainer's optimizer must be adept_fast.AdamW (AdeptTrainer makes one; elsewhere pass optimizer_cls_and_kwargs), or for units by
-    tensor any other one made from `rate_groups`.
-    A refresh reads the model in eval mode and leaves gradients, RNG and data order alone. A resumed run keeps the rates its
-    optimizer was saved with. On several processes the probe and the items of meter and anchor are shared out (DDP),
-    or run by all alike (FSDP2).
+    The Trainer's optimizer must be adept_fast.AdamW, or for units by tensor any optimizer over `rate_groups`. A refresh runs the model in
+    eval mode and leaves gradients, random state and data order alone. A resumed run restores the rates with its optimizer. Processes under
+    DDP share the items of probe, meter and anchor; under FSDP2 each runs all of them.
+
+    Args:
+        probe: the corpus that sets the rates: items, records, a path or a dataset name (see `load_items`).
+        units: "tensor", "head", "neuron", or Units.
+        refresh_steps: optimizer steps between two refreshes.
+        rate_map: the name of a map, a callable, or a RateRule with floor, moving average and conflict.
+        first: sums of the copied layers from `adept_fast.expansion.first_importance`; None measures them at the start.
+        monitors, monitor_steps, log, tokens_per_step, skip_nonfinite: see Monitor; `monitor_steps` None means at each refresh.
+        anchor: an Anchor, whose KL is logged.
+        meter: a forgetting Meter, read at the start, at each refresh and at the end.
+        tokenizer: needed for a probe of texts or records, where the Trainer has no processing_class.
+        train_original: accept a model in which more than the copies would train.
+
+    Raises:
+        InputError: a wrong argument; when training begins: another optimizer, a model that is not causal, or a checkpoint of other
+            settings.
+
+    Source: ADEPT (arXiv 2510.10071), stage 2.
+
+    >>> from transformers import Trainer, TrainingArguments
+    >>> expanded = expand_model(model, [1])
+    >>> counts = freeze_original(expanded)
+    >>> args = TrainingArguments("out", per_device_train_batch_size=1, max_steps=2, report_to="none")
+    >>> data = [{"input_ids": item.input_ids, "labels": item.input_ids} for item in probe]
+    >>> given = {"callbacks": [AdeptCallback(probe)], "optimizer_cls_and_kwargs": (AdamW, {"lr": 1e-4})}
+    >>> Trainer(expanded, args, train_dataset=data, **given).train().global_step
+    {'train_runtime': ...}
+    2
     """
 
     def __init__(
@@ -80,19 +99,19 @@ class AdeptCallback(Monitor, GoesOnByItself):
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self.units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
-        self._spread_out: Tensor | None = None  # of the last refresh, for the moving average
+        self._raw_rates: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.anchor, self.meter = first, anchor, meter
-        self._anchored: Tensor | None = None
+        self._anchored: Tensor | None = None  # KL of this step, for the log
         self.resumed_from: str | None = None  # the checkpoint's folder, where it is not the Trainer's own
         self.train_original = train_original
-        self.restored_by_trainer = False  # whether that knows that this callback restores itself
+        self.restored_by_trainer = False  # set by a Trainer that leaves the restoring to this callback
         self._items: list[Item] = []
         self._made_with: dict[str, Any] | None = None
         self._refreshed: int | None = None  # the step of the last refresh
-        self._causal = False  # whether the model was found so
+        self._causal = False  # whether the model was checked
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
-        """Cuts the model into units before an engine wraps it; refuses one that reads ahead."""
+        """Cut the model into units before an engine wraps it, and refuse a model that is not causal."""
         model = unwrapped(model)
         if not self._causal and not in_shards(model):
             require_causal(model)
@@ -114,12 +133,12 @@ class AdeptCallback(Monitor, GoesOnByItself):
             raise InputError(f"the checkpoint was made with other settings ({', '.join(differing)}): go on with those, or begin anew")
         self._made_with = made_with
         self._open_log(state)
-        inner = rated(optimizer)
-        spread_out = saved.get("spread_out")
-        self._spread_out = None if spread_out is None else torch.tensor(spread_out, dtype=torch.float64)
+        inner = rated_optimizer(optimizer)
+        raw_rates = saved.get("raw_rates")
+        self._raw_rates = None if raw_rates is None else torch.tensor(raw_rates, dtype=torch.float64)
         self._refreshed = saved.get("refreshed", state.global_step)
         if self.meter:
-            self.meter.restart()
+            self.meter.reset()
             if state.global_step:
                 self.meter.load(Path(self.resumed_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), model)
         if not state.global_step:
@@ -131,11 +150,11 @@ class AdeptCallback(Monitor, GoesOnByItself):
         elif inner.unit_lr(model.get_parameter(next(iter(self.units.slices)))) is None:
             raise InputError("the checkpoint holds no unit rates (saved without its optimizer?): delete it to start again")
         elif self._refreshed != state.global_step and state.global_step % self.refresh_steps == 0:
-            self._refresh(inner, model, state.global_step)  # the run had ended there, and goes on
+            self._refresh(inner, model, state.global_step)  # the run had ended at a refresh, which its last step left out
         self._start_timer(state.global_step)
 
     def made_with(self, model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:
-        """What makes another run, by name. Reads the probe."""
+        """Return the settings with which a resumed run must agree: name -> value. Reads the probe."""
         self._items = self._items or load_items(self.probe, tokenizer, vocabulary=vocabulary_of(model))
         units = Units.of(model, self.units) if isinstance(self.units, str) else self.units
         rule, anchor, meter = self.rule, self.anchor, self.meter
@@ -150,7 +169,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
         }
 
     def _refuse_other_training(self, model: PreTrainedModel, args: TrainingArguments) -> None:
-        """Raise InputError where more than the copies would train, or where transformers would make this callback anew."""
+        """Raise InputError where more than the copies would train, or where transformers would construct this callback anew."""
         others = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in self.units.slices]
         if others and not self.train_original:
             raise InputError(
@@ -172,7 +191,7 @@ class AdeptCallback(Monitor, GoesOnByItself):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Before the step's first batch: gradients are none yet, and what clips, scales or reduces them takes the anchor's along."""
+        """Add the anchor's gradient. Gradients are still None here, so clipping, scaling and all-reduce include the anchor's."""
         if self.anchor and self.anchor.due(state.global_step):
             scaler = getattr(optimizer, "scaler", None)
             scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=args.device))
@@ -184,27 +203,27 @@ class AdeptCallback(Monitor, GoesOnByItself):
         model, step = bare(model), state.global_step
         with self._untimed():
             due = step % self.refresh_steps == 0
-            if due or control.should_training_stop:  # by what came before: the last step, too
-                before = None if due or not self.meter else self.meter.kept()
+            if due or control.should_training_stop:  # the last step is measured too
+                before = None if due or not self.meter else self.meter.snapshot()
                 self._read(model, step, control)
                 if before is not None:
-                    self.meter.put_back(before)  # of which a run that goes on knows nothing
+                    self.meter.restore(before)  # a longer run would not have measured here
             if due and not control.should_training_stop:
-                self._refresh(rated(optimizer), model, step)
+                self._refresh(rated_optimizer(optimizer), model, step)
             self._monitor_where_due(model, state, control)
 
     def _refresh(self, optimizer: Optimizer, model: PreTrainedModel, step: int) -> None:
         momenta = self._momenta(optimizer, model) if self.rule.conflict else None
         self._set(optimizer, model, score_units(model, self._items, self.units, None, True, momenta), step)
 
-    def _of_step(self) -> dict[str, float]:
+    def _step_extras(self) -> dict[str, float]:
         anchored, self._anchored = self._anchored, None
         return {} if anchored is None else {"anchor_kl": float(anchored)}
 
     def _set(self, optimizer: Optimizer, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
-        self._spread_out = self.rule.spread_out(importance, self._spread_out)
-        rates = self.rule.rates(self._spread_out, importance) * (self.meter.scale if self.meter else 1.0)
+        self._raw_rates = self.rule.raw_rates(importance, self._raw_rates)
+        rates = self.rule.rates(self._raw_rates, importance) * (self.meter.scale if self.meter else 1.0)
         apply_rates(optimizer, model, units, rates)
         self._refreshed = step
         if self.log:
@@ -218,10 +237,10 @@ class AdeptCallback(Monitor, GoesOnByItself):
         return {name: state["exp_avg"] for name, state in states.items() if state}
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in trainer_state.json, and a resumed run goes on from: the moving average, the last refresh, settings."""
-        kept = None if self._spread_out is None or not self.rule.average else self._spread_out.tolist()
+        """Return what trainer_state.json stores for a resumed run: the moving average, the last refresh, the settings."""
+        average = None if self._raw_rates is None or not self.rule.average else self._raw_rates.tolist()
         made_with = {} if self._made_with is None else {"made_with": self._made_with}
-        return {"args": {}, "attributes": {"spread_out": kept, "refreshed": self._refreshed, **made_with}}
+        return {"args": {}, "attributes": {"raw_rates": average, "refreshed": self._refreshed, **made_with}}
 
     def _read(self, model: PreTrainedModel, step: int, control: TrainerControl) -> None:
         if not self.meter:
@@ -249,8 +268,8 @@ def _named(units: Units, values: Tensor) -> dict[str, float]:
     return {unit.name: float(value) for unit, value in zip(units, values, strict=True)}
 
 
-def rated(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, out of accelerate's wrapper: one whose rates can be set."""
+def rated_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside accelerate's wrapper. Raises InputError for one that cannot have unit-wise rates."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not (isinstance(inner, AdamW) or has_rate_groups(inner)):
         raise InputError(

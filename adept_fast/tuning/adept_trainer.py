@@ -1,4 +1,4 @@
-"""AdeptTrainer: transformers' Trainer that trains copies only, with unit-wise rates and checkpoints of what changed."""
+"""AdeptTrainer: a transformers Trainer that trains copies only, with unit-wise rates and checkpoints of what changed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,31 @@ if TYPE_CHECKING:
 
 
 class AdeptTrainer(StagedTrainer):
-    """Trainer(model, args, ..., adept=AdeptCallback(...)) for an expanded model.
+    """A transformers Trainer for an expanded model, with the optimizer, the callback and the checkpoints in place.
 
-    Freezes all but the copies, takes the loss without logits (see fast_step), steps and keeps checkpoints as StagedTrainer does; these hold
-    the record and the unit rates too. Raises InputError for a model that was not expanded.
+    It freezes all but the copies, computes the loss without logits where it can (`fast_step`) and steps with AdamW. Its checkpoints are
+    staged; they hold the copies, the optimizer state with the unit rates, and the record.
+
+    Args:
+        model: an expanded model, not wrapped.
+        args: TrainingArguments.
+        adept: the AdeptCallback that sets the unit rates.
+        kwargs: further arguments of transformers.Trainer (train_dataset, data_collator, ...), and `extend=True` to resume with another
+            number of steps where the schedule would have given the finished steps other learning rates.
+
+    Raises:
+        InputError: the model has no copies or is wrapped, or an argument cannot work here.
+
+    >>> from transformers import TrainingArguments
+    >>> args = TrainingArguments("out", per_device_train_batch_size=1, max_steps=2, learning_rate=1e-3, report_to="none")
+    >>> data = [{"input_ids": item.input_ids, "labels": item.input_ids} for item in probe]
+    >>> trainer = AdeptTrainer(expand_model(model, [1]), args, adept=AdeptCallback(probe), train_dataset=data)
+    >>> trainer.train().global_step
+    {'train_runtime': ...}
+    2
     """
 
-    copies_alone = True
+    trains_only_copies = True
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, adept: AdeptCallback, **kwargs: Any) -> None:
         if unwrapped(model) is not model:
@@ -64,7 +82,7 @@ class AdeptTrainer(StagedTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and (Path(checkpoint) / sharded_checkpoint.FOLDER).is_dir():  # rates are read into rates of their shape
+        if checkpoint is not None and (Path(checkpoint) / sharded_checkpoint.FOLDER).is_dir():  # dcp loads rates into existing tensors
             apply_rates(self.stepped, bare(self.model), self._adept.units, torch.ones(len(self._adept.units)))
         super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -1,4 +1,4 @@
-"""Baselines without copies: the base model trained whole, or through LoRA, in the harness that trains copies."""
+"""Train a baseline without copies, the whole model or LoRA, by the same Trainer, data and log as the copies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ FILE = "baseline.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """model: what the Trainer trains; merged: makes the plain model of it; may_change: whether a tensor of that may have moved."""
+    """A model ready for its baseline's training.
+
+    model: the module to train. merged: returns the plain model after training. may_change: whether training may change the tensor of
+    that name. settings: for baseline.json.
+    """
 
     model: nn.Module
     merged: Callable[[], PreTrainedModel]
@@ -47,12 +51,12 @@ class Prepared:
 
 
 def check_rank(model: PreTrainedModel, rank: int) -> None:
-    """Raise InputError for a rank above the model's width, at which LoRA is no longer low."""
+    """Raise InputError for a LoRA rank above the model's width."""
     require("rank", rank, int, Range(1, text_config(model).hidden_size, why="the model's width"))
 
 
 def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepared:
-    """Set what of `model` is trained. rank: of the LoRA matrices; their scale is alpha / rank = 2."""
+    """Set which parameters of `model` are trained. rank: of the LoRA matrices, whose scale alpha / rank is 2."""
     if method != "lora":
         model.requires_grad_(True)
         return Prepared(model, lambda: model, lambda name: True, {})
@@ -62,7 +66,7 @@ def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepar
         raise InputError("method=lora needs PEFT: pip install peft") from None
     torch.manual_seed(seed)  # LoRA's first matrices are random
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # PEFT asks by a name that transformers 5 deprecates
+    with warnings.catch_warnings():  # PEFT uses a name that transformers 5 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         wrapped = peft.get_peft_model(model, config)
     adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
@@ -82,9 +86,10 @@ def tune_baseline(
     rank: int,
     **loading: Any,
 ) -> None:
-    """Train the checkpoint `source` by `method` and write `target`, a plain checkpoint with baseline.json; see tune_checkpoint.
+    """Train the checkpoint `source` by `method`, and write `target`, a plain checkpoint with baseline.json.
 
-    Raises ExpansionError when a tensor changed that the method must not touch, or none did.
+    The other arguments are those of `tune_checkpoint`. Raises ExpansionError where training changed a tensor that the method must not
+    touch, or no tensor at all.
     """
     model = checkpoint.load_model(source, **loading)
     if method == "lora":

@@ -1,6 +1,6 @@
-"""digests.json in each checkpoint of a run: xxh3 of all its other files, so that what goes on is what was written.
+"""Write and verify digests.json of each training checkpoint: the xxh3 of all its other files.
 
-Optimizer moments and random states have no headers that a flipped bit would break: without a digest they are read as other numbers.
+Optimizer moments and random states have no checksums: without a digest a flipped bit would be read as another number.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from adept_fast.runtime.input_files import read_json
 
 FILE = "digests.json"
 KIND = "xxh3_128"
-AT_ONCE = 1 << 20  # bytes
+CHUNK = 1 << 20  # bytes
 
 
-def seal(folder: Path) -> None:
+def write(folder: Path) -> None:
     """Write the digests of all files of a checkpoint, before it gets its name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / FILE, {"schema": 1, "files": {path.relative_to(folder).as_posix(): _digest(path) for path in files}})
 
 
 def verify(folder: Path) -> None:
-    """Raise InputError, naming the file and the way out, for a file of a checkpoint that is missing or not as it was written: digests.json
-    too, which every checkpoint has. Files that were put there later are not looked at.
+    """Require that the files of a checkpoint, digests.json among them, are there as they were written.
+
+    Raises InputError, which names the file and the way out. Files that were added later are ignored.
     """
     path = folder / FILE
     if not path.is_file():
@@ -53,6 +54,6 @@ def _way_out(folder: Path) -> str:
 def _digest(path: Path) -> str:
     found = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as stream:
-        while block := stream.read(AT_ONCE):
+        while block := stream.read(CHUNK):
             found.update(block)
     return f"{KIND}:{found.hexdigest()}"

@@ -1,4 +1,4 @@
-"""How packed documents go to a model, and whether it keeps them apart: checked once before the first step, packed against separate."""
+"""Collate packed documents for a model, and check once before the first step that it does not attend across them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Any]]
 
 
 def collator(model: PreTrainedModel) -> Collator:
-    """What makes a batch of blocks: rows, of which the model masks documents apart; one row where it runs flash attention."""
+    """Return the collator of blocks: rows with restarting position_ids, or one flattened row under flash attention."""
     if "flash" not in (text_config(model)._attn_implementation or ""):
         return default_data_collator
     taken = inspect.signature(model.forward).parameters.values()
@@ -31,9 +31,11 @@ def collator(model: PreTrainedModel) -> Collator:
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: PreTrainedModel, blocks: Blocks, collate: Collator) -> bool:
-    """True when, in a batch of two blocks (of several documents each, where there is such a one), the logits of the last document are
-    those it gets alone. So it is where there is no block, of documents of one token."""
+def isolates_documents(model: PreTrainedModel, blocks: Blocks, collate: Collator) -> bool:
+    """Return whether a packed document gets the logits that it gets alone. True without blocks.
+
+    The last document of a batch of two equal blocks is compared, in a block of several documents where there is one.
+    """
     if not len(blocks):
         return True
     index = next((index for index in range(len(blocks)) if len(blocks.documents(index)) > 1), 0)
@@ -45,7 +47,7 @@ def keeps_documents_apart(model: PreTrainedModel, blocks: Blocks, collate: Colla
         alone = model(input_ids=block["input_ids"][None, start:].to(device_of(model)), use_cache=False).logits[0]
         try:
             packed = model(**batch, use_cache=False).logits.flatten(0, 1)[stop + start :]
-        except ValueError:  # transformers' word for layers that cannot keep documents apart here
+        except ValueError:  # transformers raises it for layers that cannot mask documents
             return False
     tolerance = TOLERANCE.get(alone.dtype, LOW_PRECISION) * float(alone.abs().max())
     return bool((packed - alone).abs().max() <= tolerance)

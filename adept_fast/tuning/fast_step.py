@@ -1,11 +1,10 @@
-"""A training step that costs what the copies need.
+"""Compute the training loss without logits.
 
     loss = sum over targets of -log p(target) / num_items_in_batch        (their mean without num_items_in_batch)
 
-as transformers' own models compute it, but 0 where a batch has no target (theirs is 0 / 0, which the Trainer logs as 0, with gradients of
-0), and without logits: a frozen linear head gives the loss and its gradient to the hidden states in
-one pass over the vocabulary. The rest is autograd's: where no input requires a gradient it keeps nothing, so layers below the lowest copy
-run forward only, and frozen layers above it keep what gradients to their inputs need.
+This is the loss of transformers' own models, except that a batch without targets gives 0, not 0 / 0. A frozen linear head gives the loss
+and its gradient to the hidden states in one pass over the vocabulary. Autograd saves nothing where no input requires a gradient: layers
+below the lowest copy run forward only, and frozen layers above it save only what the gradients to their inputs need.
 """
 
 from __future__ import annotations
@@ -31,16 +30,22 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 LOW_PRECISION = 2e-2
-WHOLE = ("output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep")  # asked of a call: the model's own way
+WHOLE = ("output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep")  # such a call runs the model's forward
 
 
 @contextmanager
 def fast_step(model: PreTrainedModel) -> Iterator[bool]:
-    """While inside, `model(..., labels=...)` in training mode returns its loss without logits. Yields whether it does.
+    """Make `model(..., labels=...)` in training mode return its loss without logits, while inside the context.
 
-    It does not where the head is trained, sharded or no plain projection, or where the model's loss on a few tokens is not this one (a
-    router's loss is part of it, say): such a model goes its own way. Wrappers of the model (DDP, FSDP2, accelerate's autocast,
-    torch.compile) may be put on and taken off while inside; other calls, and calls in eval mode, are the model's own.
+    A model keeps its own forward where its head is trained, sharded or not a plain projection, and where its loss on a few tokens differs
+    from this one (because it includes a router's loss, say). Calls in eval mode and calls without labels are not changed. Wrappers (DDP,
+    FSDP2, accelerate's autocast, torch.compile) may be put on and taken off while inside.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Yields:
+        True where the loss is computed this way, False where the model keeps its own forward.
 
     >>> ids = torch.arange(3, 40)[None]
     >>> with fast_step(model.train()):
@@ -71,7 +76,7 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
         yield True
     finally:
         active = False
-        if vars(model).get("forward") is forward:  # otherwise it lies in a wrapper's, and is the model's own from now on
+        if vars(model).get("forward") is forward:  # otherwise a wrapper holds it, and `active` makes it the model's own again
             if before is None:
                 del model.forward
             else:
@@ -97,7 +102,7 @@ def _loss(
     return_dict: bool | None = None,
     **inputs: Any,
 ) -> Tensor:
-    with embeddings_apart(model):
+    with detached_embeddings(model):
         hidden = headless(model)(*args, **{**inputs, "use_cache": False})[0]
     targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.to(hidden.device)
@@ -108,12 +113,15 @@ def _loss(
     there = (targets != IGNORE).sum()
     count = there if num_items_in_batch is None else num_items_in_batch
     count = count.to(hidden.device) if isinstance(count, Tensor) else count
-    return losses.sum() / torch.where(there == 0, 1, count)  # of no target 0 is divided, perhaps by 0
+    return losses.sum() / torch.where(there == 0, 1, count)  # without targets count may be 0
 
 
 @contextmanager
-def embeddings_apart(model: PreTrainedModel) -> Iterator[None]:
-    """No gradient to the embeddings' output, which transformers asks for with gradient checkpointing: all layers would run backward."""
+def detached_embeddings(model: PreTrainedModel) -> Iterator[None]:
+    """Detach the embeddings' output, which transformers makes require a gradient under gradient checkpointing.
+
+    Otherwise every layer would run backward.
+    """
     if not getattr(model, "_require_grads_hooks", None):
         yield
         return
@@ -126,7 +134,7 @@ def embeddings_apart(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _same_loss(model: PreTrainedModel, own: Any, scale: tuple[float, float]) -> bool:
-    """Whether `_loss` is the model's own loss, on eight tokens."""
+    """Return whether `_loss` equals the model's own loss on eight tokens."""
     config = text_config(model)
     if getattr(config, "output_router_logits", False):
         return False

@@ -1,9 +1,9 @@
-"""The forgetting meter: how much general loss rose since the last reading, against what its gradient foretold, unit by unit.
+"""The forgetting meter: measure how much general loss rose since the last reading, and predict that to first order, unit by unit.
 
     predicted(U) = g_U . (theta_U - theta'_U)        bound(U) = |g_U| |theta_U - theta'_U|        measured = loss(theta) - loss(theta')
 
-theta' are the copies at the last reading and g the gradient there of the token-weighted mean loss of the meter's items, nats per token.
-Source: the first-order analysis of forgetting in ADEPT (arXiv 2510.10071); the bound is Cauchy and Schwarz's, unit by unit.
+theta' are the copies at the last reading. g is the gradient there of the token-weighted mean loss of the meter's items, nats per token.
+Source: the first-order analysis of forgetting in ADEPT (arXiv 2510.10071); the bound is the Cauchy-Schwarz inequality of each unit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ FILE = "adept_meter.safetensors"
 
 @dataclass(frozen=True)
 class Reading:
-    """loss: nats per token; rise: since the first reading; predicted, bound: of the rise since the last one, fp64 [units], or None."""
+    """One measurement, in nats per token.
+
+    loss: the mean loss. rise: the loss minus that of the first reading. predicted, bound: of the rise since the last reading, fp64 [units];
+    None at the first one.
+    """
 
     loss: float
     rise: float
@@ -58,9 +62,12 @@ class _State:
 
 
 class Meter:
-    """items: general text that neither trains nor steers. limit: the rise of its loss, nats per token, that calls for action: "stop" ends
-    training there, "cut" halves all unit rates at each reading above it. Between readings the gradient and the copies as they were (fp32
-    and their own dtype) lie in host memory, and in checkpoints."""
+    """Measures forgetting on `items`, general text that neither trains nor sets rates.
+
+    limit: the rise of the loss, nats per token, above which it acts: action "stop" ends training, "cut" halves all unit rates at each
+    reading above it. Between readings the last gradient (fp32) and the last copies (their dtype) stay in host memory and in checkpoints.
+    Raises InputError for items without a supervised token, and for a wrong limit or action.
+    """
 
     def __init__(self, items: Sequence[Item], limit: float | None = None, action: str = Tuning.general_action) -> None:
         self.items = [item for item in items if item.supervised]
@@ -73,28 +80,30 @@ class Meter:
 
     @property
     def scale(self) -> float:
-        """What unit rates are to be multiplied by."""
+        """The factor for all unit rates."""
         return self._state.scale
 
     @property
     def stopped(self) -> bool:
         return self._state.stopped
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Forget all readings: the next one is the first of a run."""
         self._state, self._before = _State(), {}
 
-    def kept(self) -> tuple[_State, dict[str, Tensor]]:
-        """Its readings so far, for `put_back`."""
+    def snapshot(self) -> tuple[_State, dict[str, Tensor]]:
+        """Return the readings so far, for `restore`."""
         return replace(self._state), dict(self._before)
 
-    def put_back(self, kept: tuple[_State, dict[str, Tensor]]) -> None:
-        self._state, self._before = kept
+    def restore(self, snapshot: tuple[_State, dict[str, Tensor]]) -> None:
+        self._state, self._before = snapshot
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, units: Units) -> Reading:
-        """Measure, compare with the last reading, and remember. Leaves .grad, RNG and training mode as they were. Processes that hold the
-        same model (DDP) share the items out; of a sharded one (FSDP2) all run all of them."""
+        """Measure, compare with the last reading, and store this one. .grad, RNG and training mode stay as they were.
+
+        Processes that hold the same model (DDP) share the items; those of a sharded one (FSDP2) each run all of them.
+        """
         loss, gradients = self._gradients(model, units)
         state = self._state
         state.first = loss if state.first is None else state.first
@@ -113,7 +122,7 @@ class Meter:
         return Reading(loss, rise, predicted, bound)
 
     def _gradients(self, model: PreTrainedModel, units: Units) -> tuple[float, dict[str, Tensor]]:
-        """Mean loss and its gradient, fp32, of this process's part of each parameter."""
+        """Return the mean loss and its gradient, fp32, for this process's shard of each parameter."""
         parameters = {name: model.get_parameter(name) for name in units.slices}
         tokens, total = sum(item.supervised for item in self.items), torch.zeros((), dtype=torch.float64)
         share = not in_shards(model)
@@ -156,22 +165,21 @@ class Meter:
 
     @torch.no_grad()
     def save(self, folder: Path, model: PreTrainedModel) -> None:
-        """Into a checkpoint's folder, where it is not yet, so that a resumed run goes on with the same readings, on any number of
-        processes. Every process of a sharded run must call this."""
+        """Write the readings, unsharded, to a checkpoint's folder that lacks them. Every process of a sharded run must call this."""
         path = folder / FILE
         if not self._before or path.exists():
             return
-        kept = {}
+        tensors = {}
         for key, part in self._before.items():
             tensor = whole(part, model.get_parameter(key.partition(".")[2]))
             if distributed.rank() == 0:
-                kept[key] = tensor.contiguous()
-        if kept:
+                tensors[key] = tensor.contiguous()
+        if tensors:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(kept, path, metadata={"state": dumps(asdict(self._state))})
+            save_file(tensors, path, metadata={"state": dumps(asdict(self._state))})
 
     def load(self, folder: Path, model: PreTrainedModel) -> None:
-        """What `save` wrote; of a sharded parameter its part."""
+        """Read what `save` wrote; of a sharded parameter this process's shard."""
         path = folder / FILE
         if not path.is_file():
             return
@@ -184,7 +192,7 @@ class Meter:
 
 
 def stopped_in(folder: Path) -> bool:
-    """Whether the run that wrote this checkpoint ended there because general loss had passed its limit."""
+    """Return whether the run that wrote this checkpoint stopped there because general loss had passed its limit."""
     path = folder / FILE
     if not path.is_file():
         return False

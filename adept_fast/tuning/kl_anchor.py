@@ -1,9 +1,9 @@
-"""An anchor to the base: retention without replay data and without a second model.
+"""A KL anchor to the base model: retention without replay data and without a second model.
 
     weight * mean over tokens of KL(base || model)
 
-is added to the loss of every `every`-th optimizer step, on `tokens` tokens of a general corpus. The base is the model with its copies
-bypassed.
+is added to the loss of every `every`-th optimizer step, on at most `tokens` tokens of a general corpus. The base is the same model with its
+copies bypassed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.settings.validation import check, require_made
-from adept_fast.tuning.fast_step import embeddings_apart
+from adept_fast.tuning.fast_step import detached_embeddings
 from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
@@ -33,7 +33,22 @@ if TYPE_CHECKING:
 
 
 class Anchor:
-    """items: the general corpus, gone through in order, again and again. Which of them a step takes depends on its number alone."""
+    """Holds a model to its base: adds weight * KL(base || model) to the loss of some steps, without a second model.
+
+    Args:
+        items: tokenised general text, from `load_items`; the steps cycle through it in order.
+        weight: of the KL divergence in the loss, above 0.
+        every: the anchor acts on every so many optimizer steps.
+        tokens: the most tokens a step takes.
+
+    Raises:
+        InputError: a wrong argument, or items without tokens.
+
+    >>> anchor = Anchor(probe, weight=0.5, every=2, tokens=64)
+    >>> expanded = expand_model(model, [1])
+    >>> float(anchor.backward(expanded, step=2))        # the copies are still silent
+    0.0
+    """
 
     def __init__(self, items: Sequence[Item], weight: float, every: int = Tuning.anchor_every, tokens: int = Tuning.anchor_tokens) -> None:
         check(Tuning, "anchor_", needed=True, weight=weight, every=every, tokens=tokens)
@@ -47,15 +62,15 @@ class Anchor:
         self.groups = list(_groups(items, tokens))
 
     def due(self, step: int) -> bool:
-        """Whether step `step` (from 0, when copies are silent and there is nothing to hold) has the anchor's loss."""
+        """Return whether step `step` has the anchor's loss. Step 0 has none: the copies are still silent."""
         return step > 0 and step % self.every == 0
 
     def backward(self, model: PreTrainedModel, step: int, scale: Tensor | float = 1.0, share: bool = False) -> Tensor:
-        """Add the gradient of the anchor's loss, times `scale` (a loss scaler's), to .grad: once a step, however many batches it
-        accumulates. Returns the mean KL in nats per token. In eval mode, so that no random number is drawn.
+        """Add the gradient of the anchor's loss to .grad, in eval mode, and return the mean KL, 0-d, nats per token.
 
-        share: processes that hold the same model share the items out; each adds its part, so that the mean over processes, which DDP
-        takes, is the whole gradient. Of a sharded model (FSDP2) all run all items, whatever `share` says."""
+        scale: the loss scaler's factor. share: processes that hold the same model share the items, and each adds its part times their
+        number, so that DDP's mean is the whole gradient. Processes of a sharded model (FSDP2) each run all items.
+        """
         model = unwrapped(model)
         items = self.groups[step // self.every % len(self.groups)]
         tokens = sum(len(item.input_ids) for item in items)
@@ -63,14 +78,14 @@ class Anchor:
         mine = distributed.share(items) if share else items
         kl = torch.zeros((), device=device_of(model))
         if mine:
-            with in_eval_mode(model), embeddings_apart(model), torch.enable_grad():
+            with in_eval_mode(model), detached_embeddings(model), torch.enable_grad():
                 kl = divergence_from_base(model, mine) / tokens
                 (kl * (self.weight * scale * (distributed.processes() if share else 1))).backward()
         return distributed.total(kl.detach()) if share else kl.detach()
 
 
 def divergence_from_base(model: PreTrainedModel, items: Sequence[Item]) -> Tensor:
-    """KL(base || model) summed over all tokens of `items`, run as one padded batch, 0-d, nats; differentiable in the copies."""
+    """Return KL(base || model) summed over all tokens of `items`, 0-d, nats, differentiable in the copies. They run as one padded batch."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(item.input_ids) for item in items], batch_first=True).to(device_of(model))
     there = torch.cat([torch.arange(len(item.input_ids)) + row * ids.shape[1] for row, item in enumerate(items)]).to(ids.device)
     with bypassed(model), torch.no_grad():
@@ -79,8 +94,8 @@ def divergence_from_base(model: PreTrainedModel, items: Sequence[Item]) -> Tenso
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
-    """fp32 [rows, vocabulary]."""
-    if in_shards(model):  # only a call of the whole model gathers them
+    """Return log probabilities, fp32 [rows, vocabulary]. rows: indices into the flattened batch."""
+    if in_shards(model):  # FSDP2 gathers the shards only in a call of the whole model
         logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]
     else:
         logits = head_logits(model, last_hidden(model, ids).flatten(0, 1)[rows])
@@ -88,7 +103,7 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Ten
 
 
 def _groups(items: Sequence[Item], tokens: int) -> Iterator[list[Item]]:
-    """Items, cut to `tokens`, in groups of at most so many."""
+    """Cut items to `tokens` tokens, and group them so that no group has more."""
     group: list[Item] = []
     for item in items:
         cut = replace(item, input_ids=item.input_ids[:tokens], labels=(IGNORE,) * min(tokens, len(item.input_ids)))

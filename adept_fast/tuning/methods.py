@@ -1,4 +1,4 @@
-"""The methods that a recipe may name: ADEPT, its ablations, and the baselines it is compared with, on the same data, tokens and log.
+"""The methods that a recipe may name: ADEPT, its ablations, and the baselines that it is compared with on the same data and tokens.
 
 | method    | copies          | trained                     | unit rates |
 |-----------|-----------------|-----------------------------|------------|
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """copies: trains copies of layers; uniform: evenly spaced ones; rates: each unit at its own rate."""
+    """copies: train copies of layers. uniform: evenly spaced ones. rates: each unit at its own rate."""
 
     copies: bool = True
     uniform: bool = False

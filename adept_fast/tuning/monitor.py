@@ -1,4 +1,4 @@
-"""Monitor: the log of a training run, and held-out losses while it lasts, in any transformers Trainer."""
+"""Monitor logs a training run and its held-out losses, in any transformers Trainer."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor(TrainerCallback):
-    """Writes steps and held-out losses to the log, and losses and skipped steps to the logger "adept_fast". On several processes rank 0
-    writes the log.
+    """Writes steps and held-out losses to trainer_log.jsonl, on rank 0 of several processes, and losses to the logger "adept_fast".
 
-    monitors: name -> items whose mean loss is taken at the start, every `monitor_steps` and at the end; they steer nothing.
-    log: where losses and steps are written as JSON lines.
-    skip_nonfinite: steps whose loss or gradient is not finite that are skipped, logged and told before the run is stopped, with the text of
-    their documents where there is a tokenizer (or the Trainer's processing_class).
-    tokens_per_step: for tokens/s, what a callback does itself left out, and peak memory in bytes in the log.
+    monitors: name -> items whose mean loss is measured at the start, every `monitor_steps` and at the end; they influence nothing.
+    log: the trainer_log.jsonl to write.
+    tokens_per_step: for tokens/s in the log, without the time that callbacks take, and peak memory in bytes.
+    skip_nonfinite: how many steps whose loss or gradient is not finite are skipped before one stops the run. tokenizer: shows their
+    documents as text; default: the Trainer's processing_class.
     """
 
     def __init__(
@@ -73,13 +72,13 @@ class Monitor(TrainerCallback):
     ) -> None:
         if self.log and logs and "loss" in logs:
             content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
-            if self._skipped and args.logging_steps == 1:  # transformers puts the mean of the others, 0, in its place
+            if self._skipped and args.logging_steps == 1:  # transformers logs 0 for it, the mean of no other step
                 content["loss"] = content["grad_norm"] = None
             now, steps = time.perf_counter(), state.global_step - self._timed[1]
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
                 content["peak_memory"] = _peak_memory(args.device)
-            self.log.write("step", state.global_step, **content, **self._of_step())
+            self.log.write("step", state.global_step, **content, **self._step_extras())
         self._start_timer(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -89,7 +88,7 @@ class Monitor(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """After clipping: what is skipped loses its gradients, and the optimizer does nothing."""
+        """Drop the gradients of a step that is not finite, after clipping; the optimizer then does nothing."""
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         self.nonfinite.decode = getattr(tokenizer, "decode", None)
         scaled = getattr(optimizer, "scaler", None) is not None
@@ -97,12 +96,12 @@ class Monitor(TrainerCallback):
         if self._skipped and self.log:
             self.log.write("skipped", state.global_step + 1, skipped=self.nonfinite.skipped)
 
-    def _of_step(self) -> dict[str, float]:
-        """What else stands in a step's line."""
+    def _step_extras(self) -> dict[str, float]:
+        """Return further entries for a step's line in the log."""
         return {}
 
     def _open_log(self, state: TrainerState) -> None:
-        """Leave writing to rank 0; a resumed run's log ends where its checkpoint does, a new run's begins behind an earlier one's."""
+        """Let rank 0 alone write. A resumed run's log is cut at its checkpoint; a new run's entries follow those of an earlier one."""
         skipped = self.log.count("skipped", state.global_step) if self.log and state.global_step else 0
         if not state.is_world_process_zero:
             self.log = None
@@ -136,7 +135,7 @@ class Monitor(TrainerCallback):
 
 
 def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str) -> float:
-    """Mean loss of items, shared out over processes that hold the whole model."""
+    """Return the mean loss of items. Processes that hold the whole model share them."""
     if in_shards(model):
         return corpus_loss(model, items, title=title).mean
     found = corpus_loss(model, distributed.share(items), title=title)
@@ -145,7 +144,7 @@ def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str) -> flo
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch had allocated on a CUDA device; elsewhere the most that was resident since the process began."""
+    """Return the peak memory in bytes: torch's allocations on a CUDA device, elsewhere the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

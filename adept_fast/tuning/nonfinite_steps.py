@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is no number: they stop the run, or are skipped and counted as far as the user allows.
+"""Stop the run at a step whose loss or gradient is not finite, or skip as many of them as the user allows.
 
-A skipped step loses its gradients, so that the optimizer finds nothing to do: parameters, moments and rates stay as they are to the bit,
-while schedule, data and step number go on. Under a loss scaler infinite gradients are its ordinary way to find a scale, and left to it.
+A skipped step loses its gradients, so the optimizer does nothing: parameters, moments and rates keep their bits, while schedule, data and
+step number go on. Infinite gradients under a loss scaler are left to it, because they are how it finds a scale.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 3  # documents of a step in a message, ...
-WORDS = 60  # ... of so many characters each
+SHOWN = 3  # documents of a step in a message
+WIDTH = 60  # characters of each
 
 
 class NonFiniteSteps:
-    """limit: how many steps may be skipped before the run stops, 0 for none. decode: token ids -> text, in messages."""
+    """Counts the skipped steps of a run.
+
+    limit: how many may be skipped; 0 stops at the first. decode: token ids -> text, for messages.
+    """
 
     def __init__(self, limit: int = 0, decode: Callable[[list[int]], str] | None = None) -> None:
         self.limit, self.decode = limit, decode
@@ -36,16 +39,16 @@ class NonFiniteSteps:
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
 
-    def take(self, inputs: dict[str, Any], loss: Tensor) -> None:
-        """A batch of the step and its loss; nothing waits for the device."""
+    def add_batch(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """Store a batch of the step and its loss, without waiting for the device."""
         self._losses.append(loss.detach())
         self._batches.append(inputs)
 
     @torch.no_grad()
     def skips(self, model: PreTrainedModel, step: int, scaled: bool = False) -> bool:
-        """Whether step `step` is skipped: called when its gradients are whole, before the optimizer's step.
+        """Return whether step `step` is skipped. Call it when the gradients are complete, before the optimizer's step.
 
-        Raises InputError, naming the step and the documents in it, for one more than may be. All processes answer alike.
+        Raises InputError, which names the step and its documents, where `limit` steps were skipped before. All processes agree.
         """
         losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -67,15 +70,15 @@ class NonFiniteSteps:
         return True
 
     def _documents(self, batches: Sequence[dict[str, Any]]) -> str:
-        """The beginnings of the documents of some batches, as text where it can be had."""
-        found = [document for batch in batches for document in _parted(batch)]
-        shown = [repr(self.decode(ids)[:WORDS]) if self.decode else f"tokens {ids[:10]}" for ids in found[:SHOWN]]
+        """Show how the documents of some batches begin, as text where there is a tokenizer."""
+        found = [document for batch in batches for document in _split_documents(batch)]
+        shown = [repr(self.decode(ids)[:WIDTH]) if self.decode else f"tokens {ids[:10]}" for ids in found[:SHOWN]]
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         return f"its documents begin {', '.join(shown)}{more}" if shown else "its documents are not known"
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:
-    """One norm of each gradient, and one wait for all."""
+    """Return whether all gradients are finite, with one synchronisation for all of them."""
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return True
@@ -83,8 +86,8 @@ def _finite(gradients: Sequence[Tensor]) -> bool:
     return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
 
 
-def _parted(batch: dict[str, Any]) -> list[list[int]]:
-    """Token ids of each document: rows, or parts of a row where positions start again."""
+def _split_documents(batch: dict[str, Any]) -> list[list[int]]:
+    """Return the token ids of each document: a row, or a part of a row from one position 0 to the next."""
     ids, positions = batch.get("input_ids"), batch.get("position_ids")
     if not isinstance(ids, Tensor):
         return []

@@ -1,15 +1,13 @@
-"""Whole-tensor rates through parameter groups: for engines that flatten parameters (ZeRO, FSDP1), where no row can have a rate of its
-own, and for optimizers other than adept_fast.AdamW.
+"""Whole-tensor rates through parameter groups, for any torch optimizer and for engines that flatten parameters (ZeRO, FSDP1).
 
-    learning rate of a group in a step = its lr, as a scheduler left it, * its rate
+    learning rate of a group in a step = its scheduled lr * its rate
 
-so weight decay is scaled too, as by AdamW's unit rates. Any torch optimizer takes the groups, and no scheduler sees the rates.
+The rate scales weight decay too, as AdamW's unit rates do. Schedulers do not see the rates.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -21,16 +19,15 @@ from adept_fast.scoring.units import Units
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")  # what engines put into names
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")  # engines insert them into names
 _MULTIPLYING: WeakSet[Optimizer] = WeakSet()
 
 
 def rate_groups(model: nn.Module, units: Units) -> list[dict[str, Any]]:
-    """Groups of the copies' parameters, one a unit: "params", their "names", "unit" (its name) and "rate", which `apply_rates` sets, at
-    the start and at each refresh.
+    """Return parameter groups of the copies, one a unit, whose rates `apply_rates` sets.
 
-    model: plain, or wrapped with its parameters kept (FSDP1 with use_orig_params=True). Raises InputError where units are smaller than a
-    tensor, and where an engine has merged parameters already.
+    A group has "params", their "names", "unit" (its name) and "rate". model: plain, or wrapped with its parameters kept (FSDP1 with
+    use_orig_params=True). Raises InputError where units are smaller than a tensor, and where an engine has merged parameters already.
 
     >>> optimizer = torch.optim.AdamW(rate_groups(model, units), lr=2e-4)
     >>> apply_rates(optimizer, model, units, unit_rates(importance))
@@ -57,7 +54,7 @@ def has_rate_groups(optimizer: Optimizer) -> bool:
 
 
 def set_group_rates(optimizer: Optimizer, units: Units, rates: Tensor) -> None:
-    """Give each group of an optimizer made from `rate_groups` its unit's multiplier: rates [units]. Raises InputError for other groups."""
+    """Set the rate of each group made by `rate_groups`. rates: multipliers, [units]. Raises InputError for other groups."""
     given = {unit.name: float(rate) for unit, rate in zip(units, rates.float(), strict=True)}
     groups = [group for group in optimizer.param_groups if "rate" in group]
     if sorted(group["unit"] for group in groups) != sorted(given):
@@ -70,7 +67,7 @@ def set_group_rates(optimizer: Optimizer, units: Units, rates: Tensor) -> None:
 
 
 def multiply_rates(optimizer: Optimizer) -> None:
-    """From now on the optimizer's steps multiply learning rates by the groups' rates: after loading a state, whose rates go on."""
+    """Make the optimizer's steps multiply learning rates by the groups' rates. Call it after loading a state that has rates."""
     if optimizer not in _MULTIPLYING:
         _MULTIPLYING.add(optimizer)
         optimizer.register_step_pre_hook(_multiply)
@@ -89,7 +86,7 @@ def _put_back(optimizer: Optimizer, *_: Any) -> None:
             group["lr"] = group.pop("scheduled_lr")
 
 
-def refusal(engine: str) -> InputError:
+def flattening_error(engine: str) -> InputError:
     return InputError(
         f"{engine} flattens parameters: unit-wise rates, and checkpoints of what is trained, need DDP or FSDP2 (fsdp_version: 2); "
         "whole-tensor rates work through adept_fast.tuning.rate_groups in a loop of your own"
@@ -97,20 +94,13 @@ def refusal(engine: str) -> InputError:
 
 
 def refuse_flattened(model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Raise InputError where an engine flattens parameters, so that unit-wise rates cannot reach their rows."""
-    engine = _flattens(model.modules(), model.parameters(), optimizer)
-    if engine:
-        raise refusal(engine)
-
-
-def _flattens(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> str | None:
-    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")  # nobody has such a module without it
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
-        return "FSDP1"
+    """Raise InputError where an engine flattens parameters, because unit-wise rates cannot reach rows then."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")  # imported wherever FSDP1 is in use
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise flattening_error("FSDP1")
     inner = getattr(optimizer, "optimizer", optimizer)
-    if any(hasattr(parameter, "ds_id") for parameter in parameters) or type(inner).__module__.partition(".")[0] == "deepspeed":
-        return "DeepSpeed ZeRO"
-    return None
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) or type(inner).__module__.partition(".")[0] == "deepspeed":
+        raise flattening_error("DeepSpeed ZeRO")
 
 
 def _plain(name: str) -> str:

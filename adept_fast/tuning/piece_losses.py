@@ -1,7 +1,7 @@
-"""First pieces of documents against later ones: a model that reads the later ones as worse text has not been trained on what blocks hold.
+"""Compare the loss on first pieces of documents with that on later ones, to find blocks in a form that the model was not trained on.
 
-A document longer than a block is cut, and its later pieces begin in the middle of it. Whoever trains on what a model has never seen (no
-begin-of-sequence token, most often) sees it learn that, and takes it for knowledge of the domain.
+A document longer than a block is cut, and its later pieces begin in its middle. Where they lack what the model expects, most often a
+begin-of-sequence token, training would first teach it that form, and the falling loss would look like knowledge of the domain.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from adept_fast.models.losses import corpus_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PIECES = 24  # of each kind
-TOKENS = 128  # of each, and half of that at least
-FEWEST = 8
-BLOCKS = 256  # to look for them in
+PIECES = 24  # compared, of first and of later ones
+TOKENS = 128  # that a piece is cut to; it needs half as many
+FEWEST = 8  # pieces for a warning
+BLOCKS = 256  # searched for pieces
 CHANCE = 3.0  # standard errors
 
 
 @dataclass(frozen=True)
 class PieceLosses:
-    """Mean loss of first and of later pieces, nats per token; error: the standard error of each mean over pieces; pieces: of each kind."""
+    """Mean losses in nats per token, their standard errors over pieces, and the numbers of pieces."""
 
     first: float
     later: float
@@ -46,7 +46,7 @@ class PieceLosses:
 
     @property
     def differ(self) -> bool:
-        """Whether later pieces lose more than first ones, by more than chance."""
+        """Whether the loss on later pieces is higher than on first ones by more than chance."""
         enough = min(self.first_pieces, self.later_pieces) >= FEWEST
         return enough and self.later - self.first > CHANCE * self.error
 
@@ -56,14 +56,14 @@ class PieceLosses:
 
 
 def pieces_of(blocks: Blocks | Stream, most: int) -> Iterator[tuple[Item, bool]]:
-    """Each piece of the first `most` blocks as the block has it, and whether it goes on with a document."""
+    """Yield each piece of the first `most` blocks, as the block has it, and whether it continues a document."""
     for piece, later in blocks.first_pieces(most):
         ids, known = tuple(piece.ids.tolist()), piece.inserted + 1
         yield Item(ids, (IGNORE,) * known + ids[known:]), later
 
 
 def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
-    """What is said of pieces that differ."""
+    """Return the warning to show where the pieces differ, otherwise None."""
     if found is None or not found.differ:
         return None
     tokenizer, begin = encoder.tokenizer, encoder.begin
@@ -74,7 +74,7 @@ def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
 
 
 def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLosses | None:
-    """The first PIECES pieces of each kind, cut to TOKENS tokens, so that all stand in as much context. None where there are not both."""
+    """Compare the first PIECES pieces of each kind, cut to TOKENS tokens so that all have equal context. None without both kinds."""
     tokens, kinds = min(TOKENS, blocks.block_size), ([], [])
     for item, later in pieces_of(blocks, BLOCKS):
         if len(item.input_ids) >= tokens // 2 and len(kinds[later]) < PIECES:
@@ -85,10 +85,10 @@ def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLoss
 
 
 def piece_losses(model: PreTrainedModel, first: Sequence[Item], later: Sequence[Item]) -> PieceLosses:
-    """Of two pieces of each kind or more."""
+    """Measure the mean losses of first and later pieces, at least two of each."""
     found = [corpus_loss(model, pieces, title=title) for pieces, title in ((first, "first pieces"), (later, "later pieces"))]
     means, errors = [each.mean for each in found], []
     for each, mean in zip(found, means, strict=True):
-        apart, count = each.sums - mean * each.tokens, len(each.tokens)  # the error of a ratio of sums over pieces
-        errors.append(float(torch.sqrt(apart.square().sum() * count / (count - 1)) / each.tokens.sum()))
+        residuals, count = each.sums - mean * each.tokens, len(each.tokens)  # the standard error of a ratio of sums over pieces
+        errors.append(float(torch.sqrt(residuals.square().sum() * count / (count - 1)) / each.tokens.sum()))
     return PieceLosses(*means, *errors, len(first), len(later))

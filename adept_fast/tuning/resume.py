@@ -1,8 +1,8 @@
-"""Whether a run goes on from a checkpoint: what that was made with against what is given now, at one place for recipes and for Python.
+"""Decide whether a run may resume from a checkpoint: compare the settings that the checkpoint was made with with those given now.
 
-A checkpoint goes on where every step that is done would have been done alike: the same settings that change a run, and for each of those
-steps the same learning rate. So the number of steps may be raised under a constant rate, and under any schedule that is still the same.
-Where it would have been another, `extend` accepts that; what was accepted is kept in every checkpoint from then on.
+A run may resume where every finished step would have been the same: equal settings, and an equal learning rate in each finished step. So
+the number of steps may be raised under a constant rate, and under any schedule that gives the finished steps the same rates. Otherwise
+`extend` accepts the difference, and every later checkpoint records that.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ MODEL, BATCH = "the frozen weights", "the global batch"
 SAMPLED = 64  # values of each frozen tensor
 
 
-class GoesOnByItself(ExportableState):
-    """A callback that reads its state back from the checkpoint; transformers would make it anew from what JSON holds."""
+class RestoresItself(ExportableState):
+    """A callback that reads its own state from the checkpoint; transformers would construct it anew from JSON."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is made with, kept in each of its checkpoints.
+    """The settings of a run, stored in each of its checkpoints.
 
-    made_with: what makes another run when it changes; schedule, steps, warmup_steps: what gives each step its learning rate; annealed:
-    whether the mixture of sources depends on how long the run is; extended: how it was made longer (or shorter) on the way.
+    made_with: settings that change the result. schedule, steps, warmup_steps: they determine each step's learning rate. annealed: whether
+    the mixture of sources depends on the number of steps. extended: the changes of the number of steps so far.
     """
 
     made_with: Mapping[str, Any]
@@ -59,7 +59,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, args: TrainingArguments, steps: int, annealed: bool = False, **others: Any) -> RunRecord:
-        """others: what else makes another run, by name."""
+        """Collect the settings of a run. others: further settings that change the result, by name."""
         named = {entry.name: getattr(args, entry.name, None) for entry in fields(TrainingArguments) if changes_the_run(entry.name)}
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         schedule = {name: getattr(args, name) for name in ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")}
@@ -68,7 +68,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, checkpoint: Path) -> RunRecord:
-        """Raises InputError for a checkpoint that does not say what it was made with."""
+        """Read the record of a checkpoint. Raises InputError where it is missing or malformed."""
         path = checkpoint / FILE
         if not path.is_file():
             raise InputError(f"{path}: missing, so nothing says what {checkpoint.name} was made with: delete the checkpoint to start again")
@@ -81,11 +81,11 @@ class RunRecord:
         write_json(checkpoint / FILE, _plain(asdict(self)))
 
     def added_to(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a result, and how the run was extended where it was."""
+        """Return the inputs of a result, with the run's extensions where it has any."""
         return {**inputs, **({"extended": list(self.extended)} if self.extended else {})}
 
     def learning_rate(self) -> Callable[[int], float] | None:
-        """The learning rate after so many steps; None for a schedule that follows measurements, not steps."""
+        """Return the learning rate as a function of finished steps; None for a schedule that follows measurements."""
         base = self.made_with["learning_rate"]
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
         named, kwargs = self.schedule["lr_scheduler_type"], dict(self.schedule["lr_scheduler_kwargs"] or {})
@@ -93,11 +93,11 @@ class RunRecord:
         return (lambda step: base * schedule.lr_lambdas[0](step)) if isinstance(schedule, LambdaLR) else None
 
 
-def going_on(checkpoint: Path, now: RunRecord, extend: bool = False, named: str = "") -> RunRecord:
-    """The record with which a run goes on from `checkpoint`: `now`, with the warmup that the run began with where both name the same.
+def resumed_record(checkpoint: Path, now: RunRecord, extend: bool = False, named: str = "") -> RunRecord:
+    """Return the record of a run that resumes from `checkpoint`: `now`, with the warmup steps of the run's beginning.
 
-    extend: whether another learning rate in the steps that are done is accepted. named: what stands before settings in messages.
-    Raises InputError, naming what differs and the way out, for a checkpoint that was made otherwise.
+    extend: accept another learning rate in finished steps. named: the prefix of settings in messages. Raises InputError, which names the
+    difference and the way out, for a checkpoint that was made with other settings.
     """
     recorded, done = RunRecord.load(checkpoint), step_of(checkpoint)
     differing = changed(recorded.made_with, now.made_with)
@@ -112,21 +112,21 @@ def going_on(checkpoint: Path, now: RunRecord, extend: bool = False, named: str 
     if now.steps < done:
         raise InputError(f"{checkpoint} is past the run's {now.steps:,} steps: give more ({named}max_steps), or an earlier checkpoint")
     if recorded.schedule["warmup_steps"] == now.schedule["warmup_steps"]:
-        now = replace(now, warmup_steps=recorded.warmup_steps)  # a share is one of the steps that the run began with: it is over
+        now = replace(now, warmup_steps=recorded.warmup_steps)  # a share counts the steps that the run began with
     if replace(now, extended=recorded.extended) == recorded:
         return recorded
     then, there = recorded.learning_rate(), now.learning_rate()
     other = None if then is None or there is None else next((step for step in range(done) if then(step) != there(step)), None)
     if not extend:
-        _refuse_another_course(checkpoint, recorded, now, other, named)
+        _refuse_other_rates(checkpoint, recorded, now, other, named)
     rates = [] if then is None or there is None else [then(done), there(done)]
     exact = other is None and not (now.annealed and now.steps != recorded.steps)
     entry = {"step": done, "steps": [recorded.steps, now.steps], "learning_rate": rates, "as_from_the_start": exact}
     return replace(now, extended=[*recorded.extended, entry])
 
 
-def _refuse_another_course(checkpoint: Path, recorded: RunRecord, now: RunRecord, other: int | None, named: str) -> None:
-    """Raise InputError where a step that is done would have been another; `other`: the first whose learning rate would have been."""
+def _refuse_other_rates(checkpoint: Path, recorded: RunRecord, now: RunRecord, other: int | None, named: str) -> None:
+    """Raise InputError where a finished step would have been different. other: the first step with another learning rate."""
     done = step_of(checkpoint)
     accept = f"{named}extend=true goes on all the same" if named else "extend=True goes on all the same"
     if other is not None:
@@ -144,7 +144,7 @@ def _refuse_another_course(checkpoint: Path, recorded: RunRecord, now: RunRecord
 
 
 def checkpoint_of(given: str | bool | None, output_dir: str) -> Path | None:
-    """The checkpoint that a Trainer is asked to go on from. Raises InputError where there is none."""
+    """Return the checkpoint that a Trainer is asked to resume from. Raises InputError where there is none."""
     if given is None or given is False:
         return None
     if given is True:
@@ -168,8 +168,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """Tells models apart by what training leaves as it is: names, shapes, dtypes and some values of each frozen tensor. The same on all
-    processes; of a model that is in shards already the names and shapes alone."""
+    """Digest what training does not change: names, shapes, dtypes and SAMPLED values of each frozen tensor.
+
+    The digest is rank 0's on all processes. Of a sharded model it covers names, shapes and dtypes only.
+    """
     sha = hashlib.sha256()
     whole = not in_shards(model)
     for name, parameter in model.named_parameters():
@@ -187,7 +189,7 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def _plain(content: Any) -> Any:
-    """As JSON has it."""
+    """Convert to what JSON reads back."""
 
     def named(value: Any) -> Any:
         if isinstance(value, Enum):

@@ -1,4 +1,4 @@
-"""A Trainer that says what a run is made with, and goes on with one that was made alike: to the last step, or to more."""
+"""A Trainer that records the settings of a run, and resumes one with equal settings, to its last step or to more steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from adept_fast.data.stream import Stream
 from adept_fast.tuning import checkpoint_digests
-from adept_fast.tuning.resume import MODEL, GoesOnByItself, RunRecord, checkpoint_of, frozen_digest, going_on, step_of
+from adept_fast.tuning.resume import MODEL, RestoresItself, RunRecord, checkpoint_of, frozen_digest, resumed_record, step_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -24,51 +24,54 @@ if TYPE_CHECKING:
 
 
 class ResumingTrainer(Trainer):
-    """Trainer(model, args, ...) that goes on from a checkpoint only as it was made (see tuning/resume.py).
+    """A Trainer that resumes a checkpoint only with the settings that it was made with (see tuning/resume.py).
 
-    extend: accept that a changed number of steps would have given the steps that are done another learning rate. named: what stands
-    before settings in messages. The model's cache is off while it runs, as packed documents need it; its config is left, and saved, as it
-    was. Evaluations leave the random state alone, and so change no trained bit.
+    extend: accept another number of steps where it would have given finished steps other learning rates. named: the prefix of settings in
+    messages. The model's KV cache is off in training, as packed documents need it; its config is restored afterwards and saved unchanged.
+    Evaluations do not touch the random state, so they change no trained bit.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, *, extend: bool = False, named: str = "", **kwargs: Any) -> None:
         self._extend, self._named = extend, named
         self._run: RunRecord | None = None
-        self._users: dict[str, Any] | None = None  # fields of the model's config as they are outside of a run
-        with self._without_cache(model):  # which transformers switches off for good
+        self._users: dict[str, Any] | None = None  # the fields of the user's config, while a run has changed it
+        with self._without_cache(model):  # transformers sets use_cache=False and does not restore it
             super().__init__(model, args, **kwargs)
         self._frozen = frozen_digest(self.model)
 
     @contextmanager
     def _without_cache(self, model: nn.Module) -> Iterator[None]:
-        """The model's config says use_cache=False inside, and behind it what it said."""
+        """Set use_cache=False in the model's config while inside."""
         before, self._users = self._users, self._users or vars(model.config).copy()
         model.config.use_cache = False
         try:
             yield
         finally:
-            _put_back(model.config, self._users if before is None else {"use_cache": False})
+            _restore_use_cache(model.config, self._users if before is None else {"use_cache": False})
             self._users = before
 
     @contextmanager
     def _users_config(self) -> Iterator[None]:
-        """Inside, also of a run, the model's config says what it says outside of one."""
+        """Restore the user's config while inside, also during a run."""
         if self._users is None:
             yield
             return
-        _put_back(self.model.config, self._users)
+        _restore_use_cache(self.model.config, self._users)
         try:
             yield
         finally:
             self.model.config.use_cache = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer.train. Raises InputError for a checkpoint that is none, or that was made otherwise; one of the last step is loaded."""
+        """Train as Trainer.train does. A checkpoint of the last step is only loaded.
+
+        Raises InputError for a missing checkpoint, or one that was made with other settings.
+        """
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
         self._run = None
         if checkpoint is not None:
-            self._run = self.goes_on(checkpoint)
-            if step_of(checkpoint) >= self._run.steps:  # the Trainer would make one step more
+            self._run = self.record_to_resume(checkpoint)
+            if step_of(checkpoint) >= self._run.steps:  # the Trainer would run one step more
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
                 if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -79,14 +82,14 @@ class ResumingTrainer(Trainer):
 
     @property
     def run(self) -> RunRecord:
-        """What the run is made with that was trained last."""
+        """The record of the last training."""
         assert self._run is not None
         return self._run
 
-    def goes_on(self, checkpoint: Path) -> RunRecord:
-        """What a run that goes on from `checkpoint` is made with. Raises InputError where it was made otherwise."""
+    def record_to_resume(self, checkpoint: Path) -> RunRecord:
+        """Return the record of a run that resumes from `checkpoint`. Raises InputError where its settings differ."""
         checkpoint_digests.verify(checkpoint)
-        return going_on(checkpoint, self._made_with(self._planned_steps()), self._extend, self._named)
+        return resumed_record(checkpoint, self._made_with(self._planned_steps()), self._extend, self._named)
 
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
@@ -102,17 +105,17 @@ class ResumingTrainer(Trainer):
         return RunRecord.of(self.args, steps, **self._settings(), **counted)
 
     def _settings(self) -> dict[str, Any]:
-        """What makes another run, beside TrainingArguments."""
+        """Return the settings that change the result, beside TrainingArguments."""
         return {MODEL: self._frozen}
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         self._run = self._run or self._made_with(max_steps)
         found = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # how often is logged, saved and evaluated: transformers would take the checkpoint's
+        self.state.compute_steps(self.args, max_steps)  # transformers would log, save and evaluate at the checkpoint's intervals
         return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """With the warmup that the run began with, where it goes on with another number of steps."""
+        """Create the schedule, with the warmup steps of the run's beginning where it resumes."""
         if self.lr_scheduler is None and self._run is not None:
             given = self._run.warmup_steps, num_training_steps, self.args.lr_scheduler_kwargs
             self.lr_scheduler = get_scheduler(self.args.lr_scheduler_type, self.optimizer if optimizer is None else optimizer, *given)
@@ -120,30 +123,30 @@ class ResumingTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate, leaving the random state alone: how often is evaluated changes no trained bit."""
-        with self._aside():
+        """Evaluate as Trainer.evaluate does, without touching the random state."""
+        with self._random_state_restored():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._aside():
+        with self._random_state_restored():
             return super().predict(*args, **kwargs)
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _random_state_restored(self) -> Iterator[None]:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices), self._without_cache(self.model):
             yield
 
     def _load_callback_state(self) -> None:
-        """As the Trainer's, for callbacks that are not ours: these go on from the checkpoint by themselves."""
-        kept = self.state.stateful_callbacks
-        own = {type(callback).__name__ for callback in self.callback_handler.callbacks if isinstance(callback, GoesOnByItself)}
-        self.state.stateful_callbacks = {name: state for name, state in kept.items() if name not in own}
+        """Let the Trainer restore its callbacks, except those that restore themselves."""
+        states = self.state.stateful_callbacks
+        own = {type(callback).__name__ for callback in self.callback_handler.callbacks if isinstance(callback, RestoresItself)}
+        self.state.stateful_callbacks = {name: state for name, state in states.items() if name not in own}
         super()._load_callback_state()
-        self.state.stateful_callbacks = kept
+        self.state.stateful_callbacks = states
 
     def _take_the_new_rate(self) -> None:
-        """The checkpoint's optimizer has what the schedule before gave the next step."""
+        """Set the new schedule's learning rate; the checkpoint's optimizer has that of the earlier schedule."""
         schedule = self.lr_scheduler
         given = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = given
@@ -151,8 +154,8 @@ class ResumingTrainer(Trainer):
             group["lr"] = rate
 
 
-def _put_back(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
-    """use_cache as it stands among `fields`, or not at all."""
+def _restore_use_cache(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
+    """Set use_cache to its value in `fields`, or delete it where they have none."""
     if "use_cache" in fields:
         config.use_cache = fields["use_cache"]
     else:

@@ -1,4 +1,4 @@
-"""The order of training examples: one global batch per optimizer step, the same on any number of processes."""
+"""Sample training examples: one global batch per optimizer step, the same on any number of processes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
 
 
-class OfEpoch(Sampler[int]):
-    """A sampler with a generator, from which it draws its order: made anew from seed and epoch, so that a resumed run has the same."""
+class EpochSampler(Sampler[int]):
+    """Seeds a random sampler by seed and epoch, so that a resumed run draws the same order."""
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
         self._sampler, self._seed, self._epoch = sampler, seed, 0
@@ -28,10 +28,10 @@ class OfEpoch(Sampler[int]):
         return iter(self._sampler)
 
 
-class WholeSteps(Sampler[int]):
-    """A random order of seed and epoch that goes on from its beginning until the last step of the epoch is a whole global batch.
+class GlobalBatchSampler(Sampler[int]):
+    """Shuffles by seed and epoch, and repeats the beginning of the order until the epoch's last global batch is complete.
 
-    A shorter last batch would be filled up differently on every number of processes. per_step: examples of an optimizer step, over all
+    A shorter last batch would be padded differently on another number of processes. per_step: examples of an optimizer step, over all
     processes and accumulated batches.
     """
 

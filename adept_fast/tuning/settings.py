@@ -1,4 +1,4 @@
-"""Settings of tuning."""
+"""The settings of tuning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACTIONS = ("stop", "cut")
 
 @dataclass(frozen=True)
 class Tuning:
-    """Keys of `tune` that steer a run, whatever it reads."""
+    """The keys of `tune` that do not depend on where the data comes from."""
 
     units: str = declare("tensor", GRANULARITIES, "what has a learning rate of its own")
     rate_map: str = declare("rank", RATE_MAPS, "from importances to rates")

@@ -1,6 +1,6 @@
-"""Checkpoints of a sharded (FSDP2) run: what is trained, its optimizer state and rates, through torch.distributed.checkpoint.
+"""Checkpoints of a sharded (FSDP2) run: trained parameters, optimizer state and unit rates, through torch.distributed.checkpoint.
 
-Each process writes the parts it holds; any number of processes reads them, one that shards nothing among them.
+Each process writes its own shards. Any number of processes can read them, also a single one without FSDP.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save(model: nn.Module, optimizer: AdamW, folder: Path) -> None:
-    """Write folder/sharded; every process of the run must call this."""
+    """Write folder/sharded. Every process of the run must call this."""
     dcp.save({**_copies(model), **_moments(model, optimizer)}, checkpoint_id=folder / FOLDER)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Read the trained parameters back. Raises InputError for a checkpoint of others."""
+    """Read the trained parameters back. Raises InputError for a checkpoint of other parameters."""
     state = _read(_copies(model), folder)
     set_model_state_dict(model, state["copies"], options=TRAINED)
 
 
 def load_optimizer(model: nn.Module, optimizer: AdamW, folder: Path) -> None:
-    """Read moments and unit rates back; rates that were saved must be set, to any of their shapes. Raises InputError for other units."""
+    """Read moments and unit rates back. The optimizer needs rates of the saved shapes, of any value. Raises InputError for other units."""
     state = _read(_moments(model, optimizer), folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED)
 
@@ -69,7 +69,7 @@ def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, whole, on the host: name -> tensor. Every process must call this."""
+    """Gather the trained parameters on the host, unsharded: name -> tensor. Every process must call this."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

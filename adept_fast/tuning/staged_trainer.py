@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are staged and hold what is trained: parameters, optimizer state, data position."""
+"""A Trainer whose checkpoints are staged, and hold only what training changes: parameters, optimizer state, data position."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from adept_fast.runtime.input_files import making_sense, regular
 from adept_fast.settings.training_arguments import refuse
 from adept_fast.tuning import checkpoint_digests, sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
-from adept_fast.tuning.param_group_rates import refusal
+from adept_fast.tuning.param_group_rates import flattening_error
 from adept_fast.tuning.resuming_trainer import ResumingTrainer
-from adept_fast.tuning.sampler import OfEpoch, WholeSteps
+from adept_fast.tuning.sampler import EpochSampler, GlobalBatchSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,27 +40,27 @@ NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class StagedTrainer(ResumingTrainer):
-    """Trainer(model, args, ...) for whatever parameters of a model require grad.
+    """A Trainer for the parameters of a model that require grad.
 
-    Steps with adept_fast.AdamW (exact fp32 masters where the parameters are bf16 or fp16). Checkpoints are staged and renamed, by all
-    processes together where they are several (a shared file system); under FSDP2 they hold each process's part. `save_model()` writes the
-    whole model. What it was made with, `extend` and `named`: see ResumingTrainer. Raises InputError for arguments that cannot work here,
-    and for engines that flatten parameters.
+    It steps with adept_fast.AdamW, with exact fp32 masters for bf16 and fp16 parameters. Checkpoints are staged and renamed, by all
+    processes together on a shared file system; under FSDP2 each process writes its shards. `save_model()` writes the whole model.
+    `extend` and `named` are those of ResumingTrainer. Raises InputError for arguments that cannot work here, and for engines that flatten
+    parameters.
     """
 
-    copies_alone = False  # whether it trains nothing but copies
+    trains_only_copies = False  # whether it trains nothing but copies
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
-        refuse(args, self.copies_alone)
+        refuse(args, self.trains_only_copies)
         self._staging: Path | None = None
         self._written: list[Path] = []
         super().__init__(model, args, **kwargs)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
-            raise refusal("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
+            raise flattening_error("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
 
     @property
     def stepped(self) -> AdamW:
-        """The optimizer itself, out of accelerate's wrapper."""
+        """The optimizer inside accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @staticmethod
@@ -79,14 +79,14 @@ class StagedTrainer(ResumingTrainer):
         sampler, args = super()._get_train_sampler(train_dataset), self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if type(sampler) is LengthGroupedSampler:
-            return OfEpoch(sampler, seed)
+            return EpochSampler(sampler, seed)
         if type(sampler) is not RandomSampler:
             return sampler
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return WholeSteps(sampler.data_source, per_step, seed)
+        return GlobalBatchSampler(sampler.data_source, per_step, seed)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call or output_dir is None:  # asked for, or by push_to_hub()
+        if not _internal_call or output_dir is None:  # called by the user, or by push_to_hub()
             self._require_finite(str(output_dir or self.args.output_dir))
             with self._users_config():
                 super().save_model(output_dir, _internal_call)
@@ -96,7 +96,7 @@ class StagedTrainer(ResumingTrainer):
             self._save_trained(folder)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, but in training 0 where a batch has no target: models and label smoothing divide 0 by 0 there."""
+        """Compute the Trainer's loss, but 0 for a training batch without targets, where models and label smoothing divide 0 by 0."""
         labels = inputs.get("labels")
         found = super().compute_loss(model, inputs, *args, **kwargs)
         if not (isinstance(found, torch.Tensor) and isinstance(labels, torch.Tensor) and model.training) or self.compute_loss_func:
@@ -107,7 +107,7 @@ class StagedTrainer(ResumingTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Monitor):
-                callback.nonfinite.take(inputs, loss)
+                callback.nonfinite.add_batch(inputs, loss)
         return loss
 
     def _save_trained(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ class StagedTrainer(ResumingTrainer):
         self._require_finite(str(folder))
 
     def _load_best_model(self) -> None:
-        """The trained parameters of the best checkpoint, by metric_for_best_model; the others never changed."""
+        """Load the trained parameters of the best checkpoint; the other parameters never changed."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -191,7 +191,7 @@ class StagedTrainer(ResumingTrainer):
             try:
                 super()._save_checkpoint(model, trial)
                 written = staging / final.name
-                self._note(written, folder)
+                self._write_state(written, folder)
             finally:
                 self._staging = None
             distributed.wait()
@@ -199,12 +199,12 @@ class StagedTrainer(ResumingTrainer):
                 for file in written.iterdir():
                     file.rename(staging / file.name)
                 written.rmdir()
-                checkpoint_digests.seal(staging)
+                checkpoint_digests.write(staging)
         if leads:
             self._rotate(folder, final)
 
-    def _note(self, written: Path, folder: Path) -> None:
-        """What the Trainer, which writes elsewhere than the checkpoint will stand, cannot know: where the best one is, how it was made."""
+    def _write_state(self, written: Path, folder: Path) -> None:
+        """Write the run's record, and the trainer state with the final path of the best checkpoint, which is staged when it is saved."""
         best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if self.state.best_global_step and (best.name == written.name or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
@@ -213,15 +213,17 @@ class StagedTrainer(ResumingTrainer):
             self._run.save(written)
 
     def _rotate(self, folder: Path, newest: Path) -> None:
-        """Delete all but the last `save_total_limit` checkpoints: first those that were there before, then this run's, each by their steps.
-        The newest and the best stay, and what another program has made."""
+        """Delete all but the last `save_total_limit` checkpoints, those of earlier runs first, then by step.
+
+        The newest, the best, and checkpoints of other programs stay.
+        """
         self._written.append(newest)
         there = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and _is_own(path)]
         there.sort(key=lambda path: (path in self._written, int(path.name.rpartition("-")[2])))
         limit, best = self.args.save_total_limit or len(there), self.state.best_model_checkpoint
-        kept = {newest.name, *([] if best is None else [Path(best).name])}
-        spare = [path for path in there if path.name not in kept]
-        for old in spare[: max(0, len(there) - max(limit, len(kept)))]:
+        protected = {newest.name, *([] if best is None else [Path(best).name])}
+        candidates = [path for path in there if path.name not in protected]
+        for old in candidates[: max(0, len(there) - max(limit, len(protected)))]:
             discard(old)
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands in its stream, kept in the Trainer's own state file of each checkpoint, and what it has drawn, logged."""
+"""Store a run's position in its stream in the Trainer's state file of each checkpoint, and log the shares of the sources."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from adept_fast.data.stream import Stream
 from adept_fast.errors import InputError
-from adept_fast.tuning.resume import GoesOnByItself
+from adept_fast.tuning.resume import RestoresItself
 from adept_fast.tuning.trainer_log import TrainerLog
 
-IN_ORDER = {"train_sampling_strategy": "sequential", "dataloader_num_workers": 0}  # workers would each keep the stream's order
+IN_ORDER = {"train_sampling_strategy": "sequential", "dataloader_num_workers": 0}  # each worker would read a stream of its own
 
 
-class StreamPosition(TrainerCallback, GoesOnByItself):
-    """Writes the stream's state behind the blocks that were trained on, not those that were read ahead; sets it from `checkpoint`.
+class StreamPosition(TrainerCallback, RestoresItself):
+    """Stores the stream's state after the blocks that were trained on (not those read ahead), and restores it from `checkpoint`.
 
-    per_step: blocks of an optimizer step, over all processes and accumulated batches. log: takes, with each loss, the shares of several
-    sources in the tokens drawn so far. changed: paths of the sources that were changed since the checkpoint, ahead of the position.
+    per_step: blocks of an optimizer step, over all processes and accumulated batches. log: receives with each loss the shares of several
+    sources in the tokens drawn so far. changed: paths of sources that were changed since the checkpoint, beyond the position.
     """
 
     def __init__(self, stream: Stream, per_step: int, checkpoint: str | None = None, log: TrainerLog | None = None) -> None:

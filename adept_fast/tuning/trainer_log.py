@@ -1,4 +1,4 @@
-"""trainer_log.jsonl: one line an event, whole lines only; on resume, what lies past the checkpoint is cut off."""
+"""Read and write trainer_log.jsonl: one complete line an event. A resumed run cuts the lines after its checkpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ BEGIN = '{"event": "plan"'
 
 
 class TrainerLog:
-    """Append-only JSON lines, each with "step" and "event": plan, step, sources, refresh, forgetting, evaluation, skipped, end; "begin"
-    where another run follows in the same file. A number that is not finite stands there as null.
+    """An append-only file of JSON lines, each with "step" and "event".
 
-    Raises InputError for a path that is there and no regular file."""
+    Events: plan, step, sources, refresh, forgetting, evaluation, skipped, end; "begin" where another run follows in the same file. Numbers
+    that are not finite are null. Raises InputError for a path that exists and is not a regular file.
+    """
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_file():
@@ -31,7 +32,7 @@ class TrainerLog:
         self.path = path
 
     def require_own(self) -> None:
-        """Raise InputError where the file is not the log of a run: a new run would overwrite it."""
+        """Raise InputError where the file is not the log of a run, because a new run would overwrite it."""
         if self.path.is_file():
             with self.path.open(encoding="utf-8", errors="replace") as file:
                 first = file.read(len(BEGIN))
@@ -39,19 +40,19 @@ class TrainerLog:
                 raise InputError(f"{self.path}: not the log of a run, which would overwrite it: rename it, or choose another output_dir")
 
     def cut(self, step: int) -> None:
-        """Of the last run in the file drop lines past `step`, its end, and a last line that was not whole."""
+        """Drop the last run's lines after `step`, its end, and an incomplete last line."""
         if self.path.is_file():
             whole, entries = self._read()
             begun = max((index for index, entry in enumerate(entries) if entry["event"] == "begin"), default=0)
-            kept = [
+            lines = [
                 line
                 for index, (line, entry) in enumerate(zip(whole, entries, strict=True))
                 if index < begun or (entry["step"] <= step and entry["event"] != "end")
             ]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
     def count(self, event: str, until: int) -> int:
-        """How many lines of an event the last run has up to a step."""
+        """Count the last run's lines of an event up to a step."""
         if not self.path.is_file():
             return 0
         _, entries = self._read()
@@ -66,16 +67,16 @@ class TrainerLog:
                 self.write("begin", 0, run=sum(entry["event"] == "begin" for entry in entries) + 2)
 
     def planned_steps(self) -> int | None:
-        """Of the last plan."""
+        """Return the steps of the last plan; None without one."""
         entries = self._read()[1] if self.path.is_file() else []
         return next((entry.get("steps") for entry in reversed(entries) if entry["event"] == "plan"), None)
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Whole lines, as they stand and as they read."""
+        """Return the complete lines, as text and parsed."""
         return read_text(self.path).split("\n")[:-1], read_log(self.path)
 
     def write(self, event: str, step: int, **content: Any) -> None:
-        """Raises DiskError, which names the file, for what the disk refuses, as where the folder was removed meanwhile."""
+        """Append a line. Raises DiskError, which names the file, where the disk refuses it or the folder was removed."""
         line = dumps({"event": event, "step": step, **finite(content)})
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -83,9 +84,9 @@ class TrainerLog:
             os.fsync(file.fileno())
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of trainer_log.jsonl; none without a file. A last line that is not whole, as a killed run leaves it, is left out.
+    """Read the entries of trainer_log.jsonl; none without a file. An incomplete last line, which a killed run leaves, is left out.
 
-    Raises InputError naming the line that is none of a log.
+    Raises InputError, which names the line, for a malformed entry.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""What a run is going to do, known before the first step: documents, tokens, steps, epochs."""
+"""Plan a training run before its first step: documents, tokens, steps, epochs, and the blocks to train on."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ MANY_EPOCHS = 4  # repeated text beyond this teaches little and is memorised
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do. corpus_tokens: of documents, without what later pieces of them begin with; tokens: processed in all,
-    padding included; epochs: passes over the blocks. None: a stream that was not counted, because max_steps was given. fewer: whether
-    blocks are smaller than was asked for."""
+    """The size of a run. None stands for what a stream did not count, because max_steps was given.
+
+    corpus_tokens: of the documents, without tokens inserted where a document continues. tokens: processed in all, padding included.
+    epochs: passes over the blocks. fewer: whether blocks are smaller than was asked for.
+    """
 
     documents: int | None
     corpus_tokens: int | None
@@ -66,7 +68,10 @@ def plan(
     positions: int,
     one_per_row: bool = False,
 ) -> tuple[Plan, Blocks | Stream]:
-    """What tuning is going to do, and the blocks it will do it on. positions: the most tokens the model takes."""
+    """Plan the tuning, and pack the blocks or open the stream of them. positions: the most tokens that the model takes.
+
+    Raises InputError where the corpus, the batch or the warmup do not fit each other.
+    """
     encoder, block_size = Encoder.of(tokenizer), min(settings.block_size, positions)
     padding, fewer = encoder.tokenizer.pad_token_id or 0, block_size < settings.block_size
     args = arguments(settings, Path("unused"))
@@ -88,8 +93,8 @@ def plan(
         rest = [index for index, source in enumerate(corpus.sources) if source.share is None]
         size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
         part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
-        each = block_size - len(encoder.begin)  # where a block goes on with a document, as nearly all do
-        blocks_of_rest = size[1] / each + (size[0] if one_per_row else 0)  # one row more for the end of each document at most
+        each = block_size - len(encoder.begin)  # nearly all blocks continue a document
+        blocks_of_rest = size[1] / each + (size[0] if one_per_row else 0)  # at most one row more for the end of each document
         steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
         epochs, size = steps / in_epoch, tuple(map(round, size))
     stream = Stream(
@@ -107,7 +112,7 @@ def plan(
 
 
 def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, int]:
-    """Steps of the run and of an epoch of so many blocks. Raises InputError for batches or a warmup that do not fit them."""
+    """Return the steps of the run and of an epoch of `blocks` blocks. Raises InputError for a batch or a warmup that is too large."""
     if per_step > MANY_EPOCHS * blocks:
         raise InputError(
             f"per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {per_step:,} blocks, the corpus has "
@@ -122,7 +127,7 @@ def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, 
 
 
 def _counted(corpus: StreamedText, encoder: Encoder, needed: bool) -> list[tuple[int, int]] | None:
-    """Documents and tokens of each source, where steps or shares depend on them; tokens pass over once for it."""
+    """Count (documents, tokens) of each source, in one pass, where steps or shares depend on them; otherwise None."""
     unshared = sum(source.share is None for source in corpus.sources)
     if needed and not unshared:
         raise InputError("max_steps is needed: with a share given for every source nothing says how long an epoch is", "max_steps")

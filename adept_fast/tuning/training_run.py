@@ -1,4 +1,4 @@
-"""What every training run does whatever it trains: plan, begin or go on, train to the last step."""
+"""Run a training, of copies or of a baseline: plan it, begin or resume it, and train to the last step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from adept_fast.runtime.atomic_files import discard, write_json
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.staging_folder import remove_leftovers
 from adept_fast.tuning import checkpoint_digests
-from adept_fast.tuning.collator import Collator, collator, keeps_documents_apart
+from adept_fast.tuning.collator import Collator, collator, isolates_documents
 from adept_fast.tuning.forgetting_meter import stopped_in
 from adept_fast.tuning.piece_losses import compare_pieces, warning
 from adept_fast.tuning.resume import RunRecord, step_of
@@ -82,7 +82,7 @@ class Bookkeeping:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is planned: its blocks, what makes batches of them, its arguments, its log, and the checkpoint that it goes on from."""
+    """A planned run: its blocks, their collator, its arguments, its log, and the checkpoint to resume from."""
 
     planned: Plan
     blocks: Blocks | Stream
@@ -102,13 +102,13 @@ class Run:
         settings: TuningSettings,
         books: Bookkeeping,
     ) -> Run:
-        """Plan the training of `model`, loaded from `folder`; nothing is written yet."""
+        """Plan the training of `model`, which was loaded from `folder`. Nothing is written yet."""
         tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
         checkpoint.require_vocabulary(folder, tokenizer, model)
         encoder = corpus.encoder(tokenizer) if isinstance(corpus, StreamedText) else Encoder(tokenizer)
         planned, blocks = plan(corpus, encoder, settings, positions)
         collate = collator(model)
-        if not keeps_documents_apart(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
+        if not isolates_documents(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
             collate = default_data_collator
             planned, blocks = plan(corpus, encoder, settings, positions, one_per_row=True)
             logger.warning(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
@@ -118,7 +118,7 @@ class Run:
         if args.world_size != distributed.processes():
             found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with use_cpu=true", "use_cpu")
-        if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would cut the row
+        if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would split the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
         last = books.last
         if last is not None:
@@ -136,10 +136,10 @@ class Run:
         return None if self.args.eval_steps is None else int(self.args.eval_steps)
 
     def finish(self, trainer: StagedTrainer) -> RunRecord:
-        """Train to the last step, from the last checkpoint where there is one; a new run begins its log. Returns what it was made with."""
+        """Train to the last step, from the last checkpoint where there is one, and return the run's record."""
         books, planned = self.books, self.planned
         done = None if self.last is None else step_of(Path(self.last))
-        extended = () if self.last is None else trainer.goes_on(Path(self.last)).extended
+        extended = () if self.last is None else trainer.record_to_resume(Path(self.last)).extended
         if isinstance(self.blocks, Stream):
             position = StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log)
             trainer.add_callback(position)
@@ -154,7 +154,7 @@ class Run:
                 self._log_plan(0)
         if extended:
             self._say_extended(extended[-1], done)
-        for callback in (PrinterCallback, ProgressCallback):  # each step stands in the log; what is printed are the evaluations
+        for callback in (PrinterCallback, ProgressCallback):  # the log has each step; only evaluations are printed
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())
         if done is None or (done < planned.steps and not stopped_in(Path(self.last))):
@@ -168,7 +168,7 @@ class Run:
         if distributed.rank() == 0:
             self.log.cut(done)
             self.log.write("end", done)
-        return trainer.goes_on(Path(self.last))
+        return trainer.record_to_resume(Path(self.last))
 
     def _say_extended(self, entry: Mapping[str, Any], done: int) -> None:
         before, now = entry["steps"]
@@ -187,7 +187,7 @@ class Run:
 
 
 class _Steps(TrainerCallback):
-    """Shows how far training has come."""
+    """Shows a progress bar of the steps."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=bool(args.disable_tqdm))

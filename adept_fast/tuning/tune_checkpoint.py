@@ -35,12 +35,12 @@ def tune_checkpoint(
     metering: Sequence[Item] = (),
     **loading: Any,
 ) -> None:
-    """Train and write `target` (a whole checkpoint in the source's dtype). A killed run goes on from its last checkpoint, and so does one
-    that had ended, for more steps: an earlier `target` stands until the new one is whole.
+    """Train the copies of `expanded`, and write `target`, a whole checkpoint in the source's dtypes.
 
-    corpus: what is trained on, in memory or read while it trains. monitors: held-out items, name -> items, whose loss is logged.
-    metering: held-back general items, on which forgetting is measured and foretold.
-    Raises InputError for settings that do not fit and ExpansionError when training reached what it must not touch.
+    A killed run resumes from its last checkpoint, and so does a finished one that is given more steps; an earlier `target` stays until the
+    new one is complete. corpus: the documents to train on, in memory or streamed. steering: items that set the unit rates. monitors: name
+    -> held-out items whose loss is logged. metering: held-back general items for the forgetting meter. Raises InputError for settings that
+    do not fit, ExpansionError where training changed a tensor outside the copies.
     """
     model = checkpoint.load_model(expanded, **loading)
     check_meter(settings, metering)

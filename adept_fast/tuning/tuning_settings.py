@@ -1,4 +1,4 @@
-"""What steers a tuning run, and the TrainingArguments that come of it. What cannot work is refused before hours of work."""
+"""Settings of a tuning run and its TrainingArguments. Settings that cannot work are refused before the work begins."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from adept_fast.tuning.unit_rates import RateRule
 
 @dataclass(frozen=True)
 class TuningSettings(Tuning):
-    """What steers a run; `training`: TrainingArguments by name. equal_rates: every unit at the same rate. Raises InputError for values
-    that are none of their argument's."""
+    """The settings of a run. `training` holds TrainingArguments by name. equal_rates: all units at rate 1. Raises InputError for a wrong
+    value."""
 
     equal_rates: bool = declare(False)
     seed: int = declare(0, SEEDS)
@@ -42,15 +42,15 @@ class TuningSettings(Tuning):
         return RateRule(self.rate_map, self.rate_floor, self.rate_average, self.rate_conflict)
 
 
-REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # of transformers, for what it is given
-DECAY_SHARE = 0.2  # of the steps, by 1 - sqrt: Haegele et al. (arXiv 2405.18392)
+REFUSALS = ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError  # by transformers, for wrong arguments
+DECAY_SHARE = 0.2  # of the steps; Haegele et al. (arXiv 2405.18392)
 
 
 def arguments(settings: TuningSettings, folder: Path, steps: int = 0) -> TrainingArguments:
-    """TrainingArguments with defaults that suit: every step logged, a checkpoint at each refresh, the last one kept.
+    """Build TrainingArguments, which by default log every step and write a checkpoint at each refresh, of which the last one stays.
 
-    steps: of the run, where they are planned; WSD ("wsd" for short) decays over the last fifth of them unless lr_scheduler_kwargs
-    says otherwise.
+    steps: of the run, where they are planned. WSD ("wsd" for short) decays over the last fifth of them by 1 - sqrt, unless
+    lr_scheduler_kwargs says otherwise.
     """
     training = dict(settings.training)
     if training.get("lr_scheduler_type") in WSD:
@@ -73,14 +73,14 @@ def arguments(settings: TuningSettings, folder: Path, steps: int = 0) -> Trainin
 
 
 def check_settings(settings: TuningSettings) -> None:
-    """Raise InputError for settings that tune_checkpoint would refuse, before hours of work."""
+    """Raise InputError for settings that training would refuse."""
     try:
-        args = _tried(settings)
+        args = _try(settings)
     except InputError:
         raise
     except REFUSALS as error:
-        causes = _refused(settings, error)
-        raise InputError(f"{', '.join(causes) or 'training'}: {_said(error)}", *(causes or ["training"])) from None
+        causes = _keys_at_fault(settings, error)
+        raise InputError(f"{', '.join(causes) or 'training'}: {_one_line(error)}", *(causes or ["training"])) from None
     if args.max_steps > 0:
         check_warmup(args, args.max_steps)
     if args.learning_rate * args.weight_decay > 1:
@@ -90,40 +90,40 @@ def check_settings(settings: TuningSettings) -> None:
 
 
 def check_meter(settings: TuningSettings, metering: Sequence[Any]) -> None:
-    """Raise InputError where general loss is limited, and nothing held back to measure it on."""
+    """Raise InputError where general loss is limited, and no items are held back to measure it on."""
     if settings.general_limit is not None and not metering:
         why = "the probe is too small to hold items back for it: give a probe of 20 items or more"
         raise InputError(f"general_limit: {why}", "general_limit")
 
 
 def check_warmup(args: TrainingArguments, steps: int) -> None:
-    """Raise InputError for a warmup that a run of so many steps would not see the end of."""
+    """Raise InputError for a warmup longer than the run."""
     if args.warmup_steps > steps:
         found = f"warmup_steps={args.warmup_steps:g} is more than the run's {steps:,} steps"
         raise InputError(f"{found}: give fewer, or a share below 1", "warmup_steps")
 
 
-def _refused(settings: TuningSettings, error: Exception) -> list[str]:
-    """The keys for which transformers raises it: those that were given, and without one of which it takes the rest, or refuses another."""
+def _keys_at_fault(settings: TuningSettings, error: Exception) -> list[str]:
+    """Return the user's keys at fault: dropping one makes the rest valid or changes the error."""
     given = [name for name, value in settings.training.items() if name not in DEFAULTS or value != DEFAULTS[name]]
-    outcomes = {name: _outcome(settings, without=name) for name in given}
-    return [name for name in given if outcomes[name] is None] or [name for name in given if outcomes[name] != _said(error)]
+    errors = {name: _error_without(settings, name) for name in given}
+    return [name for name in given if errors[name] is None] or [name for name in given if errors[name] != _one_line(error)]
 
 
-def _outcome(settings: TuningSettings, without: str) -> str | None:
+def _error_without(settings: TuningSettings, key: str) -> str | None:
     try:
-        _tried(replace(settings, training={name: value for name, value in settings.training.items() if name != without}))
+        _try(replace(settings, training={name: value for name, value in settings.training.items() if name != key}))
     except REFUSALS as error:
-        return _said(error)
+        return _one_line(error)
     return None
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _tried(settings: TuningSettings) -> TrainingArguments:
-    """What transformers makes of them, tried on a model of one weight."""
+def _try(settings: TuningSettings) -> TrainingArguments:
+    """Build the TrainingArguments, and try optimizer, schedule and data loader on a model of one weight."""
     args = arguments(settings, Path("unused"))
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false", "use_liger_kernel")

@@ -1,19 +1,18 @@
-"""From unit importances to learning-rate multipliers.
+"""Turn unit importances into learning-rate multipliers.
 
-    normalised   I_norm in [0, 1] per unit                                    averaged over refreshes, where asked for
-    spread out   2 (1 - I_norm)                                               then scaled as the map has it
+    raw rate = 2 (1 - I_norm), I_norm in [0, 1] per unit        averaged over refreshes where asked for, then scaled by the map
 
     rank             I_norm = (r + 1/2) / n, r the rank of the unit's importance among the n units of its kind; scaled so that the
-                     parameter-weighted mean within the kind is 1 (default: it tells units of all kinds apart)
-    mean_preserving  I_norm min-max normalised over all units; scaled so that the parameter-weighted mean is 1
-    paper            the same, not scaled, as ADEPT (arXiv 2510.10071) has it: the most important unit gets 0
-    a callable       gives 2 (1 - I_norm) itself
+                     parameter-weighted mean within the kind is 1 (default: it separates units of every kind)
+    mean_preserving  I_norm is min-max normalised over all units; scaled so that the parameter-weighted mean is 1
+    paper            the same without scaling, as in ADEPT (arXiv 2510.10071): the most important unit gets 0
+    a callable       returns 2 (1 - I_norm) itself
 
-    conflict         times 1 - max(0, -cos), cos between Adam's momentum and the probe's gradient over the unit: an update along the
-                     momentum raises the probe's loss, to first order, where they oppose
-    floor            at least so much, after all else
+    conflict         multiplies by 1 - max(0, -cos), cos between Adam's momentum and the probe's gradient over the unit: where they oppose,
+                     an update along the momentum raises the probe's loss, to first order
+    floor            the lowest multiplier, applied last
 
-Under every map the gain that keeps a post-norm copy silent gets 1 at least: it is the copy's gate, and all else learns through it.
+Under every map the gain that keeps a post-norm copy silent gets at least 1: it is the copy's gate, and all else learns through it.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ RateMap = Callable[[Tensor, Units], Tensor]
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, ties sharing their mean rank."""
+    """Return ranks from 0; ties share their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() + 1) / 2)[inverse]
 
 
 def _by_kind(units: Units) -> list[Tensor]:
-    """Indices of the units of each kind."""
+    """Return the indices of the units of each kind."""
     kinds = [unit.kind for unit in units]
     return [torch.tensor([index for index, other in enumerate(kinds) if other == kind]) for kind in dict.fromkeys(kinds)]
 
@@ -76,26 +75,19 @@ def _mean_one_by_kind(rates: Tensor, units: Units) -> Tensor:
     return scaled
 
 
-def _mean_one_over_all(rates: Tensor, units: Units) -> Tensor:
-    return _mean_one(rates, units.sizes.double())
-
-
-def _as_they_are(rates: Tensor, units: Units) -> Tensor:
-    return rates
-
-
-MAPS: dict[str, tuple[RateMap, RateMap]] = {  # 2 (1 - I_norm) of importances, its scaling
+MAPS: dict[str, tuple[RateMap, RateMap]] = {  # name -> raw rates of importances, scaling of raw rates
     "rank": (_rank, _mean_one_by_kind),
-    "mean_preserving": (_min_max, _mean_one_over_all),
-    "paper": (_min_max, _as_they_are),
+    "mean_preserving": (_min_max, lambda rates, units: _mean_one(rates, units.sizes.double())),
+    "paper": (_min_max, lambda rates, units: rates),
 }
 
 
 @dataclass(frozen=True)
 class RateRule:
-    """How importances become rates. floor: the lowest multiplier. average: the share of the earlier value in the moving average of
-    normalised importances, 0 for none. conflict: whether units whose momentum opposes the probe's gradient are slowed.
+    """How importances become rates.
 
+    map: a name, or a callable (importances fp64 [units], Units) -> raw rates [units]. floor: the lowest multiplier. average: the weight of
+    earlier refreshes in the moving average of raw rates, 0 for none. conflict: slow units whose momentum opposes the probe's gradient.
     Raises InputError for an unknown map and for numbers out of range.
     """
 
@@ -108,11 +100,10 @@ class RateRule:
         named = {} if callable(self.map) else {"map": self.map}
         check(Tuning, "rate_", **named, floor=self.floor, average=self.average, conflict=self.conflict)
 
-    def spread_out(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
-        """2 (1 - I_norm), averaged with `before`, the result of the last refresh: fp64 [units].
+    def raw_rates(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
+        """Return 2 (1 - I_norm), averaged with `before`, the result of the last refresh: fp64 [units].
 
-        Raises InputError for importances that are not finite, or a callable's result of another shape or with values that are negative
-        or not finite.
+        Raises InputError for importances that are not finite, and for a callable's result of another shape, negative or not finite.
         """
         require_made("importance", importance, UnitImportance, "score_units(model, probe, units)")
         values = importance.abs_taylor
@@ -125,10 +116,9 @@ class RateRule:
             raise InputError(f"a rate map must return {len(values)} finite values >= 0, found shape {tuple(rates.shape)}")
         return rates if before is None else self.average * before + (1 - self.average) * rates
 
-    def rates(self, spread_out: Tensor, importance: UnitImportance) -> Tensor:
-        """Multipliers of the base learning rate, one per unit, fp64 [units], finite and >= 0."""
-        scale = MAPS[self.map][1] if isinstance(self.map, str) else _as_they_are
-        rates = scale(spread_out, importance.units)
+    def rates(self, raw_rates: Tensor, importance: UnitImportance) -> Tensor:
+        """Return multipliers of the learning rate, fp64 [units], finite and >= 0."""
+        rates = MAPS[self.map][1](raw_rates, importance.units) if isinstance(self.map, str) else raw_rates
         if self.conflict and importance.conflict is not None:
             rates = rates * (1 - importance.conflict)
         gates = torch.tensor([unit.gate for unit in importance.units])
@@ -136,25 +126,54 @@ class RateRule:
 
 
 def unit_rates(importance: UnitImportance, map: str | RateMap = Tuning.rate_map, floor: float = Tuning.rate_floor) -> Tensor:
-    """Multipliers of the base learning rate, one per unit, fp64 [units], finite and >= 0.
+    """Return a multiplier of the learning rate for each unit: low for units that general competence rests on.
 
-    map: a name, or a callable (abs_taylor fp64 [units], units) -> [units]. Raises InputError as RateRule does.
+    Args:
+        importance: of the units, from `score_units`.
+        map: "rank", "mean_preserving", "paper", or a callable (importances fp64 [units], Units) -> [units].
+        floor: the lowest multiplier, from 0 to 1.
+
+    Returns:
+        fp64 [units], finite and >= 0.
+
+    Raises:
+        InputError: an unknown map, a number out of range, importances that are not finite, or a callable's wrong result.
+
+    Source: ADEPT (arXiv 2510.10071), stage 2; the maps stand at the top of adept_fast/tuning/unit_rates.py.
+
+    >>> expanded = expand_model(model, [1])
+    >>> importance = score_units(expanded, probe, Units.of(expanded))
+    >>> unit_rates(importance, map="rank").shape
+    torch.Size([9])
     """
     rule = RateRule(map, floor)
-    return rule.rates(rule.spread_out(importance), importance)
+    return rule.rates(rule.raw_rates(importance), importance)
 
 
 def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Tensor) -> None:
-    """Give the optimizer a multiplier of its learning rate for each unit: rates [units]. optimizer: adept_fast.AdamW, or any other one made
-    from `rate_groups`. Raises InputError for one that is neither, and for units of another model or rates that are not one a unit, finite
-    and >= 0."""
+    """Set a multiplier of the optimizer's learning rate for each unit.
+
+    Args:
+        optimizer: adept_fast.AdamW, or any torch optimizer over `rate_groups`.
+        model: the model of the optimizer's parameters; it may be wrapped.
+        units: the units of that model.
+        rates: [units], finite and >= 0, from `unit_rates`.
+
+    Raises:
+        InputError: another optimizer, units of another model, or wrong rates.
+
+    >>> expanded = expand_model(model, [1])
+    >>> units = Units.of(expanded)
+    >>> optimizer = AdamW(expanded.named_parameters(), lr=1e-4)
+    >>> apply_rates(optimizer, expanded, units, torch.full([len(units)], 0.5))
+    """
     require_made("units", units, Units, "Units.of(model)")
     require_made("rates", rates, Iterable, "unit_rates(importance)")
     model, rates = bare(model), torch.as_tensor(rates)
     if rates.shape != (len(units),) or not bool((rates.isfinite() & (rates >= 0)).all()):
         raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit, found shape {tuple(rates.shape)}")
     if not isinstance(optimizer, AdamW):
-        set_group_rates(optimizer, units, rates)  # of an engine, perhaps, that has flattened the parameters
+        set_group_rates(optimizer, units, rates)  # before require_fitting: an engine may have flattened the parameters
         return
     units.require_fitting(model)
     for name, multipliers in units.spread(rates).items():

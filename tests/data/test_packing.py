@@ -12,7 +12,7 @@ from adept_fast.data.items import IGNORE, Item
 from adept_fast.data.packing import Blocks, Piece, packed
 from adept_fast.errors import InputError
 from adept_fast.models.losses import corpus_loss
-from adept_fast.tuning.collator import keeps_documents_apart
+from adept_fast.tuning.collator import isolates_documents
 from tests.support import tiny_models
 
 LENGTHS = [1, 7, 30, 13, 2, 75, 9, 20]
@@ -90,7 +90,7 @@ def test_every_token_is_packed_once_and_boundaries_are_not_supervised() -> None:
 def test_packed_losses_equal_those_of_documents_alone(family: str) -> None:
     model, source = tiny_models.model(family), documents()
     blocks = Blocks(source, np.arange(len(source)), 32)
-    assert keeps_documents_apart(model, blocks, default_data_collator)
+    assert isolates_documents(model, blocks, default_data_collator)
     loss = tokens = 0.0
     alone = []
     for index in range(len(blocks)):
@@ -121,7 +121,7 @@ def test_a_mask_of_ones_would_undo_it() -> None:
 
 def test_the_check_finds_a_family_that_leaks() -> None:
     model = tiny_models.model("bloom", n_layer=2, n_head=4)
-    assert not keeps_documents_apart(model, Blocks(documents(), np.arange(len(LENGTHS)), 32), default_data_collator)
+    assert not isolates_documents(model, Blocks(documents(), np.arange(len(LENGTHS)), 32), default_data_collator)
 
 
 def test_blocks_with_nothing_to_predict_are_left_out() -> None:
@@ -138,7 +138,7 @@ def test_one_document_a_row_needs_no_isolation() -> None:
     blocks = Blocks(source, np.arange(len(source)), 32, one_per_row=True)
     assert all(len(blocks.documents(index)) == 1 for index in range(len(blocks)))
     assert blocks.tokens == source.tokens - LENGTHS.count(1)
-    assert keeps_documents_apart(tiny_models.model("bloom", n_layer=2, n_head=4), blocks, default_data_collator)
+    assert isolates_documents(tiny_models.model("bloom", n_layer=2, n_head=4), blocks, default_data_collator)
 
 
 def test_loss_of_unequal_items_equals_the_plain_formula() -> None:

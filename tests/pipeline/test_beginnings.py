@@ -25,7 +25,7 @@ from adept_fast.models.silent_copies import describe
 from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.unit_importance import score_units
 from adept_fast.scoring.unit_masking import UnitMasks
-from adept_fast.tuning.collator import keeps_documents_apart
+from adept_fast.tuning.collator import isolates_documents
 from adept_fast.tuning.fast_step import fast_step
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import divergence_from_base
@@ -50,7 +50,7 @@ READERS = {
     "score": (LayerMasks.measure, UnitMasks.measure),
     "expand": (first_importance,),
     "tune": (
-        keeps_documents_apart,
+        isolates_documents,
         compare_pieces,
         score_units,
         Meter.read,
@@ -60,7 +60,7 @@ READERS = {
     ),
     "eval": (evaluate, largest_alpha),
 }
-PACKING = (LayerMasks.measure, UnitMasks.measure, keeps_documents_apart, Trainer.training_step)  # several texts in a row
+PACKING = (LayerMasks.measure, UnitMasks.measure, isolates_documents, Trainer.training_step)  # several texts in a row
 KINDS = ("Probe ", "Count to ", "The ")  # texts and instructions of the probe, documents of the domain
 SPLITTING = (compare_pieces, Trainer.training_step)  # a document goes on in another piece
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from adept_fast.cli.main import main
 from adept_fast.data.packing import Blocks, flattened
-from adept_fast.tuning.collator import collator, keeps_documents_apart
+from adept_fast.tuning.collator import collator, isolates_documents
 from tests.data.test_packing import documents
 from tests.support import tiny_families, tiny_models
 
@@ -133,8 +133,8 @@ def test_rows_of_documents_would_leak_and_the_check_says_so(calls: SimpleNamespa
     """Why they are flattened: of several rows transformers takes each for one document, whatever position_ids say."""
     model, source = made("llama", FLASH), documents()
     blocks = Blocks(source, np.arange(len(source)), 32)
-    assert not keeps_documents_apart(model, blocks, default_data_collator)
-    assert keeps_documents_apart(model, blocks, collator(model)) and collator(model) is not default_data_collator
+    assert not isolates_documents(model, blocks, default_data_collator)
+    assert isolates_documents(model, blocks, collator(model)) and collator(model) is not default_data_collator
     assert collator(tiny_models.model()) is default_data_collator
 
 

@@ -131,12 +131,12 @@ def test_a_gradient_that_overflows_is_told_from_a_loss() -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     guard = NonFiniteSteps(1)
-    guard.take({"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, torch.tensor(2.0))
+    guard.add_batch({"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, torch.tensor(2.0))
     assert not guard.skips(model, 1) and all(parameter.grad is not None for parameter in parameters)
     parameters[3].grad.view(-1)[1] = math.inf
     assert not guard.skips(model, 2, scaled=True)  # a loss scaler finds them itself
     assert guard.skips(model, 2) and all(parameter.grad is None for parameter in parameters)
-    guard.take({"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, torch.tensor(2.0))
+    guard.add_batch({"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, torch.tensor(2.0))
     parameters[0].grad = torch.full_like(parameters[0], math.nan)
     with pytest.raises(InputError, match=r"step 3: its gradients are not finite; .* begin tokens \[0, 1, 2\], tokens \[3, 4, 5\]"):
         guard.skips(model, 3)

@@ -40,10 +40,10 @@ def test_the_moving_average_acts_on_normalised_values(name: str) -> None:
     units = Units.of(expanded())
     rule, random = RateRule(name, average=0.75), torch.Generator().manual_seed(1)
     first, second = (importance(torch.rand(18, generator=random).tolist(), units) for _ in range(2))
-    before = rule.spread_out(first)
-    averaged = rule.spread_out(second, before)
-    torch.testing.assert_close(averaged, 0.75 * before + 0.25 * RateRule(name).spread_out(second))
-    torch.testing.assert_close(averaged, rule.spread_out(importance((100 * second.abs_taylor).tolist(), units), before))
+    before = rule.raw_rates(first)
+    averaged = rule.raw_rates(second, before)
+    torch.testing.assert_close(averaged, 0.75 * before + 0.25 * RateRule(name).raw_rates(second))
+    torch.testing.assert_close(averaged, rule.raw_rates(importance((100 * second.abs_taylor).tolist(), units), before))
     rates, sizes = rule.rates(averaged, second), units.sizes.double()
     if name != "paper":
         assert float((rates * sizes).sum() / sizes.sum()) == pytest.approx(1)
@@ -79,7 +79,7 @@ def test_conflict_is_the_cosine_of_momentum_and_probe_gradient_in_fp64() -> None
     torch.testing.assert_close(found.conflict, (-cosine).clamp(min=0), rtol=1e-3, atol=1e-5)
     still = score_units(model, items, units, momenta={name: torch.zeros_like(value) for name, value in momenta.items()})
     assert torch.equal(still.conflict, torch.zeros(len(units), dtype=torch.float64)), "no momentum opposes nothing"
-    rates, slowed = (RateRule(conflict=conflict).rates(RateRule().spread_out(found), found) for conflict in (False, True))
+    rates, slowed = (RateRule(conflict=conflict).rates(RateRule().raw_rates(found), found) for conflict in (False, True))
     opposing = found.conflict > 0
     assert 0.3 < float(opposing.double().mean()) < 0.7
     assert torch.equal(slowed[~opposing], rates[~opposing]) and bool((slowed[opposing] < rates[opposing]).all())
