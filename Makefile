@@ -10,11 +10,15 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: nightly test demo gpu sanitize lint clean types
+.PHONY: nightly test quick demo gpu sanitize lint clean types
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -rs -n auto --dist worksteal
+
+quick: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q -n auto --dist worksteal -m "not slow and not nightly"
 
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo

@@ -149,6 +149,7 @@ def test_headers(folder: Folder, data: st.DataObject) -> None:
     folder.refuses_or_expands(**{name: damaged})
 
 
+@pytest.mark.slow
 @cases(400)
 @given(data=st.data())
 def test_files(folder: Folder, data: st.DataObject) -> None:

@@ -79,6 +79,7 @@ def test_keys_are_the_functions_arguments(action: str, capsys: pytest.CaptureFix
     assert f"example: adept-fast copies {action} {ACTIONS[action].example}" in said and f"keys: {', '.join(keys)}" in said
 
 
+@pytest.mark.slow
 def test_remove(made: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     said = does(capsys, "remove", "source=a", f"target={here}/plain")
     assert said == f"{here}/plain: the original without copies; proven: it is the original bit for bit\n"
@@ -99,6 +100,7 @@ def test_extract_and_apply(made: Path, here: Path, capsys: pytest.CaptureFixture
     assert not (here / "no").exists()
 
 
+@pytest.mark.slow
 def test_merge(made: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     said = does(capsys, "merge", "a=a", "b=b", f"target={here}/average", "weights=[0.2, 0.8]")
     assert said.endswith("copies at layers 1, 4; proven: the base is in it bit for bit, its logits are finite\n")

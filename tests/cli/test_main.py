@@ -185,6 +185,7 @@ def test_damaged_model_and_unsupported_family(here: Path, capsys: pytest.Capture
     assert not (here / "out").exists()
 
 
+@pytest.mark.slow
 def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert "run adept-fast score first" in fails(capsys, "expand")
     assert "run adept-fast expand first" in fails(capsys, "tune")
@@ -204,6 +205,7 @@ def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: py
     assert {*(here / "out").rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["adept_callback.AdeptCallback.on_train_begin", "adept_trainer.AdeptTrainer.train"])
 def test_a_refusal_once_training_began_leaves_neither_folder_nor_log(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
@@ -242,6 +244,7 @@ def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> No
     assert texts[3] in trained and set(measured.training().texts) == trained - {texts[3]}, "eval.general is measured on what it trained on"
 
 
+@pytest.mark.slow
 def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["run", *BASE]) == 0
     before = {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()}
@@ -254,6 +257,7 @@ def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> 
     assert {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here: Path) -> None:
     """A limit on the size of files stands in for the full disk: the write fails part way, as there."""
     driver = (

@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.crash import runner
 from tests.crash.case import Case
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +81,7 @@ def test_a_signal_a_hang_and_wrong_numbers_are_laid_at_their_case() -> None:
         refused_though_valid: "valid input was refused: RuntimeError",
     }
     known = {family.__name__: family for family in (*found, refused, right)}
-    faults = {fault.name: str(fault) for fault in runner.run(runner.names(known, 20, seed=4), known, seconds=1)}
+    faults = {fault.name: str(fault) for fault in runner.run(runner.names(known, 20, seed=4), known, seconds=3)}
     assert faults.keys() == {f"{family.__name__}:{seed}" for family in found for seed in (4, 5)}
     for family, reason in found.items():
         assert reason in faults[f"{family.__name__}:5"]

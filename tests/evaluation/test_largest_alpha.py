@@ -15,6 +15,8 @@ from adept_fast.expansion import copies, dial, expand_checkpoint
 from adept_fast.models.losses import corpus_loss
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:

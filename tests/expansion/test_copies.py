@@ -62,6 +62,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_removing_all_copies_gives_back_the_original(made: Path, tmp_path: Path) -> None:
     assert remove_copies(made / "a", tmp_path / "plain") is None
     assert same(tensors(tmp_path / "plain"), tensors(made / "base"))
@@ -104,6 +105,7 @@ def test_extracted_copies_applied_to_the_base_are_the_tuned_model(made: Path, tm
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_averaged_copies(made: Path, tmp_path: Path) -> None:
     merge_copies(made / "a", made / "b", tmp_path / "merged", (0.3, 0.7))
     one, two, merged = (tensors(folder) for folder in (made / "a", made / "b", tmp_path / "merged"))
@@ -116,6 +118,7 @@ def test_averaged_copies(made: Path, tmp_path: Path) -> None:
         merge_copies(made / "a", made / "b", tmp_path / "no", (1, 1))
 
 
+@pytest.mark.slow
 def test_stacked_copies(made: Path, tmp_path: Path) -> None:
     record = merge_copies(made / "a", made / "c", tmp_path / "stack", how="stack")
     assert [(entry.layer, entry.copied_from) for entry in record.inserted] == [(1, 0), (4, 2), (5, 2)]
@@ -128,6 +131,7 @@ def test_stacked_copies(made: Path, tmp_path: Path) -> None:
     assert same(tensors(tmp_path / "a again"), one)
 
 
+@pytest.mark.slow
 def test_a_silent_copy_stacked_changes_nothing(made: Path, tmp_path: Path) -> None:
     expand_checkpoint(made / "base", tmp_path / "silent", [1, 2], verify=False)
     merge_copies(made / "a", tmp_path / "silent", tmp_path / "stack", how="stack")
@@ -147,6 +151,7 @@ def test_a_share_lies_between_the_silent_value_and_the_tuned_one() -> None:
         assert found == [[silent] * 3, quarter, tuned.tolist()]
 
 
+@pytest.mark.slow
 def test_the_dial(made: Path, tmp_path: Path) -> None:
     base, tuned = logits(made / "base"), logits(made / "a")
     model = checkpoint.load_model(made / "a")
@@ -192,6 +197,7 @@ def test_a_record_whose_config_contradicts_the_tensors_is_named(made: Path, tmp_
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.slow
 def test_a_record_of_the_first_schema_is_read(made: Path, tmp_path: Path) -> None:
     """It has sha256 digests, by which copies are removed and applied, and compared with those of a later record."""
     folder = shutil.copytree(made / "a", tmp_path / "old")
@@ -226,6 +232,7 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, books, **loading)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), [("mixtral", "bfloat16"), ("llama", None)])
 def test_a_tuned_model_keeps_its_source_and_its_copies_travel(family: str, dtype: str | None, tmp_path: Path) -> None:
     """expand -> tune -> remove gives the original's tensors, whatever dtype was trained in; extract -> apply gives the tuned ones. Experts

@@ -222,6 +222,7 @@ def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "expanded").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_killed_expansion_leaves_no_target(tmp_path: Path) -> None:
     """SIGKILL at moments spread over the time that one expansion takes: the final name appears with a whole checkpoint or not at all."""
     source = tiny_models.checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=2048)
@@ -242,6 +243,7 @@ def test_a_killed_expansion_leaves_no_target(tmp_path: Path) -> None:
     assert killed
 
 
+@pytest.mark.slow
 def test_it_loads_where_adept_fast_is_not_installed(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base")
     expand_checkpoint(source, tmp_path / "expanded", [1, 3], verify=False)
@@ -300,6 +302,7 @@ def test_a_home_is_found_for_source_and_target_alike(tmp_path: Path, monkeypatch
     assert {"expanded", "delta", "applied", "removed"} < {path.name for path in tmp_path.iterdir()} and not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 def test_a_second_expansion_on_disk(tmp_path: Path) -> None:
     source = tiny_models.checkpoint(tmp_path / "base", "qwen3")
     expand_checkpoint(source, tmp_path / "one", [1, 3])
@@ -309,6 +312,7 @@ def test_a_second_expansion_on_disk(tmp_path: Path) -> None:
     assert torch.equal(base(IDS).logits, twice(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The pipeline takes an expanded model, saved again by plain transformers, as its source: it copies none of the copies, trains its own
     alone, and both sets come off again."""
@@ -344,6 +348,7 @@ def test_a_second_domain_on_top_of_a_first(tmp_path: Path, monkeypatch: pytest.M
     assert _same(stored_tensors(tmp_path / "plain"), stored_tensors(base))
 
 
+@pytest.mark.slow
 def test_a_model_saved_again_in_another_dtype_says_so(tmp_path: Path) -> None:
     base = tiny_models.checkpoint(tmp_path / "base")
     expand_checkpoint(base, tmp_path / "one", [1], verify=False)

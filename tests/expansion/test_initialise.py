@@ -73,6 +73,7 @@ def test_an_unknown_one_is_refused() -> None:
         expand_model(tiny_models.model(), [1], "ones")
 
 
+@pytest.mark.slow
 def test_the_command_says_that_the_function_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(tmp_path / "cache"))
     tiny_models.checkpoint(tmp_path / "base")

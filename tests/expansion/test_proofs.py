@@ -107,6 +107,7 @@ def test_a_model_with_a_copy_that_is_no_number_is_not_expanded_again(made: Path,
         expand_checkpoint(changed(made, tmp_path, COPY, math.nan), tmp_path / "no", [2], verify=False)
 
 
+@pytest.mark.slow
 def test_no_value_from_memory_is_written_that_is_no_number(made: Path, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in checkpoint.load_model(made / "tuned").state_dict().items()}
     state[COPY][1, 1] = math.nan

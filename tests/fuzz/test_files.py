@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.fuzz.cases import fuzzer
+
+pytestmark = pytest.mark.slow
 
 CASES = 200  # make nightly runs 1,500
 

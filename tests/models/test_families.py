@@ -23,6 +23,8 @@ from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.scoring.units import Units
 from tests.support import families_table, tiny_families
 
+pytestmark = pytest.mark.slow
+
 SUPPORTED = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
 cohere_compass_text ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe

@@ -62,6 +62,7 @@ def answers(model: nn.Module, projection: nn.Module, output: nn.Module, features
     return (seen[0] - seen[1]).reshape(TOKENS, -1).abs() > 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_head_of_a_fused_projection_moves_its_own_head(name: str) -> None:
     _, inputs, output_name = LAYOUTS[name]

@@ -125,6 +125,7 @@ def wrappers(model):
     return [torch.nn.DataParallel(model), compiled, torch.nn.DataParallel(compiled)]
 
 
+@pytest.mark.slow
 def test_wrappers_that_compute_the_same_are_taken_off(tmp_path):
     items, base = tiny_models.items(3), tiny_models.model()
     expanded = expand_model(base, [1])

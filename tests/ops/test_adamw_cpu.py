@@ -91,6 +91,7 @@ def test_threads_and_chunks_change_no_bit(dtype: str) -> None:
     assert same(run("torch", dtype, None, None, "columns", shapes), one)
 
 
+@pytest.mark.slow
 def test_a_forked_child_steps_with_threads() -> None:
     """A child has none of its parent's OpenMP threads: waiting for them would hang."""
     script = """

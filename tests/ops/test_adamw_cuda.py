@@ -79,6 +79,7 @@ def address(words: array[int]) -> ctypes.c_void_p:
     return ctypes.c_void_p(words.buffer_info()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 3, 264])
 def test_every_element_is_visited_once_with_its_multiplier(grid: ctypes.CDLL, blocks: int) -> None:
     shapes = [(0, 1, 1), (0, 4, 2), (1, 1, 1), (7, 7, 1), (0, 1, 1), (8, 2, 4), (9, 1, 1), (2049, 3, 683), (CHUNK, 16, 512), (0, 5, 3)]
@@ -100,6 +101,7 @@ def test_every_element_is_visited_once_with_its_multiplier(grid: ctypes.CDLL, bl
     assert torch.equal(units, torch.cat(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "inner"), [(1, 2**40), (3, 2**33 + 7), (2**20 + 1, 2**15 + 1), (2**33 + 1, 1), (2**34, 3), (5, 2**31), (8192, 8192), (7, 3)]
 )
@@ -117,6 +119,7 @@ def on_host(grid: ctypes.CDLL, updates: Sequence[Update], blocks: int, grad_scal
     return grid.step(address(table.rows), ctypes.c_int64(len(updates)), groups, ctypes.c_int64(blocks), ctypes.c_double(grad_scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_the_kernel_body_gives_the_reference_bits(grid: ctypes.CDLL, dtype: torch.dtype, blocks: int) -> None:
@@ -127,6 +130,7 @@ def test_the_kernel_body_gives_the_reference_bits(grid: ctypes.CDLL, dtype: torc
     compare(cases(dtype, small), OPTIONS, run, "cpu", 0.37)
 
 
+@pytest.mark.slow
 def test_the_kernel_body_over_several_chunks_with_other_options(grid: ctypes.CDLL) -> None:
     """Averages that move from the new value, maximize, no decay."""
 
@@ -138,6 +142,7 @@ def test_the_kernel_body_over_several_chunks_with_other_options(grid: ctypes.CDL
     compare(chosen[:4], OPTIONS._replace(beta1=0.0, weight_decay=0.0), run, "cpu", 1.0)
 
 
+@pytest.mark.slow
 def test_tensor_lr_and_betas_are_read_through_their_addresses(grid: ctypes.CDLL) -> None:
     case = Case((torch.bfloat16, torch.bfloat16, torch.float32), "remainder", True, "rows", 0)
     plain, scalars = make(case, 7, OPTIONS._replace(beta1=0.75)), make(case, 7)
@@ -171,6 +176,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(target.glob("adept_fast/_CUDA*"))
 
 
+@pytest.mark.slow
 def test_rows_have_the_size_of_the_structs(extension: Path) -> None:
     spec = importlib.util.spec_from_file_location("_CUDA", extension)
     native = importlib.util.module_from_spec(spec)
@@ -194,6 +200,7 @@ def dumped(extension: Path, *options: str) -> str:
     return subprocess.run([tool, *options, str(extension)], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_update_kernel_is_wide_and_spills_nothing(extension: Path) -> None:
     functions = re.split(r"Function : ", dumped(extension, "-sass"))[1:]
     updates = [text for text in functions if re.match(r"_ZN10adept_fast\S*6updateE", text)]

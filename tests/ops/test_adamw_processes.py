@@ -20,6 +20,8 @@ from adept_fast.cli.main import main
 from adept_fast.runtime import distributed
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -205,6 +205,7 @@ def interpreted() -> list[list[str]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(LAUNCHES)), ids=lambda index: str(LAUNCHES[index]))
 def test_interpreted_kernel_agrees_bit_for_bit(interpreted: list[list[str]], index: int) -> None:
     assert interpreted[index] == []
@@ -237,6 +238,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtypes", "mode", "amsgrad"), WIDE, ids=str)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiles_to_wide_accesses_without_spills(architecture: int, dtypes: tuple[str, str, str], mode: str | None, amsgrad: bool) -> None:
@@ -257,6 +259,7 @@ def test_compiles_to_wide_accesses_without_spills(architecture: int, dtypes: tup
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_preparation_compiles_to_ieee_arithmetic(architecture: int) -> None:
     types = {"rows": "*i64", "groups": "*i64", "scalars": "*fp64", "grad_scale": "*fp64", "found_inf": "*fp32", "tensors": "i32"}

@@ -76,16 +76,19 @@ def interpreted() -> list[dict[str, float | bool]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: "-".join(map(str, CASES[index])).replace(" ", ""))
 def test_interpreted_kernel_gives_the_sums(interpreted: list[dict[str, float | bool]], index: int) -> None:
     assert interpreted[index]["excess"] <= 1.0
     assert interpreted[index]["repeats"]
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_adds_vectors_of_all_kinds_at_once(interpreted: list[dict[str, float | bool]]) -> None:
     assert interpreted[len(CASES)] == {"vectors": True}
 
 
+@pytest.mark.slow
 def test_hooks_hand_all_vectors_of_a_backward_to_one_interpreted_launch(interpreted: list[dict[str, float | bool]]) -> None:
     assert_wired(interpreted[len(CASES) + 1 :])
 
@@ -94,6 +97,7 @@ POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 VECTORS = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), VECTORS)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dtype: str, grad_dtype: str) -> None:
@@ -114,6 +118,7 @@ def test_kernel_for_vectors_compiles_without_spills(architecture: int, param_dty
     assert len(re.findall(r"\bLDG\b", machine_code)) >= 6 and not re.search(r"\b(ATOM|ATOMG|RED)\b", machine_code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), [*VECTORS, ("fp32", "bf16"), ("fp16", "fp32")])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -134,6 +134,7 @@ def interpreted() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: "-".join(map(str, CASES[index])).replace(" ", ""))
 def test_interpreted_kernels_are_no_further_from_fp64_than_torch(interpreted: dict[str, Any], index: int) -> None:
     found = dict(interpreted["cases"][index])
@@ -141,11 +142,13 @@ def test_interpreted_kernels_are_no_further_from_fp64_than_torch(interpreted: di
     assert all(value <= 0 for value in found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_numbers_of_the_reference(interpreted: dict[str, Any], layout: str) -> None:
     assert interpreted["layouts"][layout] <= (2e-2 if layout == "mixed types" else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_target_outside_the_vocabulary_makes_its_row_nan(interpreted: dict[str, Any], dtype: str) -> None:
     assert all(interpreted["nan alone"][dtype].values()), interpreted["nan alone"][dtype]
@@ -167,6 +170,7 @@ BUILDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "flags"), BUILDS)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiles_to_wide_loads_without_spills(architecture: int, name: str, dtype: str, flags: str) -> None:

@@ -289,6 +289,7 @@ def test_autocast_casts_the_inputs_and_no_sum(name: str) -> None:
     assert found[0][0].dtype == torch.float32 and all(map(torch.equal, *found))
 
 
+@pytest.mark.slow
 def test_operator_traces() -> None:
     hidden, head, targets = inputs(*SHAPES[2], torch.float32)
     operator = torch.ops.adept_fast.linear_cross_entropy.default

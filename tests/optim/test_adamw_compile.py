@@ -10,6 +10,8 @@ from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
 
+pytestmark = pytest.mark.slow
+
 SETUPS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.float32, {}),
     (torch.bfloat16, {"master_weights": "remainder", "max_grad_norm": 0.5}),

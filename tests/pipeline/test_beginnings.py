@@ -33,6 +33,8 @@ from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.piece_losses import compare_pieces
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
+
 PAD, BEGIN, BLOCK = 0, 1, 32
 HEAD = 12  # characters that tell the beginning of a document from the middle of one
 SENTENCES = tiny_models.SENTENCES

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

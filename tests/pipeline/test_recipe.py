@@ -119,6 +119,7 @@ def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:
         load(None, [*NEEDED, *settings])
 
 
+@pytest.mark.slow
 def test_odd_values_are_taken_or_refused_in_one_line_that_names_the_key() -> None:
     recipe = load(None, NEEDED)
     keys = [entry.name for entry in fields(Recipe)]

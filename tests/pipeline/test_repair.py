@@ -16,7 +16,7 @@ EMPTY, MALFORMED, BEHIND = json.dumps({"text": None}), '{"text"', 3
 AHEAD = 60
 PLACE = "adept_fast.tuning.adept_callback:apply_rates"  # a refresh: the third is that of step 4, before its checkpoint
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from adept_fast.cli.main import main
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
+pytestmark = pytest.mark.slow
+
 PLACES = (
     ("adept_fast.scoring.layer_masking:LayerMasks.measure", 3),  # scoring
     ("adept_fast.expansion.expand_checkpoint:first_importance", 0),

@@ -30,6 +30,7 @@ def run(number: int) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_the_parts_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_models.checkpoint(tmp_path / "MODEL", num_hidden_layers=5)

@@ -24,6 +24,7 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = "('torch', 'numpy', 'transformers', 'triton', 'datasets', 'accelerate', 'matplotlib')"
     assert python(f"import sys, adept_fast; print([name for name in {heavy} if name in sys.modules])") == "[]"
@@ -44,6 +45,7 @@ def installed_with(name: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_optimizer_needs_torch_alone(tmp_path: Path) -> None:
     """In an environment that holds torch, what torch requires, and this package."""
     for name in installed_with("torch"):
@@ -74,12 +76,14 @@ except ModuleNotFoundError as error:
     assert re.fullmatch(r"adept_fast\.score_layers needs \w+: pip install 'adept-fast\[hf\]'", missing)
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root() -> None:
     """Hugging Face has a package named kernels; transformers probes for it, and finds our folder in the working directory."""
     pytest.importorskip("transformers")
     assert python("import sys; sys.path.insert(0, ''); from transformers import LlamaForCausalLM; print('whole')") == "whole"
 
 
+@pytest.mark.slow
 def test_kernels_is_the_linked_folder() -> None:
     link = ROOT / "adept_fast" / "kernels"
     assert link.is_symlink() and str(link.readlink()) == "../kernels"
@@ -87,6 +91,7 @@ def test_kernels_is_the_linked_folder() -> None:
     assert python("import adept_fast.kernels as k; print(list(k.__path__)[0])") == str(link)
 
 
+@pytest.mark.slow
 def test_kernels_import_as_a_subpackage() -> None:
     pytest.importorskip("triton")
     assert python("from adept_fast.kernels.gradient_sums import tile; print(tile.__module__)") == "adept_fast.kernels.gradient_sums"

@@ -10,7 +10,7 @@ from tests.reliability.campaign import campaign
 from tests.reliability.disk_faults import Fault
 from tests.reliability.stages import NAMES, Stages
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")

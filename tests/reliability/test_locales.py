@@ -12,6 +12,8 @@ import pytest
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "Göl \N{LATIN SMALL LETTER DOTLESS I}\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}"
 
 

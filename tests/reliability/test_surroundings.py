@@ -19,7 +19,7 @@ from tests.reliability.stages import Stage, Stages
 
 HERE = "tests.reliability.test_surroundings"
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")

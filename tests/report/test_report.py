@@ -144,6 +144,7 @@ class Page(HTMLParser):
 SECTIONS = ["results", "profile", "rates", "losses", "inserted", "cost", "recipe", "limits"]
 
 
+@pytest.mark.slow
 def test_a_whole_run_has_all_sections_in_order_and_its_numbers(tmp_path: Path) -> None:
     write_all(tmp_path)
     path = write_report(tmp_path, RECIPE, VERSIONS)
@@ -163,6 +164,7 @@ def test_a_whole_run_has_all_sections_in_order_and_its_numbers(tmp_path: Path) -
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_ids_do_not_clash(tmp_path: Path) -> None:
     write_all(tmp_path)
     page = Page(write_report(tmp_path, RECIPE, VERSIONS))
@@ -172,6 +174,7 @@ def test_the_page_stands_alone_and_ids_do_not_clash(tmp_path: Path) -> None:
     assert not re.search(r"https?:|@import|url\((?!#)", page.source) and not {"script", "link", "iframe", "img"} & set(page.tags)
 
 
+@pytest.mark.slow
 def test_text_from_artefacts_recipe_and_versions_is_escaped(tmp_path: Path) -> None:
     lines = [*log(), refresh(60, [f"model.layers.4.{EVIL.replace('/', '')}"])]
     results = evaluation()
@@ -181,6 +184,7 @@ def test_text_from_artefacts_recipe_and_versions_is_escaped(tmp_path: Path) -> N
     assert "script" not in page.tags and EVIL in page.text and "<script" not in page.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, command, gone", [
     ("scores.json", "score", ["profile"]),
     ("eval.json", "eval", ["results"]),
@@ -210,6 +214,7 @@ def test_optional_keys_may_be_absent(tmp_path: Path) -> None:
     assert "No result yet; to be evaluated: tuned." in page.text and "general accuracy" not in page.text and "0.250" in page.text
 
 
+@pytest.mark.slow
 def test_values_that_are_null_or_not_finite_are_said_and_drawn_as_gaps(tmp_path: Path) -> None:
     results = evaluation(domain=math.nan)
     results["models"]["tuned"]["general"] |= {"perplexity": math.inf, "low": None}
@@ -265,6 +270,7 @@ def test_a_malformed_artefact_is_named_and_the_old_page_stays(tmp_path: Path, fi
     assert (tmp_path / "report.html").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_layer_profile_puts_the_primary_first_and_tells_low_layers_apart() -> None:
     figure = layer_profile(scores(), COPIED)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -302,6 +308,7 @@ def test_unit_rates_draw_a_panel_a_type_with_a_line_a_layer() -> None:
         unit_rates([])
 
 
+@pytest.mark.slow
 def test_importing_the_report_loads_no_plotting_and_drawing_touches_no_pyplot() -> None:
     code = "import sys, adept_fast.report as r; assert 'matplotlib' not in sys.modules; "
     code += "r.layer_profile({'profiles': {'kl': {'values': [0.5, None]}}}, [1]); assert 'matplotlib.pyplot' not in sys.modules"
@@ -325,6 +332,7 @@ def test_one_refresh_is_drawn_as_a_row_a_type() -> None:
     assert to_svg(unit_rates([refresh(0, [f"h.0.mlp.up[{row}]" for row in range(30)])]))
 
 
+@pytest.mark.slow
 def test_figures_become_whole_png_files_and_equal_svg_text(tmp_path: Path) -> None:
     figure = losses(log())
     save_png(figure, tmp_path / "losses.png")

@@ -11,6 +11,8 @@ from adept_fast.errors import InputError
 from adept_fast.scoring.unit_importance import parameter_sums
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("accelerate")
 WHOLE = {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 MAPS = {

@@ -99,6 +99,7 @@ def test_a_layer_without_which_no_loss_is_left_ranks_above_all_others(monkeypatc
         LayerScores.load(tmp_path / "scores.json")
 
 
+@pytest.mark.slow
 def test_a_race_drops_such_a_layer(monkeypatch):
     model, items = gated(monkeypatch), tiny_models.items(40)
     whole = score_layers(model, items)

@@ -149,6 +149,7 @@ def test_an_item_counts_for_the_layers_that_were_measured_on_it() -> None:
     assert value.tolist() == [1.0, 2.0] and (low[1], high[1]) == (2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_scores_of_a_race(tmp_path) -> None:
     model, items = tiny_models.model(num_hidden_layers=6), tiny_models.items(60)
     setting = Race(k=2, regret=0.3, first=8)
@@ -190,6 +191,7 @@ def test_settings_that_cannot_be(change: dict) -> None:
         dataclasses.replace(Race(k=2), **change).check(6)
 
 
+@pytest.mark.slow
 def test_copies_are_no_candidates_and_a_race_bounds_the_regret_among_the_others() -> None:
     model, items = expand_model(tiny_models.model(num_hidden_layers=6), [1, 3]), tiny_models.items(60)
     exact = score_layers(model, items)

@@ -21,6 +21,8 @@ from adept_fast.scoring.settings import CHEAP
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "support" / "scoring_worker.py"
 

@@ -48,6 +48,7 @@ def test_parameter_share_is_what_trains(scored: tuple) -> None:
     assert scores.costs.shares([1, 4])["parameters"] == trained / whole
 
 
+@pytest.mark.slow
 def test_time_share_counts_the_products_of_a_step(scored: tuple) -> None:
     """Against FLOPs that torch counts in one step each, on sequences so short that attention's own products hardly count."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -69,6 +70,7 @@ def test_time_share_counts_the_products_of_a_step(scored: tuple) -> None:
         assert scores.costs.shares(layers)["time"] == pytest.approx(flops(expanded) / whole, rel=0.03)
 
 
+@pytest.mark.slow
 def test_budget_of_a_model_with_copies_counts_it_as_it_is() -> None:
     """The second of two expansions: what trains of what the first one made, copied among the layers that are no copies."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -218,6 +220,7 @@ def test_comparison_gives_spearman_and_covers_it() -> None:
             compare_scores(wrong)
 
 
+@pytest.mark.slow
 def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_models.checkpoint(tmp_path / "model", **CHANGES)
@@ -256,6 +259,7 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
         STAGES["score"](Workspace(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append))
 
 
+@pytest.mark.slow
 def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_it_begins(tmp_path: Path) -> None:
     tiny_models.checkpoint(tmp_path / "model", **CHANGES)
     rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
@@ -283,6 +287,7 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     assert "Score (fisher, sum of squared gradients)" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["method=adept", "method=uniform"])
 def test_a_second_expansion_copies_layers_that_are_no_copies(tmp_path: Path, how: str) -> None:
     tiny_models.checkpoint(tmp_path / "model", **CHANGES)

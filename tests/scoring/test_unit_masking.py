@@ -59,6 +59,7 @@ def by_hand(model: torch.nn.Module, items: list, granularity: str, layers: list[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -132,6 +133,7 @@ def in_small_vocabulary(item: Item) -> Item:
     return Item(ids, tuple(label if label < 0 else ids[at] for at, label in enumerate(item.labels)))
 
 
+@pytest.mark.slow
 def test_heads_of_a_state_space_model_are_masked_as_by_hand() -> None:
     model, items = tiny_families.model("mamba2"), [in_small_vocabulary(item) for item in tiny_models.items(3)]
     found = mask_units(model, items, "head", layers=[1])

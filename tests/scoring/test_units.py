@@ -42,6 +42,7 @@ def test_units_cover_the_copies_exactly(family: str, granularity: str) -> None:
         assert cut.unit.shape == (trainable[name].shape[cut.dim],)
 
 
+@pytest.mark.slow
 def test_names_and_numbers_of_units() -> None:
     llama = expanded()
     assert len(Units.of(llama)) == 2 * 9
@@ -117,6 +118,7 @@ def importance(values: list[float], units: Units) -> UnitImportance:
     return UnitImportance(units, tensor, tensor)
 
 
+@pytest.mark.slow
 def test_rates_by_rank_have_mean_one_within_a_kind_and_fall_with_importance() -> None:
     units = Units.of(expanded(), "neuron")
     values = torch.rand(len(units), generator=torch.Generator().manual_seed(2)).tolist()

@@ -77,6 +77,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_only_copies_change_and_every_unit_has_its_rate(tmp_path: Path) -> None:
     model, trainer, entries = train(tmp_path)
     base = weights(expand_model(tiny_models.model(), [0, 2]))
@@ -96,6 +97,7 @@ def test_only_copies_change_and_every_unit_has_its_rate(tmp_path: Path) -> None:
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6] and all(entry["loss"] > 0 for entry in steps)
 
 
+@pytest.mark.slow
 def test_first_importances_that_are_given_are_taken(tmp_path: Path) -> None:
     own = train(tmp_path / "own", max_steps=1)[2]
     sums = first_importance(expand_model(tiny_models.model(), [0, 2]), tiny_models.items(3))
@@ -131,6 +133,7 @@ def test_tokens_per_second_leave_out_what_callbacks_do(tmp_path: Path, monkeypat
     assert json.loads(log.path.read_text())["tokens_per_second"] == 64 * 5 / (20 - 10 - (18 - 13))
 
 
+@pytest.mark.slow
 def test_a_zero_rate_freezes_its_unit(tmp_path: Path) -> None:
     def freeze_queries(values, units):
         return torch.tensor([0.0 if unit.kind == "q_proj" else 1.0 for unit in units])
@@ -149,6 +152,7 @@ def ones(values, units):
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, **CHECKPOINTED}])
 def test_a_refresh_changes_nothing_but_the_rates(tmp_path: Path, changes: dict) -> None:
     """With a map of ones, a refresh at every step gives the weights of none, dropout's random numbers included."""
@@ -158,6 +162,7 @@ def test_a_refresh_changes_nothing_but_the_rates(tmp_path: Path, changes: dict) 
     assert same(weights(often), weights(never))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, **CHECKPOINTED}])
 def test_the_callback_changes_nothing_but_the_rates_of_another_trainer(tmp_path: Path, changes: dict) -> None:
     found = []
@@ -171,6 +176,7 @@ def test_the_callback_changes_nothing_but_the_rates_of_another_trainer(tmp_path:
     assert same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [3, 5])
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, stop: int, dtype: torch.dtype) -> None:
@@ -183,6 +189,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, stop: int, 
     assert entries == again and [entry["event"] for entry in entries].count("evaluation") == 4
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_changed_and_have_whole_names(tmp_path: Path) -> None:
     train(tmp_path, save_total_limit=1)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["checkpoint-6"]
@@ -191,6 +198,7 @@ def test_checkpoints_hold_what_changed_and_have_whole_names(tmp_path: Path) -> N
     assert "model.safetensors" not in names
 
 
+@pytest.mark.slow
 def test_any_trainer_takes_the_callback(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)
@@ -205,6 +213,7 @@ def test_any_trainer_takes_the_callback(tmp_path: Path) -> None:
     trainer.train()  # again, with the same callback
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
     causal = expand_model(tiny_families.model("roberta-prelayernorm", vocab_size=tiny_models.VOCABULARY), [1])
     causal.config.is_decoder = False
@@ -219,6 +228,7 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
             refused()
 
 
+@pytest.mark.slow
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)

@@ -66,6 +66,7 @@ def compare(folder: Path, supervised: str, empty: tuple[int, ...], **changes: ob
             assert torch.equal(other, tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("supervised", "empty", "changes"),
     [
@@ -97,6 +98,7 @@ def test_a_process_without_a_target(tmp_path: Path) -> None:
     in_processes(2, tmp_path, on_two, tmp_path)
 
 
+@pytest.mark.slow
 def test_label_smoothing_without_a_target(tmp_path: Path) -> None:
     _, losses, norms = trained(tmp_path, "-xx-", True, label_smoothing_factor=0.1)
     assert [loss == 0 for loss in losses] == [norm == 0 for norm in norms] == [True, False, False, True]

@@ -48,6 +48,7 @@ def gradients(model: nn.Module, fast: bool, **inputs: object) -> tuple[torch.Ten
     return output.loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [None, 11, torch.tensor(11)])
 @pytest.mark.parametrize(
     "family, changes",
@@ -145,6 +146,7 @@ def watched(layers: nn.ModuleList) -> Iterator[tuple[list[weakref.WeakSet[Kept]]
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("inputs_require_grad", [False, True])
 def test_nothing_below_the_lowest_copy_keeps_or_runs_anything(checkpointing: bool, inputs_require_grad: bool) -> None:
@@ -193,6 +195,7 @@ def test_wrappers_put_on_inside_are_left_on() -> None:
     assert model(**batch()).logits is not None
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     model = expanded()
     plain, _ = gradients(model, False, **batch())

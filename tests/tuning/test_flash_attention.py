@@ -138,6 +138,7 @@ def test_rows_of_documents_would_leak_and_the_check_says_so(calls: SimpleNamespa
     assert collator(tiny_models.model()) is default_data_collator
 
 
+@pytest.mark.slow
 def test_a_run_under_flash_attention_is_that_of_the_masked_one(
     calls: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

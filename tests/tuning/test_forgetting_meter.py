@@ -79,6 +79,7 @@ def readings(entries: list[dict]) -> list[dict]:
     return [entry for entry in entries if entry["event"] == "forgetting"]
 
 
+@pytest.mark.slow
 def test_it_changes_no_weight_and_logs_every_unit(tmp_path: Path) -> None:
     plain, *_ = train(tmp_path / "plain", dropout=0.1, gradient_accumulation_steps=2)
     metered, _, entries = train(tmp_path / "metered", {"meter": Meter(ITEMS)}, dropout=0.1, gradient_accumulation_steps=2)
@@ -96,6 +97,7 @@ def test_it_changes_no_weight_and_logs_every_unit(tmp_path: Path) -> None:
     assert '<section id="forgetting">' in write_report(tmp_path, {}, {}).read_text()
 
 
+@pytest.mark.slow
 def test_a_limit_stops_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adept = {"meter": Meter(ITEMS, limit=1e-4), "monitors": {"general": ITEMS}, "monitor_steps": 100}
     _, trainer, entries = train(tmp_path, adept, learning_rate=0.3, max_steps=40, save_steps=100)
@@ -107,6 +109,7 @@ def test_a_limit_stops_training(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert max(entry["step"] for entry in entries if entry["event"] == "refresh") < stop
 
 
+@pytest.mark.slow
 def test_a_limit_cuts_all_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, _, entries = train(tmp_path, {"meter": Meter(ITEMS, 1e-4, "cut"), "rate_map": ones}, learning_rate=0.3)
     scale = 1.0
@@ -118,6 +121,7 @@ def test_a_limit_cuts_all_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert scale < 1 and sum("all rates are cut to 0.5 of what they would be" in line for line in caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_it_is_read_at_the_end_too(tmp_path: Path) -> None:
     adept = {"meter": Meter(ITEMS), "refresh_steps": 4, "monitors": {"general": ITEMS}, "monitor_steps": 5}
     _, _, entries = train(tmp_path, adept)
@@ -135,6 +139,7 @@ def test_each_reading_above_the_limit_halves_the_rates_again() -> None:
     assert scales == [1, 0.5, 0.25, 0.25] and not meter.stopped
 
 
+@pytest.mark.slow
 def test_a_second_training_measures_from_its_own_start(tmp_path: Path) -> None:
     meter = Meter(ITEMS, 1e-4, "cut")
     _, trainer, entries = train(tmp_path, {"meter": meter, "refresh_steps": 3}, learning_rate=0.3)
@@ -147,6 +152,7 @@ def test_a_second_training_measures_from_its_own_start(tmp_path: Path) -> None:
     assert first["meter_loss"] == pytest.approx(last["meter_loss"], rel=1e-6) and "meter_predicted" in others[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_resumed_run_reads_the_same(tmp_path: Path, stop: int) -> None:
     """Checkpoints every 2 steps, readings every 3: gradients and copies of the last reading come out of the checkpoint."""

@@ -104,6 +104,7 @@ def test_the_items_are_gone_through_in_order_again_and_again() -> None:
     assert float(short.backward(model, 1)) == mean(cut)
 
 
+@pytest.mark.slow
 def test_it_comes_in_once_a_step_whatever_is_accumulated(tmp_path: Path) -> None:
     """One batch of 4 and 4 of 1 give the same weights, anchored."""
     found = []
@@ -121,6 +122,7 @@ def test_it_comes_in_once_a_step_whatever_is_accumulated(tmp_path: Path) -> None
         assert (tensor - found[1][name]).norm() <= 1e-3 * tensor.norm(), name
 
 
+@pytest.mark.slow
 def test_it_lowers_drift_on_other_text_and_the_domain_is_still_learnt(tmp_path: Path) -> None:
     held = tiny_models.items(4, seed=8)
     drift, losses = {}, {}
@@ -134,6 +136,7 @@ def test_it_lowers_drift_on_other_text_and_the_domain_is_still_learnt(tmp_path: 
     assert all(each[-1] < each[0] for each in losses.values())
 
 
+@pytest.mark.slow
 def test_weight_zero_changes_nothing_and_a_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     def anchor(weight: float) -> dict:
         return {"anchor": Anchor(tiny_models.items(5, seed=7), weight, every=1, tokens=30)}
@@ -147,6 +150,7 @@ def test_weight_zero_changes_nothing_and_a_run_resumes_to_the_same_bits(tmp_path
     assert same(weights(whole), weights(resumed)) and entries == again
 
 
+@pytest.mark.slow
 def test_any_trainer_takes_it(tmp_path: Path) -> None:
     model = expand_model(tiny_models.model(), [1])
     freeze_original(model)

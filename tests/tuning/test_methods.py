@@ -45,6 +45,7 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
     return folder / output, log
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,7 @@ def test_a_method_trains_what_it_says_and_nothing_else(folder: Path, method: str
     assert type(AutoModelForCausalLM.from_pretrained(output / "tuned")).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_a_killed_baseline_goes_on_to_the_same_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
     from adept_fast.tuning import baselines

@@ -16,6 +16,8 @@ from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes
 from tests.support.training_worker import method_recipe, tune_by, tune_by_all
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("full", "replay", "uniform", "lora")
 
 

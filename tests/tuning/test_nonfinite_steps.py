@@ -84,6 +84,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_the_first_such_step_stops_the_run_and_names_its_documents(tmp_path: Path) -> None:
     ids = rows((3,))[5]["input_ids"]
     with pytest.raises(InputError) as stop:
@@ -93,6 +94,7 @@ def test_the_first_such_step_stops_the_run_and_names_its_documents(tmp_path: Pat
     assert "weights are finite" in said and "set skip_nonfinite above 0" in said and "\n" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AdeptTrainer, Trainer])
 def test_a_skipped_step_touches_nothing_and_is_counted(tmp_path: Path, kind: type, caplog: pytest.LogCaptureFixture) -> None:
     states, log, trainer = train(tmp_path / "out", (3, 5), kind, skip_nonfinite=2)
@@ -109,6 +111,7 @@ def test_a_skipped_step_touches_nothing_and_is_counted(tmp_path: Path, kind: typ
         train(tmp_path / "less", (3, 5), kind, skip_nonfinite=1)
 
 
+@pytest.mark.slow
 def test_without_such_steps_nothing_changes(tmp_path: Path) -> None:
     one, _, _ = train(tmp_path / "one", (), skip_nonfinite=3)
     other, _, _ = train(tmp_path / "other", (), Trainer)
@@ -116,6 +119,7 @@ def test_without_such_steps_nothing_changes(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in other[-1].values())
 
 
+@pytest.mark.slow
 def test_the_count_goes_on_with_a_resumed_run(tmp_path: Path) -> None:
     states, _, _ = train(tmp_path / "out", (2, 5), skip_nonfinite=2)
     resumed, log, _ = train(tmp_path / "out", (2, 5), resume=str(tmp_path / "out" / "checkpoint-4"), skip_nonfinite=2)
@@ -142,6 +146,7 @@ def test_a_gradient_that_overflows_is_told_from_a_loss() -> None:
         guard.skips(model, 3)
 
 
+@pytest.mark.slow
 def test_copies_that_are_no_numbers_are_neither_saved_nor_resumed(tmp_path: Path) -> None:
     _, _, trainer = train(tmp_path / "out", ())
     name, parameter = next(iter(trainer._trained().items()))
@@ -153,6 +158,7 @@ def test_copies_that_are_no_numbers_are_neither_saved_nor_resumed(tmp_path: Path
     assert not list(tmp_path.glob("model/*.safetensors")) and not (tmp_path / "adept_copies.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [0, 9])
 def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: int) -> None:
     expand_checkpoint(tiny_models.checkpoint(tmp_path / "base"), tmp_path / "expanded", [1], steering=tiny_models.items(2))
@@ -188,6 +194,7 @@ def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adept_copies.safetensors", "adept_config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_checkpoint_whose_bytes_changed_is_refused_by_name(tmp_path: Path, file: str) -> None:
     train(tmp_path / "out", ())

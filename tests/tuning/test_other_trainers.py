@@ -20,6 +20,8 @@ from adept_fast.tuning import MAPS
 from adept_fast.tuning.unit_rates import RateMap
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
+
 RATES = {"o_proj": 2.0, "down_proj": 1.0, "q_proj": 0.0, "up_proj": 0.0}
 CALM = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1}
 QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True, "bf16": False}

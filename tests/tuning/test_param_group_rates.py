@@ -133,6 +133,7 @@ def trained(
     return weights, [json.loads(line) for line in log.path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_callback_refreshes_the_groups_of_another_optimizer(tmp_path: Path) -> None:
     wanted, unit_log = trained(tmp_path / "units", groups=False)
     found, group_log = trained(tmp_path / "groups", groups=True)

@@ -19,6 +19,8 @@ from adept_fast.tuning.trainer_log import TrainerLog
 from tests.support import tiny_models
 from tests.tuning.test_adept_trainer import Stop, arguments, blocks, same, weights
 
+pytestmark = pytest.mark.slow
+
 AVERAGED = {"rate_map": "mean_preserving"}
 
 

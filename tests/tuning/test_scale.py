@@ -51,6 +51,7 @@ def kept(shape: dict, layers: int, copies: list[int], tokens: int = 64, checkpoi
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / ids.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("h", "m", "a", "groups"), [(32, 48, 4, 2), (64, 112, 8, 2)])
 def test_activations_kept_for_backward(h: int, m: int, a: int, groups: int) -> None:
     shape = {"hidden_size": h, "intermediate_size": m, "num_attention_heads": a, "num_key_value_heads": groups}
@@ -92,6 +93,7 @@ def measured(folder: Path, engine: type[AdeptTrainer]) -> tuple[Footprint, int, 
     return footprint, sum(size for size, _ in sizes), sum(size for size, copied in sizes if copied)
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_states_of_one_process(tmp_path: Path) -> None:
     found, parameters, copied = measured(tmp_path, AdeptTrainer)
     assert (found.weights, found.gradients, found.states) == (2 * parameters, 2 * copied, 10 * copied)

@@ -45,6 +45,7 @@ def trainer(
     return kind(model, args, adept=adept, train_dataset=blocks(), eval_dataset=blocks(), callbacks=list(callbacks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("greater", "best"), [(True, 4), (False, 2)])
 @pytest.mark.parametrize("limit", [1, 2, None])
 def test_the_best_model_is_kept_and_loaded(tmp_path: Path, limit: int | None, greater: bool, best: int) -> None:
@@ -62,6 +63,7 @@ def test_the_best_model_is_kept_and_loaded(tmp_path: Path, limit: int | None, gr
         assert same(weights(again.model), made.seen[best])
 
 
+@pytest.mark.slow
 def test_a_killed_run_remembers_its_best(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", Scored, max_steps=8, save_total_limit=1, **BEST)
     whole.train()
@@ -71,12 +73,14 @@ def test_a_killed_run_remembers_its_best(tmp_path: Path) -> None:
     assert same(weights(again.model), weights(whole.model)) and again.state.best_metric == 0.9
 
 
+@pytest.mark.slow
 def test_only_the_best_is_saved_where_that_is_asked(tmp_path: Path) -> None:
     made = trainer(tmp_path, Scored, max_steps=8, save_strategy="best", **BEST)
     made.train()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"} and same(weights(made.model), made.seen[4])
 
 
+@pytest.mark.slow
 def test_callback_states_are_restored(tmp_path: Path) -> None:
     """Patience counts on; ours restores itself, without being made anew."""
     stop = {**BEST, "save_total_limit": None, "restore_callback_states_from_checkpoint": True}
@@ -90,6 +94,7 @@ def test_callback_states_are_restored(tmp_path: Path) -> None:
     assert again.state.global_step == 8 and adept in again.callback_handler.callbacks and same(weights(again.model), weights(whole.model))
 
 
+@pytest.mark.slow
 def test_the_callback_of_a_stock_trainer_says_that_it_cannot_be_made_anew(tmp_path: Path) -> None:
     from adept_fast.expansion import freeze_original
 
@@ -101,6 +106,7 @@ def test_the_callback_of_a_stock_trainer_says_that_it_cannot_be_made_anew(tmp_pa
         Trainer(model, args, train_dataset=blocks(), callbacks=[adept], optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-2})).train()
 
 
+@pytest.mark.slow
 def test_a_stock_trainer_that_would_train_the_base_is_refused(tmp_path: Path) -> None:
     for allowed in (False, True):
         model = expand_model(tiny_models.model(), [0, 2])
@@ -194,6 +200,7 @@ def test_a_recipe_refuses_the_same() -> None:
             load(None, ["model_name_or_path=M", "domain=d.txt", f"tune.{name}={json.dumps(value)}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -26,6 +26,8 @@ from tests.support.training_worker import (
     trained,
 )
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("ddp", "fsdp2")
 
 
