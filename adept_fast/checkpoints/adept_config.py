@@ -75,22 +75,24 @@ class AdeptConfig:
         write_json(folder / FILE, self.as_dict())
 
     @classmethod
-    def load(cls, folder: Path) -> AdeptConfig:
-        """Read the record of a checkpoint. Raises InputError where there is none, or none that is known."""
-        record = cls.find(folder)
+    def load(cls, folder: Path, config: Mapping[str, Any] | None = None) -> AdeptConfig:
+        """Read the record of a checkpoint, as `find` does. Raises InputError where there is none, or none that is known."""
+        record = cls.find(folder, config)
         if record is None:
             raise InputError(f"{folder}: no {FILE}, and no {KEY} in config.json: not an expanded model, or one that lost its record")
         return record
 
     @classmethod
-    def find(cls, folder: Path) -> AdeptConfig | None:
-        """The same; None for a checkpoint without a record."""
+    def find(cls, folder: Path, config: Mapping[str, Any] | None = None) -> AdeptConfig | None:
+        """The same; None for a checkpoint without a record. config: the content of its config.json, where that was read already."""
         folder = Path(folder)
         if (folder / FILE).is_file():
             return cls._read(read_json(folder / FILE), folder / FILE)
-        config = folder / "config.json"
-        found = read_json(config).get(KEY) if config.is_file() else None
-        return None if found is None else cls._read(found, config)
+        path = folder / "config.json"
+        if config is None:
+            config = read_json(path) if path.is_file() else {}
+        found = config.get(KEY)
+        return None if found is None else cls._read(found, path)
 
     @classmethod
     def of(cls, model: object) -> AdeptConfig | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from adept_fast.checkpoints.adept_config import FILE as RECORD
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
-from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, open_shards
+from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, Shards, open_shards
 from adept_fast.errors import InputError
 from adept_fast.models.causality import require_causal
 from adept_fast.models.decoder_layers import decoder_layers, require_decoder_only, vocabulary_of
@@ -34,8 +35,55 @@ NOT_CARRIED_NAMES = ("config.json", RECORD)
 CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
-def resolve(name_or_path: str, revision: str | None = None) -> Path:
+class ModelFolder:
+    """A model on disk. Each of its files is read once, when it is first asked for; `os.fspath` and `str` give the path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._skeletons: dict[tuple[bool, str | None], PreTrainedModel] = {}
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str]) -> ModelFolder:
+        return given if isinstance(given, cls) else cls(Path(given))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The content of config.json. Raises InputError where it is no JSON."""
+        return cast(Mapping[str, Any], read_json(self.path / "config.json"))
+
+    @cached_property
+    def shards(self) -> Shards:
+        return open_shards(self.path)
+
+    @cached_property
+    def record(self) -> AdeptConfig | None:
+        """What says which of its layers are copies; None for a model that was not expanded."""
+        return AdeptConfig.find(self.path, self.config)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens the model takes (max_position_embeddings), or 2^20 where its config sets no limit."""
+        limits = [table.get(key) for table in (self.config, self.config.get("text_config") or {}) for key in POSITIONS]
+        return next(filter(None, limits), 1 << 20)
+
+    def skeleton(self, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
+        """The model without its weights (meta tensors): enough to see its layers, and whether it has the implementation of attention."""
+        asked = (trust_remote_code, attn_implementation)
+        if asked not in self._skeletons:
+            self._skeletons[asked] = _skeleton(self, *asked)
+        return self._skeletons[asked]
+
+
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> ModelFolder:
     """The folder of a checkpoint: a local one, checked, or a hub name's snapshot. Raises InputError."""
+    if isinstance(name_or_path, ModelFolder):
+        return name_or_path
+    name_or_path = str(name_or_path)
     folder = Path(name_or_path).expanduser()
     if os.path.exists(folder):  # False for a name that is too long, too
         if revision is not None:
@@ -44,8 +92,9 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
         if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
             raise InputError(f"{name_or_path}: no such model folder (a model on the hub is named owner/name)")
         folder = _snapshot(name_or_path, revision)
-    check(folder)
-    return folder
+    found = ModelFolder(folder)
+    check(found)
+    return found
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -58,8 +107,9 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise InputError(f"{name}: neither a folder nor a model on the hub that can be reached ({str(error).splitlines()[0]})") from None
 
 
-def check(folder: Path) -> None:
-    """Raise InputError unless `folder` holds a config and whole safetensors files."""
+def check(model: ModelFolder) -> None:
+    """Raise InputError unless the folder holds a config and whole safetensors files."""
+    folder = model.path
     if not folder.is_dir():
         raise InputError(f"{folder}: not a model folder")
     for entry in folder.iterdir():
@@ -67,7 +117,7 @@ def check(folder: Path) -> None:
             regular(entry)  # a link to nothing, of a damaged cache, would be taken for a file that the model does without
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
-    config = read_json(folder / "config.json")
+    config = model.config
     if _holds_nan(config):
         raise InputError(f"{folder / 'config.json'}: holds a NaN: correct it, or fetch it again")
     if config.get("quantization_config") or config.get("compression_config"):
@@ -76,7 +126,7 @@ def check(folder: Path) -> None:
         pickled = next(folder.glob("*.bin"), None)
         hint = f"{pickled.name} is a pickle and is not loaded: convert it to safetensors" if pickled else "fetch the checkpoint again"
         raise InputError(f"{folder / WEIGHTS}: missing: {hint}")
-    open_shards(folder)
+    _ = model.shards
 
 
 def _holds_nan(value: object) -> bool:
@@ -85,25 +135,19 @@ def _holds_nan(value: object) -> bool:
     return value != value
 
 
-def positions(folder: Path) -> int:
-    """The most tokens the model takes (max_position_embeddings), or 2^20 where its config sets no limit."""
-    config = read_json(folder / "config.json")
-    limits = [table.get(key) for table in (config, config.get("text_config") or {}) for key in POSITIONS]
-    return next(filter(None, limits), 1 << 20)
-
-
 def load_model(
-    folder: Path, dtype: str | None = None, attn_implementation: str | None = None, trust_remote_code: bool = False
+    folder: str | os.PathLike[str], dtype: str | None = None, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, in the checkpoint's dtype unless told; its adept_config, if any, is attached."""
     from transformers import AutoModelForCausalLM
 
     if dtype is not None:
         require("dtype", dtype, str, DTYPES)
-    load_skeleton(folder, trust_remote_code, attn_implementation)
+    folder = ModelFolder.of(folder)
+    folder.skeleton(trust_remote_code, attn_implementation)  # refuses what cannot be loaded before the weights are read
     with _refused_by_name(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            folder.path,
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -117,23 +161,21 @@ def load_model(
         raise InputError(f"{folder}: {len(missing)} tensors are missing or of another shape, first {missing[0]}: fetch it again")
     if torch.cuda.is_available():
         model.to("cuda")
-    record = AdeptConfig.find(folder)
-    if record is not None:
-        record.require_layers(len(decoder_layers(model)), folder)
-        model.adept_config = record
+    if folder.record is not None:
+        folder.record.require_layers(len(decoder_layers(model)), folder.path)
+        model.adept_config = folder.record
     require_causal(model)
     whole: PreTrainedModel = model.eval()
     return whole
 
 
-def load_skeleton(folder: Path, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The model without its weights (meta tensors): enough to see its layers, and whether it has the implementation of attention."""
+def _skeleton(folder: ModelFolder, trust_remote_code: bool, attn_implementation: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shards = open_shards(folder)
-    check_counts(read_json(folder / "config.json"), shards)  # before transformers makes lists of so many layers
+    shards = folder.shards
+    check_counts(folder.config, shards)  # before transformers makes lists of so many layers
     with _refused_by_name(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
         require_decoder_only(config)
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(skeleton, shards)
@@ -155,7 +197,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _refused_by_name(folder: Path) -> Iterator[None]:
+def _refused_by_name(folder: ModelFolder) -> Iterator[None]:
     """What transformers refuses becomes an InputError that names the folder; what the machine refuses stays what it is."""
     try:
         yield
@@ -172,11 +214,11 @@ def _reason(error: Exception) -> str:
     return reason if len(reason) <= 300 else f"{reason[:297]}..."
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), trust_remote_code=trust_remote_code)
         tokenizer("a text")  # what its files have wrong shows where they are used
     except Exception as error:  # tokenizers raises Exception itself
         if type(error) is not Exception and not isinstance(error, _refusals()):
@@ -200,7 +242,7 @@ def carry_files(source: Path, target: Path) -> None:
         shutil.copyfile(file, copied)
 
 
-def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def require_vocabulary(folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Raise InputError for a tokenizer with tokens that the model has no embedding of."""
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, vocabulary_of(model)
     if tokens > rows:

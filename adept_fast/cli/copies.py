@@ -93,7 +93,7 @@ def run(action: str, given: Sequence[str]) -> str:
     target = folders["target"]
     if target.exists():
         raise InputError(f"target: {target} exists already: remove it or choose another target")
-    saved_again = action == "remove" and AdeptConfig.load(checkpoint.resolve(settings["source"])).source.get("saved_again")
+    saved_again = action == "remove" and AdeptConfig.load(checkpoint.resolve(settings["source"]).path).source.get("saved_again")
     record = getattr(expansion, chosen.function)(**{**settings, **folders})
     if record is None:
         written, proven = "the original without copies", f"it is the original{' as it was saved again' if saved_again else ''} bit for bit"

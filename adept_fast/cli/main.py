@@ -159,7 +159,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         return
     from adept_fast.pipeline import recipe
     from adept_fast.pipeline.run import STAGES
-    from adept_fast.pipeline.run_directory import Workspace
+    from adept_fast.pipeline.run_directory import RunDirectory
     from adept_fast.settings.key_value import overridden
 
     files = [setting for setting in settings if "=" not in setting or os.path.isfile(setting)]
@@ -175,11 +175,12 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         return
     for override in overridden(overrides):
         logger.warning(f"{override}: given again later, where it counts")
-    work = Workspace(recipe.load(files[0] if files else None, overrides, COMMANDS[command][2]), logger.info)
+    given = recipe.load(files[0] if files else None, overrides, COMMANDS[command][2])
+    directory = RunDirectory(given.folder)
     if command not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"{command} runs in one process; {' and '.join(SHARED)} take several: start {command} without a launcher")
-    with work.held():
-        STAGES[command](work)
+    with directory.held():
+        STAGES[command](given, directory)
 
 
 def _require_extra() -> None:

@@ -42,7 +42,7 @@ class Encoder:
         require("special_tokens", special_tokens, str, SPECIAL_TOKENS)
         self.special_tokens = special_tokens
         self.found: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()
+        self._told = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
@@ -122,10 +122,10 @@ class Encoder:
         return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}|{self.special_tokens}".encode()
 
     def warn_of_control_tokens(self, where: str) -> None:
-        """Log one line about the control tokens found since the last one, if any. where: what the texts are for, the line's first words."""
-        found, self._told = self.found - self._told, self.found.copy()
-        if not found:
+        """Log, once, what becomes of control tokens, if some were found. where: what the texts are for, the line's first words."""
+        if self._told or not self.found:
             return
+        self._told, found = True, self.found
         listed = ", ".join(f"{token!r} {count:,} times" for token, count in found.most_common(3))
         more = f" and {len(found) - 3} others" if len(found) > 3 else ""
         kept = self.special_tokens == "tokens"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STYLES = TEMPLATES
+OVERLONG = ("drop", "cut")
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Tokenized:
+    """items: those that can be measured on; overlong: how many records were longer than the limit; unsupervised: how many others, or
+    what is left of them, hold no token that counts in the loss."""
+
+    items: list[Item]
+    overlong: int
+    unsupervised: int
+
+
+@dataclass(frozen=True)
 class Choices:
     """A multiple-choice question: one sequence per choice, of equal prompt; `answer` is the index of the right one."""
 
@@ -79,6 +90,27 @@ def is_choice(record: Record) -> bool:
 
 def is_tokenised(record: Record) -> bool:
     return isinstance(meaning(record), Tokens)
+
+
+def tokenize(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase | Encoder,
+    *,
+    limit: int,
+    overlong: str,
+    style: str = "plain",
+    vocabulary: int | None = None,
+) -> Tokenized:
+    """Tokenise records to measure on: probe items, held-out documents, evaluation texts.
+
+    limit, overlong: "drop" leaves out what is longer than so many tokens, "cut" takes its first ones. Others: see tokenize_item.
+    """
+    require("overlong", overlong, str, OVERLONG)
+    whole = [tokenize_item(record, tokenizer, style, vocabulary) for record in records]
+    fitting = [item for item in whole if len(item.input_ids) <= limit]
+    kept = fitting if overlong == "drop" else [Item(item.input_ids[:limit], item.labels[:limit]) for item in whole]
+    items = [item for item in kept if item.supervised]
+    return Tokenized(items, len(whole) - len(fitting), len(kept) - len(items))
 
 
 def tokenize_item(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adept_fast.data.items import Choices, Item, is_choice, tokenize_choices, tokenize_item
+from adept_fast.data.encoding import Encoder
+from adept_fast.data.items import Choices, Item, is_choice, tokenize, tokenize_choices
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 from adept_fast.models.losses import Candidates
@@ -32,7 +33,7 @@ class EvaluationCorpus:
 
 
 def corpus(
-    name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None = None
+    name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | Encoder, max_length: int, vocabulary: int | None = None
 ) -> EvaluationCorpus:
     """Tokenise records, which are all questions or all texts.
 
@@ -44,16 +45,13 @@ def corpus(
         other = next(record for record in records if not is_choice(record))
         raise InputError(f"{other.where}: no 'choices', as other records of {name} have: keep questions and texts in separate files")
     if not questions:
-        whole = [tokenize_item(record, tokenizer, vocabulary=vocabulary) for record in records]
-        cut = [_cut(item, max_length) for item in whole]
-        items = [item for item in cut if item.supervised]
-        if not items:
+        found, total = tokenize(records, tokenizer, limit=max_length, overlong="cut", vocabulary=vocabulary), len(records)
+        if not found.items:
             raise InputError(f"{name}: no supervised token within the first {max_length} tokens of its texts")
-        longer = sum(len(item.input_ids) > max_length for item in whole)
-        unanswered = len(cut) - len(items)
-        _warn(name, longer, len(whole), "texts", f"are longer than {max_length} tokens: the loss is taken on their first {max_length}")
-        _warn(name, unanswered, len(whole), "texts", f"have no supervised token in their first {max_length}: they are left out")
-        return EvaluationCorpus(name, tuple(items))
+        cut = f"are longer than {max_length} tokens: the loss is taken on their first {max_length}"
+        _warn(name, found.overlong, total, "texts", cut)
+        _warn(name, found.unsupervised, total, "texts", f"have no supervised token in their first {max_length}: they are left out")
+        return EvaluationCorpus(name, tuple(found.items))
     every = [tokenize_choices(record, tokenizer) for record in questions]
     asked = [choices for choices in every if max(len(option.input_ids) for option in choices.options) <= max_length]
     if not asked:
@@ -70,10 +68,6 @@ def corpus(
 def _warn(name: str, count: int, total: int, what: str, fate: str) -> None:
     if count:
         logger.warning(f"{name}: {count:,} of {total:,} {what} {fate}")
-
-
-def _cut(item: Item, length: int) -> Item:
-    return Item(item.input_ids[:length], item.labels[:length])
 
 
 def _first_difference(choices: Choices) -> Candidates:

@@ -16,7 +16,6 @@ from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
 from adept_fast.runtime.atomic_files import staged_folder
-from adept_fast.runtime.input_files import read_json
 
 FILE = "adept_copies.safetensors"
 
@@ -105,7 +104,7 @@ def apply_copies(
     layers, originals = [], iter(range(on_disk.count))
     for index in range(on_disk.count + len(copies)):
         layers.append(Layer(copies[index].copied_from, from_delta) if index in copies else Layer(next(originals)))
-    base_config = read_json(folder / "config.json")
+    base_config = folder.config
     config = config_file(base_config, on_disk.skeleton.config, [entry.copied_from for entry in record.inserted])
-    source = {**record.source, "name_or_path": str(base), "identity": identity(folder, found), "config": base_config}
+    source = {**record.source, "name_or_path": str(base), "identity": identity(folder.path, found), "config": base_config}
     return write_edited(target, on_disk, layers, config, replace(record, source=source), source, verify)

@@ -31,8 +31,9 @@ def open_expanded(folder: str | Path, trust_remote_code: bool = False, prove: bo
     trained, and its copies do not hold all that it learnt. Raises InputError for a missing or contradictory record and for copies that are
     not finite, ExpansionError for other originals.
     """
-    path = checkpoint.resolve(str(folder))
-    record, on_disk = AdeptConfig.load(path), OnDisk.open(path, trust_remote_code)
+    found = checkpoint.resolve(str(folder))
+    path = found.path
+    record, on_disk = AdeptConfig.load(path, found.config), OnDisk.open(found, trust_remote_code)
     record.require_layers(on_disk.count, path)
     if not record.source.get("tensors_digest") or not record.source.get("num_hidden_layers"):
         raise _not_described(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, record_of
 from adept_fast.checkpoints.digest import identity, kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
+from adept_fast.checkpoints.one_model import OneModel
 from adept_fast.data.items import Item
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.expand_model import expand_model, place_copies
@@ -22,13 +24,12 @@ from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models.layer_config import broken_periods, expanded_config
-from adept_fast.runtime.input_files import read_json
 
 logger = logging.getLogger(__name__)
 
 
 def expand_checkpoint(
-    source: str | Path,
+    source: str | os.PathLike[str],
     target: str | Path,
     layers: Iterable[int],
     *,
@@ -38,6 +39,7 @@ def expand_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     initialisation: str = "zero_output",
     verify: bool = True,
+    models: OneModel | None = None,
     **loading: Any,
 ) -> AdeptConfig:
     """Write a checkpoint with silent copies of some layers to a new folder. Tensors are copied from shard to shard as bytes.
@@ -53,6 +55,7 @@ def expand_checkpoint(
         initialisation: as in `expand_model`.
         verify: compare every carried tensor, then load source and result in turn and compare their logits (where the initialisation
             is silent). False, for a model that memory cannot hold, leaves a note in the record.
+        models: what loads the models, in place of `loading`. It keeps the last one: the result, where that was loaded.
         loading: keyword arguments of `from_pretrained`: dtype, trust_remote_code, attn_implementation.
 
     Returns:
@@ -66,9 +69,11 @@ def expand_checkpoint(
     >>> expand_checkpoint("base", "expanded", [0, 2]).copies
     (1, 4)
     """
-    folder, target = checkpoint.resolve(str(source)), Path(target).expanduser()
-    on_disk = OnDisk.open(folder, loading.get("trust_remote_code", False))
-    earlier = AdeptConfig.find(folder)
+    models = models or OneModel(**loading)
+    model_folder, target = checkpoint.resolve(source), Path(target).expanduser()
+    folder, source_config = model_folder.path, model_folder.config
+    on_disk = OnDisk.open(model_folder, models.trust_remote_code)
+    earlier = model_folder.record
     setattr(on_disk.skeleton, KEY, earlier)
     layout = place_copies(layers, on_disk.count, earlier)
     chosen = [layout.sources[index] for index in layout.new]
@@ -77,7 +82,6 @@ def expand_checkpoint(
         warnings = broken_periods(on_disk.skeleton.config, expanded_config(on_disk.skeleton.config, chosen))
     for line in warnings:
         logger.warning(line)
-    source_config = read_json(folder / "config.json")
     config = config_file(source_config, on_disk.skeleton.config, chosen)
     make = partial(on_disk.copied, how=initialisation)
     plan = plan_shards(on_disk, [Layer(index, make if at in layout.new else None) for at, index in enumerate(layout.sources)])
@@ -85,7 +89,7 @@ def expand_checkpoint(
     if earlier:  # the digest below covers the originals only
         require_finite(on_disk.parameters(earlier.copies), "train the copies again, or take them out (copies remove)")
     if steering or (verify and PRESERVING[initialisation]):
-        base = checkpoint.load_model(folder, **loading)
+        base = models.load(model_folder)
         if verify and PRESERVING[initialisation]:
             expected = compute_logits(base, random_inputs(base))
         if steering:
@@ -108,14 +112,15 @@ def expand_checkpoint(
                 source={**described, "tensors_digest": tensors},
                 selection={"layers": chosen, **(selection or {}), "notes": [*(selection or {}).get("notes", ()), *warnings]},
                 inputs=dict(inputs or {}),
-                proof=_proof(initialisation, loading.get("dtype")) if verify else {"note": "not loaded and not compared (verify=False)"},
+                proof=_proof(initialisation, models.dtype) if verify else {"note": "not loaded and not compared (verify=False)"},
             )
 
         def prove(written: Path) -> None:
             prove_bytes(plan, written)
             if expected is not None:
-                model = checkpoint.load_model(written, **loading)
+                model = models.load(written)
                 require_equal_logits(expected, compute_logits(model, random_inputs(model)))
+                models.renamed(written, target)
 
         return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra)
 

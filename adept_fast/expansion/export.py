@@ -17,7 +17,6 @@ from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import open_expanded, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
-from adept_fast.runtime.input_files import read_json
 
 
 def export_tuned(
@@ -51,9 +50,8 @@ def export_tuned(
         return Piece(name, stored.dtype, stored.shape, made=lambda: as_bytes(tensor.detach().cpu().to(DTYPES[stored.dtype])))
 
     layers = [Layer(index, make if index in trained else None) for index in range(on_disk.count)]
-    config = read_json(on_disk.folder / "config.json")
     edited = replace(record, inputs=dict(inputs or {}))
-    return write_edited(target, on_disk, layers, config, edited, record.source, verify=True)
+    return write_edited(target, on_disk, layers, on_disk.source.config, edited, record.source, verify=True)
 
 
 def _state_on_disk(on_disk: OnDisk, state: Mapping[str, Tensor]) -> Callable[[Stored], Tensor | None]:

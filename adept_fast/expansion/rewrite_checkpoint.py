@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import KEY, AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
+from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import THREADS, tensors_digest
 from adept_fast.checkpoints.finite_bytes import DTYPES
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
@@ -45,25 +47,32 @@ Record = TypeVar("Record", bound=AdeptConfig | None)  # None where no copy is le
 class OnDisk:
     """A checkpoint on disk: its tensors and their names, the values that silence its layers, and the model without weights."""
 
-    folder: Path
-    shards: Shards
+    source: ModelFolder
     skeleton: PreTrainedModel
     family: Family
     naming: Naming
 
     @classmethod
-    def open(cls, folder: Path, trust_remote_code: bool = False) -> OnDisk:
+    def open(cls, folder: str | os.PathLike[str], trust_remote_code: bool = False) -> OnDisk:
         """Read names and shapes, no weights.
 
         Raises InputError where config and tensors contradict each other, UnsupportedFamilyError where copies cannot be made silent.
         """
-        shards = open_shards(folder)
-        skeleton = checkpoint.load_skeleton(folder, trust_remote_code)
-        with naming_folder(folder):
-            naming = Naming(skeleton, layers_path(skeleton), shards.tensors)
-            naming.check(shards)  # before the model runs, so that a wrong shape is reported under its tensor's name
+        source = ModelFolder.of(folder)
+        skeleton = source.skeleton(trust_remote_code)
+        with naming_folder(source.path):
+            naming = Naming(skeleton, layers_path(skeleton), source.shards.tensors)
+            naming.check(source.shards)  # before the model runs, so that a wrong shape is reported under its tensor's name
             family = describe(skeleton)
-        return cls(folder, shards, skeleton, family, naming)
+        return cls(source, skeleton, family, naming)
+
+    @property
+    def folder(self) -> Path:
+        return self.source.path
+
+    @property
+    def shards(self) -> Shards:
+        return self.source.shards
 
     @property
     def count(self) -> int:

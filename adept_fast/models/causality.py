@@ -9,6 +9,7 @@ expert; the number of tokens per expert then changes, with it rounding, and so p
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 TOKENS = 16
 LEAST = 1e-6  # random bidirectional models measure 0.05 or more, causal ones 0
 
+_found_causal: WeakSet[nn.Module] = WeakSet()
+
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Raise UnsupportedFamilyError if the last of 16 tokens influences earlier hidden states. Costs one forward and backward.
+    """Raise UnsupportedFamilyError if the last of 16 tokens influences earlier hidden states. Costs one forward and backward, once for
+    each model in memory.
 
     A model with weights offloaded, or one that cannot be differentiated in eval mode, passes without the check.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if model in _found_causal or any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
         ahead, behind = _gradient_norms(model)
@@ -40,6 +44,7 @@ def require_causal(model: PreTrainedModel) -> None:
             way_out = "set is_decoder to true in its config.json"
         what = "hidden states depend on later tokens, so next-token losses mean nothing"
         raise UnsupportedFamilyError(f"{model.config.model_type}: reads ahead: {what}: {way_out}")
+    _found_causal.add(model)
 
 
 def _gradient_norms(model: PreTrainedModel) -> tuple[float, float]:

@@ -1,19 +1,19 @@
-"""The corpora of a recipe, read once, each record with one purpose: score, steer, report; train, be held out."""
+"""The datasets of a recipe, read once, each record with one purpose: score, steer, report; train, be held out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from adept_fast.data.documents import WeightedDocuments, tokenize_documents
 from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import content_hash, is_tokenised
+from adept_fast.data.items import Item, content_hash, is_tokenised, tokenize
 from adept_fast.data.readers import read, reader
 from adept_fast.data.records import meaning
 from adept_fast.data.source_files import source_files
@@ -24,11 +24,14 @@ from adept_fast.data.streamed_text import StreamedText
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe
+from adept_fast.pipeline.source_model import SourceModel
 
 HELD, MEASURED = "held out", "in the probe or eval"  # why a document is not trained on
 METERED = 4  # of so many steering records one meters forgetting
 STREAM_ABOVE = 1 << 30  # bytes of files: what is tokenised in memory takes several times as much
 HELD_OUT_OF_A_STREAM = 256  # documents of a source to measure on; more fall out, and are not trained on either
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,11 @@ class TrainingText:
         return WeightedDocuments(documents, self.weights)
 
 
-class Corpora:
-    """Reads what a stage asks for, when it asks. tokenizer: gives the one whose chat template messages go through; say: where one line of
-    news goes."""
+class Datasets:
+    """Reads what a stage asks for, when it asks. source: the model whose tokenizer and chat template texts go through."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Callable[[], Any] | None = None, say: Callable[[str], None] = print) -> None:
-        self.recipe, self.say = recipe, say
-        self._tokenizer = tokenizer or (lambda: None)
+    def __init__(self, recipe: Recipe, source: SourceModel) -> None:
+        self.recipe, self.source = recipe, source
         self._read: dict[Source, list[Record]] = {}
         self._summaries: list[tuple[str, SourceSummary]] = []
 
@@ -79,7 +80,7 @@ class Corpora:
                 raise InputError(f"{source.path}: nothing is left to read of it ({summary.left_out})")
             self._summaries.append((purpose, summary))
             for note in summary.notes():
-                self.say(note)
+                logger.warning(note)
         return self._read[source]
 
     def _summary(self, source: Source) -> SourceSummary:
@@ -97,11 +98,11 @@ class Corpora:
         return [(text, number) for text in texts if text is not None]
 
     def _text(self, record: Record) -> str | None:
-        return document_text(record, self._tokenizer())
+        return document_text(record, self.source.tokenizer)
 
     def summaries(self) -> list[tuple[str, SourceSummary]]:
         """What was read until here, and for what; of a stream what one pass over it finds."""
-        trained = self._stream.look(self._tokenizer()) if self.streamed else self._trained
+        trained = self._stream.look(self.source.tokenizer) if self.streamed else self._trained
         purposes = ["domain" if number < len(self.recipe.domain) else "replay" for number in range(len(trained))]
         return [*zip(purposes, trained, strict=True), *self._summaries]
 
@@ -119,7 +120,7 @@ class Corpora:
     def domain_scoring(self) -> list[Record]:
         """Documents of the domain to score beside the probe: of those that are trained on (the first of a stream), drawn by hash."""
         if self.streamed:
-            passes = [self._stream.texts(source, self._tokenizer()) for source in self.recipe.domain]
+            passes = [self._stream.texts(source, self.source.tokenizer) for source in self.recipe.domain]
             texts = [text for texts in passes for text in islice(texts, HELD_OUT_OF_A_STREAM)]
         else:
             texts = [text for text, _ in self._documents if text not in self._purposes]
@@ -234,6 +235,18 @@ class Corpora:
     def training(self) -> TrainingText | StreamedText:
         """Domain and replay documents that serve no other purpose."""
         return self._stream if self.streamed else self._training
+
+    def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
+        """Items of the probe that fit the model; those that do not are left out and counted."""
+        records, limit = list(records), self.source.positions
+        vocabulary = self.source.vocabulary(records)
+        found = tokenize(records, self.source.encoder, limit=limit, overlong="drop", style=style, vocabulary=vocabulary)
+        self.source.encoder.warn_of_control_tokens("probe")
+        if not found.items:
+            raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")
+        if left := len(records) - len(found.items):
+            logger.warning(f"{left} of {len(records)} probe items are left out: too long for the model, or nothing supervised")
+        return found.items
 
     def _texts(self, records: Sequence[Record]) -> set[str]:
         texts = (self._text(record) for record in records if not is_tokenised(record))

@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
+import logging
+
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
 from adept_fast.expansion import PRESERVING, expand_checkpoint, largest_difference, verify_expansion
 from adept_fast.pipeline.choose_layers import choose, selection
-from adept_fast.pipeline.recipe import section
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.datasets import Datasets
+from adept_fast.pipeline.recipe import Recipe, section
+from adept_fast.pipeline.run_directory import RunDirectory
+from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.scoring.scores import LayerScores
+from adept_fast.tuning.methods import METHODS
+
+logger = logging.getLogger(__name__)
 
 
 @section("expand")
-def expand(work: Workspace) -> AdeptConfig:
-    """expanded/ and its record."""
-    if not work.method.copies:
-        raise InputError(f"method={work.recipe.method} trains no copies: there is nothing to expand")
-    scores = work.kept(work.scores_path, LayerScores.load)
-    layers = choose(work, scores)
-    steering = work.corpora.steering()
-    inputs = {**work.base_inputs(), **work.copies_inputs(layers), "steering items": work.corpora.digest(steering)}
-    if kept := work.kept(work.expanded, AdeptConfig.load, inputs):
+def expand(
+    recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, scores: LayerScores | None = None
+) -> AdeptConfig:
+    """expanded/ and its record. scores: what the layers are chosen by; those of output_dir where none are given."""
+    if not METHODS[recipe.method].copies:
+        raise InputError(f"method={recipe.method} trains no copies: there is nothing to expand")
+    if scores is None:
+        scores = directory.kept(directory.scores, LayerScores.load, {"model": source.identity}, source.name, whole=False)
+    layers = choose(recipe, source, scores, directory.scores)
+    steering = data.steering()
+    inputs = {**source.inputs, **recipe.copied(layers), "steering items": data.digest(steering)}
+    if kept := directory.kept(directory.expanded, AdeptConfig.load, inputs, source.name):
         return kept
-    how = selection(work, layers, scores)
+    how = selection(recipe, layers, scores)
     if "shares" in how:
-        work.say("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**how["shares"]))
+        logger.info("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**how["shares"]))
     for note in how["notes"]:
-        work.say(note)
+        logger.info(note)
     record = expand_checkpoint(
-        work.source,
-        work.expanded,
+        source.folder,
+        directory.expanded,
         layers,
-        name=work.recipe.model_name_or_path,
+        name=source.name,
         selection=how,
-        steering=work.items(steering),
-        initialisation=work.recipe.expand.initialisation,
+        steering=data.items(steering),
+        initialisation=recipe.expand.initialisation,
         inputs=inputs,
-        **work.loading,
+        models=source.models,
     )
     trainable, total = record.parameters["trainable"], record.parameters["total"]
     share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
-    work.say(f"{work.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")
+    logger.info(f"{directory.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")
     return record
 
 
-def verify(work: Workspace) -> None:
+def expanded_record(source: SourceModel, directory: RunDirectory) -> AdeptConfig:
+    """The record of expanded/. Raises InputError where there is none, or one of another model."""
+    record = directory.kept(directory.expanded, AdeptConfig.load, {"model": source.identity}, source.name, whole=False)
+    if record is None:
+        raise InputError(
+            f"{directory.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages"
+        )
+    return record
+
+
+def verify(recipe: Recipe, source: SourceModel, directory: RunDirectory) -> None:
     """Fresh loads of base and expanded: bit-equal logits, or how far they differ where the initialisation is to change them."""
-    record = work.copies()
-    base, expanded, name = work.load(work.source), work.load(work.expanded), work.recipe.model_name_or_path
+    record, folder = expanded_record(source, directory), directory.expanded
+    base, expanded = source.models.take(source.folder), source.models.take(folder)
     if not PRESERVING[record.initialisation]:
-        far = f"by up to {largest_difference(base, expanded):.3g} from those of {name}"
-        work.say(f"{work.expanded}: {_equality(record)}: logits differ {far}")
+        far = f"by up to {largest_difference(base, expanded):.3g} from those of {source.name}"
+        logger.info(f"{folder}: {_equality(record)}: logits differ {far}")
         return
     verify_expansion(base, expanded)
-    work.say(f"{work.expanded}: logits bit-equal to {name} in {work.recipe.dtype or 'its own dtype'}, cached decoding too")
+    logger.info(f"{folder}: logits bit-equal to {source.name} in {recipe.dtype or 'its own dtype'}, cached decoding too")
 
 
 def _equality(record: AdeptConfig) -> str:

@@ -80,6 +80,11 @@ class Recipe:
             return None
         return f"warning: method={self.method} copies no layers: {', '.join(given)} has no effect"
 
+    def copied(self, layers: Sequence[int]) -> dict[str, Any]:
+        """What copies are made from, beside the model; the initialisation where it is not what it is by default."""
+        how = self.expand.initialisation
+        return {"expand.layers": list(layers), **({} if how == Expand.initialisation else {"expand.initialisation": how})}
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

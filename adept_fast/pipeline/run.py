@@ -9,6 +9,7 @@ what differs: nothing that was made is overwritten by another setting (eval.json
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
@@ -16,58 +17,71 @@ from adept_fast.data.items import is_tokenised, tokenize_item
 from adept_fast.models.decoder_layers import vocabulary_of
 from adept_fast.models.silent_copies import describe
 from adept_fast.pipeline.choose_layers import by_scores, check_layers
-from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_corpora, report
+from adept_fast.pipeline.datasets import Datasets
+from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_data, report
 from adept_fast.pipeline.expand import expand, verify
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.recipe import Recipe
+from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.score import score
-from adept_fast.pipeline.tune import TUNE, training_text, tune, tuning_settings
+from adept_fast.pipeline.source_model import SourceModel
+from adept_fast.pipeline.tune import TUNE, planned_text, tune, tuning_settings
+from adept_fast.tuning.methods import METHODS
 
 
-def run(work: Workspace) -> dict[str, Any]:
+def run(recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
     """All stages that are due, in order."""
-    _check(work)
-    evaluated = evaluation_corpora(work)
-    text = None if work.tuned.exists() else training_text(work)
-    if by_scores(work):
-        score(work)
-    if work.method.copies:
-        expand(work)
-    tune(work, text)
-    work.keep_recipe()
-    result = base_against_tuned(work, *evaluated)
-    report(work)
+    source, data = _opened(recipe)
+    _check(recipe, source, data, directory)
+    evaluated = evaluation_data(recipe, source, data)
+    text = None if directory.tuned.exists() else planned_text(recipe, source, data)
+    scores = score(recipe, source, data, directory) if by_scores(recipe) else None
+    expanded = expand(recipe, source, data, directory, scores) if METHODS[recipe.method].copies else None
+    tune(recipe, source, data, directory, expanded, text)
+    directory.keep_recipe(recipe.as_dict())
+    result = base_against_tuned(recipe, source, evaluated, directory)
+    report(recipe, directory)
     return result
 
 
-def _check(work: Workspace) -> None:
+def _opened(recipe: Recipe) -> tuple[SourceModel, Datasets]:
+    source = SourceModel(recipe)
+    return source, Datasets(recipe, source)
+
+
+def _check(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
-    work.check_kept_recipe()
-    _check_tuning(work)
-    check_layers(work)
-    describe(work.skeleton)
-    checkpoint.require_vocabulary(work.source, work.tokenizer, work.skeleton)
-    for record in (*work.corpora.probe.scoring, *work.corpora.probe.steering):
+    directory.check_kept_recipe([entry.name for entry in fields(Recipe)])
+    _check_tuning(recipe, source, data)
+    check_layers(recipe, source)
+    describe(source.skeleton)
+    checkpoint.require_vocabulary(source.folder, source.tokenizer, source.skeleton)
+    for record in (*data.probe.scoring, *data.probe.steering):
         if is_tokenised(record):
-            tokenize_item(record, None, vocabulary=vocabulary_of(work.skeleton))
+            tokenize_item(record, None, vocabulary=vocabulary_of(source.skeleton))
 
 
 @TUNE
-def _check_tuning(work: Workspace) -> None:
+def _check_tuning(recipe: Recipe, source: SourceModel, data: Datasets) -> None:
     from adept_fast.tuning import check_meter, check_rank, check_settings
 
-    settings = tuning_settings(work)
+    settings = tuning_settings(recipe)
     check_settings(settings)
-    check_meter(settings, work.corpora.metering())
-    if work.recipe.method == "lora":
-        check_rank(work.skeleton, work.recipe.tune.lora_rank)
+    check_meter(settings, data.metering())
+    if recipe.method == "lora":
+        check_rank(source.skeleton, recipe.tune.lora_rank)
 
 
-STAGES: dict[str, Callable[[Workspace], Any]] = {
-    "score": score,
-    "expand": expand,
-    "verify": verify,
-    "tune": tune,
-    "eval": lambda work: base_against_tuned(work, *evaluation_corpora(work)),
+def _evaluate(recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+    source, data = _opened(recipe)
+    return base_against_tuned(recipe, source, evaluation_data(recipe, source, data), directory)
+
+
+STAGES: dict[str, Callable[[Recipe, RunDirectory], Any]] = {
+    "score": lambda recipe, directory: score(recipe, *_opened(recipe), directory),
+    "expand": lambda recipe, directory: expand(recipe, *_opened(recipe), directory),
+    "verify": lambda recipe, directory: verify(recipe, SourceModel(recipe), directory),
+    "tune": lambda recipe, directory: tune(recipe, *_opened(recipe), directory),
+    "eval": _evaluate,
     "run": run,
     "report": report,
 }

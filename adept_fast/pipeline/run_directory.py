@@ -1,52 +1,42 @@
-"""Where a recipe works: its model, its output_dir, what is kept there, and what an artefact must be made from to be used again."""
+"""output_dir: what stands where in it, who may work in it, and which of its artefacts are used again."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import AdeptConfig
-from adept_fast.checkpoints.digest import fingerprint
-from adept_fast.data.encoding import Encoder
-from adept_fast.data.items import Item, is_tokenised, tokenize_item
-from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
-from adept_fast.models.decoder_layers import vocabulary_of
-from adept_fast.pipeline.datasets import Corpora
-from adept_fast.pipeline.recipe import Recipe
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import read_yaml
 from adept_fast.runtime.provenance import inputs_of, require_same
 from adept_fast.runtime.staging_folder import locked
 from adept_fast.settings.validation import shown
-from adept_fast.tuning.methods import METHODS, Method
 
 T = TypeVar("T")
 FILES = ("scores.json", "unit_scores.json", "scores.png", "unit_scores.png", "trainer_log.jsonl", "eval.json", "recipe.yaml", "report.html")
 FOLDERS = ("expanded", "tuned", "checkpoints")
 
+logger = logging.getLogger(__name__)
 
-class Workspace:
-    """One recipe in one output_dir. say: where one line of news goes."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print) -> None:
-        self.recipe, self.say = recipe, say
+class RunDirectory:
+    """Paths, lock and artefacts of one output_dir."""
+
+    def __init__(self, folder: Path) -> None:
         # Resolved where it goes up, so that no folder is made for the way alone, and none that was there is taken for one made here.
-        self.folder = Path(os.path.realpath(recipe.folder)) if ".." in recipe.folder.parts else recipe.folder
-        self.scores_path, self.expanded, self.tuned = self.folder / "scores.json", self.folder / "expanded", self.folder / "tuned"
+        self.folder = Path(os.path.realpath(folder)) if ".." in folder.parts else folder
+        self.scores, self.unit_scores = self.folder / "scores.json", self.folder / "unit_scores.json"
+        self.expanded, self.tuned = self.folder / "expanded", self.folder / "tuned"
         self.log, self.checkpoints = self.folder / "trainer_log.jsonl", self.folder / "checkpoints"
-        self.eval_path = self.folder / "eval.json"
-        self.corpora = Corpora(recipe, lambda: self.tokenizer, say)
+        self.evaluation, self.recipe = self.folder / "eval.json", self.folder / "recipe.yaml"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -85,7 +75,7 @@ class Workspace:
         try:
             free = locked(lock)
             if free is None:
-                self.say(f"{self.folder}: its file system has no locks: see that no other run works in it")
+                logger.warning(f"{self.folder}: its file system has no locks: see that no other run works in it")
             if free is False or not os.fstat(lock).st_nlink:  # a run that ended after the file was opened here has removed it
                 raise InputError(f"{self.folder}: another run is working in this output_dir")
             try:
@@ -98,115 +88,35 @@ class Workspace:
         finally:
             os.close(lock)
 
-    @cached_property
-    def source(self) -> Path:
-        return checkpoint.resolve(self.recipe.model_name_or_path, self.recipe.revision)
+    def kept(self, path: Path, read: Callable[[Path], T], inputs: Mapping[str, Any], model: str, whole: bool = True) -> T | None:
+        """The artefact at `path`, as `read` reads it; None where there is none.
 
-    @cached_property
-    def identity(self) -> str:
-        return fingerprint(self.source)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return checkpoint.load_tokenizer(self.source, self.recipe.trust_remote_code)
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, self.recipe.special_tokens)
-
-    @cached_property
-    def positions(self) -> int:
-        return checkpoint.positions(self.source)
-
-    @cached_property
-    def earlier(self) -> AdeptConfig | None:
-        """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
-        return AdeptConfig.find(self.source)
-
-    def vocabulary(self, records: Iterable[Record]) -> int | None:
-        """How many tokens the model has, where some of these records are tokenised already."""
-        return vocabulary_of(self.skeleton) if any(map(is_tokenised, records)) else None
-
-    @cached_property
-    def skeleton(self) -> Any:
-        """The model without its weights."""
-        return checkpoint.load_skeleton(self.source, self.recipe.trust_remote_code, self.recipe.attn_implementation)
-
-    @property
-    def method(self) -> Method:
-        return METHODS[self.recipe.method]
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        return {key: getattr(self.recipe, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
-
-    def load(self, folder: Path) -> Any:
-        return checkpoint.load_model(folder, **self.loading)
-
-    def base_inputs(self) -> dict[str, Any]:
-        keys = ("dtype", "attn_implementation")
-        given = {"model": self.identity, "probe.column": self.recipe.probe.column, **{key: getattr(self.recipe, key) for key in keys}}
-        return given if self.recipe.special_tokens == "text" else {**given, "special_tokens": self.recipe.special_tokens}
-
-    def copies_inputs(self, layers: Sequence[int]) -> dict[str, Any]:
-        """The initialisation is among them where it is not what it is by default."""
-        how = self.recipe.expand.initialisation
-        return {"expand.layers": list(layers), **({} if how == "zero_output" else {"expand.initialisation": how})}
-
-    def kept(self, path: Path, read: Callable[[Path], T], inputs: dict[str, Any] | None = None) -> T | None:
-        """The artefact at `path`; None where there is none. Raises InputError, naming what differs, for one that was made from others than
-        `inputs` (none: than the recipe's model)."""
+        inputs: what it must have been made from; whole: all of that, or a part. model: the name of the model in messages. Raises
+        InputError, naming what differs, for one that was made from others.
+        """
         if not path.exists():
             return None
         found = read(path)
-        recorded, model = inputs_of(found), self.recipe.model_name_or_path
+        recorded = inputs_of(found)
         if not isinstance(recorded, Mapping):
             raise InputError(f"{path}: its inputs are no table, but {shown(recorded)}: restore it, or remove it to make it again")
-        if inputs is None:
-            require_same(path, {"model": recorded.get("model")}, {"model": self.identity}, model)
-        else:
-            require_same(path, recorded, inputs, model)
-            self.say(f"{path}: up to date")
+        require_same(path, recorded if whole else {key: recorded.get(key) for key in inputs}, inputs, model)
+        if whole:
+            logger.info(f"{path}: up to date")
         return found
 
-    def copies(self) -> AdeptConfig:
-        """The record of expanded/."""
-        record = self.kept(self.expanded, AdeptConfig.load)
-        if record is None:
-            raise InputError(f"{self.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages")
-        return record
-
-    def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
-        """Tokenised items that fit the model; those that do not are left out and counted."""
-        limit = self.positions
-        records = list(records)
-        vocabulary = self.vocabulary(records)
-        items = [tokenize_item(record, self.encoder, style, vocabulary) for record in records]
-        self.encoder.warn_of_control_tokens("probe")
-        fitting = [item for item in items if len(item.input_ids) <= limit and item.supervised]
-        if not fitting:
-            raise InputError(f"{self.recipe.probe.path}: no item with supervised tokens fits the model's {limit} positions")
-        if len(fitting) < len(items):
-            self.say(f"{len(items) - len(fitting)} of {len(items)} probe items are left out: too long for the model, or nothing supervised")
-        return fitting
-
-    def tell(self, line: str | None) -> None:
-        """Say a line, if there is one."""
-        if line:
-            self.say(line)
-
-    def keep_recipe(self) -> None:
+    def keep_recipe(self, recipe: Mapping[str, Any]) -> None:
         """recipe.yaml: the resolved recipe, which makes the run again."""
-        write_text(self.folder / "recipe.yaml", _as_yaml(json.loads(json.dumps(self.recipe.as_dict(), default=str))))
+        write_text(self.recipe, _as_yaml(json.loads(json.dumps(recipe, default=str))))
 
-    def check_kept_recipe(self) -> None:
-        """Raise InputError where output_dir has a recipe.yaml that no run has written, which `keep_recipe` would overwrite."""
-        path = self.folder / "recipe.yaml"
-        if not path.exists():
+    def check_kept_recipe(self, keys: Collection[str]) -> None:
+        """Raise InputError where output_dir has a recipe.yaml that no run has written, which `keep_recipe` would overwrite. keys: of all
+        recipes."""
+        if not self.recipe.exists():
             return
-        content = read_yaml(path)
-        if not content.keys() >= {entry.name for entry in fields(self.recipe)} or _as_yaml(content) != path.read_text(encoding="utf-8"):
-            raise InputError(f"{path}: not as a run writes it, which would overwrite it: rename it, or choose another output_dir")
+        content = read_yaml(self.recipe)
+        if not content.keys() >= {*keys} or _as_yaml(content) != self.recipe.read_text(encoding="utf-8"):
+            raise InputError(f"{self.recipe}: not as a run writes it, which would overwrite it: rename it, or choose another output_dir")
 
 
 def _as_yaml(content: Any) -> str:

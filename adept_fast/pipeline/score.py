@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adept_fast.data.items import Item, tokenize_item
+from adept_fast.data.items import Item, tokenize
 from adept_fast.models.decoder_layers import decoder_layers, text_config
 from adept_fast.pipeline.choose_layers import check_layers, choose, race
-from adept_fast.pipeline.recipe import section
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.datasets import Datasets
+from adept_fast.pipeline.recipe import Recipe, section
+from adept_fast.pipeline.run_directory import RunDirectory
+from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
 from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
@@ -30,142 +33,142 @@ Scores = TypeVar("Scores", LayerScores, UnitScores)
 APART = ("compare", "units", "unit_layers")  # keys of score with artefacts of their own
 DOMAIN_TOKENS = 256  # of each document of the domain that is scored
 
+logger = logging.getLogger(__name__)
+
 
 @section("score")
-def score(work: Workspace) -> LayerScores:
+def score(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> LayerScores:
     """scores.json, and unit_scores.json where the recipe asks for it."""
     distributed.join()
-    scoring = Scoring(work)
-    scores = scoring.made(work.scores_path, LayerScores, scoring.layers)
-    others = [scoring.other(method, scores) for method in work.recipe.score.compare]
+    scoring = Scoring(recipe, source, data, directory)
+    scores = scoring.made(directory.scores, LayerScores, scoring.layers)
+    others = [scoring.other(method, scores) for method in recipe.score.compare]
     if distributed.leads():
-        scores = _shown(work, scores, others)
-    if work.recipe.score.units is not None:
+        scores = scoring.shown(scores, others)
+    if recipe.score.units is not None:
         scoring.units()
     return scores
 
 
 class Scoring:
-    """What the measurements of one stage share: the model and the items are loaded once, when the first is due."""
+    """What the measurements of one stage share: model and items, loaded when the first is due."""
 
-    def __init__(self, work: Workspace) -> None:
-        self.work, self.keys = work, work.recipe.score
+    def __init__(self, recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> None:
+        self.recipe, self.source, self.data, self.directory, self.keys = recipe, source, data, directory, recipe.score
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        corpora, keys = self.work.corpora, self.keys
+        data, keys = self.data, self.keys
         return {
-            **self.work.base_inputs(),
-            "probe": corpora.digest(corpora.probe.scoring),
+            **self.source.inputs,
+            "probe": data.digest(data.probe.scoring),
             **{f"score.{key}": value for key, value in vars(keys).items() if key not in APART},
-            **({"score.domain": corpora.digest(corpora.domain_scoring())} if keys.domain_items else {}),
-            **({"expand.k": self.work.recipe.expand.k} if keys.regret is not None else {}),
+            **({"score.domain": data.digest(data.domain_scoring())} if keys.domain_items else {}),
+            **({"expand.k": self.recipe.expand.k} if keys.regret is not None else {}),
         }
 
     @cached_property
-    def model(self) -> Any:
-        return self.work.load(self.work.source)
-
-    @cached_property
     def items(self) -> list[Item]:
-        return self.work.items(self.work.corpora.scoring(), self.keys.probe_format)
+        return self.data.items(self.data.scoring(), self.keys.probe_format)
 
     @property
     def loss(self) -> str:
-        return self.keys.loss or ("kl" if self.work.tokenizer.chat_template else "answer")
+        return self.keys.loss or ("kl" if self.source.tokenizer.chat_template else "answer")
 
     def layers(self, **how: Any) -> LayerScores:
         """Of scores.json."""
         keys = self.keys
-        check_layers(self.work)
-        count = text_config(self.model).num_hidden_layers
+        check_layers(self.recipe, self.source)
+        model = self.source.load()
         by = self.loss if keys.method == "masking" else keys.method
-        self.work.say(f"scoring {count} layers on {len(self.items)} probe items by {by}")
+        logger.info(f"scoring {text_config(model).num_hidden_layers} layers on {len(self.items)} probe items by {by}")
         loss = self.loss if keys.method == "masking" or keys.loss else "answer"
         losses = LOSSES if keys.loss is None and keys.regret is None and keys.method == "masking" else ()
-        more = {"losses": losses, "domain": self._domain_items(), "race": race(self.work)}
-        scores = score_layers(self.model, self.items, keys.method, loss, **more, **how)
+        more: dict[str, Any] = {"losses": losses, "domain": self._domain_items(), "race": race(self.recipe)}
+        scores = score_layers(model, self.items, keys.method, loss, **more, **how)
         if scores.certificate:
-            self.work.say(certified(scores.certificate))
+            logger.info(certified(scores.certificate))
         return scores
 
     def _domain_items(self) -> list[Item]:
         """The first DOMAIN_TOKENS of each document of the domain to be scored."""
         if not self.keys.domain_items:
             return []
-        items = [tokenize_item(record, self.work.encoder) for record in self.work.corpora.domain_scoring()]
-        limit = min(DOMAIN_TOKENS, self.work.positions)
-        return [Item(item.input_ids[:limit], item.input_ids[:limit]) for item in items if len(item.input_ids) > 1]
+        limit = min(DOMAIN_TOKENS, self.source.positions)
+        return tokenize(self.data.domain_scoring(), self.source.encoder, limit=limit, overlong="cut").items
 
     def other(self, method: str, scores: LayerScores) -> LayerScores:
         """scores.METHOD.json: the same items by a cheap method."""
-        path = self.work.scores_path.with_name(f"scores.{method}.json")
+        path = self.directory.scores.with_name(f"scores.{method}.json")
         loss = scores.loss if scores.loss in ("answer", "all") else "answer"
-        return self.made(
-            path, LayerScores, lambda **how: score_layers(self.model, self.items, method, loss, **how), {"score.method": method}
-        )
+
+        def measure(**how: Any) -> LayerScores:
+            return score_layers(self.source.load(), self.items, method, loss, **how)
+
+        return self.made(path, LayerScores, measure, {"score.method": method})
 
     def units(self) -> None:
         """unit_scores.json and its picture."""
-        path, units, layers = self.work.folder / "unit_scores.json", self.keys.units, self.keys.unit_layers
+        path, units, layers = self.directory.unit_scores, self.keys.units, self.keys.unit_layers
         self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
         if distributed.leads():
             save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
 
     def _units(self, **how: Any) -> UnitScores:
-        granularity, layers = self.keys.units, self.keys.unit_layers
-        units = masked_units(self.model, granularity, layers)
-        cost = forwards(units, len(decoder_layers(self.model)))
-        self.work.say(f"masking {len(units)} units on {len(self.items)} probe items: the work of about {cost:.0f} forwards of the probe")
-        return mask_units(self.model, self.items, granularity, self.loss, layers=layers, **how)
+        model, granularity, layers = self.source.load(), self.keys.units, self.keys.unit_layers
+        assert granularity is not None
+        units = masked_units(model, granularity, layers)
+        cost = forwards(units, len(decoder_layers(model)))
+        logger.info(f"masking {len(units)} units on {len(self.items)} probe items: the work of about {cost:.0f} forwards of the probe")
+        return mask_units(model, self.items, granularity, self.loss, layers=layers, **how)
 
     def made(self, path: Path, kind: type[Scores], measure: Callable[..., Scores], more: Mapping[str, Any] | None = None) -> Scores:
         """The artefact at `path`, or what `measure` finds, which is written there. more: inputs beside those of all scores."""
         inputs, journal, keys = {**self.inputs, **(more or {})}, path.with_name(f".{path.stem}.journal"), self.keys
-        if kept := self.work.kept(path, kind.load, inputs):
+        if kept := self.directory.kept(path, kind.load, inputs, self.source.name):
             return kept
         found = measure(sweep_tokens=keys.sweep_tokens, seed=keys.seed, journal=journal, inputs=inputs)
         distributed.wait()
         if distributed.leads():
             found.save(path)
             parts = re.compile(rf"{re.escape(journal.name)}(\.domain)?(\.\d+)?")  # of each process
-            for part in self.work.folder.iterdir():
+            for part in self.directory.folder.iterdir():
                 if parts.fullmatch(part.name):
                     part.unlink()
         return found
 
 
-def _shown(work: Workspace, scores: LayerScores, others: list[LayerScores]) -> LayerScores:
-    """Say and draw what is chosen by them, and how sure that is."""
-    chosen = choose(work, scores)
-    scores = _analysed(work, scores, chosen, others)
-    content = read_json(work.scores_path)
-    for name, draw in PICTURES.items():
-        figure = draw(content, chosen)
-        if figure is not None:
-            save_png(figure, work.folder / name)
-    values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
-    work.say(f"chosen layers ({measure_of(content)}): {values}")
-    return scores
-
-
-def _analysed(work: Workspace, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
-    """With what single items tell of this choice; saved where that is new."""
-    if not scores.per_item:
+    def shown(self, scores: LayerScores, others: list[LayerScores]) -> LayerScores:
+        """Say and draw what is chosen by them, and how sure that is."""
+        path = self.directory.scores
+        chosen = choose(self.recipe, self.source, scores, path)
+        scores = self._analysed(scores, chosen, others)
+        content = read_json(path)
+        for name, draw in PICTURES.items():
+            figure = draw(content, chosen)
+            if figure is not None:
+                save_png(figure, self.directory.folder / name)
+        values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
+        logger.info(f"chosen layers ({measure_of(content)}): {values}")
         return scores
-    expand, found = work.recipe.expand, {}
-    others_may_be = expand.placement != "uniform" and len(chosen) < len(scores.candidates)
-    if expand.layers is None and others_may_be:
-        found["stability"] = selection_stability(scores, chosen, expand.placement)
-        whole = found["stability"]["sizes"][-1]
-        work.say(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")
-    if "domain" in scores.profiles:
-        found["conflicts"] = corpus_conflicts(scores, scores.loss, "domain")
-        apart = ", ".join(map(str, found["conflicts"]["layers"])) or "none"
-        work.say(f"layers that probe and domain rank apart beyond their intervals: {apart}")
-    if others:
-        found["comparison"] = compare_scores([scores, *others])
-    if found != scores.analysis:
-        scores = replace(scores, analysis=found)
-        scores.save(work.scores_path)
-    return scores
+
+    def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
+        """With what single items tell of this choice; saved where that is new."""
+        if not scores.per_item:
+            return scores
+        expand, found = self.recipe.expand, {}
+        others_may_be = expand.placement != "uniform" and len(chosen) < len(scores.candidates)
+        if expand.layers is None and others_may_be:
+            found["stability"] = selection_stability(scores, chosen, expand.placement)
+            whole = found["stability"]["sizes"][-1]
+            logger.info(f"of random probes of {whole['items']} such items {whole['same']:.0%} would choose the same layers")
+        if "domain" in scores.profiles:
+            found["conflicts"] = corpus_conflicts(scores, scores.loss, "domain")
+            apart = ", ".join(map(str, found["conflicts"]["layers"])) or "none"
+            logger.info(f"layers that probe and domain rank apart beyond their intervals: {apart}")
+        if others:
+            found["comparison"] = compare_scores([scores, *others])
+        if found != scores.analysis:
+            scores = replace(scores, analysis=found)
+            scores.save(self.directory.scores)
+        return scores

@@ -108,14 +108,12 @@ class AdeptCallback(Monitor, RestoresItself):
         self._items: list[Item] = []
         self._made_with: dict[str, Any] | None = None
         self._refreshed: int | None = None  # the step of the last refresh
-        self._causal = False  # whether the model was checked
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Cut the model into units before an engine wraps it, and refuse a model that is not causal."""
         model = unwrapped(model)
-        if not self._causal and not in_shards(model):
+        if not in_shards(model):
             require_causal(model)
-            self._causal = True
         if isinstance(self.units, str):
             self.units = Units.of(model, self.units)
         require_made("units", self.units, Units, "a granularity, or Units.of(model)")

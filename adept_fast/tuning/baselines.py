@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,22 +14,21 @@ from torch import nn
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import versions
-from adept_fast.data.documents import WeightedDocuments
+from adept_fast.checkpoints.checkpoint import ModelFolder
+from adept_fast.checkpoints.one_model import OneModel
 from adept_fast.data.items import Item
-from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.models.decoder_layers import text_config
 from adept_fast.models.finite import require_finite_tensors
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import replaced_folder, staged_folder, write_json
 from adept_fast.runtime.dtensor import in_shards
-from adept_fast.runtime.input_files import read_json
 from adept_fast.settings.validation import Range, require
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.staged_trainer import StagedTrainer
+from adept_fast.tuning.training_plan import PlannedText
 from adept_fast.tuning.training_run import Bookkeeping, Run
-from adept_fast.tuning.tuning_settings import TuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,15 +75,15 @@ def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepar
 
 
 def tune_baseline(
-    source: Path,
+    source: str | os.PathLike[str],
     target: Path,
     method: str,
-    corpus: WeightedDocuments | StreamedText,
+    text: PlannedText,
     monitors: Mapping[str, Sequence[Item]],
-    settings: TuningSettings,
     books: Bookkeeping,
     *,
     rank: int,
+    models: OneModel | None = None,
     **loading: Any,
 ) -> None:
     """Train the checkpoint `source` by `method`, and write `target`, a plain checkpoint with baseline.json.
@@ -91,10 +91,11 @@ def tune_baseline(
     The other arguments are those of `tune_checkpoint`. Raises ExpansionError where training changed a tensor that the method must not
     touch, or no tensor at all.
     """
-    model = checkpoint.load_model(source, **loading)
+    models, settings, folder = models or OneModel(**loading), text.settings, ModelFolder.of(source)
+    model = models.take(folder)
     if method == "lora":
         check_rank(model, rank)
-    run = Run.begin(model, source, corpus, settings, books)
+    run = Run.begin(model, folder, text, books)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     monitor = Monitor(
@@ -105,34 +106,33 @@ def tune_baseline(
         settings.skip_nonfinite,
         run.tokenizer,
     )
-    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend, "named": "tune."}
+    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend}
     trainer = StagedTrainer(prepared.model, run.args, callbacks=[monitor], **given)
     if trainer.is_fsdp_enabled and method == "lora":
         raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
     made_with = run.finish(trainer)
     if in_shards(trainer.model):
-        merged = checkpoint.load_model(source, **loading)
+        merged = models.take(folder)
         merged.load_state_dict(sharded_checkpoint.gathered(trainer.model), strict=False)
     else:
         merged = prepared.merged()
-    base = checkpoint.load_model(source, **loading).state_dict()
+    base = models.load(folder).state_dict()
     changed = [name for name, tensor in merged.state_dict().items() if not tensor.cpu().equal(base[name])]
     touched = [name for name in changed if not prepared.may_change(name)]
     if touched or not changed:
         raise ExpansionError(f"training by {method} changed " + (f"{touched[0]}, which it must not touch" if touched else "nothing"))
     if distributed.rank() == 0:
-        merged.to(_dtype(source, merged))
+        merged.to(_dtype(folder.config, merged))
         require_finite_tensors(merged.named_parameters(), str(target), "training went wrong: start again with a lower learning rate")
         with replaced_folder(target) as new, staged_folder(new) as staging:
             merged.save_pretrained(staging)
-            checkpoint.carry_files(source, staging)
+            checkpoint.carry_files(folder.path, staging)
             inputs = made_with.added_to(books.inputs)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
             write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made})
     distributed.wait()
 
 
-def _dtype(source: Path, model: PreTrainedModel) -> torch.dtype:
-    config = read_json(source / "config.json")
+def _dtype(config: Mapping[str, Any], model: PreTrainedModel) -> torch.dtype:
     name = config.get("dtype") or config.get("torch_dtype")
     return getattr(torch, name) if name else model.dtype

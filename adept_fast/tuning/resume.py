@@ -93,24 +93,23 @@ class RunRecord:
         return (lambda step: base * schedule.lr_lambdas[0](step)) if isinstance(schedule, LambdaLR) else None
 
 
-def resumed_record(checkpoint: Path, now: RunRecord, extend: bool = False, named: str = "") -> RunRecord:
+def resumed_record(checkpoint: Path, now: RunRecord, extend: bool = False) -> RunRecord:
     """Return the record of a run that resumes from `checkpoint`: `now`, with the warmup steps of the run's beginning.
 
-    extend: accept another learning rate in finished steps. named: the prefix of settings in messages. Raises InputError, which names the
-    difference and the way out, for a checkpoint that was made with other settings.
+    extend: accept another learning rate in finished steps. Raises InputError, which names the difference and the
+    way out, for a checkpoint that was made with other settings.
     """
     recorded, done = RunRecord.load(checkpoint), step_of(checkpoint)
     differing = changed(recorded.made_with, now.made_with)
     if MODEL in differing:
         raise InputError(f"{checkpoint} is of another model, or one in another dtype ({MODEL} differ): load the model it is from")
     if differing:
-        found = ", ".join(
-            f"{named if name.isidentifier() else ''}{name}: {shown(recorded.made_with.get(name))}, now {shown(now.made_with.get(name))}"
-            for name in differing
-        )
-        raise InputError(f"{checkpoint} was made with other settings ({found}): go on with those, or choose another output_dir")
+        pairs = ((name, recorded.made_with.get(name), now.made_with.get(name)) for name in differing)
+        found = ", ".join(f"{name}: {shown(then)}, now {shown(given)}" for name, then, given in pairs)
+        raise InputError(f"{checkpoint} was made with other settings ({found}): go on with those, or choose another output_dir", *differing)
     if now.steps < done:
-        raise InputError(f"{checkpoint} is past the run's {now.steps:,} steps: give more ({named}max_steps), or an earlier checkpoint")
+        past = f"{checkpoint} is past the run's {now.steps:,} steps"
+        raise InputError(f"{past}: give more (max_steps), or an earlier checkpoint", "max_steps")
     if recorded.schedule["warmup_steps"] == now.schedule["warmup_steps"]:
         now = replace(now, warmup_steps=recorded.warmup_steps)  # a share counts the steps that the run began with
     if replace(now, extended=recorded.extended) == recorded:
@@ -118,28 +117,30 @@ def resumed_record(checkpoint: Path, now: RunRecord, extend: bool = False, named
     then, there = recorded.learning_rate(), now.learning_rate()
     other = None if then is None or there is None else next((step for step in range(done) if then(step) != there(step)), None)
     if not extend:
-        _refuse_other_rates(checkpoint, recorded, now, other, named)
+        _refuse_other_rates(checkpoint, recorded, now, other)
     rates = [] if then is None or there is None else [then(done), there(done)]
     exact = other is None and not (now.annealed and now.steps != recorded.steps)
     entry = {"step": done, "steps": [recorded.steps, now.steps], "learning_rate": rates, "as_from_the_start": exact}
     return replace(now, extended=[*recorded.extended, entry])
 
 
-def _refuse_other_rates(checkpoint: Path, recorded: RunRecord, now: RunRecord, other: int | None, named: str) -> None:
+def _refuse_other_rates(checkpoint: Path, recorded: RunRecord, now: RunRecord, other: int | None) -> None:
     """Raise InputError where a finished step would have been different. other: the first step with another learning rate."""
     done = step_of(checkpoint)
-    accept = f"{named}extend=true goes on all the same" if named else "extend=True goes on all the same"
+    accept = "extend=True goes on all the same"
     if other is not None:
         then, there = recorded.learning_rate(), now.learning_rate()
         kind = now.schedule["lr_scheduler_type"]
         raise InputError(
             f"{checkpoint}: {recorded.steps:,} steps became {now.steps:,}, and {kind} would have given step {other + 1:,} a learning rate "
             f"of {there(other):.3g}, not {then(other):.3g}: {accept}, the next one then {there(done):.3g} in place of {then(done):.3g}; "
-            f"a checkpoint of step {other:,} or before goes on as it is"
+            f"a checkpoint of step {other:,} or before goes on as it is",
+            "extend",
         )
     if now.annealed and now.steps != recorded.steps:
         raise InputError(
-            f"{checkpoint}: {recorded.steps:,} steps became {now.steps:,}, over which the shares of the sources move otherwise: {accept}"
+            f"{checkpoint}: {recorded.steps:,} steps became {now.steps:,}, over which the shares of the sources move otherwise: {accept}",
+            "extend",
         )
 
 

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class ResumingTrainer(Trainer):
     """A Trainer that resumes a checkpoint only with the settings that it was made with (see tuning/resume.py).
 
-    extend: accept another number of steps where it would have given finished steps other learning rates. named: the prefix of settings in
-    messages. The model's KV cache is off in training, as packed documents need it; its config is restored afterwards and saved unchanged.
-    Evaluations do not touch the random state, so they change no trained bit.
+    extend: accept another number of steps where it would have given finished steps other learning rates. The model's KV cache is off in
+    training, as packed documents need it; its config is restored afterwards and saved unchanged. Evaluations do not touch the random
+    state, so they change no trained bit.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, extend: bool = False, named: str = "", **kwargs: Any) -> None:
-        self._extend, self._named = extend, named
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, extend: bool = False, **kwargs: Any) -> None:
+        self._extend = extend
         self._run: RunRecord | None = None
         self._users: dict[str, Any] | None = None  # the fields of the user's config, while a run has changed it
         with self._without_cache(model):  # transformers sets use_cache=False and does not restore it
@@ -89,7 +89,7 @@ class ResumingTrainer(Trainer):
     def record_to_resume(self, checkpoint: Path) -> RunRecord:
         """Return the record of a run that resumes from `checkpoint`. Raises InputError where its settings differ."""
         checkpoint_digests.verify(checkpoint)
-        return resumed_record(checkpoint, self._made_with(self._planned_steps()), self._extend, self._named)
+        return resumed_record(checkpoint, self._made_with(self._planned_steps()), self._extend)
 
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:

@@ -44,7 +44,7 @@ class StagedTrainer(ResumingTrainer):
 
     It steps with adept_fast.AdamW, with exact fp32 masters for bf16 and fp16 parameters. Checkpoints are staged and renamed, by all
     processes together on a shared file system; under FSDP2 each process writes its shards. `save_model()` writes the whole model.
-    `extend` and `named` are those of ResumingTrainer. Raises InputError for arguments that cannot work here, and for engines that flatten
+    `extend` is that of ResumingTrainer. Raises InputError for arguments that cannot work here, and for engines that flatten
     parameters.
     """
 

@@ -47,7 +47,7 @@ class Plan:
     def __str__(self) -> str:
         rows = "one document a row" if self.one_per_row else "packed"
         work = f"plan: {self.steps:,} steps of {self.tokens_per_step:,} tokens = {self.tokens:,} tokens"
-        most = " (all positions that the model has: tune.block_size asks for more)" if self.fewer else ""
+        most = " (all positions that the model has, fewer than block_size asks for)" if self.fewer else ""
         how = f"blocks of {self.block_size}{most}, {rows}"
         if self.epochs is None:
             return f"{work} (streamed, {how})"
@@ -61,13 +61,29 @@ class Plan:
         return f"warning: {self.epochs:.1f} epochs over the same text; above {MANY_EPOCHS} it is memorised rather than learnt"
 
 
+@dataclass(frozen=True)
+class PlannedText:
+    """What is trained on, cut into blocks: `corpus` as `encoder` tokenises it, for a model of so many `positions`."""
+
+    plan: Plan
+    blocks: Blocks | Stream
+    corpus: WeightedDocuments | StreamedText
+    encoder: Encoder
+    settings: TuningSettings
+    positions: int
+
+    def one_per_row(self) -> PlannedText:
+        """The same with one document a row, for a model that does not keep packed ones apart."""
+        return plan(self.corpus, self.encoder, self.settings, self.positions, one_per_row=True)
+
+
 def plan(
     corpus: WeightedDocuments | StreamedText,
     tokenizer: PreTrainedTokenizerBase | Encoder,
     settings: TuningSettings,
     positions: int,
     one_per_row: bool = False,
-) -> tuple[Plan, Blocks | Stream]:
+) -> PlannedText:
     """Plan the tuning, and pack the blocks or open the stream of them. positions: the most tokens that the model takes.
 
     Raises InputError where the corpus, the batch or the warmup do not fit each other.
@@ -85,7 +101,8 @@ def plan(
             raise InputError("corpus: its weights leave no document of two tokens or more to train on", "corpus")
         steps, in_epoch = _steps(args, per_step, len(blocks))
         size = len(documents), blocks.tokens, len(blocks)
-        return Plan(*size, block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer), blocks
+        planned = Plan(*size, block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer)
+        return PlannedText(planned, blocks, corpus, encoder, settings, positions)
     counts = _counted(corpus, encoder, args.max_steps <= 0)
     mixture = shares(corpus.sources, counts and [tokens for _, tokens in counts])
     steps, epochs, size = args.max_steps, None, (None, None)
@@ -108,7 +125,8 @@ def plan(
         one_per_row=one_per_row,
         ahead=4 * per_step,
     )
-    return Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True, fewer=fewer), stream
+    planned = Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True, fewer=fewer)
+    return PlannedText(planned, stream, corpus, encoder, settings, positions)
 
 
 def _steps(args: TrainingArguments, per_step: int, blocks: float) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.data.documents import WeightedDocuments
-from adept_fast.data.encoding import Encoder
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream
-from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard, write_json
@@ -39,8 +37,8 @@ from adept_fast.tuning.resume import RunRecord, step_of
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
 from adept_fast.tuning.trainer_log import TrainerLog
-from adept_fast.tuning.training_plan import Plan, plan
-from adept_fast.tuning.tuning_settings import TuningSettings, arguments
+from adept_fast.tuning.training_plan import Plan, PlannedText
+from adept_fast.tuning.tuning_settings import arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,21 +95,18 @@ class Run:
     def begin(
         cls,
         model: PreTrainedModel,
-        folder: Path,
-        corpus: WeightedDocuments | StreamedText,
-        settings: TuningSettings,
+        folder: str | os.PathLike[str],
+        text: PlannedText,
         books: Bookkeeping,
     ) -> Run:
-        """Plan the training of `model`, which was loaded from `folder`. Nothing is written yet."""
-        tokenizer, positions = checkpoint.load_tokenizer(folder), checkpoint.positions(folder)
+        """Prepare to train `model`, loaded from `folder`, on what is planned; nothing is written yet."""
+        settings, tokenizer = text.settings, text.encoder.tokenizer
         checkpoint.require_vocabulary(folder, tokenizer, model)
-        encoder = corpus.encoder(tokenizer) if isinstance(corpus, StreamedText) else Encoder(tokenizer)
-        planned, blocks = plan(corpus, encoder, settings, positions)
         collate = collator(model)
-        if not isolates_documents(model, blocks.head() if isinstance(blocks, Stream) else blocks, collate):
-            collate = default_data_collator
-            planned, blocks = plan(corpus, encoder, settings, positions, one_per_row=True)
-            logger.warning(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {planned}")
+        if not isolates_documents(model, text.blocks.head() if isinstance(text.blocks, Stream) else text.blocks, collate):
+            collate, text = default_data_collator, text.one_per_row()
+            logger.warning(f"{model.config.model_type} leaks across packed documents, so it trains one document a row; {text.plan}")
+        planned, blocks = text.plan, text.blocks
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
         args = arguments(settings, books.work, planned.steps)
@@ -127,7 +122,7 @@ class Run:
         log = TrainerLog(books.log)
         if last is None:
             log.require_own()
-            if line := warning(compare_pieces(model, blocks), encoder):
+            if line := warning(compare_pieces(model, blocks), text.encoder):
                 logger.warning(line)
         return cls(planned, blocks, collate, args, books, log, last, tokenizer)
 
@@ -159,11 +154,11 @@ class Run:
         trainer.add_callback(_Steps())
         if done is None or (done < planned.steps and not stopped_in(Path(self.last))):
             trainer.train(resume_from_checkpoint=self.last)
-            if isinstance(self.blocks, Stream) and self.planned.epochs is None:  # else they were counted, and told, before
-                self.blocks.encoder.warn_of_control_tokens("domain")
+            if isinstance(self.blocks, Stream):
+                self.blocks.encoder.warn_of_control_tokens("domain")  # of sources that were not looked through before
             return trainer.run
         if done < planned.steps:
-            logger.warning(f"{Path(self.last).name}: general loss had passed tune.general_limit there, so training does not go on")
+            logger.warning(f"{Path(self.last).name}: general loss had passed general_limit there, so training does not go on")
         trainer._load_from_checkpoint(self.last)  # killed after the last step
         if distributed.rank() == 0:
             self.log.cut(done)
@@ -174,7 +169,7 @@ class Run:
         before, now = entry["steps"]
         if entry["step"] != done or before == now == self.planned.steps:
             return
-        course = "" if entry["as_from_the_start"] else ", which is not what as many from the start would have given (tune.extend)"
+        course = "" if entry["as_from_the_start"] else ", which is not what as many from the start would have given (extend)"
         logger.info(f"going on from step {done:,}: {before:,} steps became {now:,}{course}")
         if distributed.rank() == 0:
             self.log.cut(done)

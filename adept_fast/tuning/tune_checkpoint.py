@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adept_fast.checkpoints import checkpoint
-from adept_fast.data.documents import WeightedDocuments
+from adept_fast.checkpoints.one_model import OneModel
 from adept_fast.data.items import Item
-from adept_fast.data.streamed_text import StreamedText
 from adept_fast.expansion import export_tuned, load_first_importance
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import replaced_folder
@@ -19,32 +17,35 @@ from adept_fast.tuning.adept_callback import AdeptCallback
 from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
+from adept_fast.tuning.training_plan import PlannedText
 from adept_fast.tuning.training_run import Bookkeeping, Run
-from adept_fast.tuning.tuning_settings import TuningSettings, check_meter
+from adept_fast.tuning.tuning_settings import check_meter
 
 
 def tune_checkpoint(
     expanded: Path,
     target: Path,
-    corpus: WeightedDocuments | StreamedText,
+    text: PlannedText,
     steering: Sequence[Item],
     monitors: Mapping[str, Sequence[Item]],
-    settings: TuningSettings,
     books: Bookkeeping,
     *,
     metering: Sequence[Item] = (),
+    models: OneModel | None = None,
     **loading: Any,
 ) -> None:
     """Train the copies of `expanded`, and write `target`, a whole checkpoint in the source's dtypes.
 
-    A killed run resumes from its last checkpoint, and so does a finished one that is given more steps; an earlier `target` stays until the
-    new one is complete. corpus: the documents to train on, in memory or streamed. steering: items that set the unit rates. monitors: name
-    -> held-out items whose loss is logged. metering: held-back general items for the forgetting meter. Raises InputError for settings that
-    do not fit, ExpansionError where training changed a tensor outside the copies.
+    A killed run resumes from its last checkpoint, and so does a finished one that is given more steps; an earlier `target` stays until
+    the new one is complete. text: what to train on, as `plan` returns it. steering: items that set the unit rates. monitors: name ->
+    held-out items whose loss is logged. metering: held-back general items for the forgetting meter. models: what loads the model, in
+    place of `loading`. Raises InputError for settings that do not fit, ExpansionError where training changed a tensor outside the
+    copies.
     """
-    model = checkpoint.load_model(expanded, **loading)
+    models, settings = models or OneModel(**loading), text.settings
     check_meter(settings, metering)
-    run = Run.begin(model, expanded, corpus, settings, books)
+    model = models.take(expanded)
+    run = Run.begin(model, expanded, text, books)
     anchor = None
     if settings.anchor_weight is not None:
         anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
@@ -63,13 +64,12 @@ def tune_checkpoint(
         skip_nonfinite=settings.skip_nonfinite,
         tokenizer=run.tokenizer,
     )
-    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend, "named": "tune."}
+    given = {"train_dataset": run.blocks, "data_collator": run.collate, "extend": settings.extend}
     trainer = AdeptTrainer(model, run.args, adept=adept, **given)
     made_with = run.finish(trainer)
     state = sharded_checkpoint.gathered(trainer.model) if in_shards(trainer.model) else model.state_dict()
     if distributed.rank() == 0:
-        remote = bool(loading.get("trust_remote_code", False))
         with replaced_folder(target) as new:
             inputs = made_with.added_to(books.inputs)
-            export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=remote)
+            export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=models.trust_remote_code)
     distributed.wait()

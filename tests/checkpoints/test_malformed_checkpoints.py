@@ -207,6 +207,6 @@ def test_a_config_that_contradicts_the_tensors_names_both(folder: Folder, layers
 def test_a_config_of_sizes_that_no_tensor_has_is_refused_before_it_is_built(folder: Folder, key: str, value: int, message: str) -> None:
     config = json.loads(folder.whole["config.json"]) | {key: value}
     folder.write(**{"config.json": json.dumps(config).encode()})
-    for load in (checkpoint.load_model, checkpoint.load_skeleton):
+    for load in (checkpoint.load_model, lambda folder: checkpoint.ModelFolder(folder).skeleton()):
         with pytest.raises(InputError, match=f"model/config.json: {message}"):
             load(folder.path)

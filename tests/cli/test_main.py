@@ -18,8 +18,9 @@ from adept_fast.data.readers import read
 from adept_fast.data.sources import Source
 from adept_fast.data.splits import split_probe
 from adept_fast.errors import InputError
-from adept_fast.pipeline.datasets import Corpora
+from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import load
+from adept_fast.pipeline.source_model import SourceModel
 from tests.support import tiny_models
 
 
@@ -235,12 +236,14 @@ def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> No
     texts = [f"{sentence} {number}" for number, sentence in enumerate(tiny_models.SENTENCES * 3)]
     (here / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)))
     (here / "b.jsonl").write_text("".join(json.dumps({"text": text, "id": -number}) + "\n" for number, text in enumerate(texts[::2])))
-    corpora = Corpora(load(None, ["model_name_or_path=model", "domain=[a.jsonl, b.jsonl]", "probe=probe.jsonl", "tune.replay=probe.jsonl"]))
-    trained, held = set(corpora.training().texts), {record.content["text"] for record in corpora.held_out(None)}
+    recipe = load(None, ["model_name_or_path=model", "domain=[a.jsonl, b.jsonl]", "probe=probe.jsonl", "tune.replay=probe.jsonl"])
+    data = Datasets(recipe, SourceModel(recipe))
+    trained, held = set(data.training().texts), {record.content["text"] for record in data.held_out(None)}
     assert len(held) == 2 and trained == set(texts) - held
     general = [{"text": texts[3]}, {"question": "Which?", "choices": ["one", "two"], "answer": 0}]
     (here / "general.jsonl").write_text("".join(json.dumps(record) + "\n" for record in general))
-    measured = Corpora(dataclasses.replace(corpora.recipe, eval=dataclasses.replace(corpora.recipe.eval, general=Source("general.jsonl"))))
+    recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, general=Source("general.jsonl")))
+    measured = Datasets(recipe, data.source)
     assert texts[3] in trained and set(measured.training().texts) == trained - {texts[3]}, "eval.general is measured on what it trained on"
 
 

@@ -157,6 +157,18 @@ def test_tokens_are_cached_by_what_control_tokens_become(
     encoder.warn_of_control_tokens("d")  # of none that was not told
     line = "d: control tokens stand in the text ('</s>' 2 times, '<pad>' 1 times, '<s>' 1 times): encoded as plain text; special_tokens="
     assert caplog.messages == [f"{line}tokens keeps them"]
-    tokenize_documents([TEXT], encoder)
-    encoder.warn_of_control_tokens("d")
+    again = Encoder(given)
+    tokenize_documents([TEXT], again)
+    again.warn_of_control_tokens("d")
     assert caplog.messages == [f"{line}tokens keeps them"] * 2, "from the cache too"
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "tokens"])
+def test_what_becomes_of_control_tokens_is_told_once(special_tokens: str, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder(tiny_models.tokenizer(), special_tokens)
+    encoder.warn_of_control_tokens("probe")
+    for where in ("domain", "probe"):
+        encoder.texts(["a </s>"])
+        encoder.warn_of_control_tokens(where)
+    (message,) = caplog.messages
+    assert message.startswith("domain: control tokens stand in the text ('</s>' 1 times): ")

@@ -20,7 +20,7 @@ from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion import apply_copies, dial, expand_checkpoint, export_tuned, extract_copies, merge_copies, remove_copies
 from adept_fast.expansion.dial import dialled, dialled_model
-from adept_fast.tuning import Bookkeeping, TuningSettings, tune_checkpoint
+from adept_fast.tuning import Bookkeeping, TuningSettings, plan, tune_checkpoint
 from tests.support import tiny_models
 
 IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY
@@ -229,7 +229,8 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
     books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl")
-    tune_checkpoint(expanded, target, documents, tiny_models.items(2), {}, settings, books, **loading)
+    text = plan(documents, tiny_models.tokenizer(), settings, 128)
+    tune_checkpoint(expanded, target, text, tiny_models.items(2), {}, books, **loading)
 
 
 @pytest.mark.slow

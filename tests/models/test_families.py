@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adept_fast.checkpoints.checkpoint import load_skeleton
+from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.expansion import copies, expand_model, freeze_original, verify_expansion
 from adept_fast.models.decoder_layers import decoder_layers, hidden_of, layers_path
@@ -220,7 +220,7 @@ def test_what_is_no_decoder_alone_is_refused_from_its_config(model_type: str, tm
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedFamilyError, match=f"^{model_type}: {re.escape(NOT_A_MODEL_OF_ITS_OWN[model_type])}$"):
-        load_skeleton(tmp_path)
+        ModelFolder(tmp_path).skeleton()
 
 
 def test_what_drafts_for_another_model_is_refused() -> None:

@@ -124,9 +124,9 @@ def test_another_schedule_is_accepted_by_a_key_and_recorded(run: Runs) -> None:
     cosine = ("tune.lr_scheduler_type=cosine", "tune.warmup_steps=0.5")
     run("cosine", 4, *cosine)
     said = run("cosine", 8, *cosine, code=2)
-    assert "4 steps became 8, and cosine would have given step 4 a learning rate of" in said and "tune.extend=true goes on" in said
+    assert "4 steps became 8, and cosine would have given step 4 a learning rate of" in said and "tune.extend=True goes on" in said
     said = run("cosine", 8, *cosine, "tune.extend=true")
-    assert "not what as many from the start would have given (tune.extend)" in said
+    assert "not what as many from the start would have given (extend)" in said
     assert [entry["learning_rate"] for entry in run.log("cosine", "step")][:5] == [0, 0.0025, 0.005, 0.0025, pytest.approx(0.00375)]
     extended = run.record("cosine")["inputs"]["extended"]
     assert [(entry["step"], entry["steps"], entry["as_from_the_start"]) for entry in extended] == [(4, [4, 8], False)]
@@ -151,7 +151,7 @@ def test_a_stream_goes_on_where_its_mixture_does_not_move(run: Runs, folder: Pat
         mixture = f"domain=[{{path: {folder / 'notes.txt'}, share: 0.6{end}}}, {folder / 'other.txt'}]"
         run(name, 4, mixture)
         if end:
-            assert "over which the shares of the sources move otherwise: tune.extend=true" in run(name, 8, mixture, code=2)
+            assert "over which the shares of the sources move otherwise: tune.extend=True" in run(name, 8, mixture, code=2)
             run(name, 8, mixture, "tune.extend=true")
         else:
             run("steady-straight", 8, mixture)

@@ -9,19 +9,19 @@ import pytest
 
 from adept_fast.errors import InputError
 from adept_fast.pipeline import recipe
-from adept_fast.pipeline.run_directory import FILES, FOLDERS, Workspace
+from adept_fast.pipeline.run_directory import FILES, FOLDERS, RunDirectory
 from adept_fast.tuning.trainer_log import TrainerLog
 
 LEFT = ".adept_fast-0123456789abcdef.partial"
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Workspace:
+def work(tmp_path: Path) -> RunDirectory:
     (tmp_path / "out").mkdir()
-    return Workspace(recipe.load(None, [f"output_dir={tmp_path / 'out'}"], required=()))
+    return RunDirectory(tmp_path / "out")
 
 
-def test_a_refusal_deletes_nothing(work: Workspace) -> None:
+def test_a_refusal_deletes_nothing(work: RunDirectory) -> None:
     (work.folder / ".partial-mine").write_text("kept")
     (work.folder / LEFT).mkdir()
     before = {*work.folder.rglob("*")}
@@ -31,7 +31,7 @@ def test_a_refusal_deletes_nothing(work: Workspace) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
-def test_what_is_no_lock_is_named_and_stays(work: Workspace, tmp_path: Path, kind: str) -> None:
+def test_what_is_no_lock_is_named_and_stays(work: RunDirectory, tmp_path: Path, kind: str) -> None:
     lock, precious = work.folder / ".lock", tmp_path / "precious"
     precious.write_text("kept")
     {
@@ -46,7 +46,7 @@ def test_what_is_no_lock_is_named_and_stays(work: Workspace, tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("hard", [True, False])
-def test_a_file_of_the_locks_name_keeps_its_content(work: Workspace, tmp_path: Path, hard: bool) -> None:
+def test_a_file_of_the_locks_name_keeps_its_content(work: RunDirectory, tmp_path: Path, hard: bool) -> None:
     lock, precious = work.folder / ".lock", tmp_path / "precious"
     precious.write_text("" if hard else "kept")
     os.link(precious, lock)
@@ -57,7 +57,7 @@ def test_a_file_of_the_locks_name_keeps_its_content(work: Workspace, tmp_path: P
     assert lock.read_text() == ("" if hard else "kept")
 
 
-def test_a_lock_of_a_killed_run_goes(work: Workspace) -> None:
+def test_a_lock_of_a_killed_run_goes(work: RunDirectory) -> None:
     (work.folder / ".lock").touch()
     with work.held():
         pass
@@ -65,7 +65,7 @@ def test_a_lock_of_a_killed_run_goes(work: Workspace) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_cannot_be_an_artefact_is_named_before_anything_starts(work: Workspace, name: str) -> None:
+def test_what_cannot_be_an_artefact_is_named_before_anything_starts(work: RunDirectory, name: str) -> None:
     path = work.folder / name
     path.touch() if name in FOLDERS else path.mkdir()
     what = "a file" if name in FOLDERS else "a folder"
@@ -75,12 +75,10 @@ def test_what_cannot_be_an_artefact_is_named_before_anything_starts(work: Worksp
 
 
 @pytest.mark.parametrize("how", ["link", "slash", "up", "newline"])
-def test_an_output_dir_by_another_name(work: Workspace, tmp_path: Path, how: str) -> None:
+def test_an_output_dir_by_another_name(work: RunDirectory, tmp_path: Path, how: str) -> None:
     (tmp_path / "link").symlink_to(work.folder)
     name = {"link": "link", "slash": "out/", "up": "new/../out", "newline": "o\nut"}[how]
-    named = Workspace(recipe.load(None, [f"output_dir={tmp_path}/{name}"] if how != "newline" else [], required=()))
-    if how == "newline":
-        named.folder = tmp_path / name
+    named = RunDirectory(tmp_path / name)
     with named.held():
         assert (named.folder / ".lock").is_file()
         if how != "newline":
@@ -89,15 +87,16 @@ def test_an_output_dir_by_another_name(work: Workspace, tmp_path: Path, how: str
     assert not [*work.folder.iterdir()] and {path.name for path in tmp_path.iterdir()} == {"out", "link"}
 
 
-def test_a_recipe_that_no_run_has_written_is_not_overwritten(work: Workspace) -> None:
-    work.check_kept_recipe()
-    work.keep_recipe()
-    work.check_kept_recipe()
+def test_a_recipe_that_no_run_has_written_is_not_overwritten(work: RunDirectory) -> None:
+    given = recipe.Recipe().as_dict()
+    work.check_kept_recipe(given)
+    work.keep_recipe(given)
+    work.check_kept_recipe(given)
     kept = work.folder / "recipe.yaml"
     for text in (kept.read_text() + "# mine\n", "model_name_or_path: model\n"):
         kept.write_text(text)
         with pytest.raises(InputError, match=r"recipe\.yaml: not as a run writes it"):
-            work.check_kept_recipe()
+            work.check_kept_recipe(given)
 
 
 @pytest.mark.parametrize("text", ["", '{"event": "pl', '{"event": "plan", "step": 0}\n'])

@@ -13,11 +13,13 @@ import pytest
 from adept_fast.cli.main import main
 from adept_fast.data.stream import StreamedText
 from adept_fast.errors import InputError
+from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import load
-from adept_fast.pipeline.run_directory import Workspace
-from adept_fast.pipeline.tune import training_text
+from adept_fast.pipeline.source_model import SourceModel
+from adept_fast.pipeline.tune import planned_text
 from tests.data.test_records import TEMPLATE
 from tests.support import tiny_models
+from tests.support.news import heard
 
 SENTENCES = tiny_models.SENTENCES[:12]
 
@@ -39,13 +41,14 @@ def rows(given: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in given)
 
 
-def told(domain: str, *more: str) -> tuple[list[str], Workspace]:
-    """What training_text says, and where."""
+def told(domain: str, *more: str) -> tuple[list[str], Datasets]:
+    """What planned_text says, and of what."""
     given = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", f"domain={domain}", "tune.per_device_train_batch_size=1"]
-    said: list[str] = []
-    work = Workspace(load(None, [*given, "eval.domain=held.txt", *more]), said.append)
-    training_text(work)
-    return said, work
+    recipe = load(None, [*given, "eval.domain=held.txt", *more])
+    data = Datasets(recipe, SourceModel(recipe))
+    with heard() as said:
+        planned_text(recipe, data.source, data)
+    return said, data
 
 
 def alpaca(folder: Path) -> tuple[str, list[str]]:
@@ -104,13 +107,13 @@ def test_the_documents_shown_and_the_tokens_counted_are_those_of_the_files(here:
 
 def test_a_document_longer_than_a_block_is_shown_where_it_goes_on(here: Path) -> None:
     Path("domain.txt").write_text(" ".join(SENTENCES) + "\n\nshort\n")
-    said, work = told("domain.txt", "tune.block_size=32")
+    said, data = told("domain.txt", "tune.block_size=32")
     lines = said[next(number for number, line in enumerate(said) if "as the model will see" in line) :]
-    length = len(work.tokenizer(" ".join(SENTENCES))["input_ids"]) + 1
+    length = len(data.source.tokenizer(" ".join(SENTENCES))["input_ids"]) + 1
     assert lines[0] == f"a document as the model will see it ({length} tokens, {-(-length // 32)} blocks if it begins one):"
     assert lines[2] == "  -- the next block --" and lines[4] == f"  -- {-(-length // 32) - 2} blocks more --"
     assert SENTENCES[0].startswith(lines[1][4:60]) and lines[5:7] == [
-        "a document as the model will see it (5 tokens):".replace("5", str(len(work.tokenizer("short")["input_ids"]) + 1)),
+        "a document as the model will see it (5 tokens):".replace("5", str(len(data.source.tokenizer("short")["input_ids"]) + 1)),
         "  | short</s>",
     ]
 
@@ -157,18 +160,18 @@ def test_the_size_of_a_folder_decides_whether_it_is_streamed(here: Path, monkeyp
     size = sum(file.stat().st_size for file in (here / "docs").rglob("*.md"))
     for above, kind in ((size, False), (size - 1, True)):
         monkeypatch.setattr("adept_fast.pipeline.datasets.STREAM_ABOVE", above)
-        _, work = told(domain)
-        assert isinstance(work.corpora.training(), StreamedText) == kind
+        _, data = told(domain)
+        assert isinstance(data.training(), StreamedText) == kind
 
 
 def test_of_few_documents_the_same_are_held_out_and_trained_on_streamed_and_in_memory(here: Path) -> None:
     domain, texts = alpaca(here)
     kept: list[tuple[list[str], set[str]]] = []
     for streaming in ("true", "false"):
-        _, work = told(domain, "eval.domain=null", f"tune.streaming={streaming}", "tune.max_steps=2")
-        training = work.corpora.training()
+        _, data = told(domain, "eval.domain=null", f"tune.streaming={streaming}", "tune.max_steps=2")
+        training = data.training()
         streamed = isinstance(training, StreamedText)
-        trained = [*training.texts(training.sources[0], work.encoder)] if streamed else training.texts
-        kept.append(([record.content["text"] for record in work.corpora.held_out(None)], {*trained}))
+        trained = [*training.texts(training.sources[0], data.source.encoder)] if streamed else training.texts
+        kept.append(([record.content["text"] for record in data.held_out(None)], {*trained}))
     (held, trained), in_memory = kept
     assert (held, trained) == in_memory and len(held) == 1 and len(trained) == len(texts) - 1 and held[0] not in trained

@@ -15,10 +15,11 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import load
 from adept_fast.pipeline.run import STAGES
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.scoring.scores import ItemScores, LayerScores, Profile, UnitScores, mean_rank
 from adept_fast.scoring.select_layers import next_layer, undecided
 from tests.support import tiny_models
+from tests.support.news import heard
 
 CHANGES = {"num_hidden_layers": 6, "tie_word_embeddings": False}
 
@@ -230,14 +231,13 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     given = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt", "score.domain_items=6"]
     given += ["score.compare=[gate, block_influence]", "expand.budget.parameters=0.3", "score.units=tensor"]
     given += ["score.unit_layers=[2, 5]"]
-    said: list[str] = []
     loaded, load_model = [], checkpoint.load_model
     monkeypatch.setattr(checkpoint, "load_model", lambda *given, **how: loaded.append(given) or load_model(*given, **how))
-    work = Workspace(load(None, given), said.append)
-    with work.held():
-        scores = STAGES["score"](work)
+    recipe, directory = load(None, given), RunDirectory(Path("out"))
+    with directory.held(), heard() as said:
+        scores = STAGES["score"](recipe, directory)
         assert len(loaded) == 1, "layers, two cheap methods and units are measured on one model"
-        record, _ = STAGES["expand"](work), STAGES["report"](work)
+        record, _ = STAGES["expand"](recipe, directory), STAGES["report"](recipe, directory)
     layers = select_layers(LayerScores.load(tmp_path / "out" / "scores.json"), budget={"parameters": 0.3})
     assert [entry.copied_from for entry in record.inserted] == layers and len(layers) == 2
     assert record.selection["shares"]["parameters"] <= 0.3 and record.selection["next"]["joins"]
@@ -252,11 +252,11 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     page = (tmp_path / "out" / "report.html").read_text()
     assert "How often each layer would be chosen" in page and "One more copy would add" in page and page.count("<svg") == 5
     before = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
-    with work.held():
-        STAGES["score"](work)
+    with directory.held():
+        STAGES["score"](recipe, directory)
     assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before, "written again although nothing is new"
     with pytest.raises(InputError, match="a race is for a given number of layers"):
-        STAGES["score"](Workspace(load(None, [*given, "score.regret=0.04", "output_dir=other"]), said.append))
+        STAGES["score"](load(None, [*given, "score.regret=0.04", "output_dir=other"]), RunDirectory(Path("other")))
 
 
 @pytest.mark.slow
@@ -265,22 +265,24 @@ def test_a_run_names_what_was_measured_and_refuses_a_race_for_all_layers_before_
     rows = [{"instruction": f"The fox counts {number} and", "output": f" {number + 1} stones"} for number in range(9)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", f"probe={tmp_path / 'probe.jsonl'}"]
-    race = Workspace(load(None, [*given, "expand.k=6", "score.regret=0.1"], ("model_name_or_path",)))
-    with pytest.raises(InputError, match="^expand.k must be a whole number from 1 to 5"), race.held():
-        STAGES["score"](race)
+    directory = RunDirectory(tmp_path / "out")
+
+    def stages(*names: str, choice: tuple[str, ...]) -> list[str]:
+        """What is said."""
+        recipe = load(None, [*given, *choice], ("model_name_or_path",))
+        with directory.held(), heard() as said:
+            for name in names:
+                STAGES[name](recipe, directory)
+        return said
+
+    with pytest.raises(InputError, match="^expand.k must be a whole number from 1 to 5"):
+        stages("score", choice=("expand.k=6", "score.regret=0.1"))
     assert not (tmp_path / "out").exists(), "something was measured first"
     said: list[str] = []
-
-    def work(*choice: str) -> Workspace:
-        return Workspace(load(None, [*given, "score.method=fisher", *choice], ("model_name_or_path",)), said.append)
-
-    for choice in (["expand.k=6"], ["expand.k=2", "expand.placement=uniform"]):
-        with work(*choice).held():
-            STAGES["score"](work(*choice))
+    for choice in (("expand.k=6",), ("expand.k=2", "expand.placement=uniform")):
+        said += stages("score", choice=("score.method=fisher", *choice))
         assert not any("choose the same" in line for line in said), "nothing else could have been chosen"
-    with work("expand.k=2").held():
-        for stage in ("score", "expand", "report"):
-            STAGES[stage](work("expand.k=2"))
+    said += stages("score", "expand", "report", choice=("score.method=fisher", "expand.k=2"))
     assert any(line.endswith("would choose the same layers") for line in said)
     assert any(line.endswith("probe items by fisher") for line in said)
     assert any(line.startswith("chosen layers (fisher, sum of squared gradients): ") for line in said)
@@ -295,12 +297,11 @@ def test_a_second_expansion_copies_layers_that_are_no_copies(tmp_path: Path, how
     given = [f"probe={tmp_path / 'probe.jsonl'}", "score.method=fisher", "score.loss=all", "expand.placement=lowest_per_band"]
 
     def expanded(model: str, output: str, *more: str) -> tuple[AdeptConfig, list[str]]:
-        said: list[str] = []
         places = [f"model_name_or_path={tmp_path / model}", f"output_dir={tmp_path / output}"]
-        work = Workspace(load(None, [*given, *places, *more], ("model_name_or_path",)), said.append)
-        with work.held():
-            STAGES["score"](work)
-            return STAGES["expand"](work), said
+        recipe, directory = load(None, [*given, *places, *more], ("model_name_or_path",)), RunDirectory(tmp_path / output)
+        with directory.held(), heard() as said:
+            STAGES["score"](recipe, directory)
+            return STAGES["expand"](recipe, directory), said
 
     expanded("model", "first", "expand.layers=[1,4]")
     record, said = expanded("first/expanded", "second", "expand.k=6", how)

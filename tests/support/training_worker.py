@@ -24,7 +24,7 @@ from adept_fast.errors import InputError
 from adept_fast.expansion import expand_model
 from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.pipeline.run import STAGES
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.scoring.units import Units
@@ -251,7 +251,8 @@ def method_recipe(folder: Path, output: str, method: str) -> Recipe:
 
 
 def tune_by(folder: Path, output: str, method: str) -> None:
-    STAGES["tune"](Workspace(method_recipe(folder, output, method), lambda line: None))
+    recipe = method_recipe(folder, output, method)
+    STAGES["tune"](recipe, RunDirectory(recipe.folder))
 
 
 def tune_by_all(folder: Path, methods: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import load
 from adept_fast.pipeline.run import run as run_stages
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.tuning.methods import METHODS
 from tests.support import tiny_models
+from tests.support.news import heard
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,9 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
             "eval.max_items=6", "seed=3", *more,
         ],
     )  # fmt: skip
-    said: list[str] = []
-    work = Workspace(recipe, said.append)
-    with work.held():
-        run_stages(work)
+    directory = RunDirectory(recipe.folder)
+    with directory.held(), heard() as said:
+        run_stages(recipe, directory)
     assert (f"warning: method={method} copies no layers: expand.k has no effect" in said) is not METHODS[method].copies
     log = [json.loads(line) for line in (folder / output / "trainer_log.jsonl").read_text().splitlines()]
     return folder / output, log

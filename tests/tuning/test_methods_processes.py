@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from adept_fast.pipeline.run import STAGES
-from adept_fast.pipeline.run_directory import Workspace
+from adept_fast.pipeline.run_directory import RunDirectory
 from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes
 from tests.support.training_worker import method_recipe, tune_by, tune_by_all
@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
         for output in ("uniform", "uniform-ddp"):
-            STAGES["expand"](Workspace(method_recipe(folder, output, "uniform"), lambda line: None))
+            recipe = method_recipe(folder, output, "uniform")
+            STAGES["expand"](recipe, RunDirectory(recipe.folder))
         for method in METHODS:
             tune_by(folder, method, method)
     in_processes(2, folder, tune_by_all, folder, METHODS)

@@ -16,7 +16,7 @@ from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import InputError
 from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, Bookkeeping, TuningSettings, tune_checkpoint
+from adept_fast.tuning import AdeptCallback, AdeptTrainer, Bookkeeping, TuningSettings, plan, tune_checkpoint
 from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.trainer_log import TrainerLog
@@ -179,7 +179,8 @@ def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest
     books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl")
 
     def tune() -> None:
-        tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", documents, tiny_models.items(2), {}, settings, books)
+        text = plan(documents, tiny_models.tokenizer(), settings, 128)
+        tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", text, tiny_models.items(2), {}, books)
 
     if skip:
         tune()
