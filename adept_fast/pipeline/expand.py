@@ -36,7 +36,7 @@ def expand(
     if "shares" in how:
         logger.info("shares of full training: parameters {parameters:.1%}, time {time:.0%} (modelled)".format(**how["shares"]))
     for note in how["notes"]:
-        logger.info(note)
+        logger.warning(note)
     record = expand_checkpoint(
         source.folder,
         directory.expanded,

@@ -64,8 +64,10 @@ def planned_text(recipe: Recipe, source: SourceModel, data: Datasets) -> Planned
     unread = dict.fromkeys(line for _, summary in summaries[: len(data.trained_on)] for line in summary.keys_not_read())
     first = blocks.head(2) if isinstance(blocks, Stream) else blocks
     shown = training.shown if isinstance(training, TrainingText) else [0, 1]
-    for line in [*table(summaries), *unread, *preview(first, shown, source.tokenizer)]:
-        logger.info(line)
+    shows = ((logging.INFO, table(summaries)), (logging.WARNING, unread), (logging.INFO, preview(first, shown, source.tokenizer)))
+    for level, lines in shows:
+        for line in lines:
+            logger.log(level, line)
     source.encoder.warn_of_control_tokens("domain")
     logger.info(str(planned.plan))
     for warning in filter(None, (planned.plan.warning, recipe.unused)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import adept_fast
 from adept_fast.runtime.console import attached
 
 PACKAGE, MODULE = logging.getLogger("adept_fast"), logging.getLogger("adept_fast.scoring.race")
@@ -32,6 +34,7 @@ def speak() -> None:
     MODULE.error("a failure")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configured", [False, True])
 def test_a_script_is_told_warnings_alone_until_it_configures_logging(configured: bool) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, *["configured"] * configured], capture_output=True, text=True, check=True)
@@ -94,3 +97,15 @@ def test_a_full_stdout_is_given_up_and_said_once(monkeypatch: pytest.MonkeyPatch
         MODULE.info("two")
         assert capsys.readouterr().err == "adept-fast: stdout cannot be written to (No space left on device): going on without it\n"
         monkeypatch.undo()
+
+
+def test_only_the_console_prints() -> None:
+    root = Path(adept_fast.__file__).parent
+    calls = {
+        (path.relative_to(root).as_posix(), ast.unparse(node.func))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    }
+    printing = ("print", "warnings.warn", "sys.stdout.write", "sys.stderr.write")
+    assert {path for path, called in calls if called in printing} == {"runtime/console.py"}
