@@ -63,7 +63,7 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 
 # The rooms that have no error so far; the others follow.
-TYPED := ops optim runtime settings checkpoints models data scoring expansion
+TYPED := ops optim runtime settings checkpoints models data scoring expansion tuning evaluation report cli
 types: $(VENV)/.test
 	$(RUN) -m mypy --follow-imports silent $(addprefix -p adept_fast.,$(TYPED))
 

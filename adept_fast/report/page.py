@@ -143,7 +143,7 @@ def _scoring_costs(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tuning_costs(log: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    plan = next((entry for entry in reversed(log) if entry.get("event") == "plan"), {})
+    plan: Mapping[str, Any] = next((entry for entry in reversed(log) if entry.get("event") == "plan"), {})
     speeds = [entry["tokens_per_second"] for entry in log if is_finite(entry.get("tokens_per_second"))]
     end = next((entry for entry in log if entry.get("event") == "end"), {})
     done = max((entry["step"] for entry in log), default=0)

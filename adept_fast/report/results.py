@@ -53,7 +53,7 @@ def check(content: Mapping[str, Any], path: Path) -> None:
     def wrong(what: str, value: Any) -> InputError:
         return InputError(f"{path}: {what} is {shown(value)}: restore it, or delete it and run adept-fast eval again")
 
-    models = content.get("models")
+    models: Any = content.get("models")
     for key, value in (("models", models), ("inputs", content.get("inputs", {}))):
         if not isinstance(value, Mapping):
             raise wrong(key, value)

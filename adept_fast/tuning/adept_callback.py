@@ -17,6 +17,7 @@ from adept_fast.errors import InputError
 from adept_fast.models.causality import require_causal
 from adept_fast.models.decoder_layers import vocabulary_of
 from adept_fast.models.unwrap import bare, unwrapped
+from adept_fast.ops.gradient_sums.op import Dims
 from adept_fast.optim import AdamW
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.provenance import changed, digest
@@ -82,7 +83,7 @@ class AdeptCallback(Monitor, RestoresItself):
         refresh_steps: int = Tuning.refresh_steps,
         rate_map: str | RateMap | RateRule = Tuning.rate_map,
         *,
-        first: Mapping[tuple[str, int], Sums] | None = None,
+        first: Mapping[tuple[str, Dims], Sums] | None = None,
         monitors: Mapping[str, Sequence[Item]] | None = None,
         monitor_steps: int | None = None,
         anchor: Anchor | None = None,
@@ -93,11 +94,11 @@ class AdeptCallback(Monitor, RestoresItself):
         skip_nonfinite: int = Tuning.skip_nonfinite,
         train_original: bool = False,
     ) -> None:
-        named = {"units": units} if isinstance(units, str) else {}
+        named: dict[str, Any] = {"units": units} if isinstance(units, str) else {}
         check(Tuning, refresh_steps=refresh_steps, skip_nonfinite=skip_nonfinite, **named)
         super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
-        self.units, self.refresh_steps = units, refresh_steps
+        self._units, self.refresh_steps = units, refresh_steps
         self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._raw_rates: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.anchor, self.meter = first, anchor, meter
@@ -114,9 +115,15 @@ class AdeptCallback(Monitor, RestoresItself):
         model = unwrapped(model)
         if not in_shards(model):
             require_causal(model)
-        if isinstance(self.units, str):
-            self.units = Units.of(model, self.units)
-        require_made("units", self.units, Units, "a granularity, or Units.of(model)")
+        if isinstance(self._units, str):
+            self._units = Units.of(model, self._units)
+        require_made("units", self._units, Units, "a granularity, or Units.of(model)")
+
+    @property
+    def units(self) -> Units:
+        """The units of the Trainer's model."""
+        assert isinstance(self._units, Units)
+        return self._units
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -126,7 +133,8 @@ class AdeptCallback(Monitor, RestoresItself):
         model = bare(model)
         self._refuse_other_training(model, args)
         made_with = self.made_with(model, self.tokenizer or kwargs.get("processing_class"))
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        kept: Any = state.stateful_callbacks  # transformers declares a list, and holds a table
+        saved = kept.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         if differing := changed(saved.get("made_with", made_with), made_with):
             raise InputError(f"the checkpoint was made with other settings ({', '.join(differing)}): go on with those, or begin anew")
         self._made_with = made_with
@@ -138,7 +146,7 @@ class AdeptCallback(Monitor, RestoresItself):
         if self.meter:
             self.meter.reset()
             if state.global_step:
-                self.meter.load(Path(self.resumed_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), model)
+                self.meter.load(Path(self.resumed_from or _checkpoint(args, state)), model)
         if not state.global_step:
             self._read(model, 0, control)
             self._set(inner, model, self._first_importance(model), 0)
@@ -154,7 +162,7 @@ class AdeptCallback(Monitor, RestoresItself):
     def made_with(self, model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:
         """Return the settings with which a resumed run must agree: name -> value. Reads the probe."""
         self._items = self._items or load_items(self.probe, tokenizer, vocabulary=vocabulary_of(model))
-        units = Units.of(model, self.units) if isinstance(self.units, str) else self.units
+        units = Units.of(model, self._units) if isinstance(self._units, str) else self.units
         rule, anchor, meter = self.rule, self.anchor, self.meter
         named = rule.map if isinstance(rule.map, str) else getattr(rule.map, "__qualname__", type(rule.map).__name__)
         return {
@@ -202,10 +210,11 @@ class AdeptCallback(Monitor, RestoresItself):
         with self._untimed():
             due = step % self.refresh_steps == 0
             if due or control.should_training_stop:  # the last step is measured too
-                before = None if due or not self.meter else self.meter.snapshot()
+                aside = None if due else self.meter
+                before = aside and aside.snapshot()
                 self._read(model, step, control)
-                if before is not None:
-                    self.meter.restore(before)  # a longer run would not have measured here
+                if aside and before:
+                    aside.restore(before)  # a longer run would not have measured here
             if due and not control.should_training_stop:
                 self._refresh(rated_optimizer(optimizer), model, step)
             self._monitor_where_due(model, state, control)
@@ -245,7 +254,7 @@ class AdeptCallback(Monitor, RestoresItself):
             return
         scale, reading = self.meter.scale, self.meter.read(model, self.units)
         if self.log:
-            content = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
+            content: dict[str, Any] = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
             for name in ("predicted", "bound"):
                 if (values := getattr(reading, name)) is not None:
                     content[name] = _named(self.units, values)
@@ -257,9 +266,13 @@ class AdeptCallback(Monitor, RestoresItself):
             logger.warning(f"step {step}: general loss rose by {reading.rise:.3f} nats per token, above {self.meter.limit:g}: {action}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _checkpoint(args, state)
         if self.meter and folder.is_dir():
             self.meter.save(folder, bare(model))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _named(units: Units, values: Tensor) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from adept_fast.checkpoints.adept_config import record_of
@@ -86,6 +87,6 @@ class AdeptTrainer(StagedTrainer):
             apply_rates(self.stepped, bare(self.model), self._adept.units, torch.ones(len(self._adept.units)))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._adept.resumed_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -45,7 +45,7 @@ class Prepared:
     """
 
     model: nn.Module
-    merged: Callable[[], PreTrainedModel]
+    merged: Callable[[], Any]
     may_change: Callable[[str], bool]
     settings: Mapping[str, Any]
 
@@ -112,7 +112,7 @@ def tune_baseline(
         raise InputError("method=lora: not under FSDP, which would shard its matrices: start it under DDP")
     made_with = run.finish(trainer)
     if in_shards(trainer.model):
-        merged = models.take(folder)
+        merged: Any = models.take(folder)
         merged.load_state_dict(sharded_checkpoint.gathered(trainer.model), strict=False)
     else:
         merged = prepared.merged()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit; a leak measures 0.1 and more
 LOW_PRECISION = 0.05
-Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Any]]
+Collator = Callable[[list[Mapping[str, Tensor]]], dict[str, Any]]
 
 
 def collator(model: PreTrainedModel) -> Collator:

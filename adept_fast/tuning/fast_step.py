@@ -54,8 +54,8 @@ def fast_step(model: PreTrainedModel) -> Iterator[bool]:
     model = unwrapped(model)
     own = model.forward
     scale = _scale_and_softcap(model)
-    active = scale is not None and _same_loss(model, own, scale)
-    if not active:
+    active = True
+    if scale is None or not _same_loss(model, own, scale):
         yield False
         return
 
@@ -104,8 +104,10 @@ def _loss(
 ) -> Tensor:
     with detached_embeddings(model):
         hidden = headless(model)(*args, **{**inputs, "use_cache": False})[0]
-    targets = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
-    targets = targets.to(hidden.device)
+    if shift_labels is None:
+        assert labels is not None  # one of the two is given
+        shift_labels = functional.pad(labels, (0, 1), value=IGNORE)[..., 1:]
+    targets = shift_labels.to(hidden.device)
     if targets.numel() == hidden.shape[:-1].numel():  # the model flattens both
         targets = targets.reshape(hidden.shape[:-1])
     layer = model.get_output_embeddings()

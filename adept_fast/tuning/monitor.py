@@ -71,7 +71,7 @@ class Monitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if self.log and logs and "loss" in logs:
-            content = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
+            content: dict[str, Any] = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
             if self._skipped and args.logging_steps == 1:  # transformers logs 0 for it, the mean of no other step
                 content["loss"] = content["grad_norm"] = None
             now, steps = time.perf_counter(), state.global_step - self._timed[1]

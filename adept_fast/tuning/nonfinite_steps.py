@@ -51,9 +51,8 @@ class NonFiniteSteps:
         Raises InputError, which names the step and its documents, where `limit` steps were skipped before. All processes agree.
         """
         losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         whole = all(bool(loss.isfinite().all()) for loss in losses)
-        finite = whole and (scaled or _finite([local(parameter.grad) for parameter in parameters]))
+        finite = whole and (scaled or _finite([local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]))
         if not float(distributed.total(torch.tensor(float(not finite)))):
             return False
         what = "gradients are" if whole else "loss is"
@@ -64,7 +63,7 @@ class NonFiniteSteps:
             raise InputError(f"{found}; {many}{likely_cause(model)}; {way_out}")
         self.skipped += 1
         if not scaled:
-            for parameter in parameters:
+            for parameter in model.parameters():
                 parameter.grad = None
         logger.warning(f"{found}: skipped, {self.skipped} of {self.limit} that may be")
         return True

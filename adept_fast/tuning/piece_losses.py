@@ -17,7 +17,7 @@ from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream
-from adept_fast.models.losses import corpus_loss
+from adept_fast.models.losses import CorpusLoss, corpus_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,8 @@ def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
 
 def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLosses | None:
     """Compare the first PIECES pieces of each kind, cut to TOKENS tokens so that all have equal context. None without both kinds."""
-    tokens, kinds = min(TOKENS, blocks.block_size), ([], [])
+    tokens = min(TOKENS, blocks.block_size)
+    kinds: tuple[list[Item], list[Item]] = ([], [])
     for item, later in pieces_of(blocks, BLOCKS):
         if len(item.input_ids) >= tokens // 2 and len(kinds[later]) < PIECES:
             kinds[later].append(Item(item.input_ids[:tokens], item.labels[:tokens]))
@@ -86,9 +87,11 @@ def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLoss
 
 def piece_losses(model: PreTrainedModel, first: Sequence[Item], later: Sequence[Item]) -> PieceLosses:
     """Measure the mean losses of first and later pieces, at least two of each."""
-    found = [corpus_loss(model, pieces, title=title) for pieces, title in ((first, "first pieces"), (later, "later pieces"))]
-    means, errors = [each.mean for each in found], []
-    for each, mean in zip(found, means, strict=True):
-        residuals, count = each.sums - mean * each.tokens, len(each.tokens)  # the standard error of a ratio of sums over pieces
-        errors.append(float(torch.sqrt(residuals.square().sum() * count / (count - 1)) / each.tokens.sum()))
-    return PieceLosses(*means, *errors, len(first), len(later))
+    found = corpus_loss(model, first, title="first pieces"), corpus_loss(model, later, title="later pieces")
+    return PieceLosses(found[0].mean, found[1].mean, _error(found[0]), _error(found[1]), len(first), len(later))
+
+
+def _error(losses: CorpusLoss) -> float:
+    """Return the standard error of a mean that is a ratio of sums over pieces."""
+    residuals, count = losses.sums - losses.mean * losses.tokens, len(losses.tokens)
+    return float(torch.sqrt(residuals.square().sum() * count / (count - 1)) / losses.tokens.sum())

@@ -128,8 +128,8 @@ def _refuse_other_rates(checkpoint: Path, recorded: RunRecord, now: RunRecord, o
     """Raise InputError where a finished step would have been different. other: the first step with another learning rate."""
     done = step_of(checkpoint)
     accept = "extend=True goes on all the same"
-    if other is not None:
-        then, there = recorded.learning_rate(), now.learning_rate()
+    then, there = recorded.learning_rate(), now.learning_rate()
+    if other is not None and then is not None and there is not None:
         kind = now.schedule["lr_scheduler_type"]
         raise InputError(
             f"{checkpoint}: {recorded.steps:,} steps became {now.steps:,}, and {kind} would have given step {other + 1:,} a learning rate "

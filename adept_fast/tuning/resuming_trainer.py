@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -20,7 +20,9 @@ from adept_fast.tuning.resume import MODEL, RestoresItself, RunRecord, checkpoin
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from adept_fast.optim import AdamW
 
 
 class ResumingTrainer(Trainer):
@@ -31,6 +33,8 @@ class ResumingTrainer(Trainer):
     state, so they change no trained bit.
     """
 
+    model: PreTrainedModel  # transformers declares it optional
+
     def __init__(self, model: nn.Module, args: TrainingArguments, *, extend: bool = False, **kwargs: Any) -> None:
         self._extend = extend
         self._run: RunRecord | None = None
@@ -40,7 +44,7 @@ class ResumingTrainer(Trainer):
         self._frozen = frozen_digest(self.model)
 
     @contextmanager
-    def _without_cache(self, model: nn.Module) -> Iterator[None]:
+    def _without_cache(self, model: Any) -> Iterator[None]:
         """Set use_cache=False in the model's config while inside."""
         before, self._users = self._users, self._users or vars(model.config).copy()
         model.config.use_cache = False
@@ -67,7 +71,7 @@ class ResumingTrainer(Trainer):
 
         Raises InputError for a missing checkpoint, or one that was made with other settings.
         """
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoint_of(resume_from_checkpoint, str(self.args.output_dir))
         self._run = None
         if checkpoint is not None:
             self._run = self.record_to_resume(checkpoint)
@@ -101,7 +105,7 @@ class ResumingTrainer(Trainer):
         data = self.train_dataset
         if isinstance(data, Stream):
             return RunRecord.of(self.args, steps, data.annealed, **self._settings())
-        counted = {"the number of training examples": len(data)} if isinstance(data, Sized) else {}
+        counted: dict[str, Any] = {"the number of training examples": len(data)} if isinstance(data, Sized) else {}
         return RunRecord.of(self.args, steps, **self._settings(), **counted)
 
     def _settings(self) -> dict[str, Any]:
@@ -117,8 +121,9 @@ class ResumingTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Create the schedule, with the warmup steps of the run's beginning where it resumes."""
         if self.lr_scheduler is None and self._run is not None:
-            given = self._run.warmup_steps, num_training_steps, self.args.lr_scheduler_kwargs
-            self.lr_scheduler = get_scheduler(self.args.lr_scheduler_type, self.optimizer if optimizer is None else optimizer, *given)
+            stepped: Any = self.optimizer if optimizer is None else optimizer
+            kwargs: Any = self.args.lr_scheduler_kwargs  # a string only until TrainingArguments has parsed it
+            self.lr_scheduler = get_scheduler(self.args.lr_scheduler_type, stepped, self._run.warmup_steps, num_training_steps, kwargs)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -139,18 +144,24 @@ class ResumingTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Let the Trainer restore its callbacks, except those that restore themselves."""
-        states = self.state.stateful_callbacks
+        state: Any = self.state  # transformers declares a list, and holds a table
+        states = state.stateful_callbacks
         own = {type(callback).__name__ for callback in self.callback_handler.callbacks if isinstance(callback, RestoresItself)}
-        self.state.stateful_callbacks = {name: state for name, state in states.items() if name not in own}
+        state.stateful_callbacks = {name: value for name, value in states.items() if name not in own}
         super()._load_callback_state()
-        self.state.stateful_callbacks = states
+        state.stateful_callbacks = states
 
-    def _take_the_new_rate(self) -> None:
+    @property
+    def stepped(self) -> AdamW:
+        """The optimizer inside accelerate's wrapper."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _take_the_new_rate(self, schedule: LambdaLR) -> None:
         """Set the new schedule's learning rate; the checkpoint's optimizer has that of the earlier schedule."""
-        schedule = self.lr_scheduler
         given = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = given
-        for group, rate in zip(getattr(self.optimizer, "optimizer", self.optimizer).param_groups, given, strict=True):
+        for group, rate in zip(self.stepped.param_groups, given, strict=True):
             group["lr"] = rate
 
 

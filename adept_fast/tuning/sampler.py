@@ -9,12 +9,13 @@ from itertools import cycle, islice
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class EpochSampler(Sampler[int]):
     """Seeds a random sampler by seed and epoch, so that a resumed run draws the same order."""
 
-    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
         self._sampler, self._seed, self._epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

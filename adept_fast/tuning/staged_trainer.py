@@ -58,11 +58,6 @@ class StagedTrainer(ResumingTrainer):
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1):
             raise flattening_error("DeepSpeed ZeRO" if self.is_deepspeed_enabled else "FSDP1")
 
-    @property
-    def stepped(self) -> AdamW:
-        """The optimizer inside accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
         trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,7 +86,7 @@ class StagedTrainer(ResumingTrainer):
             with self._users_config():
                 super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self._save_trained(folder)
 
@@ -128,6 +123,7 @@ class StagedTrainer(ResumingTrainer):
             return
         sharded_checkpoint.save(self.model, self.stepped, Path(output_dir))
         if self.args.should_save:
+            assert self.lr_scheduler is not None  # made before the first step
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -137,11 +133,12 @@ class StagedTrainer(ResumingTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             sharded_checkpoint.load_optimizer(self.model, self.stepped, Path(checkpoint))
+            assert self.lr_scheduler is not None  # made before it is loaded
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        if checkpoint is not None and self._run.extended and isinstance(self.lr_scheduler, LambdaLR):
-            self._take_the_new_rate()
+        if checkpoint is not None and self.run.extended and isinstance(self.lr_scheduler, LambdaLR):
+            self._take_the_new_rate(self.lr_scheduler)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         path = folder / TRAINED
         checkpoint_digests.verify(folder)
@@ -210,7 +207,7 @@ class StagedTrainer(ResumingTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            self._run.save(written)
+            self.run.save(written)
 
     def _rotate(self, folder: Path, newest: Path) -> None:
         """Delete all but the last `save_total_limit` checkpoints, those of earlier runs first, then by step.

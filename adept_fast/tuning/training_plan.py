@@ -100,20 +100,22 @@ def plan(
         if not len(blocks):
             raise InputError("corpus: its weights leave no document of two tokens or more to train on", "corpus")
         steps, in_epoch = _steps(args, per_step, len(blocks))
-        size = len(documents), blocks.tokens, len(blocks)
-        planned = Plan(*size, block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer)
+        size = len(documents), blocks.tokens
+        planned = Plan(*size, len(blocks), block_size, steps, tokens_per_step, steps / in_epoch, one_per_row, fewer=fewer)
         return PlannedText(planned, blocks, corpus, encoder, settings, positions)
     counts = _counted(corpus, encoder, args.max_steps <= 0)
-    mixture = shares(corpus.sources, counts and [tokens for _, tokens in counts])
-    steps, epochs, size = args.max_steps, None, (None, None)
+    mixture = shares(corpus.sources, None if counts is None else [tokens for _, tokens in counts])
+    steps = args.max_steps
+    epochs: float | None = None
+    counted: tuple[int | None, int | None] = (None, None)
     if counts:
         rest = [index for index, source in enumerate(corpus.sources) if source.share is None]
-        size = tuple(sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
+        total, tokens = (sum(counts[index][part] * corpus.sources[index].weight for index in rest) for part in (0, 1))
         part = sum(sum(mixture[index]) / 2 for index in rest)  # of the run's tokens, over its whole length
         each = block_size - len(encoder.begin)  # nearly all blocks continue a document
-        blocks_of_rest = size[1] / each + (size[0] if one_per_row else 0)  # at most one row more for the end of each document
+        blocks_of_rest = tokens / each + (total if one_per_row else 0)  # at most one row more for the end of each document
         steps, in_epoch = _steps(args, per_step, blocks_of_rest / part)
-        epochs, size = steps / in_epoch, tuple(map(round, size))
+        epochs, counted = steps / in_epoch, (round(total), round(tokens))
     stream = Stream(
         corpus,
         mixture,
@@ -125,7 +127,7 @@ def plan(
         one_per_row=one_per_row,
         ahead=4 * per_step,
     )
-    planned = Plan(*size, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True, fewer=fewer)
+    planned = Plan(*counted, len(stream), block_size, steps, tokens_per_step, epochs, one_per_row, streamed=True, fewer=fewer)
     return PlannedText(planned, stream, corpus, encoder, settings, positions)
 
 

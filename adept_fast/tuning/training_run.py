@@ -133,8 +133,9 @@ class Run:
     def finish(self, trainer: StagedTrainer) -> RunRecord:
         """Train to the last step, from the last checkpoint where there is one, and return the run's record."""
         books, planned = self.books, self.planned
-        done = None if self.last is None else step_of(Path(self.last))
-        extended = () if self.last is None else trainer.record_to_resume(Path(self.last)).extended
+        last = None if self.last is None else Path(self.last)
+        done = 0 if last is None else step_of(last)
+        extended = () if last is None else trainer.record_to_resume(last).extended
         if isinstance(self.blocks, Stream):
             position = StreamPosition(self.blocks, len(self.blocks) // planned.steps, self.last, self.log)
             trainer.add_callback(position)
@@ -143,7 +144,7 @@ class Run:
         if distributed.rank() == 0:
             books.work.mkdir(parents=True, exist_ok=True)
             remove_leftovers(books.work)
-            if self.last is None:
+            if last is None:
                 write_json(books.started, books.given)
                 books.log.unlink(missing_ok=True)
                 self._log_plan(0)
@@ -152,18 +153,18 @@ class Run:
         for callback in (PrinterCallback, ProgressCallback):  # the log has each step; only evaluations are printed
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())
-        if done is None or (done < planned.steps and not stopped_in(Path(self.last))):
+        if last is None or (done < planned.steps and not stopped_in(last)):
             trainer.train(resume_from_checkpoint=self.last)
             if isinstance(self.blocks, Stream):
                 self.blocks.encoder.warn_of_control_tokens("domain")  # of sources that were not looked through before
             return trainer.run
         if done < planned.steps:
-            logger.warning(f"{Path(self.last).name}: general loss had passed general_limit there, so training does not go on")
-        trainer._load_from_checkpoint(self.last)  # killed after the last step
+            logger.warning(f"{last.name}: general loss had passed general_limit there, so training does not go on")
+        trainer._load_from_checkpoint(str(last))  # killed after the last step
         if distributed.rank() == 0:
             self.log.cut(done)
             self.log.write("end", done)
-        return trainer.record_to_resume(Path(self.last))
+        return trainer.record_to_resume(last)
 
     def _say_extended(self, entry: Mapping[str, Any], done: int) -> None:
         before, now = entry["steps"]

@@ -127,20 +127,21 @@ def _try(settings: TuningSettings) -> TrainingArguments:
     args = arguments(settings, Path("unused"))
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it at false", "use_liger_kernel")
-    options = args.gradient_checkpointing_kwargs or {}
+    options: Any = args.gradient_checkpointing_kwargs or {}
     checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options}).backward()
     if args.gradient_checkpointing and not settings.equal_rates and options.get("use_reentrant"):
         key = "gradient_checkpointing_kwargs"
         raise InputError(f"{key}: importances need use_reentrant: false: leave it out", key)
     optimizer, options = StagedTrainer.get_optimizer_cls_and_kwargs(args)
     stepped = optimizer([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **options)
-    schedule = get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
+    kwargs: Any = args.lr_scheduler_kwargs  # a string only until TrainingArguments has parsed it
+    schedule = get_scheduler(args.lr_scheduler_type, stepped, args.get_warmup_steps(100), 100, kwargs)
     for _ in range(100):
         stepped.step()
         schedule.step()
     with TemporaryDirectory() as folder:
         args.output_dir = folder
-        model = torch.nn.Linear(1, 1)
+        model: Any = torch.nn.Linear(1, 1)
         model.config = PretrainedConfig()
         StagedTrainer(model, args, train_dataset=[{"labels": 0}], data_collator=default_data_collator).get_train_dataloader()
     return args

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class RateRule:
     conflict: bool = Tuning.rate_conflict
 
     def __post_init__(self) -> None:
-        named = {} if callable(self.map) else {"map": self.map}
+        named: dict[str, Any] = {} if callable(self.map) else {"map": self.map}
         check(Tuning, "rate_", **named, floor=self.floor, average=self.average, conflict=self.conflict)
 
     def raw_rates(self, importance: UnitImportance, before: Tensor | None = None) -> Tensor:
