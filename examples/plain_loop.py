@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adept_fast import AdamW, Units, apply_rates, expand_model, fast_step, freeze_original, score_units, unit_rates
 from adept_fast.data.items import load_items
-from adept_fast.expansion import first_importance
+from adept_fast.expansion.first_importance import first_importance
 from adept_fast.scoring.unit_importance import unit_importance
 
 name, text, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 30

@@ -1,4 +1,4 @@
-"""`adept-fast copies ACTION`: edit copies on disk. An action's keys are the arguments of its function in adept_fast.expansion."""
+"""`adept-fast copies ACTION`: edit copies on disk. An action's keys are the arguments of its function in adept_fast."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Dial:
 
 @dataclass(frozen=True)
 class Action:
-    """One action. function: its name in adept_fast.expansion. proven: the statement that it verifies of the result."""
+    """One action. function: its name in adept_fast. proven: the statement that it verifies of the result."""
 
     function: str
     keys: type
@@ -83,7 +83,7 @@ ACTIONS = {
 
 def run(action: str, given: Sequence[str]) -> str:
     """Run an action, and return the line that states what was written and what was verified. Raises InputError."""
-    from adept_fast import expansion
+    import adept_fast
     from adept_fast.checkpoints import checkpoint
     from adept_fast.checkpoints.adept_config import AdeptConfig
 
@@ -94,7 +94,7 @@ def run(action: str, given: Sequence[str]) -> str:
     if target.exists():
         raise InputError(f"target: {target} exists already: remove it or choose another target")
     saved_again = action == "remove" and AdeptConfig.load(checkpoint.resolve(settings["source"]).path).source.get("saved_again")
-    record = getattr(expansion, chosen.function)(**{**settings, **folders})
+    record = getattr(adept_fast, chosen.function)(**{**settings, **folders})
     if record is None:
         written, proven = "the original without copies", f"it is the original{' as it was saved again' if saved_again else ''} bit for bit"
     else:

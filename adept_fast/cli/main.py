@@ -151,7 +151,7 @@ def _run(command: str, action: str | None, settings: Sequence[str]) -> None:
         logger.info(copies.run(action, settings))
         return
     if command == "compare":
-        from adept_fast.report import compare
+        from adept_fast.report.compare_runs import compare
 
         keys = [setting for setting in settings if setting.startswith("output_dir=")]
         target = keys[-1].partition("=")[2] if keys else "comparison"

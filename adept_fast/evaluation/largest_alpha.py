@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
 from adept_fast.evaluation.settings import Eval
-from adept_fast.expansion import dialled_model
+from adept_fast.expansion.dial import dialled_model
 from adept_fast.models.losses import CorpusLoss, corpus_loss
 from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime.bootstrap import bootstrap

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, record_of
+from adept_fast.checkpoints.adept_config import KEY, PRESERVING, AdeptConfig, record_of
 from adept_fast.checkpoints.digest import identity, kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.one_model import OneModel
@@ -20,7 +20,6 @@ from adept_fast.data.items import Item
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.expand_model import expand_model, place_copies
 from adept_fast.expansion.first_importance import FILE, as_tensors, first_importance
-from adept_fast.expansion.initialise import PRESERVING
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models.layer_config import broken_periods, expanded_config

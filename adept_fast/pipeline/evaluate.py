@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adept_fast.checkpoints.adept_config import AdeptConfig, versions
+from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig, versions
 from adept_fast.checkpoints.digest import fingerprint
 from adept_fast.errors import InputError
-from adept_fast.evaluation import EvaluationCorpus, corpus, evaluate, largest_alpha
-from adept_fast.expansion import PRESERVING
+from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus
+from adept_fast.evaluation.largest_alpha import largest_alpha
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import tuned_record
-from adept_fast.report import write_report
+from adept_fast.report.page import write_report
 from adept_fast.report.results import read_results
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_yaml

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
 from adept_fast.errors import InputError
-from adept_fast.expansion import PRESERVING, expand_checkpoint, largest_difference, verify_expansion
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.verify import largest_difference, verify_expansion
 from adept_fast.pipeline.choose_layers import choose, selection
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import Recipe, section

@@ -62,7 +62,8 @@ def _check(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDi
 
 @TUNE
 def _check_tuning(recipe: Recipe, source: SourceModel, data: Datasets) -> None:
-    from adept_fast.tuning import check_meter, check_rank, check_settings
+    from adept_fast.tuning.baselines import check_rank
+    from adept_fast.tuning.tuning_settings import check_meter, check_settings
 
     settings = tuning_settings(recipe)
     check_settings(settings)

@@ -17,7 +17,10 @@ from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
-from adept_fast.report import PICTURES, measure_of, save_png, unit_profile
+from adept_fast.report.charts import measure_of
+from adept_fast.report.drawing import save_png
+from adept_fast.report.page import PICTURES
+from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime import distributed
 from adept_fast.runtime.input_files import read_json
 from adept_fast.scoring.method_comparison import compare_scores

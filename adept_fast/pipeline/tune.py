@@ -16,7 +16,7 @@ from adept_fast.data.source_summary import table
 from adept_fast.data.stream import Stream
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
-from adept_fast.evaluation import corpus
+from adept_fast.evaluation.evaluation_corpus import corpus
 from adept_fast.pipeline.datasets import Datasets, TrainingText
 from adept_fast.pipeline.expand import expanded_record
 from adept_fast.pipeline.recipe import Recipe, section
@@ -31,8 +31,8 @@ from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.settings import Tuning
 
 if TYPE_CHECKING:
-    from adept_fast.tuning import TuningSettings
     from adept_fast.tuning.training_plan import PlannedText
+    from adept_fast.tuning.tuning_settings import TuningSettings
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ OF_RATES = ("units", "rate_map", "rate_floor", "rate_average", "rate_conflict")
 
 
 def tuning_settings(recipe: Recipe) -> TuningSettings:
-    from adept_fast.tuning import TuningSettings
+    from adept_fast.tuning.tuning_settings import TuningSettings
 
     shared = {entry.name: getattr(recipe.tune, entry.name) for entry in fields(Tuning)}
     return TuningSettings(**shared, equal_rates=not METHODS[recipe.method].rates, seed=recipe.seed)
@@ -55,7 +55,7 @@ def tuning_settings(recipe: Recipe) -> TuningSettings:
 def planned_text(recipe: Recipe, source: SourceModel, data: Datasets) -> PlannedText:
     """What to train on, in blocks, in memory or to be streamed. Says what was read, shows two documents as the model will see them, and
     says what tuning is going to do."""
-    from adept_fast.tuning import plan
+    from adept_fast.tuning.training_plan import plan
 
     training = data.training()
     text = training if isinstance(training, StreamedText) else training.tokenize(source.encoder)
@@ -86,7 +86,10 @@ def tune(
 ) -> None:
     """tuned/ of expanded/, or of the base by a method without copies. record: of expanded/; text: what to train on; both are read where
     they are not at hand."""
-    from adept_fast.tuning import Bookkeeping, check_settings, tune_baseline, tune_checkpoint
+    from adept_fast.tuning.baselines import tune_baseline
+    from adept_fast.tuning.training_run import Bookkeeping
+    from adept_fast.tuning.tune_checkpoint import tune_checkpoint
+    from adept_fast.tuning.tuning_settings import check_settings
 
     distributed.join()
     keys, tuned = recipe.tune, directory.tuned

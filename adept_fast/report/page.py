@@ -36,6 +36,14 @@ CERTAINTY = (
     (method_comparison, "Whether other methods rank the layers alike."),
 )
 
+PICTURES = {
+    "scores.png": layer_profile,
+    "scores.stability.png": lambda scores, _: stability(scores),
+    "scores.conflicts.png": lambda scores, _: conflicts(scores),
+    "scores.comparison.png": lambda scores, _: method_comparison(scores),
+}
+"""The charts of scores.json: file name -> function of (its content, the chosen layers), which returns a figure, or None without data."""
+
 
 def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
     """Write output_dir/report.html from the artefacts that exist, and return its path.

@@ -141,7 +141,7 @@ def score_units(
     """Measure the importance of each unit of an expanded model for a probe, from gradients.
 
     In a copy that is still silent every |theta * g| is 0. The first rates therefore come from the copied layer
-    (`adept_fast.expansion.first_importance`).
+    (`adept_fast.expansion.first_importance.first_importance`).
 
     Args:
         model: an expanded model

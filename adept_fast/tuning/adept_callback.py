@@ -52,7 +52,7 @@ class AdeptCallback(Monitor, RestoresItself):
         units: "tensor", "head", "neuron", or Units.
         refresh_steps: optimizer steps between two refreshes.
         rate_map: the name of a map, a callable, or a RateRule with floor, moving average and conflict.
-        first: sums of the copied layers from `adept_fast.expansion.first_importance`; None measures them at the start.
+        first: sums of the copied layers from `adept_fast.expansion.first_importance.first_importance`; None measures them at the start.
         monitors, monitor_steps, log, tokens_per_step, skip_nonfinite: see Monitor; `monitor_steps` None means at each refresh.
         anchor: an Anchor, whose KL is logged.
         meter: a forgetting Meter, read at the start, at each refresh and at the end.
@@ -189,7 +189,7 @@ class AdeptCallback(Monitor, RestoresItself):
             )
 
     def _first_importance(self, model: PreTrainedModel) -> UnitImportance:
-        from adept_fast.expansion import first_importance
+        from adept_fast.expansion.first_importance import first_importance
 
         sums = self.first if self.first is not None else first_importance(model, self._items, share=True)
         return unit_importance(self.units, sums)
@@ -286,6 +286,6 @@ def rated_optimizer(optimizer: Optimizer) -> Optimizer:
         raise InputError(
             f"unit-wise rates need adept_fast.AdamW, this Trainer has {type(inner).__name__}: use AdeptTrainer, or pass "
             "optimizer_cls_and_kwargs=(adept_fast.AdamW, {'lr': ...}) or optimizers=(adept_fast.AdamW(...), None); by tensor another one "
-            "over adept_fast.tuning.rate_groups works too"
+            "over adept_fast.tuning.param_group_rates.rate_groups works too"
         )
     return inner

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from adept_fast.checkpoints.adept_config import record_of
 from adept_fast.errors import InputError
-from adept_fast.expansion import freeze_original
+from adept_fast.expansion.expand_model import freeze_original
 from adept_fast.models.unwrap import bare, unwrapped
 from adept_fast.settings.validation import require_made
 from adept_fast.tuning import sharded_checkpoint

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
-from adept_fast.expansion import bypassed
+from adept_fast.expansion.bypass import bypassed
 from adept_fast.models.decoder_layers import device_of, head_logits, last_hidden
 from adept_fast.models.gradient_scope import in_eval_mode
 from adept_fast.models.unwrap import unwrapped

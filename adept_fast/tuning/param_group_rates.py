@@ -59,7 +59,8 @@ def set_group_rates(optimizer: Optimizer, units: Units, rates: Tensor) -> None:
     groups = [group for group in optimizer.param_groups if "rate" in group]
     if sorted(group["unit"] for group in groups) != sorted(given):
         raise InputError(
-            f"{type(optimizer).__name__}'s groups are not one for each unit: make it from adept_fast.tuning.rate_groups(model, units)"
+            f"{type(optimizer).__name__}'s groups are not one for each unit: "
+            "make it from adept_fast.tuning.param_group_rates.rate_groups(model, units)"
         )
     for group in groups:
         group["rate"] = given[group["unit"]]
@@ -89,7 +90,7 @@ def _put_back(optimizer: Optimizer, *_: Any) -> None:
 def flattening_error(engine: str) -> InputError:
     return InputError(
         f"{engine} flattens parameters: unit-wise rates, and checkpoints of what is trained, need DDP or FSDP2 (fsdp_version: 2); "
-        "whole-tensor rates work through adept_fast.tuning.rate_groups in a loop of your own"
+        "whole-tensor rates work through adept_fast.tuning.param_group_rates.rate_groups in a loop of your own"
     )
 
 

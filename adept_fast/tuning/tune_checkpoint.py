@@ -8,7 +8,8 @@ from typing import Any
 
 from adept_fast.checkpoints.one_model import OneModel
 from adept_fast.data.items import Item
-from adept_fast.expansion import export_tuned, load_first_importance
+from adept_fast.expansion.export import export_tuned
+from adept_fast.expansion.first_importance import load_first_importance
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import replaced_folder
 from adept_fast.runtime.dtensor import in_shards

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_checkpoint, verify_expansion
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.verify import verify_expansion
 from tests.support import tiny_models
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}

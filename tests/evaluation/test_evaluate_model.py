@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
-from adept_fast.evaluation import corpus, evaluate
+from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.evaluation_corpus import corpus
 from tests.support import tiny_models
 
 LETTERS = "ABCD"

@@ -10,8 +10,11 @@ import torch
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import IGNORE, Item
 from adept_fast.errors import InputError
-from adept_fast.evaluation import EvaluationCorpus, largest_alpha
-from adept_fast.expansion import copies, dial, expand_checkpoint
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.evaluation.largest_alpha import largest_alpha
+from adept_fast.expansion.dial import dial
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import copies
 from adept_fast.models.losses import corpus_loss
 from tests.support import tiny_models
 

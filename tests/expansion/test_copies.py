@@ -18,9 +18,16 @@ from adept_fast.checkpoints.digest import tensors_digest
 from adept_fast.checkpoints.safetensors_index import open_shards
 from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion import apply_copies, dial, expand_checkpoint, export_tuned, extract_copies, merge_copies, remove_copies
-from adept_fast.expansion.dial import dialled, dialled_model
-from adept_fast.tuning import Bookkeeping, TuningSettings, plan, tune_checkpoint
+from adept_fast.expansion.delta import apply_copies, extract_copies
+from adept_fast.expansion.dial import dial, dialled, dialled_model
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.export import export_tuned
+from adept_fast.expansion.merge import merge_copies
+from adept_fast.expansion.remove import remove_copies
+from adept_fast.tuning.training_plan import plan
+from adept_fast.tuning.training_run import Bookkeeping
+from adept_fast.tuning.tune_checkpoint import tune_checkpoint
+from adept_fast.tuning.tuning_settings import TuningSettings
 from tests.support import tiny_models
 
 IDS = torch.arange(3, 40)[None] % tiny_models.VOCABULARY

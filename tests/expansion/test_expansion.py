@@ -22,18 +22,12 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.digest import fingerprint
 from adept_fast.cli.main import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-from adept_fast.expansion import (
-    apply_copies,
-    copies,
-    expand_checkpoint,
-    expand_model,
-    extract_copies,
-    first_importance,
-    freeze_original,
-    load_first_importance,
-    remove_copies,
-    verify_expansion,
-)
+from adept_fast.expansion.delta import apply_copies, extract_copies
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import copies, expand_model, freeze_original
+from adept_fast.expansion.first_importance import first_importance, load_first_importance
+from adept_fast.expansion.remove import remove_copies
+from adept_fast.expansion.verify import verify_expansion
 from adept_fast.models.losses import corpus_loss
 from adept_fast.models.silent_copies import describe
 from adept_fast.optim import AdamW

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
 from adept_fast.cli.main import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
-from adept_fast.expansion import PRESERVING, copies, dial, expand_checkpoint, expand_model, freeze_original, verify_expansion
+from adept_fast.expansion.dial import dial
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import copies, expand_model, freeze_original
+from adept_fast.expansion.verify import verify_expansion
 from adept_fast.optim import AdamW
 from tests.support import tiny_models
 

@@ -16,16 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import ExpansionError, InputError
-from adept_fast.expansion import (
-    apply_copies,
-    dial,
-    expand_checkpoint,
-    expand_model,
-    export_tuned,
-    extract_copies,
-    merge_copies,
-    remove_copies,
-)
+from adept_fast.expansion.delta import apply_copies, extract_copies
+from adept_fast.expansion.dial import dial
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import expand_model
+from adept_fast.expansion.export import export_tuned
+from adept_fast.expansion.merge import merge_copies
+from adept_fast.expansion.remove import remove_copies
 from tests.support import tiny_models
 
 COPY, ORIGINAL = "model.layers.1.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.errors import UnsupportedFamilyError
-from adept_fast.expansion import copies, expand_model, freeze_original, verify_expansion
+from adept_fast.expansion.expand_model import copies, expand_model, freeze_original
+from adept_fast.expansion.verify import verify_expansion
 from adept_fast.models.decoder_layers import decoder_layers, hidden_of, layers_path
 from adept_fast.models.silent_copies import describe
 from adept_fast.optim import AdamW

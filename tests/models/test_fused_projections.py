@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adept_fast.expansion import expand_model
+from adept_fast.expansion.expand_model import expand_model
 from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.scoring.units import Units
 from tests.support import tiny_families

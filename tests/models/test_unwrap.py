@@ -36,8 +36,9 @@ from adept_fast import (
     unit_rates,
     verify_expansion,
 )
-from adept_fast.evaluation import evaluate
-from adept_fast.expansion import bypassed, dialled_model
+from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.expansion.bypass import bypassed
+from adept_fast.expansion.dial import dialled_model
 from adept_fast.models.unwrap import unwrapped
 from adept_fast.scoring.unit_masking import masked_units
 from tests.support import tiny_models

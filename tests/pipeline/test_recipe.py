@@ -12,8 +12,7 @@ from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.scoring.settings import Budget
 from adept_fast.settings.training_arguments import DEFAULTS, known
-from adept_fast.tuning import TuningSettings, check_settings
-from adept_fast.tuning.tuning_settings import arguments
+from adept_fast.tuning.tuning_settings import TuningSettings, arguments, check_settings
 
 NEEDED = ["model_name_or_path=M", "domain=d.txt"]
 
@@ -156,8 +155,8 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
 
 
 def test_the_names_that_a_key_may_have_are_those_that_there_are() -> None:
-    from adept_fast.tuning import MAPS
     from adept_fast.tuning.settings import RATE_MAPS
+    from adept_fast.tuning.unit_rates import MAPS
 
     assert RATE_MAPS == tuple(MAPS)
 
@@ -181,7 +180,7 @@ def test_settings_that_do_not_go_together_name_the_key(settings: list[str]) -> N
 
 def test_what_takes_the_same_values_from_python_refuses_the_same() -> None:
     from adept_fast import Anchor, Race
-    from adept_fast.tuning import TuningSettings
+    from adept_fast.tuning.tuning_settings import TuningSettings
 
     for given in ({"refresh_steps": 0}, {"units": "layer"}, {"rate_average": 1.0}, {"training": {"weight_decay": -1}}, {"seed": -1}):
         with pytest.raises(InputError, match=f"^{'weight_decay' if 'training' in given else next(iter(given))} must be"):

@@ -11,7 +11,7 @@ import yaml
 
 from adept_fast.cli.main import main
 from adept_fast.errors import InputError
-from adept_fast.report import compare
+from adept_fast.report.compare_runs import compare
 
 
 def result(general: float, domain: float, shifted: float | None = None) -> dict:

@@ -17,9 +17,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from adept_fast.errors import InputError
-from adept_fast.report import layer_profile, save_png, write_report
-from adept_fast.report.charts import losses
-from adept_fast.report.drawing import to_svg
+from adept_fast.report.charts import layer_profile, losses
+from adept_fast.report.drawing import save_png, to_svg
+from adept_fast.report.page import write_report
 from adept_fast.report.rates_chart import kind_and_layer, unit_rates
 from adept_fast.report.results import verdict
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model
+from adept_fast.expansion.expand_model import expand_model
 from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.models.losses import batch_loss, corpus_loss
 from adept_fast.ops.dispatch import has_native_layers

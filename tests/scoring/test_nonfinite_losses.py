@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from adept_fast import InputError, LayerScores, Race, Units, mask_units, score_layers, score_units, select_layers, selection_stability
-from adept_fast.evaluation import EvaluationCorpus, evaluate
-from adept_fast.expansion import expand_model, first_importance
+from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.expansion.expand_model import expand_model
+from adept_fast.expansion.first_importance import first_importance
 from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.report.charts import layer_profile
 from adept_fast.runtime.bootstrap import bootstrap

@@ -11,7 +11,7 @@ from adept_fast import mask_units
 from adept_fast.data.items import Item
 from adept_fast.errors import InputError
 from adept_fast.models.decoder_layers import decoder_layers
-from adept_fast.report import unit_profile
+from adept_fast.report.units_chart import unit_profile
 from adept_fast.scoring import sweep
 from adept_fast.scoring.scores import UnitScores
 from adept_fast.scoring.unit_masking import forwards, masked_units

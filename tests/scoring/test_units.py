@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model, first_importance, freeze_original
+from adept_fast.expansion.expand_model import expand_model, freeze_original
+from adept_fast.expansion.first_importance import first_importance
 from adept_fast.scoring.unit_importance import UnitImportance, score_units, unit_importance
 from adept_fast.scoring.units import Units
 from adept_fast.tuning.unit_rates import unit_rates

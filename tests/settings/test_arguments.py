@@ -15,8 +15,9 @@ from adept_fast.scoring.budget import LayerCosts, check_budget
 from adept_fast.scoring.item_losses import require_losses
 from adept_fast.scoring.select_layers import check_choice
 from adept_fast.settings.validation import require, under
-from adept_fast.tuning import RateRule, TuningSettings
 from adept_fast.tuning.forgetting_meter import Meter
+from adept_fast.tuning.tuning_settings import TuningSettings
+from adept_fast.tuning.unit_rates import RateRule
 
 ITEMS = [Item((3, 4, 5), (3, 4, 5))]
 COSTS = LayerCosts((10, 10), (10, 10), 40, 5)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 IMPORTED = (
-    "adept_fast.pipeline.run", "adept_fast.tuning", "adept_fast.cli.main", "transformers.models.qwen2.modeling_qwen2", "accelerate",
-    "datasets", "jinja2", "yaml", "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg",
+    "adept_fast.pipeline.run", "adept_fast.tuning.tune_checkpoint", "adept_fast.cli.main", "transformers.models.qwen2.modeling_qwen2",
+    "accelerate", "datasets", "jinja2", "yaml", "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def start(rank: int, world: int, store: str, work: Callable[..., None], argument
 
 PRELOAD = [
     *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor"),
-    *("transformers.models.llama.modeling_llama", "adept_fast.tuning", "tests.support.tiny_models"),
+    *("transformers.models.llama.modeling_llama", "adept_fast.tuning.tune_checkpoint", "tests.support.tiny_models"),
 ]
 
 

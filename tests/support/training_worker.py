@@ -21,15 +21,18 @@ from adept_fast.data.sources import Source
 from adept_fast.data.stream import Stream
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model
+from adept_fast.expansion.expand_model import expand_model
 from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.pipeline.run import STAGES
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.dtensor import in_shards
 from adept_fast.scoring.settings import GRANULARITIES
 from adept_fast.scoring.units import Units
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, Anchor, baselines, forgetting_meter, sharded_checkpoint
+from adept_fast.tuning import baselines, forgetting_meter, sharded_checkpoint
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.forgetting_meter import Meter
+from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.stream_position import IN_ORDER, StreamPosition
 from adept_fast.tuning.trainer_log import TrainerLog

@@ -15,9 +15,11 @@ from adept_fast import AdamW
 from adept_fast.data.documents import Documents
 from adept_fast.data.packing import Blocks
 from adept_fast.errors import InputError, UnsupportedFamilyError
-from adept_fast.expansion import expand_model, first_importance, freeze_original
+from adept_fast.expansion.expand_model import expand_model, freeze_original
+from adept_fast.expansion.first_importance import first_importance
 from adept_fast.scoring.unit_importance import Sums
-from adept_fast.tuning import AdeptCallback, AdeptTrainer
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.trainer_log import TrainerLog
 from tests.support import tiny_families, tiny_models

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from adept_fast.data.items import IGNORE
-from adept_fast.expansion import expand_model
-from adept_fast.tuning import AdeptCallback, AdeptTrainer
+from adept_fast.expansion.expand_model import expand_model
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.stream_position import IN_ORDER
 from tests.support import tiny_models

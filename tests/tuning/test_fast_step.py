@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from adept_fast.expansion import expand_model, freeze_original
+from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.models.decoder_layers import decoder_layers
-from adept_fast.tuning import fast_step
+from adept_fast.tuning.fast_step import fast_step
 from tests.support import tiny_models
 from tests.support.degenerate_batches import BATCHES, targets
 

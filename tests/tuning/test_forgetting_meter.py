@@ -12,8 +12,8 @@ import torch
 from adept_fast import Units
 from adept_fast.errors import InputError
 from adept_fast.models.losses import corpus_loss
-from adept_fast.report import write_report
 from adept_fast.report.forgetting_chart import forgetting
+from adept_fast.report.page import write_report
 from adept_fast.tuning.forgetting_meter import Meter, stopped_in
 from tests.support import tiny_models
 from tests.tuning.test_adept_trainer import ones, same, train, weights

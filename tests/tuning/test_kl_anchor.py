@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from adept_fast import AdamW, AdeptCallback, Anchor, expand_model, freeze_original
 from adept_fast.errors import InputError
-from adept_fast.expansion import bypassed
+from adept_fast.expansion.bypass import bypassed
 from adept_fast.models.decoder_layers import head_logits, last_hidden
 from adept_fast.tuning.kl_anchor import divergence_from_base
 from tests.support import tiny_families, tiny_models

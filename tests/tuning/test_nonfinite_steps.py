@@ -15,11 +15,17 @@ from adept_fast import AdamW
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.documents import Documents, WeightedDocuments
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_checkpoint, expand_model, freeze_original
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, Bookkeeping, TuningSettings, plan, tune_checkpoint
+from adept_fast.expansion.expand_checkpoint import expand_checkpoint
+from adept_fast.expansion.expand_model import expand_model, freeze_original
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.trainer_log import TrainerLog
+from adept_fast.tuning.training_plan import plan
+from adept_fast.tuning.training_run import Bookkeeping
+from adept_fast.tuning.tune_checkpoint import tune_checkpoint
+from adept_fast.tuning.tuning_settings import TuningSettings
 from tests.support import tiny_models
 
 BAD = 299  # a token that makes a document's hidden states NaN

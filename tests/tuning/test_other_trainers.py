@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from adept_fast import AdamW, AdeptCallback, Units, expand_model, freeze_original
-from adept_fast.tuning import MAPS
-from adept_fast.tuning.unit_rates import RateMap
+from adept_fast.tuning.unit_rates import MAPS, RateMap
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.slow

@@ -16,11 +16,12 @@ from transformers import Trainer
 
 from adept_fast import AdamW
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model, freeze_original
+from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.scoring.units import Units
-from adept_fast.tuning import AdeptCallback, RateRule, apply_rates, rate_groups
-from adept_fast.tuning.param_group_rates import refuse_flattened
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.param_group_rates import rate_groups, refuse_flattened
 from adept_fast.tuning.trainer_log import TrainerLog
+from adept_fast.tuning.unit_rates import RateRule, apply_rates
 from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes
 from tests.tuning.test_adept_trainer import Stop, arguments, blocks

@@ -10,8 +10,10 @@ import pytest
 from transformers import TrainingArguments
 
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model, freeze_original
-from adept_fast.tuning import AdeptCallback, AdeptTrainer, checkpoint_digests
+from adept_fast.expansion.expand_model import expand_model, freeze_original
+from adept_fast.tuning import checkpoint_digests
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.resume import RunRecord
 from adept_fast.tuning.staged_trainer import StagedTrainer

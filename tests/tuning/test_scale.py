@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adept_fast.expansion import expand_model, freeze_original
+from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.runtime.dtensor import is_sharded
-from adept_fast.tuning import AdeptTrainer, fast_step
+from adept_fast.tuning.adept_trainer import AdeptTrainer
+from adept_fast.tuning.fast_step import fast_step
 from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes, whole
 from tests.support.training_worker import Fsdp2Trainer, as_launched, trained

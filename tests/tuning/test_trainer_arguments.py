@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from adept_fast import AdamW
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model
+from adept_fast.expansion.expand_model import expand_model
 from adept_fast.pipeline.recipe import load
 from adept_fast.settings.training_arguments import REFUSED
-from adept_fast.tuning import AdeptCallback, AdeptTrainer
+from adept_fast.tuning.adept_callback import AdeptCallback
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from tests.support import tiny_models
 from tests.tuning.test_adept_trainer import arguments, blocks, same, weights
@@ -96,7 +97,7 @@ def test_callback_states_are_restored(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_callback_of_a_stock_trainer_says_that_it_cannot_be_made_anew(tmp_path: Path) -> None:
-    from adept_fast.expansion import freeze_original
+    from adept_fast.expansion.expand_model import freeze_original
 
     model = expand_model(tiny_models.model(), [0, 2])
     freeze_original(model)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from adept_fast.scoring.settings import GRANULARITIES
-from adept_fast.tuning import AdeptTrainer, sharded_checkpoint
+from adept_fast.tuning import sharded_checkpoint
+from adept_fast.tuning.adept_trainer import AdeptTrainer
 from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes
 from tests.support.training_worker import (

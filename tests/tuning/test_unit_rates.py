@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from adept_fast.errors import InputError
-from adept_fast.expansion import expand_model
+from adept_fast.expansion.expand_model import expand_model
 from adept_fast.scoring.unit_importance import score_units
 from adept_fast.scoring.units import Units
-from adept_fast.tuning import MAPS, RateRule, unit_rates
+from adept_fast.tuning.unit_rates import MAPS, RateRule, unit_rates
 from tests.scoring.test_units import expanded, importance
 from tests.support import tiny_models
 from tests.tuning.test_adept_trainer import same, train, weights
