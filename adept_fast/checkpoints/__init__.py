@@ -1,1 +1,1 @@
-"""A model on disk."""
+"""Models on disk: loading, safetensors headers, byte copies, tensor names, digests, the record."""

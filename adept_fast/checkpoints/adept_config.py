@@ -1,7 +1,7 @@
-"""The record that travels in the checkpoint: which layers are new, copied from where, from which source and scores.
+"""The record in a checkpoint: which layers are copies, of which layers of which source, selected by which scores.
 
-It stands in adept_config.json, and under the key `adept_config` in config.json, which transformers keeps through save_pretrained, its
-Trainer's checkpoints and the hub. docs/record.md has the schema.
+It is stored in adept_config.json, and under the key `adept_config` in config.json, which transformers preserves through save_pretrained,
+its Trainer's checkpoints and the hub. docs/record.md has the schema.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
 SCHEMA = 2
 PRESERVING = {"zero_output": True, "zero_gate_up": True, "small_random": False, "scaled_source": False}
-"""The ways to initialise a copy, and whether the model then computes what it did."""
+"""Ways to initialise a copy -> whether the model's outputs stay the same."""
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """A copy: its index in the expanded model, and the index of the layer it was copied from in the source, which no copies count in.
-    round: 0 for a copy of the first expansion, 1 for one of a later expansion of that model, and so on."""
+    """A copy.
+
+    layer: its index in the expanded model
+    copied_from: the index of its layer in the source, a model without copies
+    round: 0 for the first expansion, 1 for an expansion of the result, and so on
+    """
 
     layer: int
     copied_from: int
@@ -37,8 +41,14 @@ class Inserted:
 
 @dataclass(frozen=True)
 class AdeptConfig:
-    """source: name_or_path, identity, tensors_digest, num_hidden_layers, config (its config.json); selection: how the layers were chosen;
-    inputs: what the stage was made from; proof: what was compared when it was written; initialisation: of the last expansion's copies."""
+    """The record of an expanded model.
+
+    source: name_or_path, identity, tensors_digest, num_hidden_layers and config (its config.json)
+    selection: how the layers were chosen
+    inputs: what the stage was made from
+    proof: what was compared when the checkpoint was written
+    initialisation: of the copies of the last expansion
+    """
 
     inserted: tuple[Inserted, ...]
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -56,12 +66,12 @@ class AdeptConfig:
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The copies that tuning trains: those of the last expansion."""
+        """Return the copies that tuning trains: those of the last expansion."""
         last = max((entry.round for entry in self.inserted), default=0)
         return tuple(entry.layer for entry in self.inserted if entry.round == last)
 
     def original(self, index: int) -> int:
-        """Where the source's layer `index` stands in the expanded model."""
+        """Return the index in the expanded model of the source's layer `index`."""
         at = index
         for copy in sorted(self.copies):
             at += copy <= at
@@ -76,7 +86,7 @@ class AdeptConfig:
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any] | None = None) -> AdeptConfig:
-        """Read the record of a checkpoint, as `find` does. Raises InputError where there is none, or none that is known."""
+        """Read the record of a checkpoint, as `find` does. Raises InputError if it is missing, malformed or of an unknown schema."""
         record = cls.find(folder, config)
         if record is None:
             raise InputError(f"{folder}: no {FILE}, and no {KEY} in config.json: not an expanded model, or one that lost its record")
@@ -84,7 +94,7 @@ class AdeptConfig:
 
     @classmethod
     def find(cls, folder: Path, config: Mapping[str, Any] | None = None) -> AdeptConfig | None:
-        """The same; None for a checkpoint without a record. config: the content of its config.json, where that was read already."""
+        """Read the record of a checkpoint; None if it has none. config: the content of its config.json, if it was read already."""
         folder = Path(folder)
         if (folder / FILE).is_file():
             return cls._read(read_json(folder / FILE), folder / FILE)
@@ -96,7 +106,7 @@ class AdeptConfig:
 
     @classmethod
     def of(cls, model: object) -> AdeptConfig | None:
-        """The record of a model in memory, which expansion attached or plain transformers loaded with its config; None for one without."""
+        """Return the record of a model in memory, attached by expansion or loaded with its config; None if it has none."""
         attached = getattr(model, "adept_config", None)
         if isinstance(attached, cls):
             return attached
@@ -109,7 +119,7 @@ class AdeptConfig:
         return record
 
     def require_layers(self, layers: int, path: Path) -> None:
-        """Raise InputError unless a model of so many layers is the source with the copies."""
+        """Raise InputError unless `layers` is the number of layers of the source plus the copies."""
         source = self.source.get("num_hidden_layers")
         if layers <= self.copies[-1] or source not in (None, layers - len(self.copies)):
             raise InputError(
@@ -134,7 +144,7 @@ class AdeptConfig:
         return record
 
     def _wrong(self) -> str | None:
-        """What contradicts itself, or is of no such kind, in a record that was read."""
+        """Describe the first field that is of a wrong type or contradicts another; None if there is none."""
         tables = ("source", "selection", "parameters", "versions", "inputs", "proof")
         if wrong := [name for name in tables if not isinstance(getattr(self, name), Mapping)]:
             return f"{wrong[0]} is no table"
@@ -166,13 +176,13 @@ class AdeptConfig:
 
 
 def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests were sha256, and did not say so."""
+    """Convert a source of schema 1, whose digests are sha256 without a prefix."""
     renamed = {"sha256": "identity", "tensors_sha256": "tensors_digest"}
     return {renamed.get(key, key): f"sha256:{value}" if key in renamed and value else value for key, value in source.items()}
 
 
 def record_of(model: object) -> AdeptConfig:
-    """The record of an expanded model. Raises InputError for a model that was not expanded."""
+    """Return the record of an expanded model. Raises InputError for a model that was not expanded."""
     record = AdeptConfig.of(model)
     if record is None:
         raise InputError("this model has no adept_config: expand it first (expand_model, or adept-fast expand)")
@@ -180,7 +190,7 @@ def record_of(model: object) -> AdeptConfig:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides numbers."""
+    """Return the versions of the packages that determine results."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""safetensors files written from pieces of other files: ranges of bytes go through the kernel, not through memory."""
+"""Write safetensors files from byte ranges of other files, which the kernel copies without passing them through memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from adept_fast.checkpoints.finite_bytes import all_finite
 from adept_fast.checkpoints.safetensors_index import BITS, BUFFER, LARGEST_HEADER, Stored
 from adept_fast.errors import InputError
 
-AT_ONCE = 1 << 26  # bytes of one copying call: between two of them the progress bar moves, an interrupt is seen, the disk gets to work
+AT_ONCE = 1 << 26  # bytes per copying call; between two the progress bar moves and an interrupt is seen
 NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # other file systems, older kernels
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to write: the bytes of a stored one, one element's bytes (`fill`) again and again, or what `made` returns in its turn."""
+    """A tensor to write: the bytes of a stored one, one element's bytes (`fill`) repeated, or the bytes that `made` returns."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class Piece:
         return self.numel * BITS[self.dtype] // 8
 
     def blocks(self) -> Iterator[bytes | memoryview]:
-        """The content of a piece that is not stored, a part at a time."""
+        """Yield the content of a piece that is not stored, in parts."""
         if self.made:
             made = self.made()
             if not all_finite(bytearray(made), self.dtype):
@@ -55,10 +55,11 @@ class Piece:
 def write_shards(
     folder: Path, plan: Mapping[str, Sequence[Piece]], metadata: Mapping[str, Mapping[str, str]], progress: Callable[[int], object]
 ) -> None:
-    """Write safetensors files, file name -> pieces, with the header metadata of each. progress: called with bytes written.
+    """Write safetensors files into `folder`, in constant memory. The caller calls fsync.
 
-    Pieces keep their order, but those of wider dtypes go first, so that every tensor is aligned. Neighbours that were neighbours are copied
-    as one range by the kernel, so memory is constant. The disk is told to begin with what is written; fsync is the caller's.
+    plan: file name -> pieces; wider dtypes are written first, so that every tensor is aligned, otherwise in this order
+    metadata: file name -> metadata of its header
+    progress: called with the number of bytes written
     """
     for file, pieces in plan.items():
         with (folder / file).open("wb") as stream:
@@ -92,7 +93,10 @@ def _write(
 
 
 def _ranges(pieces: Iterable[Piece]) -> list[tuple[Path | None, int, int, Piece]]:
-    """(file, start, size, first piece); adjacent ranges of one file are joined, a piece with content of its own has no file."""
+    """Return (file, start, size, first piece) of each range to write.
+
+    Pieces that are adjacent in their file are joined into one range. A piece that is not stored has no file.
+    """
     ranges: list[tuple[Path | None, int, int, Piece]] = []
     for piece in pieces:
         if piece.stored is None:
@@ -107,7 +111,7 @@ def _ranges(pieces: Iterable[Piece]) -> list[tuple[Path | None, int, int, Piece]
 
 
 def _copy(file: Path, start: int, size: int, target: int, progress: Callable[[int], object]) -> None:
-    """Append `size` bytes of `file` to the descriptor: in the kernel where it can, else through a buffer."""
+    """Append `size` bytes of `file` to the descriptor, in the kernel if it can, else through a buffer."""
     with file.open("rb", buffering=0) as source:
         in_kernel, left = hasattr(os, "copy_file_range"), size
         while left:
@@ -130,7 +134,7 @@ def _copy(file: Path, start: int, size: int, target: int, progress: Callable[[in
 
 
 def _begin(target: int, size: int) -> None:
-    """Let the disk begin to write the last `size` bytes, so that fsync finds little to wait for (Linux does so for pages not needed)."""
+    """Let the disk start writing the last `size` bytes, so that fsync waits less. Linux starts when told that pages are not needed."""
     if hasattr(os, "posix_fadvise"):
         end = os.lseek(target, 0, os.SEEK_CUR)
         os.posix_fadvise(target, end - size, size, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""A model on disk: found, checked and loaded. safetensors only; no pickle is loaded."""
+"""Find, check and load a model on disk. Only safetensors are read, never pickles."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 class ModelFolder:
-    """A model on disk. Each of its files is read once, when it is first asked for; `os.fspath` and `str` give the path."""
+    """A model on disk. Each file is read once, on first use. `os.fspath` and `str` return the path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json. Raises InputError where it is no JSON."""
+        """Return the content of config.json. Raises InputError if it is not valid JSON."""
         return cast(Mapping[str, Any], read_json(self.path / "config.json"))
 
     @cached_property
@@ -62,17 +62,17 @@ class ModelFolder:
 
     @cached_property
     def record(self) -> AdeptConfig | None:
-        """What says which of its layers are copies; None for a model that was not expanded."""
+        """Return the record of an expanded model, or None."""
         return AdeptConfig.find(self.path, self.config)
 
     @property
     def positions(self) -> int:
-        """The most tokens the model takes (max_position_embeddings), or 2^20 where its config sets no limit."""
+        """Return the longest input in tokens (max_position_embeddings), or 2^20 if the config sets no limit."""
         limits = [table.get(key) for table in (self.config, self.config.get("text_config") or {}) for key in POSITIONS]
         return next(filter(None, limits), 1 << 20)
 
     def skeleton(self, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
-        """The model without its weights (meta tensors): enough to see its layers, and whether it has the implementation of attention."""
+        """Build the model on meta tensors, which shows its layers and whether it supports an attention implementation."""
         asked = (trust_remote_code, attn_implementation)
         if asked not in self._skeletons:
             self._skeletons[asked] = _skeleton(self, *asked)
@@ -80,12 +80,12 @@ class ModelFolder:
 
 
 def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> ModelFolder:
-    """The folder of a checkpoint: a local one, checked, or a hub name's snapshot. Raises InputError."""
+    """Return the checked folder of a checkpoint, local or a snapshot from the hub. Raises InputError if there is none."""
     if isinstance(name_or_path, ModelFolder):
         return name_or_path
     name_or_path = str(name_or_path)
     folder = Path(name_or_path).expanduser()
-    if os.path.exists(folder):  # False for a name that is too long, too
+    if os.path.exists(folder):  # also False for a name that is too long
         if revision is not None:
             raise InputError(f"revision={revision}: {name_or_path} is a folder, which has one state only: leave it out")
     else:
@@ -114,7 +114,7 @@ def check(model: ModelFolder) -> None:
         raise InputError(f"{folder}: not a model folder")
     for entry in folder.iterdir():
         if not entry.is_dir():
-            regular(entry)  # a link to nothing, of a damaged cache, would be taken for a file that the model does without
+            regular(entry)  # a broken link in a damaged cache would pass for an optional file that is absent
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
     config = model.config
@@ -138,7 +138,7 @@ def _holds_nan(value: object) -> bool:
 def load_model(
     folder: str | os.PathLike[str], dtype: str | None = None, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode, in the checkpoint's dtype unless told; its adept_config, if any, is attached."""
+    """Load a causal language model in eval mode and attach its adept_config, if any. dtype: by default that of the checkpoint."""
     from transformers import AutoModelForCausalLM
 
     if dtype is not None:
@@ -152,7 +152,7 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they come back in the loading info, and are refused below by name
+            ignore_mismatched_sizes=True,  # the loading info lists them, and they are refused below by name
             output_loading_info=True,
         )
     model, info = loaded
@@ -189,7 +189,7 @@ def _skeleton(folder: ModelFolder, trust_remote_code: bool, attn_implementation:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What transformers raises for a config.json that describes no model: most fields are used before anything checks them."""
+    """Return the exceptions that transformers raises for an invalid config.json, most fields of which it uses unchecked."""
     from huggingface_hub.errors import StrictDataclassError
 
     values = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError
@@ -198,7 +198,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _refused_by_name(folder: ModelFolder) -> Iterator[None]:
-    """What transformers refuses becomes an InputError that names the folder; what the machine refuses stays what it is."""
+    """Turn exceptions of transformers into an InputError that names the folder; let errors of the machine pass."""
     try:
         yield
     except InputError:
@@ -219,17 +219,17 @@ def load_tokenizer(folder: str | os.PathLike[str], trust_remote_code: bool = Fal
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), trust_remote_code=trust_remote_code)
-        tokenizer("a text")  # what its files have wrong shows where they are used
+        tokenizer("a text")  # errors in its files show only in use
     except Exception as error:  # tokenizers raises Exception itself
         if type(error) is not Exception and not isinstance(error, _refusals()):
             raise
         raise InputError(f"{folder}: no tokenizer can be loaded ({_reason(error)}): fetch its tokenizer files again") from None
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # packing cuts, nothing is fed whole
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # no warning: packing cuts long texts
     return tokenizer
 
 
 def carried(folder: Path) -> list[Path]:
-    """What goes along unchanged with the weights: tokenizer, generation config, chat templates, licence, model card, code."""
+    """List the files to copy along with the weights: tokenizer, generation config, chat templates, licence, model card, code."""
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.endswith(NOT_CARRIED)]
     files += [file for name in CARRIED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
     return sorted(file for file in files if file.name not in NOT_CARRIED_NAMES)
@@ -243,7 +243,7 @@ def carry_files(source: Path, target: Path) -> None:
 
 
 def require_vocabulary(folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise InputError for a tokenizer with tokens that the model has no embedding of."""
+    """Raise InputError for a tokenizer with more tokens than the model has embeddings."""
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, vocabulary_of(model)
     if tokens > rows:
         raise InputError(

@@ -1,4 +1,4 @@
-"""config.json held against the tensors beside it: a model of sizes that no tensor has is refused before it takes hours or all memory."""
+"""Check config.json against the tensors beside it, before building a model of wrong sizes takes hours or all memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 EXPERT_COUNTS = re.compile(r"(num|n)_\w*experts")
-SPARE = 1 << 26  # elements: of a tied head that has no tensor, of buffers that are computed
-LARGEST_BUFFERS = 1 << 33  # elements of what a model computes from its config: positions, masks
+SPARE = 1 << 26  # elements without a tensor: a tied head, computed buffers
+LARGEST_BUFFERS = 1 << 33  # elements that a model computes from its config: positions, masks
 
 
 def check_counts(config: Mapping[str, Any], shards: Shards) -> None:
-    """Refuse no layers, more layers than there are tensors, or more experts than any tensor has rows: each takes time to build."""
+    """Raise InputError for no layers, more layers than tensors, or more experts than any tensor has rows."""
     tensors = shards.tensors
     largest = max((max(stored.shape, default=1) for stored in tensors.values()), default=1)
     for key, value in _numbers(config):
         if key in LAYER_COUNTS and not 0 < value <= len(tensors):
-            raise InputError(f"{shards.folder / 'config.json'}: has {key} {_shown(value)}, its files {len(tensors)} tensors: correct it")
+            raise InputError(f"{shards.folder / 'config.json'}: has {key} {_digits(value)}, its files {len(tensors)} tensors: correct it")
         if EXPERT_COUNTS.fullmatch(key) and value > largest:
-            raise InputError(f"{shards.folder / 'config.json'}: has {key} {_shown(value)}, but no tensor has that many rows: correct it")
+            raise InputError(f"{shards.folder / 'config.json'}: has {key} {_digits(value)}, but no tensor has that many rows: correct it")
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -38,12 +38,12 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield key, value
 
 
-def _shown(value: int) -> str:
+def _digits(value: int) -> str:
     return f"{value}" if abs(value) < 10**20 else "of more than 20 digits"
 
 
 def check_sizes(skeleton: PreTrainedModel, shards: Shards) -> None:
-    """Refuse a model, built without memory, that is larger than its tensors: transformers would make the rest up before it is asked."""
+    """Raise InputError for a model larger than its tensors: transformers would allocate and initialise the rest before it reports it."""
     described = sum(parameter.numel() for parameter in skeleton.parameters())
     held = sum(stored.numel for stored in shards.tensors.values())
     if described > 2 * held + SPARE:

@@ -1,7 +1,7 @@
-"""What identifies a checkpoint: a digest of its tensors, whatever shards they lie in, and of the files that say how to use them.
+"""Identify a checkpoint by a digest of its tensors, independent of sharding, and of its config and tokenizer files.
 
-A digest is written "kind:hex". It tells one checkpoint from another and finds what went wrong on the way; it is no protection from somebody
-who wants two to look alike. xxh3_128 does that at the speed of memory, sha256 at a tenth of it; records of earlier versions have sha256.
+A digest is written "kind:hex". It distinguishes checkpoints and detects corruption, but not deliberate forgery. xxh3_128 runs at the speed
+of memory, sha256 at a tenth of it; records of earlier versions have sha256.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Hash(Protocol):
 
 
 KINDS: Mapping[str, Callable[[], Hash]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-IDENTITY = ("config.json", "tokenizer", "vocab", "merges", "chat_template", "added_tokens", "special_tokens")  # beginnings of names
+IDENTITY = ("config.json", "tokenizer", "vocab", "merges", "chat_template", "added_tokens", "special_tokens")  # prefixes of file names
 THREADS = min(4, os.cpu_count() or 1)
-IN_CACHE = 1 << 18  # bytes read at once: they are hashed before they leave the cache
+IN_CACHE = 1 << 18  # bytes read at once, so that they are hashed while in the CPU's cache
 
 
 def kind_of(digest: str) -> str:
-    """The kind of a digest. Raises InputError for one that is not known."""
+    """Return the kind of a digest. Raises InputError for an unknown one."""
     kind = str(digest).partition(":")[0]
     if kind not in KINDS:
         raise InputError(f"the record's digest {ascii(digest)[:80]} is of none of the kinds {', '.join(KINDS)}: expand the model again")
@@ -44,20 +44,17 @@ def kind_of(digest: str) -> str:
 def tensors_digest(
     tensors: Mapping[str, Stored], kind: str = "xxh3_128", threads: int = THREADS, finite: Container[str] = ()
 ) -> str:
-    """Digest over (name, dtype, shape, digest of the bytes) of each tensor, in the order of names; `threads` are hashed at a time.
+    """Compute a digest over (name, dtype, shape, digest of the bytes) of each tensor, in the order of names, in `threads` threads.
 
-    finite: names, as stored, of tensors that must hold numbers: looked at while their bytes are in cache. Raises InputError for a NaN.
+    finite: names of stored tensors that must be finite; InputError is raised for one that is not
     """
 
     def of(stored: Stored) -> str:
-        digest, buffer, left = KINDS[kind](), memoryview(bytearray(min(IN_CACHE, stored.size))), stored.size
-        with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.start)
-            while left and (count := stream.readinto(buffer[: min(left, len(buffer))])):
-                digest.update(buffer[:count])
-                if stored.name in finite and not all_finite(buffer[:count], stored.dtype):
-                    raise not_finite(stored, "it cannot be proven or trained: fetch the model again")
-                left -= count
+        digest = KINDS[kind]()
+        for block in stored.blocks(IN_CACHE):
+            digest.update(block)
+            if stored.name in finite and not all_finite(block, stored.dtype):
+                raise not_finite(stored, "it cannot be proven or trained: fetch the model again")
         return digest.hexdigest()
 
     in_place = sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].start))
@@ -70,7 +67,7 @@ def tensors_digest(
 
 
 def identity(folder: Path, tensors: str) -> str:
-    """Digest over config, tokenizer files and the digest of the tensors."""
+    """Compute a digest over config, tokenizer files and the digest of the tensors."""
     digest = xxhash.xxh3_128(f"{tensors}\n".encode())
     for file in sorted(folder.iterdir()):
         if file.is_file() and (file.suffix == ".model" or file.name.startswith(IDENTITY)):
@@ -79,5 +76,5 @@ def identity(folder: Path, tensors: str) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """What identifies a source: the same for the same tensors, config and tokenizer."""
+    """Compute the identity of a checkpoint: equal for equal tensors, config and tokenizer."""
     return identity(folder, tensors_digest(open_shards(folder).tensors))

@@ -1,7 +1,7 @@
-"""Names of tensors on disk against names in memory: which layer a stored tensor belongs to, and which parameters it becomes.
+"""Match names of tensors on disk with names in memory: the layer a stored tensor belongs to, and the parameters it becomes.
 
-They differ where a checkpoint holds the base model only (no prefix), and where transformers converts while loading (each expert a tensor
-on disk, all of them one 3-D parameter in memory). transformers' own mapping is asked, name by name; nothing is guessed from substrings.
+They differ if a checkpoint holds the base model only (no prefix), or if transformers converts while loading (one tensor per expert on disk,
+one 3-D parameter in memory). Every name goes through transformers' own mapping; nothing is guessed from substrings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUMBER = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 
 
 class Naming:
-    """The names of one checkpoint, read with the model they load into (`skeleton`, meta tensors are enough) and its path of layers."""
+    """Names of one checkpoint. skeleton: the model that they load into, of meta tensors; layers: the path of its layers."""
 
     def __init__(self, skeleton: PreTrainedModel, layers: str, names: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,7 +40,7 @@ class Naming:
         self._prefixes = sorted({prefix for name in self._in_memory if (prefix := self._prefix(name)) is not None})
 
     def _loads_into(self, name: str) -> tuple[str, ...]:
-        """Parameters and buffers that a stored tensor becomes, or becomes part of; none for a tensor the model does not have."""
+        """Return the parameters and buffers that a stored tensor becomes, or is a part of; none if the model does not have it."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._skeleton.base_model_prefix
@@ -57,7 +57,7 @@ class Naming:
         return tuple(dict.fromkeys([found, *(other for other in others if other in self._known)]))
 
     def _prefix(self, name: str) -> str | None:
-        """What stands before the layer's index: the part whose change changes the layer that the tensor loads into."""
+        """Return the part of a name before its layer index, which is the part that selects the layer when it is changed."""
         into = self._in_memory[name]
         layer = self._layer_in_memory(into[0]) if into else None
         if layer is None:
@@ -82,51 +82,48 @@ class Naming:
         return None
 
     def layer(self, name: str) -> int | None:
-        """The layer that a stored tensor belongs to; None outside the layers. Layers that only predict further lie past the last."""
+        """Return the layer of a stored tensor; None outside the layers. Multi-token prediction layers are numbered past the last."""
         split = self._split(name)
         return split[1] if split else None
 
     def place(self, name: str) -> tuple[int | None, str]:
-        """(layer, name within it), under which a tensor is found whatever the prefix; (None, name) outside the layers."""
+        """Return (layer, name within it), which is independent of the prefix; (None, name) outside the layers."""
         split = self._split(name)
         return split[1:] if split else (None, name)
 
     def plain_parameter(self, name: str) -> str | None:
-        """The parameter that a stored tensor is, element by element; None for one that is converted while it is loaded, or not loaded."""
+        """Return the parameter with the elements of a stored tensor; None if the tensor is converted while loading, or not loaded."""
         into = self._in_memory[name]
         return into[0] if into and name not in self._converted else None
 
     @property
     def plain(self) -> set[str]:
-        """All parameters that are stored as they are."""
+        """Return all parameters that are stored without conversion."""
         return {parameter for name in self._in_memory if (parameter := self.plain_parameter(name)) is not None}
 
     def of_parameter(self, name: str) -> bool:
-        """Whether a stored tensor becomes a parameter, or a part of one: others are buffers (masks, say), or not read at all."""
+        """Whether a stored tensor becomes a parameter or a part of one; otherwise it is a buffer (a mask, for example) or not read."""
         return any(into in self._parameters for into in self._in_memory[name])
 
     def moved(self, name: str, layer: int) -> str:
-        """The name of the same tensor of another layer."""
+        """Return the name of the same tensor in another layer."""
         prefix, _, rest = self._split(name) or ("", 0, "")
         return f"{prefix}{layer}.{rest}"
 
     def fill(self, name: str, silent: Mapping[str, float]) -> float | None:
-        """The value that makes the tensor silent in a copy of its layer; None for one that is copied as it is.
+        """Return the value to fill a tensor with in a silent copy of its layer; None if it is copied unchanged.
 
-        silent: names within the layer, in memory -> values. A constant stays one under every conversion (they only move elements).
+        silent: name within the layer, in memory -> value. Conversions only move elements, so a constant tensor stays constant.
         """
-        values = {silent.get(self._within(into)) for into in self._in_memory[name]} or {None}
+        values = {silent.get(into.removeprefix(self._path).partition(".")[2]) for into in self._in_memory[name]} or {None}
         if len(values) > 1:
             raise UnsupportedFamilyError(
                 f"{self._skeleton.config.model_type}: cannot be expanded on disk: only a part of {name} is to be silenced"
             )
         return values.pop()
 
-    def _within(self, name: str) -> str:
-        return name.removeprefix(self._path).partition(".")[2]
-
     def check(self, shards: Shards) -> None:
-        """Raise InputError where config.json and the tensors contradict each other: missing ones, other shapes, too many layers."""
+        """Raise InputError if config.json and the tensors disagree: missing tensors, other shapes, too many layers."""
         folder, tied = shards.folder, getattr(self._skeleton, "all_tied_weights_keys", None) or {}
         stored = shards.tensors
         sources: dict[str, list[Stored]] = {}

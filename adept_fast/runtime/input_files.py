@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adept_fast.errors import InputError
+from adept_fast.runtime.strict_json import loads
 from adept_fast.runtime.yaml_text import parsed
 
 LARGEST_RECIPE = 1 << 20  # bytes; the longest in use has some thousands
@@ -89,18 +90,11 @@ def read_text(path: str | Path, largest: int = LARGEST_RECORD) -> str:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object; a missing or malformed file is an InputError that names it (and the line). No key stands there twice."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it has {ascii(next(name for name in names if names.count(name) > 1))[:80]} twice")
-        return table
-
     text = read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=once)
+        content = loads(text)
         json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
-    except (ValueError, RecursionError) as error:  # not JSON, numbers beyond what Python reads, too deeply nested
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}): restore it or delete it to make it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}: restore it or delete it to make it again")

@@ -15,6 +15,23 @@ def dumps(content: Any, indent: int | None = None, sort_keys: bool = False) -> s
     return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
 
 
+def loads(text: str) -> Any:
+    """Parse JSON. Raises ValueError for a key given twice in one object, and for nesting or numbers beyond what Python reads."""
+    try:
+        return json.loads(text, object_pairs_hook=_table)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs: json itself would keep the last value of a key given twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {ascii(next(key for key in table if keys.count(key) > 1))[:80]} twice in one object")
+    return table
+
+
 def finite(content: Any) -> Any:
     """The same with null for each number that is not finite: a value that is not there, or past all others."""
     return _mapped(content, None)

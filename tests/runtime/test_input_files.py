@@ -66,8 +66,8 @@ def test_records_and_recipes_have_a_bound(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1, "a": 2}', "it has 'a' twice"),
-        (b'{"a": {"b": 1, "b": 1}}', "it has 'b' twice"),
+        (b'{"a": 1, "a": 2}', "the key 'a' twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "the key 'b' twice"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b'{"a": "\xe9"}', "file:1: not a text in UTF-8 .byte 0xe9.: save it as UTF-8"),
