@@ -1,4 +1,4 @@
-"""Readers of one file each, by its ending: lines of JSON, a JSON array, rows of parquet, texts."""
+"""Read the records of one file, by its ending: lines of JSON, a JSON array, rows of parquet, texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from adept_fast.data.source_files import suffix_of
 from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
 from adept_fast.runtime.input_files import open_input, regular
+from adept_fast.runtime.strict_json import loads
 
 ROWS = 1024  # of a parquet file read at once
 UNREADABLE = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -24,7 +25,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def file_reader(path: Path, source: Source, alone: bool = True) -> FileReader:
-    """The reader of a file of `source`, at its beginning. alone: whether it is the source's only file."""
+    """Return the reader of a file of `source`, at its start. alone: whether it is the source's only file."""
     from adept_fast.data.text_readers import Markdown, Paragraphs
 
     kinds: dict[str | None, type[FileReader]] = {".jsonl": Lines, ".json": Array, ".parquet": Rows, ".txt": Paragraphs, ".md": Markdown}
@@ -32,7 +33,7 @@ def file_reader(path: Path, source: Source, alone: bool = True) -> FileReader:
 
 
 class FileReader:
-    """`records` goes on from `position` to the end of the file; `position` is always behind the last record that it gave."""
+    """A reader with a position. `records` yields from `position` to the end of the file, and keeps `position` behind the last record."""
 
     COUNTS: tuple[str, ...] = ("byte", "record")
 
@@ -44,7 +45,7 @@ class FileReader:
         raise NotImplementedError
 
     def identity(self) -> str:
-        """sha256 of the file, read once for as long as it stays as it is."""
+        """Return the sha256 of the file, computed again only after the file has changed."""
         with open_input(self.path) as file:
             found = os.fstat(file.fileno())
             return _sha256(self.path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
@@ -53,7 +54,7 @@ class FileReader:
         return Record(content, where, self.source.column, self.source.template, nulls, fault)
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
-        """Lines from the position on, and the offset behind each."""
+        """Yield the lines from the position on, and the byte offset behind each."""
         at = self.position["byte"]
         try:
             with opened(self.path) as file:
@@ -67,7 +68,7 @@ class FileReader:
 
 @lru_cache(None)
 def _sha256(path: Path, state: tuple[int, ...]) -> str:
-    """Of a file in that state."""
+    """Hash a file. state: identifies its version, for the cache."""
     with open_input(path) as file:
         digest = hashlib.sha256()
         while part := file.read(BUFFER):
@@ -80,7 +81,7 @@ def opened(path: Path) -> BinaryIO | gzip.GzipFile:
 
 
 class Lines(FileReader):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def records(self) -> Iterator[Record]:
         number = self.position["record"]
@@ -93,25 +94,16 @@ class Lines(FileReader):
 
 
 def _parsed(line: bytes) -> tuple[Mapping[str, Any], str | None]:
-    """The object that a line holds, or what is wrong with the line."""
+    """Return the object of a line, and what is wrong with the line, if anything."""
     try:
-        content = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        content = loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return {}, undecodable(line, error)
     except json.JSONDecodeError as error:
         return {}, f"not valid JSON ({error.msg} at column {error.colno})"
-    except (ValueError, RecursionError) as error:  # keys given twice, numbers beyond what Python reads, too deeply nested
+    except ValueError as error:
         return {}, f"not valid JSON ({error})"
     return (content, None) if isinstance(content, dict) else ({}, f"expected a JSON object, found {type(content).__name__}")
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that is given twice json would keep the last value, in silence."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in content if keys.count(key) > 1)!r} twice in one object")
-    return content
 
 
 def undecodable(line: bytes, error: UnicodeDecodeError) -> str:
@@ -123,7 +115,7 @@ def _not_utf8(byte: int, column: int) -> str:
 
 
 class Array(FileReader):
-    """The objects of a JSON array, read whole when its turn comes; a file among several may be one object, too."""
+    """The objects of a JSON array. The file is read as a whole; one of several files may also hold a single object."""
 
     COUNTS = ("record",)
 
@@ -138,7 +130,7 @@ class Array(FileReader):
         try:
             with opened(self.path) as file:
                 content = file.read()
-            rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+            rows = loads(content.decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             raise InputError(f"{self.path}:{error.lineno}: not valid JSON ({error.msg}); for one object a line use .jsonl") from None
         except UnicodeDecodeError as error:
@@ -147,7 +139,7 @@ class Array(FileReader):
             raise InputError(f"{self.path}:{line}: {_not_utf8(content[error.start], column)}") from None
         except UNREADABLE as error:
             raise InputError(f"{self.path}: cannot be read ({error})") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"{self.path}: not valid JSON ({error})") from None
         if isinstance(rows, dict) and not self.alone:
             return [rows]
@@ -157,7 +149,7 @@ class Array(FileReader):
 
 
 class Rows(FileReader):
-    """Rows of a parquet file. A column that a row leaves null is not among its content, but among its nulls."""
+    """Rows of a parquet file. The null columns of a row are not in its content, but in its nulls."""
 
     COUNTS = ("row",)
 
@@ -186,12 +178,12 @@ class Rows(FileReader):
             for content, fault in _rows(batch.slice(skipped)):
                 row += 1
                 self.position = {"row": row}
-                kept, nulls = without_nulls(content)
-                yield self._record(kept, f"{self.path} row {row}", fault, nulls)
+                values, nulls = without_nulls(content)
+                yield self._record(values, f"{self.path} row {row}", fault, nulls)
 
 
 def _rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str | None]]:
-    """Rows of a batch; where a text in it is not UTF-8, one by one."""
+    """Yield the rows of a batch, one by one if a text in it is not UTF-8."""
     try:
         yield from [(content, None) for content in batch.to_pylist()]
     except UnicodeDecodeError:
@@ -203,5 +195,5 @@ def _rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str | None]]:
 
 
 def without_nulls(row: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """Tables give every row every column: (what a row has, the columns that it leaves null)."""
+    """Split a table row into its values and the names of its null columns."""
     return {key: value for key, value in row.items() if value is not None}, frozenset(key for key, value in row.items() if value is None)

@@ -1,10 +1,10 @@
-"""Packing: documents end to end in blocks of a fixed length, each isolated from its neighbours by restarting position_ids.
+"""Pack documents end to end into blocks of fixed length, each isolated from its neighbours by restarting position_ids.
 
-Given to a model with position_ids, without attention_mask and with use_cache=False, transformers builds a mask that keeps documents
-apart; an all-ones attention_mask or a cache silently undoes it. The first label of each document in a block is -100: nothing before
-it may predict it. A document that does not fit goes on in the next block as a document of its own: behind what the tokenizer begins
-every text with, where it does (a model that was trained so is at a loss without it), and its first own label is -100 too.
-Flash attention takes no such mask: its blocks go `flattened`.
+From position_ids, without attention_mask and with use_cache=False, transformers builds a mask that separates documents. An all-ones
+attention_mask or a cache silently disables it. The first label of each document in a block is -100, because nothing before may predict it.
+A document that does not fit continues in the next block as a document of its own, behind the tokens with which the tokenizer begins every
+text (a model trained with BOS has a high loss without it). Its first own label is -100 too. Flash attention takes no such mask, so its
+blocks are passed `flattened`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from adept_fast.data.documents import Documents
 from adept_fast.data.items import IGNORE
 from adept_fast.errors import InputError
 
-SHORTEST = 16  # tokens of a piece; an eighth of a block where that is less
+SHORTEST = 16  # tokens of a piece; an eighth of a block if that is less
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where documents are cut. Without begin tokens: wherever a block ends. With them no piece is shorter than SHORTEST tokens, as its
-    begin would be much of it, and its text stand in no context: the block ends early instead, by less than twice that, and what would be
-    a short piece is joined to the one before or behind it.
+    """The rule by which documents are cut into pieces.
 
-    begin: tokens before every text. Raises InputError for blocks of which they would be more than a quarter.
+    Without begin tokens a document is cut wherever a block ends. With them no piece is shorter than SHORTEST tokens: begin tokens would be
+    much of it, and its text would have little context. The block ends early instead, by less than twice SHORTEST.
+
+    begin: number of tokens before every text; InputError is raised if they would be more than a quarter of a block
     """
 
     block_size: int
@@ -46,7 +47,7 @@ class Cut:
         return self.begin + min(SHORTEST, self.block_size // 8) if self.begin else 0
 
     def __call__(self, length: int, room: int) -> int:
-        """How many of `length` tokens, begin included, go into a block that has `room` left; 0 where it ends there."""
+        """Return how many of `length` tokens, begin included, go into a block with `room` left; 0 to end the block."""
         if length <= room:
             return length
         count = min(room, length - self.shortest)
@@ -55,8 +56,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Piece:
-    """ids: of a document, or a piece of one; inserted: how many of them were written before a piece that goes on; goes_on: whether it
-    does, where a stream made it."""
+    """A document, or a piece of one.
+
+    ids: its tokens
+    inserted: how many of them are begin tokens written before a continued piece
+    goes_on: whether it continues a document; set for pieces of a stream
+    """
 
     ids: np.ndarray
     inserted: int = 0
@@ -66,7 +71,7 @@ class Piece:
         return len(self.ids)
 
     def divided(self, count: int, begin: np.ndarray) -> tuple[Piece, Piece]:
-        """Its first `count` tokens, and the rest as a piece that goes on."""
+        """Split into the first `count` tokens, and the rest as a continued piece."""
         rest = self.ids[count:]
         then = Piece(np.concatenate([begin, rest]), len(begin), goes_on=True) if len(rest) else Piece(rest)
         return replace(self, ids=self.ids[:count]), then
@@ -75,13 +80,13 @@ class Piece:
 class Blocks(Dataset):
     """Blocks of `block_size` tokens: input_ids, labels and position_ids, each int64 [block_size].
 
-    one_per_row: one document (or a piece of one) a block, for models that leak across packed documents.
+    one_per_row: put one document, or one piece, into each block, for models that leak across packed documents
     """
 
     def __init__(self, documents: Documents, order: np.ndarray, block_size: int, pad_token: int = 0, one_per_row: bool = False) -> None:
         self.block_size, self.pad_token = block_size, pad_token
         self._documents, cut = documents, Cut(block_size, len(documents.begin))
-        self._pieces: list[list[tuple[int, int, int]]] = []  # per block: [start, stop) in documents.ids, and how many tokens go before
+        self._pieces: list[list[tuple[int, int, int]]] = []  # per block: [start, stop) in documents.ids, and the begin tokens before
         room = 0
         for document in order:
             start, stop, inserted = int(documents.starts[document]), int(documents.starts[document + 1]), 0
@@ -96,32 +101,32 @@ class Blocks(Dataset):
                     room, inserted = room - length, cut.begin
                 else:
                     room = 0
-        # A block of single tokens has nothing to predict: its mean loss would be 0 / 0.
+        # A block of single tokens has no target: its mean loss would be 0 / 0.
         self._pieces = [pieces for pieces in self._pieces if any(stop - start > 1 for start, stop, _ in pieces)]
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def alone(self, document: int) -> Blocks:
-        """The blocks of one document, none packed with it."""
+        """Return the blocks of one document, packed with no other."""
         return Blocks(self._documents, np.array([document]), self.block_size, self.pad_token)
 
     def documents(self, index: int) -> list[int]:
-        """Lengths of the documents in a block, in order."""
+        """Return the lengths of the documents in a block, in order."""
         return [stop - start + inserted for start, stop, inserted in self._pieces[index]]
 
     def goes_on(self, index: int) -> list[bool]:
-        """Whether each of them goes on with a document that an earlier block begins."""
+        """Whether each piece in a block continues a document from an earlier block."""
         starts = self._documents.starts
         return [bool(starts[np.searchsorted(starts, start)] != start) for start, _, _ in self._pieces[index]]
 
     @property
     def tokens(self) -> int:
-        """Tokens of documents: without padding, and without the begin that pieces of them are given."""
+        """Return the number of document tokens, without padding and without the begin tokens of continued pieces."""
         return sum(stop - start for block in self._pieces for start, stop, _ in block)
 
     def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
-        """Each piece of the first `blocks` blocks, and whether it goes on with a document."""
+        """Yield each piece of the first `blocks` blocks, and whether it continues a document."""
         for index in range(min(blocks, len(self))):
             yield from zip(self._block(index), self.goes_on(index), strict=True)
 
@@ -134,7 +139,7 @@ class Blocks(Dataset):
 
 
 def packed(pieces: Sequence[Piece], block_size: int, pad_token: int) -> dict[str, torch.Tensor]:
-    """Documents, or pieces of them, end to end in one block."""
+    """Pack documents, or pieces of them, end to end into one block."""
     ids = np.full(block_size, pad_token, dtype=np.int64)
     labels = np.full(block_size, IGNORE, dtype=np.int64)
     positions = np.empty(block_size, dtype=np.int64)
@@ -150,9 +155,11 @@ def packed(pieces: Sequence[Piece], block_size: int, pad_token: int) -> dict[str
 
 
 def flattened(blocks: Sequence[Mapping[str, torch.Tensor]], boundaries: bool = True) -> dict[str, torch.Tensor | int]:
-    """Blocks as one row, each tensor int64 [1, blocks x block_size]: of several rows transformers' flash attention would take each for one
-    document. boundaries: say where documents begin, cu_seq_lens_q and _k int32 [documents + 1] and max_length_q and _k tokens, which
-    transformers derives from position_ids otherwise, in every layer."""
+    """Join blocks into one row, each tensor int64 [1, blocks x block_size]: flash attention would take each of several rows for a document.
+
+    boundaries: add cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], and max_length_q and max_length_k, tokens; otherwise
+        transformers derives them from position_ids in every layer
+    """
     row = {name: torch.cat([block[name] for block in blocks])[None] for name in blocks[0]}
     if not boundaries:
         return {**row}
@@ -163,7 +170,7 @@ def flattened(blocks: Sequence[Mapping[str, torch.Tensor]], boundaries: bool = T
 
 
 def document_order(documents: int, weights: np.ndarray, seed: int) -> np.ndarray:
-    """Document indices of one epoch in random order: floor(weight) times each, once more with the probability of the fraction."""
+    """Draw the document indices of one epoch in random order: floor(weight) times each, and once more with the fraction's probability."""
     random = np.random.default_rng(seed)
     times = np.floor(weights).astype(np.int64) + (random.random(documents) < weights - np.floor(weights))
     return random.permutation(np.repeat(np.arange(documents), times))

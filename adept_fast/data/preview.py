@@ -1,4 +1,4 @@
-"""The first documents of a training corpus, as the model will see them."""
+"""Show the first documents of a training corpus as the model will see them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from adept_fast.data.packing import Blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = (600, 200)  # characters of the begin and the end of a long piece
-BLOCKS_SHOWN = 2  # of a document that goes on over several
+SHOWN = (600, 200)  # characters from the start and the end of a long piece
+BLOCKS_SHOWN = 2  # of a document that spans several
 
 
 def preview(blocks: Blocks, documents: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Lines that show documents by their numbers: tokens decoded, every control token by its name, what is written before a document and
-    behind it, and where it goes on in the next block."""
+    """Return lines that show documents, given by index: decoded tokens with control tokens by name, begin, end, and block boundaries."""
     lines = []
     for document in documents:
         alone = blocks.alone(document)

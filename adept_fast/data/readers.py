@@ -1,7 +1,8 @@
-"""Readers of sources: records one after another, all at once or from a position from which reading goes on exactly.
+"""Read the records of a source, all at once, or one by one from a position at which reading can resume exactly.
 
-A position is a small JSON-like dict: a byte offset of a text file, a row of a parquet file, either in which file of several, datasets'
-own state of a streamed dataset (exact without datasets' shuffle buffer, which is lost on resume; shuffling is data/stream.py's).
+A position is a small JSON-like dict. It holds a byte offset of a text file or a row of a parquet file, with the number of the file among
+several, or the state of a streamed dataset, as datasets has it. That state is exact without datasets' shuffle buffer, which is lost on
+resume, so data/stream.py does the shuffling.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
 from adept_fast.runtime.provenance import digest
 
-UNREADABLE = (OSError, ValueError, LookupError, RuntimeError)  # what datasets raises of data that it cannot load
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError)  # what datasets raises for data that it cannot load
 
 
 class Reader(Protocol):
-    """`records` goes on from `position` to the end of the source; `position` is always behind the last record that it gave."""
+    """A reader with a position. `records` yields from `position` to the end of the source, and keeps `position` behind the last record."""
 
     position: dict[str, Any]
 
@@ -33,7 +34,7 @@ class Reader(Protocol):
 
 
 def read(source: Source) -> list[Record]:
-    """All records of a source, in order. Raises InputError naming file and line; an empty source is an error too."""
+    """Read all records of a source, in order. Raises InputError with file and line for a malformed file, and for an empty source."""
     files = source_files(source)
     if files is None:
         rows = _dataset(source, "load_dataset", split=source.split or "train")
@@ -46,7 +47,7 @@ def read(source: Source) -> list[Record]:
 
 
 def reader(source: Source) -> Reader:
-    """The reader of a source, at its beginning."""
+    """Return the reader of a source, at its start."""
     files = source_files(source)
     if files is None:
         return Streamed(source)
@@ -72,12 +73,12 @@ class Files:
             within = None
 
     def identity(self) -> str:
-        """Of the files' contents, in their order; of names only their endings, which say how they are read."""
+        """Hash the files' contents and endings, in their order. The endings say how a file is read; the rest of a name does not matter."""
         return digest([[file.name.partition(".")[2], file_reader(file, self.source).identity()] for file in self.files])
 
 
 def _dataset_id(path: str) -> str:
-    """What datasets knows a dataset's files by: names, sizes, times or etags."""
+    """Return what identifies a dataset's files to datasets: names, sizes, times or etags."""
     builder = _dataset(Source(path), "load_dataset_builder")
     return f"{builder.config_id} {builder.hash}"
 
@@ -101,7 +102,7 @@ def _of_row(row: Any, source: Source, number: int) -> Record:
 
 
 def _readable(rows: Iterable[Any], source: Source, number: int) -> Iterator[Any]:
-    """Rows behind that number, as datasets gives them. Raises InputError where it cannot go on, as at a file that is cut off."""
+    """Yield rows behind that number. Raises InputError if datasets cannot read on, at a truncated file for example."""
     import datasets
 
     rows = iter(rows)
@@ -119,14 +120,14 @@ def _readable(rows: Iterable[Any], source: Source, number: int) -> Iterator[Any]
 
 
 class Streamed:
-    """A dataset by name or folder, through datasets' streaming."""
+    """A dataset, by name or folder, streamed by datasets."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.position: dict[str, Any] = {"row": 0, "dataset": None}
 
     def identity(self) -> str:
-        """What datasets knows its files by: names, sizes, times or etags."""
+        """Return what identifies the dataset's files, and the split."""
         found = _dataset_id(self.source.path) if os.path.isdir(self.source.file) else _remote_dataset_id(self.source.path)
         return f"{found} {self.source.split}"
 

@@ -1,4 +1,4 @@
-"""What a record means, decided here alone: the formats that LLaMA-Factory, TRL and Axolotl read, each by the keys that it needs.
+"""Parse records in the formats that LLaMA-Factory, TRL and Axolotl read. A format is recognised by its keys.
 
 | keys, optional ones after the semicolon | meaning |
 |---|---|
@@ -6,9 +6,9 @@
 | input_ids; labels | Tokens |
 | messages (role, content) or conversations (from, value); system, tools | Chat |
 | instruction, output; input, system, history | Answered |
-| instruction, response; context or input, system, history | Answered, as Dolly has it |
-| question, answer, and no other key | Answered, as GSM8K has it |
-| prompt, completion | Answered, or Chat where they are lists of messages |
+| instruction, response; context or input, system, history | Answered, the format of Dolly |
+| question, answer, and no other key | Answered, the format of GSM8K |
+| prompt, completion | Answered, or Chat if they are lists of messages |
 | text | Text |
 
 The first whose needed keys are all there, and not null, is meant. A record whose text is empty or null means nothing: it is left out.
@@ -34,7 +34,7 @@ REMEDIES = {
     frozenset(("question", "answer")): "'question' and 'answer' are read where nothing stands beside them: leave the others out, or name "
     "what is asked, with all that belongs to it, 'prompt', and the answer 'completion'",
 }
-"""What to do with records that are often met, by keys that they have."""
+"""Keys of common records without a format -> what to do."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -42,11 +42,11 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
-"""Names of roles, ShareGPT's among them, and what chat templates call them."""
+"""Names of roles, including ShareGPT's -> names in chat templates."""
 
 
 class MalformedRecord(InputError):
-    """One row that cannot be read, while others may be."""
+    """A single row that cannot be read; others may be."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt, in its parts, and its answer. apart: whether a line break parts them where neither brings white space."""
+    """A prompt, in its parts, and its answer. apart: whether to separate them by a line break if neither has white space there."""
 
     prompt: str
     answer: str
@@ -68,7 +68,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages for a chat template. The answers are what the assistant says from message `answers_from` on."""
+    """Messages for a chat template. The assistant's messages from index `answers_from` on are the answers."""
 
     messages: tuple[Mapping[str, Any], ...]
     answers_from: int = 0
@@ -76,13 +76,13 @@ class Chat:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the chat template."""
+        """Return keyword arguments for the chat template."""
         return {"tools": list(self.tools)} if self.tools else {}
 
 
 @dataclass(frozen=True)
 class Question:
-    """answer: the index of the right choice."""
+    """A multiple-choice question. answer: the index of the right choice."""
 
     question: str
     choices: tuple[str, ...]
@@ -99,7 +99,7 @@ Meaning = Text | Answered | Chat | Question | Tokens
 
 
 def meaning(record: Record) -> Meaning | None:
-    """What a record says; None for one that is empty. Raises MalformedRecord, naming file and line, for one that cannot be read."""
+    """Parse a record; None if it is empty. Raises MalformedRecord, with file and line, if it cannot be read."""
     if record.fault is not None:
         raise MalformedRecord(f"{record.where}: {record.fault}")
     if not isinstance(record.content, Mapping):
@@ -112,14 +112,14 @@ def meaning(record: Record) -> Meaning | None:
 
 
 def unread(record: Record) -> frozenset[str]:
-    """The keys that stand beside what is read of a record, and are not null."""
+    """Return the keys of a record that are not read and not null."""
     form = _format_of(record)
     return frozenset(key for key, value in record.content.items() if value is not None and form and key not in {*form.needed, *form.also})
 
 
 @dataclass(frozen=True)
 class _Format:
-    """alone: whether the needed keys have this meaning only where no other key stands beside them."""
+    """A format. alone: whether it applies only to records without any other key."""
 
     needed: tuple[str, ...]
     also: tuple[str, ...]
@@ -127,12 +127,12 @@ class _Format:
     alone: bool = False
 
     def fits(self, keys: Set[str], named: Set[str]) -> bool:
-        """Whether `keys` are enough for it, in a record that names `named`."""
+        """Whether the format applies to a record with values for `keys`, and columns `named`."""
         return keys >= {*self.needed} and not (self.alone and named - {*self.needed})
 
 
 def _format_of(record: Record) -> _Format | None:
-    """None for a record that would have a format were its values not null."""
+    """Return the format of a record; None if only null values prevent one. Raises MalformedRecord if no format applies."""
     content, column, named = record.content, record.column, record.content.keys() | record.nulls
     here = {key for key, value in content.items() if value is not None}
     formats = FORMATS if column is None else (_Format((column,), (), lambda content: _column(content, column)),)
@@ -148,7 +148,7 @@ def _format_of(record: Record) -> _Format | None:
 
 
 def _column(content: Mapping[str, Any], column: str) -> Meaning | None:
-    """Of a column that the source names: a text, or messages."""
+    """Parse the column that the source names: a text, or messages."""
     value = content[column]
     return _chat(value, {}, column) if isinstance(value, (list, tuple)) else _text({"text": value}, column)
 
@@ -171,7 +171,7 @@ def _string(value: Any, name: str) -> str:
 
 
 def _instruction(content: Mapping[str, Any], context: str = "input", answer: str = "output") -> Answered | None:
-    """context, answer: the keys of what goes with the instruction, and of its answer."""
+    """Parse an instruction. context, answer: the keys of its input and of its output."""
     prompt, context, answer, system = (_string(content.get(key), key) for key in ("instruction", context, answer, "system"))
     history = content.get("history") or ()
     if not isinstance(history, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
@@ -194,7 +194,7 @@ def _asked(content: Mapping[str, Any]) -> Answered | None:
 
 
 def _completion(content: Mapping[str, Any]) -> Meaning | None:
-    """TRL's: texts that follow each other as they are, or lists of messages."""
+    """Parse TRL's format: two texts that follow each other unchanged, or two lists of messages."""
     prompt, completion = content["prompt"], content["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         prompt, completion = _string(prompt, "prompt"), _string(completion, "completion")
@@ -218,7 +218,7 @@ def _chat(messages: Any, content: Mapping[str, Any], name: str, answers_from: in
 
 
 def _tools(tools: Any) -> tuple[Any, ...]:
-    """A list, or its JSON, as tables have it."""
+    """Parse tools: a list, or its JSON, as in table columns."""
     try:
         listed = (json.loads(tools) if tools.strip() else []) if isinstance(tools, str) else tools
     except ValueError:
@@ -229,14 +229,14 @@ def _tools(tools: Any) -> tuple[Any, ...]:
 
 
 def _message(message: Any, name: str) -> dict[str, Any]:
-    """As chat templates have it: role and content, and whatever else stands in it."""
+    """Convert a message to the form of chat templates: role, content, and all other keys."""
     if not isinstance(message, Mapping):
         raise ValueError(f"each of {name!r} must be a message, {{role, content}} or {{from, value}}, found {shown(message)}")
     given = {key: value for key, value in message.items() if value is not None}
     role, content = given.pop("from", given.get("role")), given.pop("value", given.get("content", ""))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, found {shown(role)}")
-    if isinstance(content, (list, tuple)):  # parts, as of models that see pictures too
+    if isinstance(content, (list, tuple)):  # parts, the format of multimodal models
         if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
             raise ValueError("a message holds parts that are not text")
         content = "".join(_string(part.get("text"), "content") for part in content)

@@ -1,8 +1,8 @@
-"""The documents of one source of a stream, shuffled within windows, pass after pass, and a record of which of them were read.
+"""Shuffle the documents of one source of a stream within windows, pass after pass, and keep a digest of those read.
 
-A row that lies ahead of where a run stands may be repaired; what was read must stay the same. So the state holds a digest of the texts
-that were read, with those of the window at hand, whose permutation depends on all of them. Where the source is no longer what it was, its
-texts are read again up to there: their digest must be found again, and the position is found anew, as a repair may move bytes.
+Rows that a run has not read yet may be repaired; those it has read must not change. So the state holds a digest of the texts read, with the
+current window, whose permutation depends on all its texts. If the source has changed, its texts are read again up to that point. Their
+digest must match, and the position is determined anew, because a repair may move bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adept_fast.errors import InputError
 
 
 class Read(NamedTuple):
-    """Texts that were read: how many, and a digest of all in order."""
+    """The number of texts read, and a digest of all of them in order."""
 
     documents: int = 0
     digest: str = ""
@@ -37,8 +37,12 @@ class Read(NamedTuple):
 
 
 class ShuffledSource:
-    """Gives the documents of a source as tokens. before: what was read of the pass before the window at hand; through: with that window,
-    None until it is read; whole: a whole pass, None in the first."""
+    """The documents of a source as tokens, one `next()` at a time. Its state has, beside the position,
+
+    before: texts of this pass read before the current window
+    through: those and the current window; None until the window is read
+    whole: texts of a whole pass; None in the first pass
+    """
 
     def __init__(self, source: Source, number: int, text: StreamedText, encoder: Encoder, seed: int) -> None:
         self.source, self.number, self.text, self.encoder, self.seed = source, number, text, encoder, seed
@@ -49,7 +53,7 @@ class ShuffledSource:
         self.load(self._begin)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of this source as it is."""
+        """Resume from a state of this source, which must not have changed."""
         self._start = {key: state[key] for key in ("position", "pass", "window", "malformed")}
         self._index, self._before = int(state["index"]), Read(*state["before"])
         self._through, self._whole = (None if state[key] is None else Read(*state[key]) for key in ("through", "whole"))
@@ -59,8 +63,7 @@ class ShuffledSource:
         self._open(self._start["position"])
 
     def go_on(self, state: Mapping[str, Any]) -> bool:
-        """Go on from a state that was kept earlier; True where the source has changed ahead of it since. Raises InputError for one that has
-        changed where it was read."""
+        """Resume from a saved state. Returns whether the source has changed ahead of it; raises InputError if it has changed before it."""
         changed = state["identity"] != self._identity
         self.load(self._found_again(state) if changed else state)
         return changed
@@ -71,7 +74,7 @@ class ShuffledSource:
 
     @property
     def passes(self) -> int:
-        """Passes over the source before the one at hand."""
+        """Return the number of complete passes over the source."""
         return int(self._start["pass"])
 
     def next(self) -> np.ndarray:
@@ -98,7 +101,7 @@ class ShuffledSource:
         self._start = {"position": self._reader.position, "pass": number, "window": window, "malformed": {**self._summary.malformed}}
 
     def _fill(self) -> list[str]:
-        """Read the window that begins where the reader stands; at the source's end the next pass begins."""
+        """Read and shuffle the window at the reader's position. At the end of the source start the next pass."""
         texts = self._read()
         if self._through not in (None, self._before.then(texts)):
             raise self._changed(self._through)
@@ -120,7 +123,7 @@ class ShuffledSource:
         return list(islice(self._ahead, self.text.window))
 
     def _found_again(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state with the position that its window has by now."""
+        """Return the state with the current position of its window. Raises InputError unless the texts read are the same."""
         self.load(self._begin)
         read = Read()
         for _ in range(state["window"]):

@@ -1,4 +1,4 @@
-"""Which files a source is: one file, or those of a folder or a glob in sorted order, each to be read by the rule of its own ending."""
+"""List the files of a source: one file, or those of a folder or glob, in sorted order. A file's ending says how it is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CARD = re.compile(r"\A---\s*\n(?:.*\n)*?(?:configs|dataset_info|task_categories)
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """files: in sorted order; skipped: files of a folder whose ending none of the readers has."""
+    """The files of a source, sorted, and the files of a folder that are skipped because no reader has their ending."""
 
     files: tuple[Path, ...]
     skipped: tuple[Path, ...] = ()
@@ -36,18 +36,17 @@ class SourceFiles:
 
 
 def suffix_of(path: Path) -> str | None:
-    """The ending that says how a file is read, one of SUFFIXES; None for any other."""
+    """Return the ending that says how a file is read, one of SUFFIXES, or None."""
     name = path.name.lower()
     suffix = next((suffix for suffix in SUFFIXES if name.removesuffix(".gz").endswith(suffix)), None)
     return None if suffix == ".parquet" and name.endswith(".gz") else suffix
 
 
 def source_files(source: Source) -> SourceFiles | None:
-    """The files of a source; None for what datasets is to load: a name, a folder that datasets made, or one whose `split` is asked for.
+    """List the files of a source; None if datasets is to load it: a name, a folder written by datasets, or a folder with `split`.
 
-    Of a folder, and the folders in it, hidden files are none of it, and those with an ending that is not read are skipped and told. A glob
-    names its files itself, so there they are refused. Raises InputError where nothing is left to read, or what is to be read is no file: a
-    link whose target is gone, a pipe.
+    A folder is searched recursively, without hidden files. Files of other endings are skipped and reported; if a glob matches them, they
+    are refused. Raises InputError if no file is left, or if one is not a regular file, such as a broken link or a pipe.
     """
     path = source.file
     if os.path.isdir(path):
@@ -55,7 +54,7 @@ def source_files(source: Source) -> SourceFiles | None:
             return None
         found = _of_folder(path)
     elif os.path.isfile(path) or not glob.has_magic(source.path):
-        if suffix_of(path) is None and not os.path.isfile(path):  # False for a name that is too long, too
+        if suffix_of(path) is None and not os.path.isfile(path):  # also False for a name that is too long
             return None
         found = SourceFiles((path,))
     else:
@@ -64,7 +63,7 @@ def source_files(source: Source) -> SourceFiles | None:
             raise InputError(f"{source.path}: matches no file")
     for file in found.files:
         if not os.path.isfile(file):
-            regular(file)  # says what it is: nothing, a link to nothing, a pipe
+            regular(file)  # raises with the reason: missing, a broken link, a pipe
         if suffix_of(file) is None:
             raise InputError(f"{file}: unknown kind of file; use one of {READ}, or a datasets name")
     _check_keys(source, found.files)
@@ -95,14 +94,14 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _made_by_datasets(folder: Path) -> bool:
-    """Whether it has what datasets writes into a folder, a loading script, or the card of a dataset."""
+    """Whether a folder has files written by datasets, a loading script, or a dataset card."""
     if any((folder / name).is_file() for name in MADE_BY_DATASETS):
         return True
     return "GeneratorBasedBuilder" in _head(folder / f"{folder.resolve().name}.py") or bool(CARD.match(_head(folder / "README.md")))
 
 
 def _head(file: Path) -> str:
-    """The first 64 KiB of a file; nothing where there is none."""
+    """Return the first 64 KiB of a file; "" if it does not exist."""
     if not file.is_file():
         return ""
     with file.open("rb") as opened:
@@ -114,12 +113,12 @@ def _endings(files: Iterable[Path]) -> str:
 
 
 def told_skipped(skipped: tuple[Path, ...]) -> str:
-    """In words: "3 files whose kind is not read (.pdf, .png)"; empty for none."""
+    """Describe skipped files: "3 files whose kind is not read (.pdf, .png)"; "" for none."""
     return f"{len(skipped)} file{'s' * (len(skipped) > 1)} whose kind is not read ({_endings(skipped)})" if skipped else ""
 
 
 def _check_keys(source: Source, files: tuple[Path, ...]) -> None:
-    """Raise InputError for a key of the source that files have no use for."""
+    """Raise InputError for a key of the source that does not apply to files."""
     if source.split is not None:
         raise InputError(f"{source.path}: split={source.split}: files have no splits: name the files of one, and leave split out")
     if source.column is not None and all(suffix_of(file) in TEXTS for file in files):

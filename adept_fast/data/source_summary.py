@@ -1,4 +1,4 @@
-"""What was read of a source, and what was left out of it and why."""
+"""Count what was read of a source, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ ELSEWHERE = "held out or in the probe or eval"
 
 @dataclass
 class SourceSummary:
-    """limit: how many malformed rows may be left out; None: none, where the user has no say in it. files: of the source, if it is files.
+    """Counts of one source.
 
-    documents: read, and not left out, None if not counted; empty: left out, as their text is empty or null; malformed: what is wrong with
-    each row that was left out, by where it stands;
-    unread: keys that stand beside what is read; elsewhere: documents that serve another purpose, by its name; tokens: None if not counted;
-    control_tokens: how often each stands in the documents, of which tokens were counted.
+    limit: how many malformed rows may be left out; None: none, and the error message offers no setting
+    files: of the source, if it consists of files
+    documents: read and not left out; None if not counted
+    empty: left out because their text is empty or null
+    malformed: file and line of each row left out -> what is wrong with it
+    unread: keys that are not read
+    elsewhere: purpose -> documents left out because they serve it
+    tokens: of the documents; None if not counted
+    control_tokens: token -> how often it occurs in the documents whose tokens were counted
     """
 
     source: Source
@@ -36,7 +41,7 @@ class SourceSummary:
     control_tokens: dict[str, int] = field(default_factory=dict)
 
     def take(self, record: Record, read: Callable[[Record], T | None]) -> T | None:
-        """What `read` makes of a record; None for one that is left out and counted. Raises MalformedRecord beyond the limit."""
+        """Return `read(record)`, or None if the record is left out, and count it. Raises MalformedRecord beyond the limit."""
         try:
             found = read(record)
         except MalformedRecord as error:
@@ -52,12 +57,12 @@ class SourceSummary:
         return found
 
     def serves_elsewhere(self, purpose: str) -> None:
-        """Count the document that was read last as one for another purpose."""
+        """Move the last document from those read to those that serve another purpose."""
         self.documents = (self.documents or 0) - 1
         self.elsewhere[purpose] = self.elsewhere.get(purpose, 0) + 1
 
     def counts(self) -> dict[str, Any]:
-        """As JSON has them."""
+        """Return the counts as JSON types."""
         kept = {key: getattr(self, key) for key in ("documents", "empty", "malformed", "elsewhere", "tokens", "control_tokens")}
         return {**kept, "unread": sorted(map(str, self.unread))}
 
@@ -66,7 +71,7 @@ class SourceSummary:
             setattr(self, key, set(value) if key == "unread" else value)
 
     def check(self) -> None:
-        """Raise MalformedRecord where more rows are malformed than may be."""
+        """Raise MalformedRecord if more rows are malformed than the limit."""
         if len(self.malformed) <= (self.limit or 0):
             return
         last = [*self.malformed.values()][self.limit or 0]
@@ -77,14 +82,14 @@ class SourceSummary:
 
     @property
     def left_out(self) -> str:
-        """In words, with the first malformed row; empty where nothing is."""
+        """Describe what was left out, with the first malformed row; "" if nothing was."""
         first = f" ({next(iter(self.malformed))}{', ...' if len(self.malformed) > 1 else ''})" if self.malformed else ""
         counts = {"empty": self.empty, **self.elsewhere}
         parts = [f"{count:,} {why}" for why, count in counts.items() if count] + [f"{len(self.malformed)} malformed{first}"] * bool(first)
         return ", ".join([*parts, *filter(None, [told_skipped(self.files.skipped) if self.files else ""])])
 
     def notes(self) -> list[str]:
-        """Lines that tell what was left out and what was not read."""
+        """Return lines about what was left out and which keys are not read."""
         left = [f"{self.source.path}: left out: {self.left_out}"] if self.left_out else []
         return [*left, *self.keys_not_read()]
 
@@ -96,7 +101,7 @@ HEADER = ("read", "for", "files", "documents", "tokens", "left out")
 
 
 def table(rows: Sequence[tuple[str, SourceSummary]]) -> list[str]:
-    """Lines of a table of sources. rows: what each is for, and its summary."""
+    """Format a table of sources as lines. rows: the purpose of each, and its summary."""
     cells: list[tuple[str, ...]] = [HEADER]
     for purpose, summary in rows:
         files = "-" if summary.files is None else f"{len(summary.files.files):,}"

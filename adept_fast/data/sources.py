@@ -1,4 +1,4 @@
-"""Where records come from: a file, a folder, a glob, a datasets name, or the bundled probe; and a record as it stands there."""
+"""Describe a source of records: a file, folder, glob, datasets name or the bundled probe; and a raw record from it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ TEMPLATES = ("plain", "alpaca", "chat")
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus: file, folder, glob or datasets name, its split and text column, and how many passes over it one epoch makes (`weight`).
-    template: how an instruction and its output are written as a text: end to end, as Alpaca has it, or by the tokenizer's chat template.
-    share: the part of a streamed run's tokens that come from it, from the start to the end of the run going linearly to `share_end`."""
+    """A corpus.
+
+    path: file, folder, glob or datasets name
+    split, column: of the dataset, and the column with the text
+    template: how instruction and output become a text: end to end, by Alpaca's template, or by the tokenizer's chat template
+    weight: passes over it per epoch
+    share, share_end: its part of a streamed run's tokens, which moves linearly from the first at the start to the second at the end
+    """
 
     path: str
     split: str | None = None
@@ -44,16 +49,19 @@ class Source:
 
     @property
     def file(self) -> Path:
-        """Where it lies, if it is a file."""
+        """Return its path, if it is a file or folder."""
         bundled = resources.files("adept_fast") / "data" / "general_probe.jsonl"
         return Path(str(bundled)) if self.path == GENERAL else Path(self.path).expanduser()
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source, and where it stands there ("file.jsonl:12"), for messages.
+    """One row of a source.
 
-    column and template: the source's; nulls: columns of a table that the row leaves null; fault: why it could not be read.
+    where: its place, for messages: "file.jsonl:12"
+    column, template: of the source
+    nulls: columns of a table that are null in this row
+    fault: why it could not be read, if it could not
     """
 
     content: Mapping[str, Any]

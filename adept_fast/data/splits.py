@@ -1,4 +1,4 @@
-"""One item, one purpose: splits by content hash, so that the same record gets the same purpose whatever file or order it comes in."""
+"""Split records and texts by content hash, so that a record serves one purpose, whatever file or order it comes in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCORING, STEERING = 0.6, 0.2  # the rest reports
 
 @dataclass(frozen=True)
 class ProbeParts:
-    """The parts that score layers, steer unit rates, and report general loss. Only the last is shown as a result."""
+    """The parts of a probe that score layers, steer unit rates, and report the general loss. Only the last is shown as a result."""
 
     scoring: list[Record]
     steering: list[Record]
@@ -25,13 +25,13 @@ class ProbeParts:
 
 
 def by_hash(records: Sequence[Record], seed: int = 0) -> list[Record]:
-    """Records in the order of their content hash (with `seed` mixed in); a copy of an earlier record is left out."""
+    """Order records by their content hash, with `seed` mixed in, and drop duplicates."""
     unique = {content_hash({"seed": seed, "record": record.content}): record for record in records}
     return [unique[key] for key in sorted(unique)]
 
 
 def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
-    """60 % scoring, 20 % steering, 20 % reporting, each at least one."""
+    """Split a probe into 60 % for scoring, 20 % for steering and 20 % for reporting, at least one each."""
     ordered = by_hash(records)
     if len(ordered) < 3:
         raise InputError(f"{name}: a probe needs at least 3 different items (to score, to steer, to report), found {len(ordered)}")
@@ -41,15 +41,14 @@ def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
 
 
 def falls_out(text: str, share: float = HELD_OUT) -> bool:
-    """Whether a text's hash is among the lowest `share` of all hashes: what can be told of one text without the others."""
+    """Whether a text's hash is among the lowest `share` of all hashes. Unlike `hold_out` this needs no other text."""
     return int.from_bytes(_hash(text)[:8], "big") < share * 2**64
 
 
 def hold_out_of_streams(streams: Iterable[Iterable[str]], name: str, most: int) -> tuple[set[str], float]:
-    """(texts to measure on, share): of each stream the first `most` that fall out; whatever falls out by `share` is not trained on.
+    """Return the texts to measure on, the first `most` of each stream that fall out, and the share of texts not to train on.
 
-    Fewer documents than FEW are read whole: one is held out then, the one that `hold_out` takes, and the share is 0. At least one is held
-    out of more, too.
+    With fewer documents than FEW, all are read, `hold_out` picks one, and the share is 0. At least one is held out in any case.
     """
     held: set[str] = set()
     few: set[str] = set()
@@ -72,7 +71,7 @@ def hold_out_of_streams(streams: Iterable[Iterable[str]], name: str, most: int) 
 
 
 def hold_out(texts: Sequence[str], name: str, share: float = HELD_OUT) -> set[str]:
-    """The texts to hold out: a share of the different ones, by hash, so that every copy falls on one side. At least one is, one is not."""
+    """Select a share of the distinct texts to hold out, by hash, so that duplicates stay on one side. At least one is, and one is not."""
     ordered = sorted(set(texts), key=_hash)
     if len(ordered) < 2:
         found = "one document only, none to hold out" if ordered else "no document: all its records are empty"

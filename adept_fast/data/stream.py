@@ -1,11 +1,12 @@
-"""A stream of packed blocks from sources larger than memory, in one order that its state lets go on from any block.
+"""Stream packed blocks from sources larger than memory, in one order, resumable at any block.
 
-Documents of a source are shuffled within windows (as many documents as fit in memory), the permutation drawn from (seed, source, pass,
-window). Sources are interleaved by their share of the tokens, without chance: each document comes from the source that is furthest
-behind, credit_i += share_i * n for the n tokens of the document, credit_chosen -= n; so every share is met to within one document.
-Blocks are cut from the documents in that order. The state behind block b is, per source, (position at the window's start, pass, window,
-index in the window, what was read), the shares, the credits, the tokens drawn, and those of the last document that are still to be packed,
-with the begin (so many `inserted`) that they go on behind.
+Documents of a source are shuffled within windows of as many documents as fit in memory, by a permutation drawn from (seed, source, pass,
+window). Sources are interleaved deterministically by their share of the tokens. Each document comes from the source that is furthest
+behind: credit_i += share_i * n for a document of n tokens, credit_chosen -= n. So every share is met to within one document. Blocks are cut
+from the documents in that order.
+
+The state behind a block holds, for each source, the position at the window's start, pass, window, index in the window, and a digest of the
+texts read; and the shares, the credits, the tokens drawn, and the tokens of the last document still to be packed, with their begin tokens.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 
 
 class Stream(Dataset):
-    """Blocks of a run by number: input_ids, labels and position_ids, each int64 [block_size], as Blocks has them.
+    """Blocks of a run by number, as of `Blocks`: input_ids, labels and position_ids, each int64 [block_size].
 
-    Blocks are made in order; to ask for one that lies before the last makes those in between again. So each process may ask for its own
-    part, and all see one global order. ahead: of how many blocks back the state is kept.
+    Blocks are made in order; asking for an earlier one makes those in between again. So each process may ask for its own part, and all see
+    one global order.
+
+    ahead: number of blocks whose state is kept
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Stream(Dataset):
 
     @property
     def annealed(self) -> bool:
-        """Whether the shares of its sources move over the run, so that they depend on its length."""
+        """Whether the shares of the sources change over the run, and so depend on its length."""
         return bool((self._mixture[:, 0] != self._mixture[:, 1]).any())
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -82,12 +85,12 @@ class Stream(Dataset):
         return packed(self._next_block(), self.block_size, self.pad_token)
 
     def state(self, block: int) -> dict[str, Any]:
-        """A JSON-like state from which the stream goes on with `block` (which may lie a few blocks past it)."""
+        """Return a JSON-like state from which the stream resumes at `block`, or a few blocks before it."""
         kept = self._before(block)
         return json.loads(json.dumps({**kept, "rest": np.asarray(kept["rest"]).tolist(), "shares": self._mixture.tolist()}))
 
     def drawn(self, block: int) -> dict[str, float]:
-        """What share of the tokens drawn for the blocks before `block` each source gave, by path (and split, where given)."""
+        """Return each source's share of the tokens drawn for the blocks before `block`, by path, and split if given."""
         tokens = self._before(block)["drawn"]
         shares: dict[str, float] = {}
         for shuffled, count in zip(self._sources, tokens, strict=True):
@@ -96,8 +99,10 @@ class Stream(Dataset):
         return shares
 
     def load(self, state: Mapping[str, Any]) -> list[str]:
-        """Go on from a state. Returns paths of the sources that were changed since, where they are still to be read. Raises InputError for
-        a state that was kept from other sources, or from other documents than those that stand there now."""
+        """Resume from a state. Returns the paths of sources that have changed ahead of it.
+
+        Raises InputError for a state of other sources, and for a source that has changed before it.
+        """
         if len(state["sources"]) != len(self._sources):
             found = f"{len(state['sources'])} sources, the recipe {len(self._sources)}"
             raise InputError(f"the checkpoint's stream has {found}: delete the checkpoint")
@@ -113,7 +118,7 @@ class Stream(Dataset):
         return changed
 
     def head(self, documents: int = 64) -> Blocks:
-        """The first documents as blocks of their own, to look at."""
+        """Return the first documents as separate blocks, for a preview."""
         here = self._snapshot()
         self._go_to(self._begin)
         made = [self._next_document() for _ in range(documents)]
@@ -123,7 +128,7 @@ class Stream(Dataset):
         return Blocks(found, np.arange(documents), self.block_size, self.pad_token, self.one_per_row)
 
     def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
-        """Each piece of the first `blocks` blocks, and whether it goes on with a document; the stream stays where it is."""
+        """Yield each piece of the first `blocks` blocks, and whether it continues a document. The stream's position does not change."""
         here, kept = self._snapshot(), self._kept.copy()
         self._go_to(self._begin)
         try:
@@ -161,7 +166,7 @@ class Stream(Dataset):
     def _next_block(self) -> list[Piece]:
         pieces: list[Piece] = []
         begun = [source.passes for source in self._sources]
-        while not any(map(_teaches, pieces)):  # a block of single tokens has nothing to predict
+        while not any(map(_teaches, pieces)):  # a block of single tokens has no target
             pieces, room = [], self.block_size
             while room and not (pieces and self.one_per_row):
                 if not len(self._rest):

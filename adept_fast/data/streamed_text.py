@@ -1,4 +1,4 @@
-"""Text that is read while training: from which sources, what of them may be trained on, how much it is, and each source's share."""
+"""Text that is read while training: its sources, the texts to train on, their counts, and each source's share."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ Keep = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class StreamedText:
-    """Sources to stream. keep: whether a text may be trained on; excluded: a digest of what `keep` leaves out; window: documents;
-    malformed_rows: how many of a source may be left out, see SourceSummary; special_tokens: what control tokens in a text become, as to
-    an Encoder."""
+    """Sources to stream.
+
+    keep: whether to train on a text
+    excluded: a digest of the texts that `keep` excludes
+    window: documents that are shuffled together
+    malformed_rows: limit of each source's SourceSummary
+    special_tokens: as of Encoder
+    """
 
     sources: tuple[Source, ...]
     keep: Keep
@@ -42,12 +47,12 @@ class StreamedText:
 
     @property
     def digest(self) -> str:
-        """What decides the stream's documents and their order, but for the seed."""
+        """Digest everything that determines the stream's documents and their order, except the seed."""
         return self._digest([reader(source).identity() for source in self.sources])
 
     @property
     def settings_digest(self) -> str:
-        """The same without what the sources hold, which the stream's state compares as far as it was read."""
+        """Do the same without the sources' contents, which the stream's state compares as far as they were read."""
         return self._digest([None] * len(self.sources))
 
     def _digest(self, identities: Sequence[str | None]) -> str:
@@ -62,7 +67,7 @@ class StreamedText:
         summary: SourceSummary | None = None,
         reading: Reader | None = None,
     ) -> Iterator[str]:
-        """The texts of a source that may be trained on, from where `reading` stands (none: all). summary: counts what is left out."""
+        """Yield the texts of a source to train on. reading: a reader, to start from its position; summary: counts what is left out."""
         summary, encoder = summary or self._summary(source), self.encoder(tokenizer)
         for record in (reading or reader(source)).records():
             text = summary.take(record, lambda record: document_text(record, encoder.tokenizer))
@@ -72,21 +77,23 @@ class StreamedText:
                 summary.serves_elsewhere(ELSEWHERE)
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
-        """What turns the texts into tokens."""
+        """Return the encoder for the texts."""
         return tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer, self.special_tokens)
 
     def _summary(self, source: Source) -> SourceSummary:
         return SourceSummary(source, self.malformed_rows, source_files(source))
 
     def count(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[tuple[int, int]]:
-        """(documents, tokens) of each source; counted once, then cached by what it was counted from."""
+        """Count (documents, tokens) of each source. Counts are cached by what they were made from."""
         encoder = self.encoder(tokenizer)
         found = [self._look(source, encoder, counted=True) for source in self.sources]
         return [(int(summary.documents or 0), int(summary.tokens or 0)) for summary in found]
 
     def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
-        """What each source holds and what is left out of it, as one pass over its files finds it, so that a malformed row is found before
-        the first step; cached as counts are. What datasets streams from elsewhere is read only if its tokens are counted."""
+        """Summarise each source in one pass over its files, so that a malformed row is found before the first step. Cached like counts.
+
+        A dataset from the hub is not read, unless its tokens are counted.
+        """
         encoder = self.encoder(tokenizer)
         return [self._look(source, encoder, counted=False) for source in self.sources]
 
@@ -114,14 +121,16 @@ class StreamedText:
 
 
 def written(source: Source) -> tuple[str, ...]:
-    """How a source's records are written as text, where it is not the way that it is by default."""
+    """Return the source's template for digests; empty for the default."""
     return () if source.template == "plain" else (source.template,)
 
 
 def shares(sources: Sequence[Source], tokens: Sequence[int] | None) -> list[tuple[float, float]]:
-    """(start, end) share of each source; those without one divide what is left in proportion to weight x tokens.
+    """Return the (start, end) share of each source. Sources without one divide the rest in proportion to weight x tokens.
 
-    tokens: of each source; needed where two sources or more have no share. Raises InputError for shares that do not make 1.
+    tokens: of each source; needed if two or more have no share
+
+    Raises InputError for shares that do not add up to 1.
     """
     ends = [(source.share, source.share if source.share_end is None else source.share_end) for source in sources]
     given = [None if start is None or end is None else (start, end) for start, end in ends]

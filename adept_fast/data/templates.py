@@ -1,8 +1,9 @@
-"""How a record is written as text: end to end, as Alpaca has it, or by the tokenizer's chat template.
+"""Write records as text: end to end, by Alpaca's template, or by the tokenizer's chat template.
 
-`plain` puts system, history, instruction, input and output one after the other, with a line break where neither side brings white space: a
-base model has no other format. `alpaca` is the template that Alpaca was trained with, and LLaMA-Factory and Axolotl have under that name.
-Messages always go through the chat template.
+    plain    system, history, instruction, input and output in a row, with a line break if neither side has white space; a base model has no
+             other format
+    alpaca   the template that Alpaca was trained with, and that LLaMA-Factory and Axolotl have under that name
+    chat     the tokenizer's chat template; messages always use it
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ BEFORE = {
     True: "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.",
 }
-"""The first line of Alpaca's template, without and with an input."""
+"""Whether there is an input -> the first line of Alpaca's template."""
 
 
 class Rendered(str):
-    """A text that a chat template wrote, and the chat it wrote it from: its control tokens are meant, it has its own begin and end."""
+    """A text written by a chat template, with its chat. Its control tokens are intended, and it has its own begin and end."""
 
     chat: Chat
 
 
 def document_text(record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
-    """The text of a record to train on; None for an empty one. tokenizer: whose chat template messages go through.
+    """Return the text of a record to train on; None if it is empty. tokenizer: provides the chat template for messages.
 
-    Raises MalformedRecord for a record that cannot be read, InputError for a tokenizer without a chat template.
+    Raises MalformedRecord for a record that cannot be read, and InputError for a tokenizer without a chat template.
     """
     found = meaning(record)
     if found is None:
@@ -51,7 +52,7 @@ def document_text(record: Record, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def prompt_and_answer(found: Answered | Question, template: str = "plain") -> tuple[str, str]:
-    """Texts that follow each other as they are."""
+    """Return prompt and answer as texts that follow each other without anything in between."""
     if isinstance(found, Question):
         prompt, options = question_prompt(found)
         return prompt, options[found.answer]
@@ -63,7 +64,7 @@ def prompt_and_answer(found: Answered | Question, template: str = "plain") -> tu
 
 
 def question_prompt(question: Question) -> tuple[str, list[str]]:
-    """Question, lettered choices, "Answer:"; and what each option continues it with: " A. text", " B. text", ..."""
+    """Return the prompt, question, lettered choices and "Answer:", and its continuation for each option: " A. text", " B. text", ..."""
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
     return "\n".join([question.question, *listed, "Answer:"]), [f" {line}" for line in listed]
 
@@ -80,7 +81,7 @@ def _alpaca(found: Answered) -> str:
 
 
 def as_chat(found: Answered) -> Chat:
-    """As messages; the last one alone is the answer."""
+    """Convert to messages. Only the last one is the answer."""
     system = [("system", found.system)] if found.system.strip() else []
     history = [turn for asked, answered in found.history for turn in (("user", asked), ("assistant", answered))]
     asked = _joined(found.prompt, found.context) if found.context else found.prompt
@@ -89,7 +90,7 @@ def as_chat(found: Answered) -> Chat:
 
 
 def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase | None, where: str) -> Rendered:
-    """A chat through the tokenizer's chat template."""
+    """Write a chat by the tokenizer's chat template."""
     if tokenizer is None:
         raise InputError(f"{where}: a tokenizer is needed for messages: pass tokenizer=")
     if not tokenizer.chat_template:

@@ -1,7 +1,8 @@
-"""Readers of texts: which lines of a .txt or .md make one document.
+"""Split .txt and .md files into documents.
 
-A .txt is parted by its blank lines. One without any is one document where the source has other files; alone it is cut every 20 lines, so
-that some can be held out. A .md is one document where the source has other files; alone it is parted at its headings.
+    .txt   split at blank lines; without any, one document per file if the source has several files, else a document per 20 lines, so that
+           some can be held out
+    .md    one document per file if the source has several files, else split at headings
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from adept_fast.data.file_readers import FileReader, opened, undecodable
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 
-LINES_PER_PIECE = 20  # of a text without blank lines
+LINES_PER_PIECE = 20  # per document of a text without blank lines
 HEADING, FENCE = re.compile(r"#{1,6}(\s|$)"), re.compile(r" {0,3}(?:```|~~~)")
 
 Part = tuple[list[str], int]
@@ -40,7 +41,7 @@ class Paragraphs(FileReader):
         return self._paragraphs(LINES_PER_PIECE) if self.alone else self._whole()
 
     def _paragraphs(self, longest: int | None) -> Iterator[Part]:
-        """Lines between blank ones, `longest` at most."""
+        """Split at blank lines, and after `longest` lines."""
         lines, behind = [], 0
         for line, behind in self._decoded():
             if line.strip():
@@ -58,7 +59,7 @@ class Paragraphs(FileReader):
                 yield [line for line, _ in decoded], decoded[-1][1]
 
     def _blank_lines_part(self) -> bool:
-        """Whether a blank line stands between two others."""
+        """Whether there is a blank line between two others."""
         begun = ended = False
         for line, _ in self._from_the_start():
             blank = not line.strip()
@@ -84,7 +85,7 @@ class Paragraphs(FileReader):
             behind = offset
 
     def _line_at(self, offset: int) -> int:
-        """The number of the line that begins there."""
+        """Return the number of the line at an offset."""
         at = 0
         with opened(self.path) as file:
             return 1 + next((number for number, line in enumerate(file) if (at := at + len(line)) > offset), 0)
@@ -100,7 +101,7 @@ class Markdown(Paragraphs):
         return self._sections() if len(list(islice(headings, 2))) == 2 else super()._parts()
 
     def _sections(self) -> Iterator[Part]:
-        """From one heading to the next; what stands before the first heading is a section too."""
+        """Split at headings. Text before the first heading is a section too."""
         lines: list[str] = []
         behind = self.position["byte"]
         for line, offset, heading in self._with_headings(self._decoded()):
@@ -114,7 +115,7 @@ class Markdown(Paragraphs):
 
     @staticmethod
     def _with_headings(lines: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int, bool]]:
-        """Whether each line is a heading; inside a fence of code none is."""
+        """Yield each line, its offset, and whether it is a heading; inside a fenced code block none is."""
         fence = ""
         for line, offset in lines:
             if mark := FENCE.match(line):
