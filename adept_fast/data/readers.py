@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,37 +87,28 @@ def _dataset_id(path: str) -> str:
 _remote_dataset_id = lru_cache(None)(_dataset_id)
 
 
-def _dataset(source: Source, how: str, **options: Any) -> Any:
+@contextmanager
+def _refused(what: str, way_out: str = "") -> Iterator[None]:
+    """Turn exceptions of datasets into an InputError."""
     import datasets
 
     try:
-        return getattr(datasets, how)(source.path, **options)
+        yield
     except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{source.path}: neither a file nor a dataset that can be loaded ({reason})") from None
+        raise InputError(f"{what} ({reason}){way_out}") from None
+
+
+def _dataset(source: Source, how: str, **options: Any) -> Any:
+    import datasets
+
+    with _refused(f"{source.path}: neither a file nor a dataset that can be loaded"):
+        return getattr(datasets, how)(source.path, **options)
 
 
 def _of_row(row: Any, source: Source, number: int) -> Record:
     content, nulls = without_nulls(row)
     return Record(content, f"{source.path} row {number}", source.column, source.template, nulls)
-
-
-def _readable(rows: Iterable[Any], source: Source, number: int) -> Iterator[Any]:
-    """Yield rows behind that number. Raises InputError if datasets cannot read on, at a truncated file for example."""
-    import datasets
-
-    rows = iter(rows)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).partition("\n")[0]
-            where = f"{source.path}: cannot be read behind row {number:,}"
-            raise InputError(f"{where} ({reason}): repair it, and the same command goes on") from None
-        number += 1
-        yield row
 
 
 class Streamed:
@@ -135,8 +127,12 @@ class Streamed:
         rows = _dataset(self.source, "load_dataset", split=self.source.split or "train", streaming=True)
         if self.position["dataset"] is not None:
             rows.load_state_dict(copy.deepcopy(self.position["dataset"]))
-        number = self.position["row"]
-        for content in _readable(rows, self.source, number):
+        number, ahead = self.position["row"], iter(rows)
+        while True:
+            with _refused(f"{self.source.path}: cannot be read behind row {number:,}", ": repair it, and the same command goes on"):
+                content = next(ahead, None)  # raises at a truncated file, for example
+            if content is None:
+                return
             number += 1
             self.position = {"row": number, "dataset": rows.state_dict()}
             yield _of_row(content, self.source, number)

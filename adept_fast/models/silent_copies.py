@@ -63,7 +63,7 @@ class Silence:
 
 @dataclass(frozen=True)
 class Family:
-    """What the package knows of a model's architecture.
+    """A model architecture, as far as silent copies need it.
 
     name: config.model_type
     layers: path of the module list that holds the decoder layers

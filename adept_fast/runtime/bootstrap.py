@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 CONFIDENCE = 0.95
+TAILS = torch.tensor([(1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2], dtype=torch.float64)
 RESAMPLES = 2000
 LARGE = 1e200  # in place of inf
 
@@ -39,11 +40,9 @@ def bootstrap(
     """
     statistic = statistic or (lambda means: means)
     value = statistic(_means(torch.ones(1, len(weights), dtype=torch.float64), sums, weights))[0]
-    tail = (1 - CONFIDENCE) / 2
-    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     found = statistic(resampled(sums, weights, seed))
     endless = found.isinf()
-    low, high = torch.nanquantile(found.where(~endless, LARGE), bounds, dim=0)
+    low, high = torch.nanquantile(found.where(~endless, LARGE), TAILS, dim=0)
     if bool(endless.any()):  # between inf and inf torch interpolates to NaN
         low, high = (bound.where(bound < LARGE / 1e100, torch.inf) for bound in (low, high))
     return (value, low, high) if sums.ndim > 1 else (value[0], low[0], high[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.bootstrap import CONFIDENCE
+from adept_fast.runtime.bootstrap import TAILS
 from adept_fast.scoring.scores import LayerScores, require_scores
 from adept_fast.scoring.stability import DRAWS, complete, ranks, resampled_values
 from adept_fast.settings.validation import require_made
@@ -50,8 +50,7 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
     drawn = torch.stack([ranks(resampled_values(scores, scores.loss, draws=DRAWS, seed=seed, among=shared)) for scores in several])
     values = [scores.per_item[scores.loss].among(shared).profile(scores.method).values for scores in several]
     measured = torch.stack([ranks(torch.tensor([each], dtype=torch.float64)) for each in values])
-    tail = (1 - CONFIDENCE) / 2
-    low, high = torch.quantile(_correlations(drawn), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    low, high = torch.quantile(_correlations(drawn), TAILS, dim=0)
     return {
         "names": [scores.method if scores.loss == "hidden" else f"{scores.method}, {scores.loss}" for scores in several],
         "values": [list(each) for each in values],

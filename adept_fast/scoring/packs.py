@@ -41,10 +41,7 @@ class Pack:
         return len(self.ids)
 
     def to(self, device: torch.device) -> Pack:
-        return Pack(self.items, self.lengths, *(getattr(self, name).to(device) for name in TENSORS))
-
-
-TENSORS = ("ids", "positions", "rows", "targets", "owners", "supervised")
+        return Pack(self.items, self.lengths, *(x.to(device) for x in vars(self).values() if isinstance(x, Tensor)))
 
 
 def swept_length(item: Item, all_tokens: bool) -> int:

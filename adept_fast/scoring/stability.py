@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.bootstrap import CONFIDENCE, resampled
+from adept_fast.runtime.bootstrap import TAILS, resampled
 from adept_fast.scoring.scores import STATISTICS, LayerScores, require_scores
 from adept_fast.scoring.select_layers import by_placement, check_choice
 
@@ -119,11 +119,10 @@ def corpus_conflicts(scores: LayerScores, first: str, second: str, seed: int = 0
     Source: bootstrap over items as in runtime/bootstrap.py.
     """
     require_scores(scores)
-    tail = (1 - CONFIDENCE) / 2
     found = {}
     for number, name in enumerate((first, second)):
         drawn = ranks(resampled_values(scores, name, seed=seed + number))
-        low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+        low, high = torch.quantile(drawn, TAILS, dim=0)
         values = scores.per_item[name].among(complete(scores, name)).profile(scores.method).values
         rank = ranks(torch.tensor([values], dtype=torch.float64))[0]
         found[name] = torch.stack([rank, low, high], 1)

@@ -153,12 +153,10 @@ def bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """Within the context, pass the residual stream through these layers unchanged."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_wrapped(decoder_layers(model)[layer], _bypass))
+            stack.enter_context(
+                _wrapped(decoder_layers(model)[layer], lambda forward, x, args, kwargs: with_hidden(forward(x, *args, **kwargs), x))
+            )
         yield
-
-
-def _bypass(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return with_hidden(forward(hidden, *args, **kwargs), hidden)
 
 
 def one_by_one(model: PreTrainedModel, pack: Pack, layers: Sequence[int]) -> Tensor:
