@@ -25,7 +25,6 @@ class Update(NamedTuple):
     """The update of one parameter, as every backend takes it.
 
     All tensors but `step` and `multipliers` are real, dense, of one shape and in one memory order.
-
     param, exp_avg, exp_avg_sq, max_exp_avg_sq: updated in place.
     master: fp32 copy, int16 remainder, compensation, or None, by options.master_weights; updated in place.
     step: fp32, 0-d; incremented.
