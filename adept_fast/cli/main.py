@@ -17,7 +17,7 @@ from typing import NoReturn
 from adept_fast.cli.stop_signals import Stopped, stopping_on_signals
 from adept_fast.errors import InputError
 from adept_fast.runtime.console import attached, open_missing
-from adept_fast.runtime.disk_errors import REMEDIES, DiskError, number_of, told
+from adept_fast.runtime.disk_errors import REMEDIES, DiskError, disk_error_line, errno_of
 
 MODEL = ("model_name_or_path",)
 HF = ("accelerate", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")  # modules of the extra [hf]
@@ -130,8 +130,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, InputError | DiskError):
         return text
     if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
-        return told(error.filename, error.errno)
-    if (number := number_of(error)) in REMEDIES:
+        return disk_error_line(error.filename, error.errno)
+    if (number := errno_of(error)) in REMEDIES:
         text += f": {REMEDIES[number]}, then the same command goes on"
     return f"{type(error).__name__}: {text} (--debug shows where)"
 

@@ -19,7 +19,7 @@ from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, Record, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.models.decoder_layers import decoder_layers
-from adept_fast.runtime.input_files import making_sense
+from adept_fast.runtime.input_files import as_input_error
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
@@ -57,7 +57,7 @@ def source_config(on_disk: OnDisk, record: AdeptConfig, inserted: Sequence[Inser
     content = record.source.get("config")
     if not isinstance(content, Mapping):
         raise _not_described(on_disk.folder)
-    with making_sense(on_disk.folder / FILE, "restore the record, or expand again"):
+    with as_input_error(on_disk.folder / FILE, "restore the record, or expand again"):
         config = type(on_disk.skeleton.config).from_dict(dict(content))
     return config_file(content, config, [entry.copied_from for entry in inserted])
 

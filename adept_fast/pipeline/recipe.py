@@ -17,7 +17,7 @@ from adept_fast.errors import InputError
 from adept_fast.evaluation.settings import Eval
 from adept_fast.expansion.settings import Expand
 from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
-from adept_fast.runtime.yaml_text import parsed
+from adept_fast.runtime.yaml_text import parse_yaml
 from adept_fast.scoring.settings import Score
 from adept_fast.settings.key_value import keys_of, settings
 from adept_fast.settings.training_arguments import SET_ELSEWHERE
@@ -108,9 +108,9 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
     if path is not None:
         if not os.path.exists(path):
             raise InputError(f"{shown(path)}: no such recipe (a setting is written key=value)")
-        content = parsed(read_text(path, LARGEST_RECIPE), f"{path}:", as_written=True) or {}
+        content = parse_yaml(read_text(path, LARGEST_RECIPE), f"{path}:", plain_scalars=True) or {}
         if not isinstance(content, dict):
-            raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
+            raise InputError(f"{path}: expected keys and values, found {shown(content)}")
     recipe = settings(Recipe, overrides, content)
     check_together(recipe)
     for key in required:

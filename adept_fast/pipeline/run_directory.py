@@ -43,13 +43,13 @@ class RunDirectory:
         """Make output_dir and keep other runs out of it. Of several processes one does so.
         A folder that was made for nothing, as where the run is refused, does not stay."""
         self._require_free_names()
-        missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.leads() and not os.path.exists(folder)]
+        missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.is_main() and not os.path.exists(folder)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder}: output_dir cannot be made ({error.strerror}): choose another") from None
         try:
-            with self._locked() if distributed.leads() else nullcontext():
+            with self._locked() if distributed.is_main() else nullcontext():
                 yield
         finally:
             with suppress(OSError):  # the first that is not empty

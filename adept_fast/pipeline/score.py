@@ -46,7 +46,7 @@ def score(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDir
     scoring = Scoring(recipe, source, data, directory)
     scores = scoring.made(directory.scores, LayerScores, scoring.layers)
     others = [scoring.other(method, scores) for method in recipe.score.compare]
-    if distributed.leads():
+    if distributed.is_main():
         scores = scoring.shown(scores, others)
     if recipe.score.units is not None:
         scoring.units()
@@ -114,7 +114,7 @@ class Scoring:
         """unit_scores.json and its picture."""
         path, units, layers = self.directory.unit_scores, self.keys.units, self.keys.unit_layers
         self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
-        if distributed.leads():
+        if distributed.is_main():
             save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
 
     def _units(self, **how: Any) -> UnitScores:
@@ -131,8 +131,8 @@ class Scoring:
         if kept := self.directory.kept(path, kind.load, inputs, self.source.name):
             return kept
         found = measure(sweep_tokens=keys.sweep_tokens, seed=keys.seed, journal=journal, inputs=inputs)
-        distributed.wait()
-        if distributed.leads():
+        distributed.barrier()
+        if distributed.is_main():
             found.save(path)
             parts = re.compile(rf"{re.escape(journal.name)}(\.domain)?(\.\d+)?")  # of each process
             for part in self.directory.folder.iterdir():

@@ -101,7 +101,7 @@ def tune(
         return
     check_settings(tuning_settings(recipe))
     text = text or planned_text(recipe, source, data)
-    batch = distributed.processes() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
+    batch = distributed.world_size() * math.prod(int(keys.training.get(key, 1)) for key in BATCH)  # of a step, however it is shared out
     given = {**_of_recipe(inputs), "global batch": batch}
     if isinstance(text.corpus, StreamedText):
         given["domain"] = text.corpus.settings_digest  # each checkpoint keeps what was read; what was not may be repaired

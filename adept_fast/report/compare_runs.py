@@ -16,7 +16,7 @@ from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_sv
 from adept_fast.report.page import flatten, render
 from adept_fast.report.results import number, read_results
 from adept_fast.runtime.atomic_files import write_json, write_text
-from adept_fast.runtime.input_files import making_sense, read_yaml
+from adept_fast.runtime.input_files import as_input_error, read_yaml
 from adept_fast.runtime.provenance import inputs_of
 from adept_fast.tuning.trainer_log import read_log
 
@@ -129,7 +129,7 @@ def _load(folder: Path) -> EvaluatedRun:
     log = read_log(folder / "trainer_log.jsonl")
     tokens = next((entry.get("tokens") for entry in reversed(log) if entry.get("event") == "plan"), None)
     speeds = [entry["tokens_per_second"] for entry in log if entry.get("tokens_per_second")]
-    with making_sense(resolved, "restore it, or run adept-fast run again, which keeps it"):
+    with as_input_error(resolved, "restore it, or run adept-fast run again, which keeps it"):
         settings, seed = {key: value for key, value in flatten(recipe) if key not in NOT_THE_RECIPE}, int(recipe.get("seed", 0))
     return EvaluatedRun(folder, seed, settings, content, tokens, statistics.median(speeds) if speeds else None)
 

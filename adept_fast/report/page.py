@@ -18,7 +18,7 @@ from adept_fast.report.rates_chart import unit_rates
 from adept_fast.report.results import check, interval, is_finite, next_copy, number, resolve, table, verdict
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.input_files import making_sense, read_json
+from adept_fast.runtime.input_files import as_input_error, read_json
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.trainer_log import read_log
 
@@ -69,7 +69,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
 
     def checked(name: str, make: Callable[[], T]) -> T:
-        with making_sense(output_dir / name, "restore it, or delete it to make it again"):
+        with as_input_error(output_dir / name, "restore it, or delete it to make it again"):
             return make()
 
     context = {

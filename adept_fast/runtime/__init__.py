@@ -1,1 +1,1 @@
-"""What a run stands on: files, processes, progress, provenance."""
+"""Files, processes, progress and provenance."""

@@ -1,6 +1,6 @@
-"""Artefacts on disk: written in a staging folder beside their final name, fsynced, renamed. A half-written one is never found by name.
+"""Atomic writes: an artefact is written to a staging folder, fsynced and renamed, so that its final name never shows a partial one.
 
-A name that is a symbolic link is replaced, not followed. Files and folders get the permissions that the umask gives.
+A symbolic link at the final name is replaced, not followed. Files and folders get the permissions of the umask.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.errors import InputError
-from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.disk_errors import as_disk_error
 from adept_fast.runtime.staging_folder import modes, staging_folder
 from adept_fast.runtime.strict_json import dumps
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux
 
 
 def _sync(path: Path) -> None:
@@ -31,19 +31,19 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed and `path` stays as it was.
+    """Yield a temporary path, which replaces `path` at the end. After an exception it is removed and `path` is unchanged.
 
-    Raises InputError where `path` is a folder, and DiskError, which names it, for what the disk refuses.
+    Raises InputError if `path` is a folder, and DiskError, which names the file, for errors of the disk.
     """
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
-        raise InputError(f"{path}: a folder, where a file is to be written: move it away, or write elsewhere")
-    with naming(path):
+        raise InputError(f"{path}: a folder, but a file is to be written there: move it away, or write elsewhere")
+    with as_disk_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staging_folder(path.parent) as folder:
             staging = folder / path.name
             yield staging
-            staging.chmod(modes(folder)[0])  # safetensors writes files that their owner alone can read
+            staging.chmod(modes(folder)[0])  # safetensors writes files that only their owner can read
             _sync(staging)
             os.replace(staging, path)
             _sync(path.parent)
@@ -51,11 +51,11 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder, in one that exists. An existing `path` is an error: nothing is overwritten."""
+    """Yield a temporary folder, which is renamed to `path` at the end. Raises InputError if `path` exists. Its parent must exist."""
     path = Path(path)
     if os.path.lexists(path):
         raise InputError(f"{path} exists already: remove it or choose another output_dir")
-    with naming(path), staging_folder(path.parent) as folder:
+    with as_disk_error(path), staging_folder(path.parent) as folder:
         staging = folder / path.name
         staging.mkdir()
         yield staging
@@ -68,15 +68,15 @@ def staged_folder(path: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise InputError(f"{path} was made by another process meanwhile: remove it or choose another output_dir") from None
+            raise InputError(f"{path} was made by another process in the meantime: remove it or choose another output_dir") from None
         _sync(path.parent)
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name to write a folder to; on success it takes the place of `path`, which stays as it was until then."""
+    """Yield a path to create a folder at, which replaces `path` at the end. After an exception `path` is unchanged."""
     path = Path(path)
-    with naming(path), staging_folder(path.parent) as aside:
+    with as_disk_error(path), staging_folder(path.parent) as aside:
         new = aside / path.name
         yield new
         if os.path.lexists(path) and not _exchange(new, path):
@@ -88,7 +88,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths trade what they name, in one step; False where system or file system cannot."""
+    """Exchange two paths atomically. Returns False if the system or file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
@@ -97,8 +97,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder: by its own name it is whole or gone."""
-    with naming(path), staging_folder(path.parent) as leaving:
+    """Delete a folder atomically: it is renamed first, so that its name never shows a partial folder."""
+    with as_disk_error(path), staging_folder(path.parent) as leaving:
         os.rename(path, leaving / path.name)
 
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over items: items, not tokens, are what was sampled."""
+"""Bootstrap confidence intervals. Items are resampled, not tokens, because tokens of an item are dependent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGE = 1e200  # in place of inf
 
 
 def resampled(sums: Tensor, weights: Tensor, seed: int = 0, items: int | None = None, resamples: int = RESAMPLES) -> Tensor:
-    """Weighted means sum(sums) / sum(weights) of resamples of `items` whole items (none: as many as there are), fp64 [resamples, ...]."""
+    """Return weighted means sum(sums) / sum(weights) of resamples of `items` items (None: all), fp64 [resamples, ...]."""
     draws = torch.randint(len(weights), (resamples, items or len(weights)), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(resamples, len(weights), dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
     return _means(counts, sums, weights)
@@ -32,17 +32,19 @@ def _means(counts: Tensor, sums: Tensor, weights: Tensor) -> Tensor:
 def bootstrap(
     sums: Tensor, weights: Tensor, seed: int = 0, statistic: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean sum(sums) / sum(weights) over items, and its 95 % percentile interval from 2,000 resamples of whole items.
+    """Compute the weighted mean sum(sums) / sum(weights) over items, and its 95 % percentile interval from 2,000 resamples of items.
 
-    sums: [items, ...] in any unit, NaN where an item was not measured (it then counts in neither sum), inf for what is past all others
-    (so are the means that it counts in); weights: [items], say supervised tokens. statistic: what is wanted of means [n, ...], itself
-    [n, ...]; none: the means. Returns value, low, high, fp64, without [n].
+    sums: [items, ...], in any unit. NaN: not measured; the item counts in neither sum. inf makes the means that it is in inf.
+    weights: [items], for example numbers of supervised tokens.
+    statistic: function of means [n, ...] that returns [n, ...]; None: the means themselves.
+
+    Returns value, low, high: fp64, of the shape of one item (0-d for sums [items]).
     """
     statistic = statistic or (lambda means: means)
     value = statistic(_means(torch.ones(1, len(weights), dtype=torch.float64), sums, weights))[0]
     found = statistic(resampled(sums, weights, seed))
     endless = found.isinf()
     low, high = torch.nanquantile(found.where(~endless, LARGE), TAILS, dim=0)
-    if bool(endless.any()):  # between inf and inf torch interpolates to NaN
+    if bool(endless.any()):  # torch interpolates between inf and inf to NaN
         low, high = (bound.where(bound < LARGE / 1e100, torch.inf) for bound in (low, high))
     return (value, low, high) if sums.ndim > 1 else (value[0], low[0], high[0])

@@ -1,8 +1,7 @@
-"""What the command line shows of the logger "adept_fast": what a terminal or a pipe sees, and what of several processes.
+"""The command line's handler of the logger "adept_fast": which messages go to stdout and stderr, and from which process.
 
-Every module logs under its own name: news as INFO, what its reader should act on as WARNING. Nothing is attached at import, so a library
-user's logging decides; `attached` is the command line's. A run does not depend on its streams: a week of work does not end because nobody
-reads along.
+Every module logs under its own name: progress of the work as INFO, faults that the user should act on as WARNING. No handler is installed
+at import, so that users of the library configure logging themselves. A run goes on when stdout or stderr cannot be written to any more.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Console(logging.Handler):
-    """Prints each message at once, as it is: progress to stderr, errors there too with the command's name, all else to stdout."""
+    """Prints messages without buffering: progress and errors to stderr, everything else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR:
@@ -32,19 +31,19 @@ class Console(logging.Handler):
 
 
 def leading(record: logging.LogRecord) -> bool:
-    """A handler's filter: of several processes, all report errors, and only the first one reports anything else."""
+    """Filter of the handler: pass errors of every process, and all other messages of the first one only."""
     return record.levelno >= logging.ERROR or not _rank()
 
 
 @contextmanager
 def attached() -> Iterator[None]:
-    """Show what adept_fast logs, from INFO up, on stdout and stderr."""
+    """Show messages of adept_fast from INFO up on stdout and stderr."""
     package, console = logging.getLogger(PACKAGE), Console()
     console.addFilter(leading)
     before = package.level, package.propagate
     package.addHandler(console)
     package.setLevel(logging.INFO)
-    package.propagate = False  # a library that configures the root logger would show each line twice
+    package.propagate = False  # else a root logger that a library has configured prints every line again
     try:
         yield
     finally:
@@ -55,7 +54,7 @@ def attached() -> Iterator[None]:
 
 @contextmanager
 def outliving(stream: TextIO) -> Iterator[None]:
-    """Drop what goes to a stream that cannot be written to any more; that is said, once, on stderr."""
+    """Redirect a stream to /dev/null when it cannot be written to any more. For stdout, log that once."""
     try:
         yield
     except OSError as error:
@@ -65,20 +64,22 @@ def outliving(stream: TextIO) -> Iterator[None]:
 
 
 def open_missing() -> None:
-    """Give stdin, stdout and stderr that were closed at the start to nothing: else the next file that is opened would take their place,
-    and what a library prints would end in it."""
+    """Open /dev/null for stdin, stdout and stderr that are closed at the start.
+
+    Otherwise the next opened file would get their descriptor, and output of libraries would go into it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
 
 
 def _print(line: str, stream: TextIO) -> None:
-    """Print a line; what the stream's encoding lacks is escaped."""
+    """Print a line. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     with outliving(stream):
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
@@ -93,5 +94,5 @@ def _to_nowhere(stream: TextIO) -> None:
 
 
 def _rank() -> int:
-    """This process's number, as its launcher says; torch need not be imported for it."""
+    """Return the rank that the launcher has set, without importing torch."""
     return int(os.environ.get("RANK", "0"))

@@ -1,4 +1,4 @@
-"""What a disk or a limit of the system refuses, told in a line with the file and the way out."""
+"""Errors of the disk and limits of the system as one line with the file and the remedy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from adept_fast.errors import InputError
 
-OF_RUST = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
-OF_TORCH = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs|iostream error")  # of torch.save
-UNKNOWN = 0  # the errno that torch.save does not keep
+SAFETENSORS_ERROR = re.compile(r"\(os error (\d+)\)")
+TORCH_SAVE_ERROR = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs|iostream error")
+UNKNOWN = 0  # torch.save does not report the errno
 REMEDIES = {
     errno.ENOSPC: "make room on its disk",
     errno.EDQUOT: "make room within the quota",
@@ -24,7 +24,7 @@ REMEDIES = {
     errno.EPERM: "give yourself the permission",
     errno.EROFS: "make its file system writable, or write elsewhere",
     errno.EIO: "check its disk",
-    errno.ENOENT: "it, or its folder, was removed meanwhile: put it back",
+    errno.ENOENT: "it, or its folder, was removed in the meantime: put it back",
     errno.ENAMETOOLONG: "take a shorter name",
     errno.ESTALE: "mount its file system again",
     UNKNOWN: "make room on its disk, or check it",
@@ -32,40 +32,42 @@ REMEDIES = {
 
 
 class DiskError(OSError):
-    """An OSError whose text is the whole line that a user needs."""
+    """An OSError whose text is the complete line for the user."""
 
     def __str__(self) -> str:
         return str(self.args[1])
 
 
-def number_of(error: BaseException) -> int | None:
-    """The errno that an exception stands for, whatever library raised it; None for one that stands for none."""
+def errno_of(error: BaseException) -> int | None:
+    """Return the errno of an exception of Python, safetensors or torch.save; None if it is no error of the system."""
     if isinstance(error, OSError):
         return error.errno
-    if found := OF_RUST.search(str(error)):
+    if found := SAFETENSORS_ERROR.search(str(error)):
         return int(found[1])
-    return UNKNOWN if OF_TORCH.search(str(error)) else None
+    return UNKNOWN if TORCH_SAVE_ERROR.search(str(error)) else None
 
 
-def told(path: object, number: int) -> str:
-    """One line: the file, what the system said, the way out."""
+def disk_error_line(path: object, number: int) -> str:
+    """Format the file, the system's message and the remedy as one line."""
     what = os.strerror(number) if number != UNKNOWN else "could not be written"
     return f"{path}: {what}: {REMEDIES.get(number, 'see that it can be written')}, then the same command goes on"
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let what is refused while `path` is written be a DiskError that names it. An error that names a file neither `path` nor beneath
-    its folder, which was read then, stays as it is."""
+def as_disk_error(path: Path) -> Iterator[None]:
+    """Convert errors of the disk, raised while `path` is written, to a DiskError that names it.
+
+    An error about a file outside of the folder of `path` was raised by reading, and is passed on.
+    """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        number, named = number_of(error), getattr(error, "filename", None)
+        number, named = errno_of(error), getattr(error, "filename", None)
         if number is None or (named is not None and not isinstance(error, DiskError) and not _beneath(named, path.parent)):
             raise
-        raise DiskError(number, told(path, number)) from error
+        raise DiskError(number, disk_error_line(path, number)) from error
 
 
 def _beneath(file: object, folder: Path) -> bool:

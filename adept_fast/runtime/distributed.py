@@ -1,4 +1,4 @@
-"""Several processes of one run, as torchrun starts them: who this one is, and sums over all."""
+"""The processes of one run, as torchrun starts them: rank, sums and barriers. All functions work in a single process too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Join the processes that torchrun started, where it did; each takes the CUDA device of its local rank."""
+    """Initialise torch.distributed if torchrun has started several processes. Each takes the CUDA device of its local rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -32,26 +32,26 @@ def rank() -> int:
     return distributed.get_rank() if active() else 0
 
 
-def processes() -> int:
+def world_size() -> int:
     return distributed.get_world_size() if active() else 1
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every n-th of the items, of n processes: this one's."""
-    return items[rank() :: processes()]
+    """Return every n-th item for n processes, beginning with this process's rank."""
+    return items[rank() :: world_size()]
 
 
 def differing(values: Mapping[str, Any]) -> list[str]:
-    """Names of the values that are not the same in all processes, each of which gives the same names."""
+    """Return the names of values that differ between processes. All must pass the same names."""
     if not active():
         return []
-    found: list[Any] = [None] * processes()
+    found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, values)
     return [name for name in values if any(each[name] != values[name] for each in found)]
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on its own device."""
+    """Sum a tensor over all processes. The result is on the tensor's device."""
     if not active():
         return values
     device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")
@@ -60,8 +60,8 @@ def total(values: Tensor) -> Tensor:
     return summed.to(values.device)
 
 
-def of_first(value: T) -> T:
-    """What the first process has, in all."""
+def broadcast(value: T) -> T:
+    """Return the first process's value in all processes."""
     if not active():
         return value
     found = [value]
@@ -69,23 +69,23 @@ def of_first(value: T) -> T:
     return found[0]
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes, before as after they have joined."""
+def is_main() -> bool:
+    """Whether this is the process that writes files. May be called before `join`."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def wait() -> None:
+def barrier() -> None:
     if active():
         distributed.barrier()
 
 
 @contextmanager
 def staged_together(path: Path) -> Iterator[Path]:
-    """artefacts.staged_folder for processes that share a file system: all write into one folder, which gets its name when all have."""
+    """Yield one staged_folder to all processes, which share a file system. It is renamed when all have left."""
     with ExitStack() as stack:
         staging = [str(stack.enter_context(staged_folder(path))) if rank() == 0 else ""]
         if active():
             distributed.broadcast_object_list(staging)
         yield Path(staging[0])
-        wait()
-    wait()
+        barrier()
+    barrier()

@@ -1,4 +1,4 @@
-"""The part of a sharded (DTensor) parameter that this process holds: local tensors, the multipliers and element numbers of that part."""
+"""DTensors: the local part of this process, its place in the global tensor, and sums over the mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Mesh(NamedTuple):
-    """What a local sum must be reduced over: these dimensions of a device mesh."""
+    """The dimensions of a device mesh over which local sums must be reduced."""
 
     device_mesh: DeviceMesh
     dims: tuple[int, ...]
@@ -31,11 +31,11 @@ class Mesh(NamedTuple):
 class Shard(NamedTuple):
     """The part of a global tensor that this process holds.
 
-    held: (first index, count) per dimension of the global shape.
-    first_index: number of the part's first element in the global row-major tensor where the part is a range of rows, as FSDP2's are, so
-        that stochastic rounding does not depend on the number of processes. Otherwise k times the global number of elements for part k,
-        counted row-major over the mesh dimensions that shard: no two parts share a number, and one layout always gives the same.
-    mesh: what it is sharded over; None where every process holds all of it.
+    held: (first index, count) for each dimension of the global shape.
+    first_index: number of the part's first element, for stochastic rounding. A range of rows, as in FSDP2, has its number in the
+        global row-major tensor, so that rounding does not depend on the number of processes. Other parts have k times the global
+        number of elements, k being the part's row-major number in the sharding mesh dimensions.
+    mesh: the mesh that the tensor is sharded over; None if every process holds all of it.
     """
 
     held: tuple[tuple[int, int], ...]
@@ -43,7 +43,7 @@ class Shard(NamedTuple):
     mesh: Mesh | None
 
     def multipliers(self, rates: Tensor, dim: int) -> Tensor:
-        """The part, as a view, of `rates` (one per index of the global dimensions dim, dim + 1, ...; 0-d for the whole parameter)."""
+        """Return this part of `rates`, one per index of the global dimensions dim, dim + 1, ..., as a view."""
         for axis in range(rates.ndim):
             rates = rates.narrow(axis, *self.held[dim + axis])
         return rates
@@ -53,21 +53,20 @@ _PLAIN = (Parameter, Tensor)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether `tensor` is a DTensor, of whatever placements; imports nothing to find out."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor without it
+    """Whether `tensor` is a DTensor, whatever its placements. Does not import torch.distributed.tensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist without it
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def in_shards(model: Module) -> bool:
-    """Whether processes hold parts of a model."""
+    """Whether a parameter of the model is a DTensor."""
     return any(map(is_sharded, model.parameters()))
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The plain tensor that holds this process's part of a DTensor; other tensors as they are.
+    """Return the local tensor of a DTensor, and other tensors unchanged.
 
-    With `like`, a DTensor of other placements is redistributed to those of `like` first: tensor parallelism leaves the gradient of a
-    replicated parameter Partial.
+    like: redistribute to the placements of this DTensor first. Tensor parallelism gives a replicated parameter a Partial gradient.
     """
     if type(tensor) in _PLAIN or not is_sharded(tensor):
         return tensor
@@ -76,11 +75,11 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     if like is not None and is_sharded(like) and tensor.placements != like.placements:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     part = tensor._local_tensor
-    return part.wait() if hasattr(part, "wait") else part  # an unfinished collective
+    return part.wait() if hasattr(part, "wait") else part  # an asynchronous collective
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The global tensor of which this process holds `part`, cut as the DTensor `like` is; any other `like`: `part` itself. Collective."""
+    """Gather the global tensor from the parts of all processes, sharded as the DTensor `like`. If `like` is none, return `part`."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -92,10 +91,9 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_of(param: Tensor) -> Shard | None:
-    """Which part of `param` this process holds; None for a plain tensor.
+    """Locate this process's part of a DTensor; None for a plain tensor.
 
-    Raises InputError for a placement that gives no block of the global tensor, and for a local tensor that is not the block its placements
-    give.
+    Raises InputError if the part is no block of the global tensor, or the local tensor has another shape than its placements give.
     """
     if type(param) in _PLAIN or not is_sharded(param):
         return None
@@ -108,10 +106,13 @@ def shard_of(param: Tensor) -> Shard | None:
 
 
 def total(sum_of_squares: Callable[[Sequence[Tensor]], Tensor], grads: Sequence[Tensor], meshes: Sequence[Mesh | None]) -> Tensor:
-    """The sum of the squares of all elements of the global tensors of which `grads` are the local parts: fp64, 0-d, the same everywhere.
+    """Sum the squares of all elements of the global tensors: fp64, 0-d, the same in all processes.
 
-    meshes: per gradient, what it is sharded over. One all-reduce per distinct mesh and mesh dimension, in the order of first appearance, on
-    the mesh's kind of device. Every process must give the same meshes in the same order; its parts may be empty.
+    sum_of_squares: of local tensors, fp64, 0-d.
+    grads: local parts, which may be empty.
+    meshes: what each gradient is sharded over. All processes must pass the same meshes in the same order.
+
+    Takes one all-reduce per distinct mesh and mesh dimension, in the order of first appearance, on the mesh's type of device.
     """
     if all(mesh is None for mesh in meshes):
         return sum_of_squares(grads)
@@ -126,14 +127,14 @@ def _reduced(squares: Tensor, mesh: Mesh | None) -> Tensor:
     if mesh is None:
         return squares
     kind = mesh.device_mesh.device_type
-    if squares.device.type != kind:  # offloaded to the CPU, while the collectives may be NCCL's
+    if squares.device.type != kind:  # offloaded to the CPU, which NCCL's collectives do not support
         squares = squares.to(kind)
     for dim in mesh.dims:
         torch.distributed.all_reduce(squares, group=mesh.device_mesh.get_group(dim))
     return squares
 
 
-# By value: a weak reference to a DTensor parameter would forbid Module.to, which swaps such tensors.
+# Cached by value, because weak references to a DTensor parameter would break Module.to, which swaps such tensors.
 @cache
 def _layout(
     shape: tuple[int, ...],
@@ -142,7 +143,7 @@ def _layout(
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
 ) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, ...]]:
-    """(held and first_index of Shard, the mesh dimensions that shard)."""
+    """Return held and first_index of Shard, and the mesh dimensions that shard."""
     held = [(0, size) for size in shape]
     for dim, cuts in _cuts(shape, placements, mesh_shape).items():
         for mesh_dim in cuts:
@@ -153,7 +154,7 @@ def _layout(
     if tuple(count for _, count in held) != local_shape:
         raise InputError(
             f"a parameter of shape {tuple(shape)} with placements {placements} on a mesh of shape {mesh_shape} has a local shape of "
-            f"{tuple(local_shape)} where chunks give {tuple(count for _, count in held)}; shard it with fully_shard or distribute_tensor"
+            f"{tuple(local_shape)}, and must have {tuple(count for _, count in held)}; shard it with fully_shard or distribute_tensor"
         )
     dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh_shape[i] > 1)
     if tuple(local_shape[1:]) == tuple(shape[1:]):
@@ -165,10 +166,10 @@ def _layout(
 
 
 def _cuts(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh_shape: tuple[int, ...]) -> dict[int, list[int]]:
-    """Per sharded dimension the mesh dimensions that cut it, in the order in which they do.
+    """Map each sharded dimension to the mesh dimensions that split it, in the order of the splits.
 
-    That is from left to right, except that a _StridedShard, which FSDP leaves of what tensor parallelism had cut before it, comes after
-    the `split_factor` chunks of mesh dimensions to its right.
+    The order is from left to right. A _StridedShard, which FSDP makes of a dimension that tensor parallelism has split, is an exception: it
+    comes after the mesh dimensions to its right that make `split_factor` chunks.
     """
     result: dict[int, list[int]] = {}
     for i in reversed(range(len(placements))):

@@ -1,4 +1,4 @@
-"""Files that somebody gave: only regular ones are opened, records up to a bound, and whatever is wrong with one names it."""
+"""Opens and parses files of the user. Errors are InputErrors that name the file; only regular files of bounded size are read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 from adept_fast.errors import InputError
 from adept_fast.runtime.strict_json import loads
-from adept_fast.runtime.yaml_text import parsed
+from adept_fast.runtime.yaml_text import parse_yaml
 
-LARGEST_RECIPE = 1 << 20  # bytes; the longest in use has some thousands
-LARGEST_RECORD = 1 << 28  # bytes of a JSON record; the index of a checkpoint of a million tensors has 100 MB
-GIVEN_WRONG = {
+LARGEST_RECIPE = 1 << 20  # bytes; recipes have some thousands
+LARGEST_RECORD = 1 << 28  # bytes of a JSON file; the index of a checkpoint of a million tensors has 100 MB
+USER_ERRORS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
     errno.ENAMETOOLONG: "no such file: its name is too long",
@@ -33,14 +33,14 @@ KINDS = (
 
 
 def open_input(path: str | Path) -> BinaryIO:
-    """Open a file for reading in binary; links are followed.
+    """Open a file for binary reading. Links are followed.
 
-    Raises InputError for one that is missing, may not be read, or is no regular file: a pipe could wait, a device go on, for ever. What
-    the machine does not allow (too many open files, a failing disk) stays an OSError.
+    Raises InputError if it is missing, not readable or not regular: reading a pipe or device might never end. Errors of the machine (too
+    many open files, a failing disk) stay OSErrors.
     """
     try:
         _require_regular(path, os.stat(path).st_mode)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it have become a pipe since then
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # in case it has become a pipe since
         try:
             _require_regular(path, os.fstat(descriptor).st_mode)
             return os.fdopen(descriptor, "rb")
@@ -48,17 +48,17 @@ def open_input(path: str | Path) -> BinaryIO:
             os.close(descriptor)
             raise
     except OSError as error:
-        if error.errno not in GIVEN_WRONG:
+        if error.errno not in USER_ERRORS:
             raise
-        raise InputError(f"{_one_line(path)}: {GIVEN_WRONG[error.errno]}") from None
+        raise InputError(f"{_one_line(path)}: {USER_ERRORS[error.errno]}") from None
     except InputError:
         raise
-    except ValueError:  # a NUL or half a character in the name
+    except ValueError:  # a NUL or a lone surrogate in the name
         raise InputError(f"{_one_line(path)}: no such file") from None
 
 
 def regular(path: str | Path) -> Path:
-    """The path of a file that others are to open. Raises InputError where open_input does."""
+    """Check a file that a library will open, and return its path. Raises InputError as open_input does."""
     open_input(path).close()
     return Path(path)
 
@@ -75,20 +75,20 @@ def _one_line(path: str | Path) -> str:
 
 
 def read_text(path: str | Path, largest: int = LARGEST_RECORD) -> str:
-    """The text of a file in UTF-8. Raises InputError for other bytes, or more than `largest` of them."""
+    """Read a UTF-8 file of at most `largest` bytes. Raises InputError if it is longer or not UTF-8."""
     with open_input(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
-        raise InputError(f"{path}: more than {largest:,} bytes, which is no such file as is expected here")
+        raise InputError(f"{path}: more than {largest:,} bytes, too large for a file of this kind: give another file")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not a text in UTF-8 (byte {content[error.start]:#04x}): save it as UTF-8") from None
+        raise InputError(f"{path}:{line}: not UTF-8 text (byte {content[error.start]:#04x}): save it as UTF-8") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or malformed file is an InputError that names it (and the line). No key stands there twice."""
+    """Read a JSON object. Raises InputError, naming the file, if it is missing, malformed, no object, or has a key twice."""
 
     text = read_text(path)
     try:
@@ -102,10 +102,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
-    """What a record's content breaks, while sense is made of it, is an InputError that names the file and the way out.
+def as_input_error(path: str | Path, remedy: str) -> Iterator[None]:
+    """Convert exceptions about the content of `path` to an InputError that names it and the remedy.
 
-    For reading and drawing alone: neither training nor writing goes on in it, so that no fault of theirs is taken for one of the file.
+    Only for code that reads and plots. Training and writing must be outside, so that their errors are not blamed on the file.
     """
     try:
         yield
@@ -113,13 +113,13 @@ def making_sense(path: str | Path, remedy: str) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise InputError(f"{path}: {error}: {remedy}") from error
-    except _of_content() as error:
+    except _content_errors() as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{path}: not as it was written ({reason[:200]}): {remedy}") from error
 
 
-def _of_content() -> tuple[type[Exception], ...]:
-    """What wrong content raises in Python, and in readers of safetensors files, templates of pages and configs where they are loaded."""
+def _content_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that wrong content raises in Python and in the imported ones of safetensors, jinja2 and huggingface_hub."""
     loaded = (
         (sys.modules.get("safetensors"), "SafetensorError"),
         (sys.modules.get("jinja2"), "TemplateError"),
@@ -130,8 +130,8 @@ def _of_content() -> tuple[type[Exception], ...]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The same for YAML, as recipe.yaml is kept in."""
-    content = parsed(read_text(path, LARGEST_RECIPE), f"{path}:")
+    """Read a YAML mapping, as read_json does."""
+    content = parse_yaml(read_text(path, LARGEST_RECIPE), f"{path}:")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, found {type(content).__name__}: restore it")
     return content

@@ -1,7 +1,7 @@
-"""The C library's allocator, for work that allocates and frees the same large blocks over and over.
+"""Settings of glibc's allocator for work that allocates and frees the same large blocks repeatedly.
 
-glibc gives freed memory at the top of its heap back to the system and takes it again page by page, each a fault: up to a tenth of a
-sweep's time, and a fifth of that of a short sequence's backward.
+By default glibc returns freed memory at the top of its heap to the system, and gets it back page by page with a fault each. That took up to
+a tenth of the time of a scoring sweep, and a fifth of that of the backward of a short sequence.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST = 32 * 2**20  # to which glibc raises its mmap threshold by itself; the trim threshold follows at twice of it
+_LARGEST = 32 * 2**20  # glibc's largest own mmap threshold; its trim threshold is twice the mmap threshold
 _NEVER = 2**31 - 1
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep what is freed within for the next allocation, and give it back to the system at the end. Nothing without glibc."""
+    """Reuse freed memory inside, and return it to the system at the end. Does nothing without glibc."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield

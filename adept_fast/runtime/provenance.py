@@ -1,4 +1,4 @@
-"""What an artefact was made from: a flat record of inputs, compared before it is used again."""
+"""Provenance of an artefact: a flat mapping of its inputs, which is compared before the artefact is reused."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from adept_fast.errors import InputError
 
 
 def digest(content: Any) -> str:
-    """sha256 of a JSON-like value."""
+    """Return the sha256 of a JSON-like value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def inputs_of(record: Any) -> Mapping[str, Any]:
-    """What a record says of them: an object, or a table as it was read."""
+    """Return the inputs of a record, which is an object or a mapping read from JSON."""
     inputs: Mapping[str, Any] = record.get("inputs", {}) if isinstance(record, Mapping) else record.inputs
     return inputs
 
 
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs that differ."""
+    """Return the names of the inputs that differ."""
     now = json.loads(json.dumps(now, default=str))
     return sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
 
@@ -31,8 +31,10 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def require_same(
     path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str, explained: Mapping[str, str] = {}
 ) -> None:
-    """Raise InputError, naming what differs, for an artefact that was made from another model or with other settings. explained: what it
-    means that an input differs, by its name, where that is not plain."""
+    """Raise InputError, naming the inputs that differ, if an artefact was made from another model or with other settings.
+
+    explained: input -> explanation of the difference, for the message.
+    """
     differing = changed(recorded, now)
     if "model" in differing:
         raise InputError(f"{path} belongs to another model than {model}: choose another output_dir")

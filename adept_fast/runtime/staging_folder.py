@@ -1,7 +1,7 @@
-"""A folder of this process's own, beside where an artefact is to stand, in which it is written until it is whole.
+"""Staging folders: an artefact is written to one, beside its final name, until it is complete.
 
-Its name is random, in a form that nothing else has, and its process holds a lock in it. So what a killed process left is told from what
-another one is writing, and from the files of anybody else.
+The name is random in a reserved form, and the process holds a lock inside. So leftovers of killed processes are distinguished from folders
+that another process is writing to, and from files of the user.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ LOCK = ".adept_fast.lock"
 
 @contextmanager
 def staging_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new folder in `parent`, which is deleted afterwards with all that is left in it. What killed processes left goes first."""
+    """Yield a new folder in `parent`, and delete it with its content at the end. Deletes leftovers of killed processes first."""
     remove_leftovers(parent)
     folder, lock = _made(parent)
     try:
         yield folder
     finally:
-        with suppress(OSError):  # the next one removes it
+        with suppress(OSError):  # the next call removes it
             _remove(folder)
         os.close(lock)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete the staging folders in `parent` whose processes have ended; one that cannot be deleted stays."""
+    """Delete the staging folders of ended processes in `parent`. Folders that cannot be deleted are ignored."""
     with os.scandir(parent) as entries:
         folders = [entry.path for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
     for folder in map(Path, folders):
@@ -42,12 +42,12 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def modes(folder: Path) -> tuple[int, int]:
-    """The permissions that the umask gives to a file and to a folder, as those of this staging folder have them."""
+    """Return the permissions that the umask gives to files and to folders, read from a staging folder."""
     return os.stat(folder / LOCK).st_mode & 0o7777, os.stat(folder).st_mode & 0o7777
 
 
 def locked(descriptor: int) -> bool | None:
-    """Whether the file could be locked: False where another process has it, None where its file system has no locks."""
+    """Try to lock a file. Returns False if another process holds the lock, None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -63,7 +63,7 @@ def _made(parent: Path) -> tuple[Path, int]:
         folder.mkdir()
         try:
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # taken for a leftover, in the moment before it was locked
+        except FileNotFoundError:  # deleted as a leftover before it was locked
             continue
         except OSError:
             with suppress(OSError):
@@ -77,7 +77,7 @@ def _made(parent: Path) -> tuple[Path, int]:
 def _remove_where_left(folder: Path) -> None:
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:  # killed before there was a lock, or when all but the folder was gone
+    except FileNotFoundError:  # its process was killed before it made the lock, or after it removed it
         folder.rmdir()
         return
     try:
@@ -88,7 +88,7 @@ def _remove_where_left(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The lock goes last: while it stands what is left can be told for what it is."""
+    """Delete the folder, the lock last, because it marks the folder as ours."""
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,4 +1,4 @@
-"""JSON as its standard has it, which knows neither NaN nor infinity: every file that this package writes is read by any reader."""
+"""Standard JSON, without NaN and infinity, so that every reader can parse the files that this package writes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 from typing import Any
 
-TAG = "__float__"  # transformers' own, in config.json: {"__float__": "Infinity"}
+TAG = "__float__"  # of transformers, in config.json: {"__float__": "Infinity"}
 TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(content: Any, indent: int | None = None, sort_keys: bool = False) -> str:
-    """One JSON value. Raises ValueError for a number that is not finite: whoever has one says what it means, see `finite`."""
+    """Serialise a value. Raises ValueError for NaN and infinity: callers convert them, see `finite`."""
     return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
 
 
@@ -33,17 +33,17 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def finite(content: Any) -> Any:
-    """The same with null for each number that is not finite: a value that is not there, or past all others."""
+    """Replace NaN and infinity by None."""
     return _mapped(content, None)
 
 
 def tagged(content: Any) -> Any:
-    """The same with infinities as transformers writes them in a config, which a Mamba's time_step_limit has, say."""
+    """Replace infinities as transformers does in config.json; Mamba's time_step_limit has one, for example."""
     return _mapped(content, {value: {TAG: name} for name, value in TAGGED.items()})
 
 
 def untagged(content: Any) -> Any:
-    """What `tagged` was given."""
+    """Invert `tagged`."""
     if isinstance(content, dict):
         if content.keys() == {TAG} and content[TAG] in TAGGED:
             return TAGGED[content[TAG]]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from adept_fast.errors import InputError
 from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.scoring.settings import Budget
-from adept_fast.settings.validation import check, under
+from adept_fast.settings.validation import check, prefixed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def check_budget(budget: Mapping[str, float], costs: LayerCosts, candidates: Seq
     known = [entry.name for entry in fields(Budget)]
     if not budget or not set(known).issuperset(budget):
         raise InputError(f"budget takes {' and '.join(known)}, shares of full training, found {dict(budget)}", "budget")
-    with under("budget."):
+    with prefixed("budget."):
         check(Budget, needed=True, **budget)
     for name, share in budget.items():
         if share < (least := min(costs.shares([layer])[name] for layer in candidates)):

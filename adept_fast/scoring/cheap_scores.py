@@ -47,7 +47,7 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
     sums = torch.zeros(shape, dtype=torch.float64)
     parameters = [parameter for layer in layers for parameter in layer.parameters()] if method in ("cumulative", "rank", "fisher") else []
     with only_these_require_grad(model, parameters):
-        for index in Progress(range(distributed.rank(), len(items), distributed.processes()), desc=method, unit="item"):
+        for index in Progress(range(distributed.rank(), len(items), distributed.world_size()), desc=method, unit="item"):
             if method == "gate":
                 sums[index] = _gate(model, items[index])
             elif method == "block_influence":

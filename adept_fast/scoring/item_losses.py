@@ -94,7 +94,7 @@ class Measuring:
         header = {
             "model": [config.name_or_path, str(masks.model.dtype), digest(config.to_dict())],
             **shared,
-            "processes": distributed.processes(),
+            "processes": distributed.world_size(),
             "inputs": dict(inputs or {}),
         }
         path = journal and journal.with_name(f"{journal.name}.{distributed.rank()}" if distributed.rank() else journal.name)
@@ -113,7 +113,7 @@ class Measuring:
         parts = range(self.masks.count) if parts is None else parts
         packs = pack(self.items, indices, self.masks.plan.pack, "all" in self.names)
         costs = [self.masks.flops(each, parts) for each in packs]
-        mine = _shares(costs, distributed.processes())[distributed.rank()]
+        mine = _shares(costs, distributed.world_size())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(parts), dtype=torch.float64)
         total = sum(costs[at] for at in mine)
         with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True) as bar:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.disk_errors import as_disk_error
 from adept_fast.runtime.strict_json import dumps
 
 
@@ -38,7 +38,7 @@ class Journal:
             self._file.close()
             self._file = self._rewritten()
         row = {"key": key, "measured": measure()}
-        with naming(self.path):
+        with as_disk_error(self.path):
             self._file.write(dumps(row) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())

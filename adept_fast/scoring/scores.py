@@ -14,7 +14,7 @@ from torch import Tensor
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file, write_json
 from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
-from adept_fast.runtime.input_files import making_sense, read_json, regular
+from adept_fast.runtime.input_files import as_input_error, read_json, regular
 from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.settings.validation import check, require, shown
@@ -148,7 +148,7 @@ class Profiled:
         scores, items = cls.of(read_json(path), path), _items_path(path)
         if not items.is_file():
             return scores
-        with making_sense(items, AGAIN):
+        with as_input_error(items, AGAIN):
             return replace(scores, per_item=_load_items(items, len(scores.values)))
 
     @classmethod
@@ -156,7 +156,7 @@ class Profiled:
         """Build scores from the content of `path`, without per_item."""
         if content.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: {AGAIN}")
-        with making_sense(path, AGAIN):
+        with as_input_error(path, AGAIN):
             content = dict(content)
             content["profiles"] = {name: Profile(**_infinities(_tuples(entry))) for name, entry in content["profiles"].items()}
             if content.get("costs"):

@@ -1,1 +1,1 @@
-"""Settings: their declaration, their checks, and how they are written."""
+"""Settings: declaration, checks, and parsing of YAML and key=value."""

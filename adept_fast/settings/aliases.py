@@ -1,4 +1,4 @@
-"""What users of transformers, TRL, LLaMA-Factory, Axolotl and torch type, and the key that they mean."""
+"""Names that other tools (transformers, TRL, LLaMA-Factory, Axolotl, torch) use for a setting, and suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 MODEL, TARGET, DOMAIN = ("model_name_or_path", "source", "base"), ("output_dir", "target"), ("domain",)
 BATCH, EPOCHS = ("tune.per_device_train_batch_size",), ("tune.num_train_epochs",)
-MEANT = {
+ALIASES = {
     **dict.fromkeys(("model", "model_name", "model_path", "base_model", "model_id", "pretrained_model_name_or_path", "checkpoint"), MODEL),
     **dict.fromkeys(("model_revision",), ("revision",)),
     **dict.fromkeys(("torch_dtype", "precision", "load_dtype"), ("dtype",)),
@@ -18,7 +18,7 @@ MEANT = {
     **dict.fromkeys(("general", "calibration", "calib", "probe_data", "benchmark"), ("probe",)),
     **dict.fromkeys(("eval_dataset", "eval_file", "eval_data", "validation_file", "val_file", "test_file"), ("eval.domain",)),
     **dict.fromkeys(("output", "out", "out_dir", "outdir", "output_path", "output_folder", "save_dir", "dir", "destination"), TARGET),
-    **{"output_dir": ("target",), "model_name_or_path": ("source", "base")},  # where a command has no such key
+    **{"output_dir": ("target",), "model_name_or_path": ("source", "base")},  # for commands without such a key
     **dict.fromkeys(("random_seed", "manual_seed", "data_seed"), ("seed",)),
     **dict.fromkeys(("lr", "rate", "learning_rates", "base_lr", "max_lr"), ("tune.learning_rate",)),
     **dict.fromkeys(("epochs", "epoch", "num_epochs", "n_epochs", "max_epochs", "train_epochs"), EPOCHS),
@@ -44,15 +44,17 @@ MEANT = {
     **dict.fromkeys(("init", "initialization", "layer_init"), ("expand.initialisation",)),
     **dict.fromkeys(("max_samples", "limit", "num_samples"), ("score.max_items", "eval.max_items")),
 }
-"""A word -> the keys that it may stand for, of which the first is meant that there is: each command has its own keys."""
+"""A name -> keys that it may stand for. The first that the command has is suggested."""
 
 
-def meant(key: str, known: Collection[str]) -> tuple[str, ...]:
-    """The keys, of all that are `known` by their full names, that somebody means who writes `key`: by the table above, by the same name in
-    another table, else by the nearest name there; none where nothing is near."""
+def suggestions(key: str, known: Collection[str]) -> tuple[str, ...]:
+    """Suggest keys for an unknown one: by ALIASES, by the same name in another table, else by the nearest name. May be empty.
+
+    key, known: full names, such as "tune.learning_rate".
+    """
     word = key.rpartition(".")[2].strip().lstrip("-").lower().replace("-", "_")
     last = {name: name.rpartition(".")[2] for name in known}
-    table = MEANT.get(word, ())
+    table = ALIASES.get(word, ())
     by_table = next((name for name in (*table, *(name.rpartition(".")[2] for name in table)) if name in last), None)
     if by_table:
         return (by_table,)

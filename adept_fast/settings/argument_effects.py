@@ -1,11 +1,11 @@
-"""What each of transformers' TrainingArguments does to a run, declared once: so a resume is barred by what changes it, and by nothing else.
+"""The effect of each of transformers' TrainingArguments on a run: a resume is refused if an argument that changes the run differs.
 
-An argument that stands in none of these tables, as one of a later transformers, counts as one that changes the run.
+An argument in none of these tables, such as one of a later transformers, counts as changing the run.
 """
 
 from __future__ import annotations
 
-NO_BIT = frozenset(
+NO_EFFECT = frozenset(
     (
         *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "report_to"),
         *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step"),
@@ -20,36 +20,21 @@ NO_BIT = frozenset(
         *("torch_empty_cache_steps", "ddp_timeout"),
     )
 )
-"""What is said, kept, measured and read ahead: every trained bit is the same. (Evaluations leave the random state alone: StagedTrainer.)"""
+"""Logging, saving, evaluation, prefetching: same trained bits. (StagedTrainer restores the random state after evaluations.)"""
 
 LAYOUT = frozenset(
     (
-        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # whose product over all processes is the global batch
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # the global batch itself is compared
         *("activation_checkpointing", "gradient_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
         *("use_cpu", "local_rank"),
         *("ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"),
         *("fsdp", "fsdp_config"),
     )
 )
-"""Where and in which pieces a global batch is computed: the same numbers to rounding, as on another number of processes."""
+"""Where and in which parts a global batch is computed: the same numbers up to rounding, as with another number of processes."""
 
 SCHEDULE = frozenset(("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"))
-"""How long a run is, and its learning rate over that: compared step by step, for the steps that are done (tuning/resume.py)."""
-
-CHANGES = frozenset(
-    (
-        *("learning_rate", "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-        *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
-        *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel"),
-        *("liger_kernel_config", "use_cache", "auto_find_batch_size"),
-        *("full_determinism", "seed", "data_seed", "accelerator_config", "parallelism_config", "deepspeed"),
-        *("dataloader_drop_last", "dataloader_in_order", "remove_unused_columns", "label_names"),
-        *("train_sampling_strategy", "length_column_name"),
-        "dataloader_persistent_workers",  # workers that are kept draw no new seed each epoch, so dropout goes on otherwise
-    )
-)
-
+"""Length and learning-rate schedule: compared for the steps that are done (tuning/resume.py)."""
 
 def changes_the_run(name: str) -> bool:
-    """Whether an argument of another value makes another run of it: every one that is not known to do less."""
-    return name not in NO_BIT | LAYOUT | SCHEDULE
+    return name not in NO_EFFECT | LAYOUT | SCHEDULE

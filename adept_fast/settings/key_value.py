@@ -1,7 +1,7 @@
-"""Frozen dataclasses from nested tables and "key.sub=value" overrides. An unknown key is an error that names the one that is meant.
+"""Builds frozen dataclasses from nested mappings and "key.sub=value" overrides. The error for an unknown key suggests a known one.
 
-A field may be of another such dataclass, of a class that reads a value itself (`of`), or a tuple. One whose metadata has "known" and
-"checked" takes the keys that are no field's: known() are their names, checked(key, value) the value to keep. values.py has how a value is
+The type of a field may be another such dataclass, a class with a constructor `of(value)`, or a tuple. A field whose metadata has "known"
+and "checked" takes the keys that are no field: known() returns their names, checked(key, value) the value. values.py defines how values are
 written, aliases.py what other tools call a key.
 """
 
@@ -12,19 +12,19 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
-from adept_fast.settings.aliases import meant
-from adept_fast.settings.validation import check, cut, options, shown, under
-from adept_fast.settings.values import given, read
+from adept_fast.settings.aliases import suggestions
+from adept_fast.settings.validation import check, cut, options, prefixed, shown
+from adept_fast.settings.values import parse_value, read
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-LISTED = 20  # known keys, in a message
+LISTED = 20  # known keys that a message lists at most
 
 
 def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
-    """The dataclass `kind` from "key.sub=value" overrides of `content`. Raises InputError for an unknown, wrong or missing key."""
+    """Build the dataclass `kind` from `content` and "key.sub=value" overrides. Raises InputError for an unknown, wrong or missing key."""
     content = dict(content or {})
     for override in overrides:
         _override(content, override)
@@ -32,20 +32,25 @@ def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any]
 
 
 def overridden(overrides: Sequence[str]) -> list[str]:
-    """Those that count for nothing, because the same key is given another value later; that is how a script's defaults are overridden."""
+    """Return the overrides that have no effect because a later one sets the same key."""
     last = {override.partition("=")[0]: override for override in overrides}
     return [override for override in overrides if last[override.partition("=")[0]] != override]
 
 
 def unknown(key: str, known: Iterable[str], prefix: str, everywhere: Collection[str] = ()) -> InputError:
-    """The error for a key that there is not. known: the keys of its table; everywhere: all keys, by their full names."""
+    """Make the error for an unknown key.
+
+    known: keys of its table.
+    prefix: of that table, such as "tune.".
+    everywhere: all keys, by their full names.
+    """
     known = sorted(known)
-    near = meant(prefix + key, everywhere or [prefix + name for name in known])
-    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/recipe.md says which there are"
+    near = suggestions(prefix + key, everywhere or [prefix + name for name in known])
+    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/recipe.md lists all"
     hint = f"did you mean {' or '.join(near)}?" if near else listed
-    if near == (prefix + key,):  # a dotted name, as the command line has it
+    if near == (prefix + key,):  # a dotted name as on the command line
         parents, _, last = key.rpartition(".")
-        hint = f"in a recipe it is written as a table: {': {'.join([*parents.split('.'), last])}: ...{'}' * (parents.count('.') + 1)}"
+        hint = f"in a recipe write it as a table: {': {'.join([*parents.split('.'), last])}: ...{'}' * (parents.count('.') + 1)}"
     return InputError(f"unknown key {prefix}{cut(key)}: {hint}")
 
 
@@ -71,10 +76,10 @@ def _override(content: dict[str, Any], override: str) -> None:
     for parent in parents:
         inner = table.get(parent) or {}
         if not isinstance(inner, Mapping):
-            raise InputError(f"{key}: {parent} is no table of settings, but {shown(inner)}")
+            raise InputError(f"{key}: {parent} is not a table of settings but {shown(inner)}")
         table[parent] = inner = dict(inner)
         table = inner
-    table[last] = given(text, key)
+    table[last] = parse_value(text, key)
 
 
 def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Collection[str]) -> T:
@@ -85,15 +90,15 @@ def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Co
         del declared[others.name]
         assert callable(others.default_factory)
         values[others.name], content = others.default_factory(), dict(content)
-        if isinstance(content.get(others.name), Mapping):  # as a resolved recipe has them
+        if isinstance(content.get(others.name), Mapping):  # a resolved recipe has them in their own table
             content |= content.pop(others.name)
     for key, value in content.items():
         if key in declared:
             values[key] = _read(value, hints[key], prefix + key, everywhere)
-            with under(prefix):
+            with prefixed(prefix):
                 check(cls, **{key: values[key]})
         elif others is not None and key in others.metadata["known"]():
-            with under(prefix):
+            with prefixed(prefix):
                 values[others.name][key] = others.metadata["checked"](key, value)
         else:
             raise unknown(str(key), [*declared, *(others.metadata["known"]() if others else ())], prefix, everywhere)
@@ -104,7 +109,7 @@ def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Co
 
 
 def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
-    """A value in the form that the field has it in, where there is one."""
+    """Convert a value to the type of its field. What cannot be converted stays, and fails the check of the field."""
     kind, _ = options(hint)
     nested = is_dataclass(kind)
     if hasattr(kind, "of"):

@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments as keys under `tune`: their defaults here, and what they may be beyond what their types say."""
+"""transformers' TrainingArguments as keys under `tune`: defaults, bounds, and the ones that are refused."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DEFAULTS = {
 }
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps", "save_total_limit")
 MORE_WHOLE = ("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout")
-PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")  # in whose place adept_fast.AdamW steps
-WSD = ("wsd", "warmup_stable_decay")  # the short name is none of transformers'
+PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")  # adept_fast.AdamW replaces these
+WSD = ("wsd", "warmup_stable_decay")  # transformers does not know the short name
 LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 BOUNDS: Mapping[str, Bounds] = {
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"), Range(0)),
@@ -35,8 +35,8 @@ BOUNDS: Mapping[str, Bounds] = {
     "num_train_epochs": Range(0, 1_000_000, above=True),
     "logging_steps": Range(0, above=True),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), Range(0, 1, below=True)),
-    **dict.fromkeys(("learning_rate", "adam_epsilon"), Range(0, 1)),  # AdamW moves each weight by about the rate in a step
-    "neftune_noise_alpha": Range(0, 1000),  # 5 to 15 are in use
+    **dict.fromkeys(("learning_rate", "adam_epsilon"), Range(0, 1)),  # AdamW changes a weight by about the learning rate per step
+    "neftune_noise_alpha": Range(0, 1000),  # 5 to 15 are common
     "optim": PLAIN_ADAMW,
     "torch_compile_mode": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "save_strategy": ("no", "steps", "epoch"),
@@ -49,7 +49,7 @@ HINTS = {
     **dict.fromkeys(("fsdp", "trackio_static_space_id"), bool | str | None),
     "debug": str,
 }
-"""Where transformers takes other values than its own hints say, or no text can hold what they say."""
+"""Type hints in place of transformers', which are narrower than what it accepts, or cannot be written as text."""
 SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "resume_from_checkpoint": "output_dir"}
 NOT_EVALUATED = (
     *("eval_strategy", "eval_on_start", "eval_delay", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
@@ -58,29 +58,28 @@ NOT_EVALUATED = (
 )
 HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
 REFUSED = {
-    "auto_find_batch_size": "out of memory, it would begin again with another batch than planned, in silence: "
+    "auto_find_batch_size": "after an out-of-memory error it would silently restart with a smaller batch: "
     "set per_device_train_batch_size and gradient_accumulation_steps",
-    "enable_jit_checkpoint": "it saves within a step, before rates and random numbers are those that a resumed run would have: "
-    "save_steps says how often a killed run can go on",
-    "use_cache": "packed documents are kept apart without a cache only",
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation would cast all weights for good: load the model in that dtype"),
-    **dict.fromkeys(("optim_args", "optim_target_modules"), "unit-wise rates need adept_fast.AdamW, with adam_beta1 and its like"),
-    "parallelism_config": "several processes share the work by DDP or FSDP2, as accelerate launch is told",
+    "enable_jit_checkpoint": "it saves in the middle of a step, which cannot be resumed exactly: set save_steps instead",
+    "use_cache": "packed documents are masked apart only without a cache",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation would cast the weights for good: load the model in that dtype"),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "unit-wise rates need adept_fast.AdamW, set adam_beta1 and so on"),
+    "parallelism_config": "choose DDP or FSDP2 by the options of accelerate launch",
 }
-"""What no trainer here can do right, and why: only the default is taken, from a recipe as from Python."""
+"""Arguments that no trainer here supports, and why: only their default is accepted, in recipes and from Python."""
 LEFT_OUT = {
     **REFUSED,
     **dict.fromkeys(NOT_EVALUATED, "held-out losses are logged every eval_steps, and nothing else is evaluated"),
-    **dict.fromkeys(HUB, "checkpoints hold the copies alone; publish output_dir/tuned when it is done"),
-    "ignore_data_skip": "a resumed run would train again on what it began with",
+    **dict.fromkeys(HUB, "checkpoints have only the copies; publish output_dir/tuned at the end"),
+    "ignore_data_skip": "a resumed run would train on the first batches again",
     "restore_callback_states_from_checkpoint": "a resumed run restores them itself",
-    "save_only_model": "a killed run could not go on with its rates and moments",
+    "save_only_model": "a killed run could not resume its rates and moments",
 }
-"""In a recipe: these too, which would do harm there, or nothing."""
+"""Arguments refused in recipes."""
 
 
 def refuse(args: TrainingArguments, copies: bool = False) -> None:
-    """Raise InputError for TrainingArguments that a trainer here could not obey. copies: whether it trains copies alone."""
+    """Raise InputError for TrainingArguments that no trainer here supports. copies: whether the trainer trains copies only."""
     for name, why in REFUSED.items():
         if (value := getattr(args, name, None)) not in (None, known()[name][1] if name in known() else None):
             raise InputError(f"{name}={shown(value)}: {why}: leave it out", name)
@@ -89,29 +88,24 @@ def refuse(args: TrainingArguments, copies: bool = False) -> None:
         raise InputError(f"optim={optim}: unit-wise rates need adept_fast.AdamW: leave optim at its default", "optim")
     if args.push_to_hub and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end":
         raise InputError(
-            f"push_to_hub: checkpoints hold what is trained alone, no whole model: give hub_strategy='end', and call push_to_hub() after "
-            f"training, which publishes a whole one (found {shown(str(args.hub_strategy))})"
+            "push_to_hub: checkpoints have only the trained parameters, not a whole model: set hub_strategy='end' and call push_to_hub() "
+            f"after training, which publishes the whole model (found {shown(str(args.hub_strategy))})"
         )
     if getattr(args.accelerator_config, "split_batches", False):
         raise InputError(
-            "accelerator_config.split_batches: per_device_train_batch_size is the batch of one process here: leave split_batches out"
+            "accelerator_config.split_batches: per_device_train_batch_size is always that of one process: leave split_batches out"
         )
-    if copies and is_reentrant(args):
-        raise InputError(
-            "gradient_checkpointing_kwargs: use_reentrant=True gives no gradient where a layer's input needs none, as that of the lowest "
-            "copy: leave it out"
-        )
-
-
-def is_reentrant(args: TrainingArguments) -> bool:
-    """Whether activations are to be checkpointed in torch's older way."""
     kwargs = args.activation_checkpointing_kwargs
-    return bool(args.activation_checkpointing and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"))
+    if copies and args.activation_checkpointing and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
+        raise InputError(
+            "gradient_checkpointing_kwargs: use_reentrant=True gives no gradients to a layer whose input needs none, as the lowest copy: "
+            "leave it out"
+        )
 
 
 @cache
 def known() -> dict[str, tuple[Any, Any]]:
-    """name -> (type hint, default)."""
+    """Return name -> (type hint, default) of all arguments."""
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
@@ -119,7 +113,7 @@ def known() -> dict[str, tuple[Any, Any]]:
 
 
 def checked(key: str, value: Any) -> Any:
-    """The value of a TrainingArguments name. Raises InputError naming it, and what it may be."""
+    """Convert and check the value of an argument. Raises InputError with the values that it may have."""
     if key in SET_ELSEWHERE:
         raise InputError(f"{key} is set by the recipe's {SET_ELSEWHERE[key]}", key)
     if key not in known():
@@ -132,7 +126,7 @@ def checked(key: str, value: Any) -> Any:
     if key in LEFT_OUT and value != default:
         also = [name for name in known().keys() - SET_ELSEWHERE.keys() if re.search(rf"\b{name}\b", LEFT_OUT[key])]
         raise InputError(f"{key}: {LEFT_OUT[key]}: leave it out", key, *also)
-    unset = type(value) is type(default) and value == default  # as max_steps=-1
+    unset = type(value) is type(default) and value == default  # max_steps=-1, for example
     if (value is None and optional) or unset or (key == "lr_scheduler_type" and value in WSD):
         return value
     require(key, value, int if bounds is COUNT else kind if isinstance(bounds, Range) or not bounds else str, bounds or None)

@@ -1,4 +1,4 @@
-"""A setting is declared once: default, bounds and meaning, beside its type. Whoever takes its value checks it against that."""
+"""Declaration of a setting as a dataclass field (type, default, bounds, meaning), and checks of values against it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from adept_fast.errors import InputError
 
 KINDS = {int: "a whole number", str: "text of one line", bool: "true or false", float: "a number"}
-LONGEST = 1 << 63  # what a whole number must be below, to be one outside of Python too
-LONGEST_TEXT = 4096  # of a path, too
-IN_NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # line breaks, what ends a path, halves of characters
+LONGEST = 1 << 63  # bound of whole numbers, which must fit int64
+LONGEST_TEXT = 4096  # characters; the longest path of Linux
+IN_NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and lone surrogates
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, which are among them unless `above` or `below` say not. why: what `high` is."""
+    """Numbers from `low` to `high`.
+
+    above: `low` is excluded. below: `high` is excluded. why: meaning of `high`, for messages.
+    """
 
     low: float
     high: float = math.inf
@@ -45,23 +48,27 @@ class Range:
 COUNT = Range(1)
 SEEDS = Range(0, 2**32 - 1)
 Bounds = Range | Collection[str]
-"""A range, or the names that a text may be."""
+"""A range of numbers, or the allowed names."""
 
 
 def declare(default: Any = MISSING, bounds: Bounds | None = None, meaning: str = "") -> Any:
-    """A dataclass field. bounds: of the value, or of each entry of a tuple, which must differ then."""
+    """Declare a dataclass field. bounds: of the value, or of each entry of a tuple, whose entries must then be distinct."""
     return field(default=default, metadata={"bounds": bounds, "meaning": meaning})
 
 
 def options(hint: Any) -> tuple[Any, bool]:
-    """(the type, or the union of several, whether None is allowed too) of a type hint."""
+    """Split a type hint into (its types other than None, whether None is allowed)."""
     kinds = alternatives(hint)
     return reduce(or_, (kind for kind in kinds if kind is not NoneType)), NoneType in kinds
 
 
 def check(declared: type, group: str = "", /, needed: bool = False, **given: Any) -> None:
-    """Raise InputError for an argument that the field of its name, of the dataclass `declared`, cannot have. group: what names of fields
-    begin with and those of arguments do not, "rate_" of rate_floor; needed: None is no value here, where the field may have it too."""
+    """Raise InputError for an argument whose value the field of its name does not allow.
+
+    declared: dataclass of the fields.
+    group: prefix of the fields that the arguments lack, such as "rate_".
+    needed: refuse None even if the field allows it.
+    """
     hints = get_type_hints(declared)
     for entry in fields(declared):
         kind, optional = options(hints[entry.name])
@@ -71,8 +78,8 @@ def check(declared: type, group: str = "", /, needed: bool = False, **given: Any
 
 
 @contextmanager
-def under(table: str) -> Iterator[None]:
-    """Call the arguments that an error names by their keys: "k must be ..." becomes "expand.k must be ..." under "expand."."""
+def prefixed(table: str) -> Iterator[None]:
+    """Put a table's name before the arguments that an InputError names: with "expand.", "k must be ..." becomes "expand.k must be ..."."""
     try:
         yield
     except InputError as error:
@@ -81,13 +88,13 @@ def under(table: str) -> Iterator[None]:
 
 
 def require_made(name: str, value: object, kind: type, by: str) -> None:
-    """Raise InputError under `name` for an object that is no `kind`, which `by` makes."""
+    """Raise InputError for an argument `name` that is not of class `kind`. by: the call that makes one."""
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {kind.__name__}, found {type(value).__name__}: {by}")
 
 
 def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
-    """Raise InputError for a value that is not of `kind` (a float must be finite, a text one line, not empty), or out of its bounds."""
+    """Raise InputError for a value of another type or out of bounds. A float must be finite; text must be one line and not empty."""
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)) and (bounds is None or _differ(value)):
         for index, entry in enumerate(value):
             require(f"{name}[{index}]", entry, get_args(kind)[0], bounds)
@@ -96,7 +103,7 @@ def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> N
 
 
 def described(kind: Any, bounds: Bounds | None = None) -> str:
-    """In words: "a whole number of 1 or more", "one of stop, cut"."""
+    """Describe a type and its bounds: "a whole number of 1 or more", "one of stop, cut"."""
     if get_origin(kind) is tuple:
         return "a list" if bounds is None else f"a list of {bounds if isinstance(bounds, Range) else ', '.join(bounds)}, each once"
     if isinstance(bounds, Range):
@@ -107,7 +114,7 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
 
 
 def shown(value: Any) -> str:
-    """On one line, and not longer than that."""
+    """Return the repr of a value as one short line."""
     return cut(" ".join(repr(value).split()))
 
 
@@ -116,7 +123,7 @@ def cut(text: str) -> str:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one that a hint is."""
+    """Return the types of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 

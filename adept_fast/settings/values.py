@@ -1,13 +1,13 @@
-"""How a value is written, in a recipe and behind key= on the command line.
+"""Parses values in recipes and after key= on the command line.
 
-What a key takes decides how its value is read, not what the value looks like:
+The type of a setting decides how its value is parsed, not the look of the value:
 
-- text (names, paths, patterns): as it stands, "#", ":", "*", "~" and leading zeros included; spaces around it are dropped;
-- a number: decimal, 3, 1_000, 0.5, 1e-4; 010 is ten;
-- true or false: true, yes, on; false, no, off;
-- nothing: null, or no text at all; ~ too, where text is not taken;
-- a list: [3, 7]; one entry needs no brackets; a table: {parameters: 0.15}; both as YAML has them, but that # begins no comment behind key=;
-- "..." or '...': text, whatever it looks like.
+- text (names, paths, patterns): verbatim, with "#", ":", "*", "~" and leading zeros; surrounding spaces are dropped;
+- numbers: decimal, such as 3, 1_000, 0.5, 1e-4; 010 is ten;
+- booleans: true, yes, on; false, no, off;
+- None: null or nothing at all; also ~ if the setting takes no text;
+- lists: [3, 7], or one entry without brackets; tables: {parameters: 0.15}. Both as in YAML, except that # after key= begins no comment;
+- "..." or '...': always text.
 
 YAML 1.1 would read no as false, 010 as 8, 1e-4 as text, 1:30 as 90 and 2024-01-01 as a date.
 """
@@ -18,23 +18,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from adept_fast.runtime.yaml_text import Written, parsed
+from adept_fast.runtime.yaml_text import PlainScalar, parse_yaml
 from adept_fast.settings.validation import alternatives, options
 
 WHOLE = re.compile(r"[-+]?[0-9]+(_[0-9]+)*", re.ASCII)
 DECIMAL = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)", re.ASCII | re.IGNORECASE)
 NOTHING = ("", "null", "Null", "NULL", "~")
 TRUTHS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
-HASH = "\ufdd0"  # stands for "#" while YAML reads a value: a character that no text has
+HASH = "\ufdd0"  # replaces "#" while YAML parses a value; no text has this noncharacter
 
 
-def given(text: str, key: str) -> Any:
-    """The value behind key=. Raises InputError for brackets or quotes with no YAML in them."""
+def parse_value(text: str, key: str) -> Any:
+    """Parse the text after key=. Raises InputError for malformed YAML in brackets or quotes."""
     text = text.strip()
     enclosed = len(text) > 1 and text[0] + text[-1] in ("[]", "{}", '""', "''")
     if not enclosed:
-        return Written(text)
-    return _with_hashes(parsed(text.replace("#", HASH), f"{key}: the value is", as_written=True))
+        return PlainScalar(text)
+    return _with_hashes(parse_yaml(text.replace("#", HASH), f"{key}: the value is", plain_scalars=True))
 
 
 def _with_hashes(value: Any) -> Any:
@@ -46,19 +46,19 @@ def _with_hashes(value: Any) -> Any:
 
 
 def read(value: Any, hint: Any = Any) -> Any:
-    """The value, where it is Written (or holds what is) in the form that the type hint takes; what is none of its forms stays text."""
+    """Convert each PlainScalar in a value to the type hint. One that cannot be converted stays text."""
     if isinstance(value, Mapping):
         return {_plain(key): read(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [read(entry) for entry in value]
-    return _scalar(value, hint) if isinstance(value, Written) else value
+    return _scalar(value, hint) if isinstance(value, PlainScalar) else value
 
 
 def _plain(key: Any) -> Any:
-    return str(key) if isinstance(key, Written) else key
+    return str(key) if isinstance(key, PlainScalar) else key
 
 
-def _scalar(text: Written, hint: Any) -> Any:
+def _scalar(text: PlainScalar, hint: Any) -> Any:
     kinds = alternatives(options(hint)[0])
     anything = Any in kinds
     is_text = str in kinds and not anything

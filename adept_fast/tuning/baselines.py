@@ -130,7 +130,7 @@ def tune_baseline(
             inputs = made_with.added_to(books.inputs)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
             write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made})
-    distributed.wait()
+    distributed.barrier()
 
 
 def _dtype(config: Mapping[str, Any], model: PreTrainedModel) -> torch.dtype:

@@ -27,7 +27,7 @@ from adept_fast.models.losses import batch_loss
 from adept_fast.ops.gradient_sums.op import whole_sums
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards, local, shard_of, whole
-from adept_fast.runtime.input_files import making_sense, regular
+from adept_fast.runtime.input_files import as_input_error, regular
 from adept_fast.runtime.progress import Progress
 from adept_fast.runtime.strict_json import dumps
 from adept_fast.scoring.units import Units
@@ -183,7 +183,7 @@ class Meter:
         path = folder / FILE
         if not path.is_file():
             return
-        with making_sense(path, "delete the checkpoint to start again"), safe_open(regular(path), "pt") as file:
+        with as_input_error(path, "delete the checkpoint to start again"), safe_open(regular(path), "pt") as file:
             self._state = _State(**json.loads(file.metadata()["state"]))
             for key in file.keys():
                 shard = shard_of(model.get_parameter(key.partition(".")[2]))
@@ -196,5 +196,5 @@ def stopped_in(folder: Path) -> bool:
     path = folder / FILE
     if not path.is_file():
         return False
-    with making_sense(path, "delete the checkpoint to start again"), safe_open(regular(path), "pt") as file:
+    with as_input_error(path, "delete the checkpoint to start again"), safe_open(regular(path), "pt") as file:
         return bool(json.loads(file.metadata()["state"])["stopped"])

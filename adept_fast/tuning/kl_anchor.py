@@ -80,7 +80,7 @@ class Anchor:
         if mine:
             with in_eval_mode(model), detached_embeddings(model), torch.enable_grad():
                 kl = divergence_from_base(model, mine) / tokens
-                (kl * (self.weight * scale * (distributed.processes() if share else 1))).backward()
+                (kl * (self.weight * scale * (distributed.world_size() if share else 1))).backward()
         return distributed.total(kl.detach()) if share else kl.detach()
 
 

@@ -182,7 +182,7 @@ def frozen_digest(model: nn.Module) -> str:
                 flat = parameter.detach().reshape(-1)
                 at = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
                 sha.update(flat[at.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
-    return distributed.of_first(sha.hexdigest())
+    return distributed.broadcast(sha.hexdigest())
 
 
 def items_digest(items: Sequence[Item]) -> str:

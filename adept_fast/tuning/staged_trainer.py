@@ -24,7 +24,7 @@ from adept_fast.optim import AdamW
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import discard
 from adept_fast.runtime.dtensor import in_shards
-from adept_fast.runtime.input_files import making_sense, regular
+from adept_fast.runtime.input_files import as_input_error, regular
 from adept_fast.settings.training_arguments import refuse
 from adept_fast.tuning import checkpoint_digests, sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
@@ -149,13 +149,13 @@ class StagedTrainer(ResumingTrainer):
         if not path.is_file():
             if os.path.lexists(path):
                 regular(path)
-            with making_sense(folder, "delete it to start again, or to go on from an earlier one"):
+            with as_input_error(folder, "delete it to start again, or to go on from an earlier one"):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         if in_shards(self.model):
             raise InputError(f"{folder}: of a run that sharded nothing: resume it without FSDP, or delete it to start again")
         parameters = self._trained()
-        with making_sense(path, "delete the checkpoint to start again"):
+        with as_input_error(path, "delete the checkpoint to start again"):
             saved = load_file(path)
         if set(saved) != set(parameters):
             raise InputError(f"{path}: holds other tensors than are trained: delete the checkpoint, or resume with the model it is from")
@@ -191,7 +191,7 @@ class StagedTrainer(ResumingTrainer):
                 self._write_state(written, folder)
             finally:
                 self._staging = None
-            distributed.wait()
+            distributed.barrier()
             if leads:
                 for file in written.iterdir():
                     file.rename(staging / file.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.disk_errors import naming
+from adept_fast.runtime.disk_errors import as_disk_error
 from adept_fast.runtime.input_files import read_text, regular
 from adept_fast.runtime.strict_json import dumps, finite
 from adept_fast.settings.validation import shown
@@ -78,7 +78,7 @@ class TrainerLog:
     def write(self, event: str, step: int, **content: Any) -> None:
         """Append a line. Raises DiskError, which names the file, where the disk refuses it or the folder was removed."""
         line = dumps({"event": event, "step": step, **finite(content)})
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with as_disk_error(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -72,7 +72,7 @@ class Bookkeeping:
         try:
             yield
         except InputError:
-            if distributed.leads() and self.last is None:
+            if distributed.is_main() and self.last is None:
                 for path in filter(Path.exists, made):
                     discard(path) if path.is_dir() else path.unlink()
             raise
@@ -110,8 +110,8 @@ class Run:
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
         args = arguments(settings, books.work, planned.steps)
-        if args.world_size != distributed.processes():
-            found = f"{distributed.processes()} processes run, transformers sees {args.world_size}"
+        if args.world_size != distributed.world_size():
+            found = f"{distributed.world_size()} processes run, transformers sees {args.world_size}"
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with use_cpu=true", "use_cpu")
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would split the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")

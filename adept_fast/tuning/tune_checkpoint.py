@@ -73,4 +73,4 @@ def tune_checkpoint(
         with replaced_folder(target) as new:
             inputs = made_with.added_to(books.inputs)
             export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=models.trust_remote_code)
-    distributed.wait()
+    distributed.barrier()

@@ -230,7 +230,7 @@ def refusals() -> None:
     for placement, local_part, text in (
         (Partial(), part, "must be Shard or Replicate"),
         (_StridedShard(0, split_factor=3), part, "not cut into blocks"),
-        (Shard(0), torch.ones(1 + 3 * dist.get_rank()), "where chunks give"),
+        (Shard(0), torch.ones(1 + 3 * dist.get_rank()), "and must have"),
     ):
         param = DTensor.from_local(local_part, mesh, [placement], run_check=False, shape=torch.Size([6]), stride=(1,))
         with pytest.raises(InputError, match=text):

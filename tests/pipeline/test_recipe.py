@@ -97,11 +97,11 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["domain="], "domain must be a list, found None"),
         (["domain={path: null}"], r"domain\[0\].path must be text of one line, found None"),
         (["domain={path: a, weight: 1e12}"], r"domain\[0\].weight must be a number above 0 and at most 1000"),
-        (["domain={path: a, path: b}"], "domain: the value is not valid YAML .path stands there twice"),
-        (["domain=d.txt", "domain.weight=2"], "domain.weight: domain is no table of settings, but 'd.txt'"),
+        (["domain={path: a, path: b}"], "domain: the value is not valid YAML .key path twice"),
+        (["domain=d.txt", "domain.weight=2"], "domain.weight: domain is not a table of settings but 'd.txt'"),
         (["seed=2001-13-01"], "seed must be a whole number from 0 to 4294967295, found '2001-13-01'"),
         (["seed=1" + "0" * 5000], "seed must be a whole number from 0 to 4294967295, found '1000"),
-        (["tune.a=1"], "unknown key tune.a: docs/recipe.md says which there are"),
+        (["tune.a=1"], "unknown key tune.a: docs/recipe.md lists all"),
         (["score.compare={a: 1}"], r"score.compare\[0\] must be one of gate, .*, found {'a': 1}"),
         (["score.compare=[1, [2]]"], r"score.compare\[0\] must be one of gate, "),
         (["tune.optim=sgd"], "tune.optim must be one of adamw_torch, adamw_torch_fused, found 'sgd'"),
@@ -110,7 +110,7 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["tune.report_to=[1]"], r"tune.report_to must be text of one line or a list, found \[1\]"),
         (["tune.accelerator_config=[1]"], r"tune.accelerator_config must be a table of settings or text of one line, found \[1\]"),
         (["tune.learning_rate=no"], "tune.learning_rate must be a number from 0 to 1, found 'no'"),
-        (["tune.hub_token=abc"], "tune.hub_token: checkpoints hold the copies alone"),
+        (["tune.hub_token=abc"], "tune.hub_token: checkpoints have only the copies"),
     ],
 )
 def test_bad_settings_name_the_key(settings: list[str], message: str) -> None:
@@ -150,7 +150,7 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not valid YAML"):
         load(str(tmp_path / "bad.yaml"))
     (tmp_path / "twice.yaml").write_text("domain:\n- {path: a}\ntune: {k: 1}\nexpand:\n  k: 2\ntune:\n  block_size: 3\n")
-    with pytest.raises(InputError, match="twice.yaml: not valid YAML .tune stands there twice, first in line 3"):
+    with pytest.raises(InputError, match="twice.yaml: not valid YAML .key tune twice, first in line 3"):
         load(str(tmp_path / "twice.yaml"))
 
 

@@ -168,7 +168,7 @@ def test_killed_at_random_moments_a_streamed_run_ends_in_the_same_bits(folder: P
 
 def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
-    monkeypatch.setattr("adept_fast.runtime.progress.CALM", 0)
+    monkeypatch.setattr("adept_fast.runtime.progress.INTERVAL", 0)
     output = folder / "simple"
     arguments = ["run", f"model_name_or_path={folder / 'model'}", f"domain={folder / 'notes.txt'}", f"output_dir={output}"]
     assert main(arguments) == 0

@@ -59,7 +59,7 @@ def fill_stdout(_: dict) -> None:
 def break_both(_: dict) -> None:
     from adept_fast.runtime import progress
 
-    progress.CALM = 0  # bars say something, too
+    progress.INTERVAL = 0  # bars say something, too
     reading, writing = os.pipe()
     os.dup2(writing, 1)
     os.dup2(writing, 2)
@@ -213,7 +213,7 @@ def test_an_output_dir_that_is_removed_while_it_works_is_told_or_made_again(stag
     stage, code, said = disturbed(stages, name, "remove_in", at=at, out=str(stages.out))
     assert code in (0, 1) and "Traceback" not in said, said
     if code:
-        assert str(stages.out) in said.splitlines()[-1] and "was removed meanwhile" in said.splitlines()[-1], said
+        assert str(stages.out) in said.splitlines()[-1] and "was removed in the meantime" in said.splitlines()[-1], said
     found = stages.out.exists() and {path.name for path in stages.out.rglob("*") if path.is_file()}
     shutil.rmtree(stages.out, ignore_errors=True)
     stages.begin(stage)

@@ -115,13 +115,13 @@ def test_a_hard_link_keeps_its_other_name(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "scores.json").mkdir()
-    with pytest.raises(InputError, match=r"scores\.json: a folder, where a file is to be written"):
+    with pytest.raises(InputError, match=r"scores\.json: a folder, but a file is to be written"):
         write_text(tmp_path / "scores.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_two_that_write_the_same_folder_end_in_one_whole_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="tuned was made by another process meanwhile"), staged_folder(tmp_path / "tuned") as slow:
+    with pytest.raises(InputError, match="tuned was made by another process in the meantime"), staged_folder(tmp_path / "tuned") as slow:
         (slow / "who").write_text("slow")
         with staged_folder(tmp_path / "tuned") as quick:
             (quick / "who").write_text("quick")

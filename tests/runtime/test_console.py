@@ -21,7 +21,7 @@ if sys.argv[1:]:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
 from adept_fast.data.items import load_items
 from adept_fast.runtime import progress
-progress.CALM = 0
+progress.INTERVAL = 0
 for _ in progress.Progress(range(1), desc="walk"):
     load_items([{"text": "", "id": 1}, {"input_ids": [1, 2]}])
 """

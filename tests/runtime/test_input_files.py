@@ -70,8 +70,8 @@ def test_records_and_recipes_have_a_bound(tmp_path: Path, monkeypatch: pytest.Mo
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' twice"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "expected a JSON object, found list"),
-        (b'{"a": "\xe9"}', "file:1: not a text in UTF-8 .byte 0xe9.: save it as UTF-8"),
-        (b'{\n\n"a": "\xff"}', "file:3: not a text in UTF-8"),
+        (b'{"a": "\xe9"}', "file:1: not UTF-8 text .byte 0xe9.: save it as UTF-8"),
+        (b'{\n\n"a": "\xff"}', "file:3: not UTF-8 text"),
         (b'{"a": "\\ud83d"}', "not valid JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
         (b"", "not valid JSON"),
@@ -95,7 +95,7 @@ def test_names_of_no_file(tmp_path: Path, name: str) -> None:
 
 def test_a_log_in_another_encoding_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes('{"step": 1}\n{"step": "é"}\n'.encode("latin-1"))
-    with pytest.raises(InputError, match="log.jsonl:2: not a text in UTF-8"):
+    with pytest.raises(InputError, match="log.jsonl:2: not UTF-8 text"):
         read_log(tmp_path / "log.jsonl")
 
 

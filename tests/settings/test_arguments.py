@@ -14,7 +14,7 @@ from adept_fast.pipeline.recipe import section
 from adept_fast.scoring.budget import LayerCosts, check_budget
 from adept_fast.scoring.item_losses import require_losses
 from adept_fast.scoring.select_layers import check_choice
-from adept_fast.settings.validation import require, under
+from adept_fast.settings.validation import prefixed, require
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.tuning_settings import TuningSettings
 from adept_fast.tuning.unit_rates import RateRule
@@ -60,7 +60,7 @@ def test_what_transformers_calls_otherwise_is_meant_from_python_too() -> None:
 
 
 def test_an_argument_at_fault_gets_its_key_once_and_a_value_like_it_does_not() -> None:
-    with pytest.raises(InputError) as error, under("score."):
+    with pytest.raises(InputError) as error, prefixed("score."):
         require("loss", "loss", str, ("answer", "kl"))
     assert str(error.value) == "score.loss must be one of answer, kl, found 'loss'" and error.value.arguments == ("score.loss",)
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as a process hands it to another

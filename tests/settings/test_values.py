@@ -106,8 +106,8 @@ def test_values_are_read_by_what_their_key_takes(setting: str, value: Any) -> No
         ("output_dir=[a]", r"output_dir must be text of one line, found \['a'\]"),
         ("domain=[a: b: c]", "domain: the value is not valid YAML"),
         ("domain=[*a]", "domain: the value is not valid YAML .found undefined alias"),
-        ("domain=[&a [*a]]", "holds itself"),
-        ("tune.lr_scheduler_kwargs={1: a, 1: b}", "1 stands there twice"),
+        ("domain=[&a [*a]]", "contains itself"),
+        ("tune.lr_scheduler_kwargs={1: a, 1: b}", "key 1 twice"),
         ("tune.lr_scheduler_kwargs={[a]: b}", "not valid YAML"),
         ("domain='a' b'", "not valid YAML"),
         ("expand.layers=" + "[" * 60 + "]" * 60, "nested more than 50 deep"),
@@ -126,17 +126,17 @@ LAUGHS = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n- b\n", "expected keys and values, found list"),
-        ("text\n", "expected keys and values, found Written"),
+        ("- a\n- b\n", "expected keys and values, found ['a', 'b']"),
+        ("text\n", "expected keys and values, found 'text'"),
         ("1: a\n", "unknown key 1"),
         ("null: a\n", "unknown key null"),
         ("? [a, b]\n: c\n", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "seed stands there twice, first in line 1"),
+        ("seed: 1\nseed: 2\n", "key seed twice, first in line 1"),
         ("tune: {lr: 1e-4}\n", "unknown key tune.lr: did you mean tune.learning_rate"),
-        ("tune.learning_rate: 1e-4\n", "unknown key tune.learning_rate: in a recipe it is written as a table: tune: {learning_rate: ...}"),
+        ("tune.learning_rate: 1e-4\n", "unknown key tune.learning_rate: in a recipe write it as a table: tune: {learning_rate: ...}"),
         ("seed: " + "9" * 5000, "seed must be a whole number"),
         (LAUGHS, "more than 100000 entries"),
-        ("tune: &t\n  a: *t\n", "holds itself"),
+        ("tune: &t\n  a: *t\n", "contains itself"),
         ("a: " + "[" * 100_000, "not valid YAML"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("seed: .nan\n", "seed must be a whole number from 0 to 4294967295, found '.nan'"),
@@ -198,12 +198,12 @@ def test_an_unknown_key_is_answered_with_the_one_that_is_meant(key: str, meant: 
 def test_every_alias_stands_for_keys_that_there_are_and_is_none_itself() -> None:
     from adept_fast.cli.copies import ACTIONS
     from adept_fast.pipeline.recipe import Recipe
-    from adept_fast.settings.aliases import MEANT
+    from adept_fast.settings.aliases import ALIASES
     from adept_fast.settings.key_value import keys_of
 
     known = {*keys_of(Recipe)}
     elsewhere = {name for action in ACTIONS.values() for name in keys_of(action.keys)}
-    for word, keys in MEANT.items():
+    for word, keys in ALIASES.items():
         assert keys and {*keys} <= known | elsewhere, word
         assert word not in keys, word
 

@@ -39,9 +39,9 @@ class Written:
 
     def take(self) -> list[str]:
         """So far; all processes wait for each other, so that none has begun what comes next."""
-        distributed.wait()
+        distributed.barrier()
         names, self.names = sorted(self.names), set()
-        distributed.wait()
+        distributed.barrier()
         return names
 
 
@@ -69,6 +69,6 @@ if __name__ == "__main__":
     for _ in range(2):
         done.append({"code": main(["score", *settings, f"output_dir={folder / 'two'}"]), "written": written.take()})
     (folder / f"done-{rank}.json").write_text(json.dumps(done))
-    distributed.wait()
+    distributed.barrier()
     with patch.object(LayerMasks, "measure", failing if rank else LayerMasks.measure):
         sys.exit(main(["score", *settings, f"output_dir={folder / 'failed'}"]))

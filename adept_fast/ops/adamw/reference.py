@@ -116,9 +116,9 @@ def power(base: float | Tensor, count: float | Tensor) -> float | Tensor:
 def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
     """Update one parameter, its state and its `step` in place.
 
-    The arithmetic is fp32 (fp64 for fp64 parameters); results are rounded to the dtypes of `update`.
-    The gradient is first multiplied by `grad_scale`. A multiplier of 0 leaves parameter and master as they are, whatever the gradient; the
-    moments move. Modes of options.master_weights for 16-bit parameters:
+    Computes in fp32 (fp64 for fp64 parameters) and rounds to the dtypes of `update`.
+    The gradient is first multiplied by `grad_scale`. A multiplier of 0 leaves parameter and master, but not the moments, as they are.
+    Modes of options.master_weights for 16-bit parameters:
 
         None          w = param
         "copy"        w = master, or param if round(master) differs (it was edited)       stored: fp32 master, param = round(w)
@@ -245,8 +245,7 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Join (bf16, int16 remainder) to the fp32 weight with bits 2^16 * bf16 bits + remainder: the inverse of split_master.
 
-    The result is the parameter itself where those bits are NaN: a parameter that was set to 0 through `.data` and has a negative
-    remainder.
+    Where those bits are NaN, it is the parameter itself: it was set to 0 through `.data`, and its remainder is negative.
     """
     joined = ((param.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
     return torch.where(joined.isnan(), param.float(), joined)
