@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,13 @@ def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:
     supported, _ = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("| type | reason |")
     rows = re.findall(r"^\| (?!type )[a-z]", supported, re.MULTILINE)
     assert re.findall(r"(\d+) decoder-only model types", README) == [str(len(rows))]
+
+
+def test_the_trips_of_the_design_name_files_and_functions_that_exist() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^ *(?:\d+\.|-) `([a-z_/]+)\.py`: `([A-Za-z_.]+)`\.", design, re.MULTILINE)
+    assert len(steps) == 32
+    for file, name in steps:
+        found: Any = import_module(f"adept_fast.{file.replace('/', '.')}")
+        for part in name.split("."):
+            found = getattr(found, part)
