@@ -148,6 +148,9 @@ class AdeptConfig:
         tables = ("source", "selection", "parameters", "versions", "inputs", "proof")
         if wrong := [name for name in tables if not isinstance(getattr(self, name), Mapping)]:
             return f"{wrong[0]} is no table"
+        for name, kind, what in (("parameters", int, "number"), ("versions", str, "text")):
+            if wrong := [key for key, value in getattr(self, name).items() if not isinstance(value, kind)]:
+                return f"{name}.{wrong[0]} is {getattr(self, name)[wrong[0]]!r}, no {what}"
         if not isinstance(self.initialisation, str):
             return f"initialisation is {self.initialisation!r}, no name"
         for entry in self.inserted:

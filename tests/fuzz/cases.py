@@ -98,7 +98,7 @@ class Fuzzer:
         places = {name, *(str(parent) for parent in path.parents if str(parent) not in (".", "out", "stopped"))}
         if any(place in line for place in places) or (len(path.parts) == 1 and KEYS.get(path.stem, "none") in line):
             return True
-        said = re.findall(r"[a-z_.]+[a-z_]", line)
+        said = [key for found in re.findall(r"[a-z_.]+[a-z_]", line) for key in (found, found.rpartition(".")[0])]  # probe.path is of probe
         return path.name == "recipe.yaml" and (any(key in self.keys for key in said) or "no such" in line or "neither a file nor" in line)
 
 
