@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# The release that tests and demo are known to pass with, where the machine brings no CUDA build of its own.
+# The tested release of torch. It is not installed if PYTHON has a torch with CUDA.
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= tests/constraints.txt
 
@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
-# Present where torch, with CUDA, comes from PYTHON: the build and its requirements are then taken from there too.
+# This file exists if torch with CUDA comes from PYTHON. Its packages, among them those of the build, are then used too.
 BORROWED := $(VENV)/borrowed
 
 .PHONY: nightly test quick demo gpu sanitize lint clean types
@@ -24,7 +24,7 @@ quick: $(VENV)/.test
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo
 
-# Ends with the sanitizer, which some virtual machines refuse.
+# The sanitizer comes last, because some virtual machines do not support it.
 GPU_BENCHES := adamw gradient_sums linear_cross_entropy scoring
 gpu: $(VENV)/.test
 	$(RUN) -c 'import torch; from adept_fast.ops.dispatch import resolve; [resolve("adamw", torch.device("cuda"), name) for name in ("cuda", "triton")]'
@@ -35,9 +35,9 @@ gpu: $(VENV)/.test
 			$(RUN) -m pytest -q -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || exit 1; \
 	done
 
-# The C++ extension, built with AddressSanitizer and UndefinedBehaviorSanitizer in a copy, runs its tests.
+# Runs the tests of the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized
-# C++ is compiled with CXXFLAGS by newer setuptools, with CFLAGS by older ones.
+# Newer setuptools compile C++ with CXXFLAGS, older ones with CFLAGS.
 SANITIZING := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,ops/test_adamw_cpu optim/test_adamw_units ops/test_linear_cross_entropy ops/test_gradient_sums models/test_cpu_layers scoring/test_unit_importance))
 sanitize: $(VENV)/.test
@@ -51,7 +51,7 @@ sanitize: $(VENV)/.test
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		../../$(RUN) -m tests.crash --count 500 --seconds 120
 
-# Cases that must end in right numbers or one clear line; each day draws others, SEED=2026334 those of the 334th of 2026 again.
+# Random cases that must end in right numbers or in one clear line. The date is the seed; SEED=2026334 repeats day 334 of 2026.
 COUNT ?= 3000
 SEED ?= $(shell date +%Y%j)
 nightly: $(VENV)/.test

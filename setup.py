@@ -1,6 +1,6 @@
-"""Builds adept_fast._C (C++) and, where an nvcc is found, adept_fast._CUDA. What cannot be built is left out; the package works without.
+"""Builds the extensions adept_fast._C (C++) and, if nvcc is found, adept_fast._CUDA. The package works without those that cannot be built.
 
-ADEPT_FAST_BUILD_CUDA=0 never builds _CUDA; =1 makes its failure an error.
+ADEPT_FAST_BUILD_CUDA=0: do not build _CUDA. ADEPT_FAST_BUILD_CUDA=1: fail if it cannot be built.
 """
 
 import os
@@ -21,7 +21,7 @@ CUDA_NAME = "adept_fast._CUDA"
 
 
 class BuildNative(build_ext):
-    """One line on stderr instead of a failed install when an extension cannot be built."""
+    """Builds extensions, and prints one line on stderr for one that cannot be built instead of failing the installation."""
 
     def build_extensions(self) -> None:
         built = []
@@ -35,7 +35,7 @@ class BuildNative(build_ext):
                 print(f"{extension.name} is left out: {error}", file=sys.stderr)
             else:
                 built.append(extension)
-        # Later steps copy every extension listed here.
+        # Later steps of setuptools copy every extension in this list.
         self.extensions[:] = built
 
     def build_extension(self, extension: Extension) -> None:
@@ -53,7 +53,7 @@ class BuildNative(build_ext):
         _run(
             nvcc,
             *("-std=c++17", "-O3", "--threads", "0", "--shared", "--cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
-            "--fmad=false",  # the same bits as the CPU's
+            "--fmad=false",  # for the same bits as on the CPU
             *(f"--generate-code=arch=compute_{number},code=sm_{number}" for number in architectures),
             f"--generate-code=arch=compute_{newest},code=compute_{newest}",
             f"-DADEPT_FAST_PTX={newest}",
@@ -86,7 +86,7 @@ def extensions() -> list[Extension]:
             sorted(glob("csrc/cpu*.cpp")) + ["csrc/parallel.cpp"],
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            # Every operation rounded once, as on a GPU; no errno and no traps, which would keep roots out of vector loops.
+            # No contraction: every operation is rounded once, as on a GPU. No errno and traps, so that loops with square roots vectorise.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["dl"] if sys.platform == "linux" else [],
         )

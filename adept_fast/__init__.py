@@ -1,6 +1,6 @@
 """ADEPT: score the layers of a causal language model, copy the least critical ones, tune only the copies with a learning rate per unit.
 
-Everything public is imported when it is first used; `import adept_fast` alone imports neither torch nor transformers.
+Public names are imported at their first use. `import adept_fast` alone imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// AdamW over a table of tensors: a launch for the counters, because threads that share a counter would race with its update, and one for
+// AdamW over a table of tensors. One launch increments the steps, as threads that read a step would race with its update; another updates
 // all elements. Untested on a GPU.
 
 #include <algorithm>
@@ -14,9 +14,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr std::int64_t kRowWords = sizeof(Tensor) / 8, kCountedWords = sizeof(Counted) / 8, kGroupWords = sizeof(Group) / 8;
-static_assert(kRowWords + kCountedWords < kWarp, "a warp fetches an entry with one word a lane");
+static_assert(kRowWords + kCountedWords < kWarp, "a warp fetches an entry with one word per lane");
 
-// What a launch can take by value besides its other parameters.
+// Words that a launch can take by value, beside its other parameters.
 constexpr std::int64_t kParameterWords = CUDART_VERSION >= 12010 ? 4000 : 500;
 constexpr std::int64_t kGroupsAtOnce = kParameterWords / kGroupWords;
 
@@ -28,7 +28,7 @@ struct GroupParameters {
     Group groups[kGroupsAtOnce];
 };
 
-// The parts of a table, in its order.
+// The parts of a table in memory order.
 struct Parts {
     std::int64_t* rows;
     std::int64_t* first_chunks;
@@ -42,8 +42,8 @@ struct Parts {
           tensor_of_chunk(reinterpret_cast<std::int32_t*>(counted + table.tensors)) {}
 };
 
-// Explicitly global, or the compiler would take addresses out of a table for generic ones. Streams are touched once a step: evicted
-// first, they leave the caches to tables and multipliers.
+// Accesses to global memory, which the compiler cannot infer for addresses from a table. Tensors are used once per step, so they are evicted
+// first, which leaves the caches to tables and multipliers.
 struct DeviceMemory {
     template <class T>
     static __device__ __forceinline__ T* at(std::int64_t address) {
@@ -76,7 +76,7 @@ __global__ void map_chunks(std::int32_t* tensor_of_each, const std::int64_t* fir
     }
 }
 
-// A thread per tensor; leaves tensors of other groups than first_group .. first_group + group_count - 1 alone.
+// One thread per tensor. Skips tensors of groups outside of first_group ... first_group + group_count - 1.
 __global__ void __launch_bounds__(kThreads)
     count_steps(Counted* counted, const Tensor* rows, std::int64_t tensors, const __grid_constant__ GroupParameters parameters,
                 std::int64_t first_group, std::int64_t group_count, const double* grad_scale, const float* found_inf) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// What a warp must know about a chunk's tensor.
+// Data of a chunk's tensor, one per warp.
 struct Entry {
     Tensor row;
     Counted counted;
@@ -107,7 +107,7 @@ static __device__ __forceinline__ std::int64_t fetch(const Parts& parts, std::in
     return parts.first_chunks[tensor];
 }
 
-// Persistent blocks. Each warp keeps its own entry, so that warps never wait for each other, and fetches the next one while it works.
+// Persistent blocks. Each warp has its own entry, so that warps never wait for each other, and prefetches the next one.
 __global__ void __launch_bounds__(kThreads, 2) update(const Parts parts, std::int64_t chunks, const float* found_inf) {
     __shared__ Entry entries[kThreads / kWarp];
     if (found_inf != nullptr && *found_inf != 0.0f) {

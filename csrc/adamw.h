@@ -1,14 +1,15 @@
-// AdamW for one element, on CPU and GPU: the formula, and what a low-precision parameter is rounded through.
+// AdamW for one element on CPU and GPU: the formula, and the master modes of low-precision parameters.
 //
 //     m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2            (amsgrad: vmax <- max(vmax, v), used for v below)
 //     w <- w - (rate weight_decay w + rate sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps sqrt(1 - beta2^t)))
-//     rate = lr * multiplier; 0 as multiplier: w is not stored to
+//     rate = lr * multiplier; with a multiplier of 0, w is not written
 //
-// Source: Loshchilov and Hutter, arXiv 1711.05101. This is torch.optim.AdamW's update with sqrt(1 - beta2^t) taken out of the denominator,
-// which saves a division, and with decay and step added before they are taken off w, which saves the rounding of 1 - rate weight_decay.
+// Source: Loshchilov and Hutter, arXiv 1711.05101. Two changes of torch.optim.AdamW's order: sqrt(1 - beta2^t) is taken out of the
+// denominator, which saves a division, and decay and step are added before they are subtracted from w, which saves the rounding of
+// 1 - rate weight_decay.
 //
-// Every operation is rounded once (IEEE): this file must be compiled without contraction (-ffp-contract=off, --fmad=false), so that CPU,
-// CUDA and Triton (kernels/adamw.py, the same operations in the same order) give the same bits.
+// Every operation is rounded once (IEEE). Compile without contraction (-ffp-contract=off, --fmad=false), so that CPU, CUDA and Triton
+// (kernels/adamw.py, the same operations in the same order) give the same bits.
 #pragma once
 
 #include <cmath>
@@ -17,12 +18,12 @@
 
 namespace adept_fast {
 
-// One tensor's scalars in one step, in fp64 until the last rounding.
+// Scalars of one tensor and step, in fp64 until the last rounding.
 struct StepScalars {
     double lr, weight_decay, beta1, beta2;
     double epsilon;     // eps sqrt(1 - beta2^t)
     double correction;  // sqrt(1 - beta2^t) / (1 - beta1^t)
-    double grad_scale;  // what gradients are multiplied by; negative to maximize
+    double grad_scale;  // factor of gradients; negative to maximize
 };
 
 // base^count by squaring: the same bits everywhere, unlike pow. Exact to about count * 2^-53.
@@ -44,8 +45,8 @@ ADEPT_FAST_INLINE StepScalars step_scalars(double lr, double beta1, double beta2
     return {lr, weight_decay, beta1, beta2, eps * root, root / (1.0 - power(beta1, t)), grad_scale};
 }
 
-// StepScalars rounded to the arithmetic's type. An average with beta >= 1/2 moves from the old value, another from the new one, so
-// that beta = 0 forgets exactly; `weight` is how far.
+// StepScalars rounded to the arithmetic's type. An average with beta >= 1/2 (slow) moves from the old value by `weight`, any other from the
+// new value, so that beta = 0 gives exactly the new value.
 template <class T>
 struct Constants {
     T grad_scale, epsilon, weight1, weight2;
@@ -64,7 +65,7 @@ ADEPT_FAST_INLINE T average(T old, T value, T weight, bool slow) {
     return slow ? old + weight * (value - old) : value + weight * (old - value);
 }
 
-// A unit's rate: what w is multiplied by to decay (-1: frozen), and what m / (sqrt(v) + epsilon) is multiplied by.
+// Rates of a unit: decay, the factor of w (-1: frozen), and step, the factor of m / (sqrt(v) + epsilon).
 template <class T>
 struct Rate {
     T decay, step;
@@ -76,7 +77,7 @@ ADEPT_FAST_INLINE Rate<T> unit_rate(const StepScalars& s, double multiplier) {
     return {multiplier == 0.0 ? static_cast<T>(-1) : static_cast<T>(rate * s.weight_decay), static_cast<T>(rate * s.correction)};
 }
 
-// NaN wins, as in torch.
+// Returns NaN if one is NaN, as torch does.
 template <class T>
 ADEPT_FAST_INLINE T larger(T a, T b) {
     return a > b || a != a ? a : b;
@@ -85,8 +86,8 @@ ADEPT_FAST_INLINE T larger(T a, T b) {
 ADEPT_FAST_INLINE float square_root(float x) { return sqrtf(x); }
 ADEPT_FAST_INLINE double square_root(double x) { return std::sqrt(x); }
 
-// Updates m, v and (where kAmsgrad) vmax in place and returns the new weight, frozen or not. An infinite weight does not decay: inf - inf is
-// no number.
+// Updates m, v and (with kAmsgrad) vmax in place and returns the new weight, frozen or not. An infinite weight does not decay, as inf - inf
+// is NaN.
 template <bool kAmsgrad, class T>
 ADEPT_FAST_INLINE T adamw_moving(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate) {
     const T g = grad * c.grad_scale;
@@ -101,7 +102,7 @@ ADEPT_FAST_INLINE T adamw_moving(T weight, T grad, T& m, T& v, T& vmax, const Co
     return weight - (decay + step);
 }
 
-// The same; the old weight where the unit is frozen.
+// The same, but returns the old weight if the unit is frozen.
 template <bool kAmsgrad, class T>
 ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate, bool frozen) {
     const T moved = adamw_moving<kAmsgrad>(weight, grad, m, v, vmax, c, rate);
@@ -113,9 +114,9 @@ ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants
     return adamw<kAmsgrad>(weight, grad, m, v, vmax, c, rate, rate.decay < static_cast<T>(0));
 }
 
-// An exact fp32 weight kept as bf16 and a signed 16-bit remainder: bits = 2^16 * param + remainder. A tie rounds away from zero, because
-// the remainder of a tie to even does not fit. Infinities and NaN keep no remainder. A sum that is NaN is of a parameter that was set to
-// 0 behind the optimizer's back, whose remainder was negative: the parameter holds.
+// An exact fp32 weight stored as bf16 and a signed 16-bit remainder: bits = 2^16 * param + remainder. A tie rounds away from zero, because
+// the remainder of a tie to even may not fit. Infinities and NaN have remainder 0. If the sum is NaN, the parameter was set to 0 through
+// `.data` and its remainder is negative: the result is the parameter.
 ADEPT_FAST_INLINE float join_master(std::uint16_t param, std::int16_t remainder) {
     const float joined = float_of((std::uint32_t{param} << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(remainder)));
     return joined != joined ? from_bf16(param) : joined;
@@ -145,7 +146,7 @@ ADEPT_FAST_INLINE NoiseKey noise_key(std::uint32_t seed, std::int64_t t) {
     return {key, mix(key + 0x9e3779b9u)};
 }
 
-// fp32 -> bf16, up or down with the probability that makes the expectation exact.
+// Rounds fp32 to bf16, up or down with probabilities that make the expectation exact.
 ADEPT_FAST_INLINE std::uint16_t stochastic_bf16(float weight, NoiseKey key, std::uint64_t index) {
     const std::uint32_t low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
     const std::uint32_t noise = mix(mix(low ^ key.low) + high + key.high) >> 16;

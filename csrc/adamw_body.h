@@ -1,5 +1,5 @@
-// What the AdamW launches do to one tensor's counter and to a thread's elements, as host and device code: `Access` reads and writes memory
-// by address (static load2, load4, load8, load16 and store2, store4, store16), so that a test can run on the host what the GPU runs.
+// The AdamW launches for one tensor's step and for the elements of one thread, as host and device code. `Access` reads and writes memory by
+// address (static load2, load4, load8, load16 and store2, store4, store16), so that a test can run the code of the GPU on the host.
 #pragma once
 
 #include "adamw.h"
@@ -8,7 +8,7 @@
 
 namespace adept_fast {
 
-// What the counter launch leaves to the update launch.
+// Results of the counter launch for the update launch.
 struct Counted {
     StepScalars scalars;
     std::int64_t t;
@@ -18,7 +18,7 @@ struct alignas(16) Words {
     std::uint32_t word[4];
 };
 
-// kWidth elements of one stream: as loaded (2-byte formats in the first four words, the lower half first), or one fp32 a word.
+// kWidth elements of one stream: as loaded (2-byte formats in the first four words, lower half first), or one fp32 per word.
 struct Eight {
     std::uint32_t word[kWidth];
 };
@@ -28,7 +28,7 @@ ADEPT_FAST_INLINE double hyperparameter(double value, std::int64_t address, std:
     return address == 0 ? value : kind == 1 ? float_of(Access::load4(address)) : Access::load8(address);
 }
 
-// Advances the tensor's step.
+// Increments the tensor's step.
 template <class Access>
 ADEPT_FAST_INLINE Counted advance(const Tensor& row, const Group& group, double grad_scale) {
     const float step = float_of(Access::load4(row.step)) + 1.0f;
@@ -40,7 +40,7 @@ ADEPT_FAST_INLINE Counted advance(const Tensor& row, const Group& group, double 
     return {step_scalars(lr, beta1, beta2, group.eps, group.weight_decay, group.maximize != 0.0 ? -grad_scale : grad_scale, t), t};
 }
 
-// Zero where the stream is absent (address 0) or the element is (its bit in `present` is 0).
+// Loads kWidth elements. An absent stream (address 0), and elements whose bit in `present` is 0, give 0.
 template <class Access>
 ADEPT_FAST_INLINE Eight load(std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t present) {
     Eight raw{};
@@ -74,7 +74,7 @@ ADEPT_FAST_INLINE Eight load(std::int64_t stream, std::int64_t first, bool fp32,
     return raw;
 }
 
-// Only elements whose bit in `stored` is 1 are written to.
+// Writes the elements whose bit in `stored` is 1.
 template <class Access>
 ADEPT_FAST_INLINE void store(std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t stored, const Eight& raw) {
     const std::int64_t address = stream + first * (fp32 ? 4 : 2);
@@ -99,7 +99,7 @@ ADEPT_FAST_INLINE void store(std::int64_t stream, std::int64_t first, bool fp32,
 
 ADEPT_FAST_INLINE std::uint16_t half_of(const Eight& raw, int k) { return static_cast<std::uint16_t>(raw.word[k / 2] >> (k % 2 * 16)); }
 
-// From a format to fp32, in place: from the last element, so that no half is overwritten before it is read.
+// Converts a format to fp32 in place, beginning with the last element, so that no half is overwritten before it is read.
 ADEPT_FAST_INLINE void widen(Eight& raw, std::int64_t format) {
     if (format == kBf16) {
 #pragma unroll
@@ -114,7 +114,7 @@ ADEPT_FAST_INLINE void widen(Eight& raw, std::int64_t format) {
     }
 }
 
-// Packs two halves a word, in place.
+// Packs two halves per word, in place.
 ADEPT_FAST_INLINE void set_half(Eight& raw, int k, std::uint16_t half) {
     raw.word[k / 2] = k % 2 == 0 ? half : raw.word[k / 2] | std::uint32_t{half} << 16;
 }
@@ -123,7 +123,7 @@ ADEPT_FAST_INLINE std::uint16_t to_half(float value, std::int64_t format) { retu
 
 ADEPT_FAST_INLINE float from_half(std::uint16_t half, std::int64_t format) { return format == kBf16 ? from_bf16(half) : from_fp16(half); }
 
-// From fp32 to a format, in place.
+// Converts fp32 to a format in place.
 ADEPT_FAST_INLINE void narrow(Eight& raw, std::int64_t format) {
     if (format == kBf16) {
 #pragma unroll
@@ -138,7 +138,7 @@ ADEPT_FAST_INLINE void narrow(Eight& raw, std::int64_t format) {
     }
 }
 
-// The fp32 weights that param (as fp32) and master (as loaded) stand for, into `param`.
+// Computes the fp32 weights from param (as fp32) and master (as loaded), into `param`.
 ADEPT_FAST_INLINE void read_weights(Eight& param, const Eight& master, std::int64_t format, std::int64_t mode) {
     if (mode == kCopy) {
 #pragma unroll
@@ -160,7 +160,7 @@ ADEPT_FAST_INLINE void read_weights(Eight& param, const Eight& master, std::int6
     }
 }
 
-// From fp32 weights in `param` to param and master as stored. index: of the first element in the unsharded parameter.
+// Rounds fp32 weights in `param` to param and master as stored. index: of the first element in the unsharded parameter.
 ADEPT_FAST_INLINE void round_weights(Eight& param, Eight& master, std::int64_t format, std::int64_t mode, NoiseKey key,
                                      std::int64_t index) {
     if (mode == kRemainder) {
@@ -193,7 +193,7 @@ ADEPT_FAST_INLINE void round_weights(Eight& param, Eight& master, std::int64_t f
     }
 }
 
-// Weights and moments, all fp32, after the step.
+// Updates weights and moments, all fp32.
 template <bool kAmsgrad>
 ADEPT_FAST_INLINE void move(Eight& weight, const Eight& grad, Eight& m, Eight& v, Eight& vmax, const Constants<float>& c,
                             const Rate<float> (&rates)[kWidth]) {
@@ -207,7 +207,7 @@ ADEPT_FAST_INLINE void move(Eight& weight, const Eight& grad, Eight& m, Eight& v
     }
 }
 
-// One thread's elements in one turn: kWidth of them from `offset` in the chunk that begins with element `chunk_first`.
+// Updates kWidth elements from `offset` on, in the chunk that begins with element `chunk_first`.
 template <class Access>
 ADEPT_FAST_INLINE void update_eight(const Tensor& row, const StepScalars& scalars, const Constants<float>& c, NoiseKey key,
                                     const UnitWalk& walk, std::int64_t chunk_first, std::uint32_t offset) {
@@ -219,7 +219,7 @@ ADEPT_FAST_INLINE void update_eight(const Tensor& row, const StepScalars& scalar
     const std::int64_t format = row.formats & 3, grad_format = row.formats >> 2 & 3, moment_format = row.formats >> 4 & 3;
     const std::int64_t mode = row.mode;
 
-    // Everything is loaded as it stands before anything is converted, so that all loads are under way together.
+    // All loads come before the first conversion, so that they run together.
     Eight param = load<Access>(row.param, first, format == kFp32, present);
     Eight grad = load<Access>(row.grad, first, grad_format == kFp32, present);
     Eight m = load<Access>(row.exp_avg, first, moment_format == kFp32, present);
@@ -280,7 +280,7 @@ ADEPT_FAST_INLINE void update_eight(const Tensor& row, const StepScalars& scalar
     }
 }
 
-// One thread's part of a chunk. chunk: counted from the tensor's first.
+// Updates one thread's part of a chunk. chunk: number in the tensor.
 template <class Access>
 ADEPT_FAST_INLINE void update_chunk(const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
     const std::int64_t first = chunk * kChunk;

@@ -1,4 +1,4 @@
-// AdamW on CUDA devices, as the bindings call it: no CUDA header. Addresses are of device memory; errors are thrown.
+// AdamW on CUDA devices, for the bindings; includes no CUDA header. Addresses are of device memory. Errors are thrown.
 #pragma once
 
 #include <cstdint>
@@ -14,19 +14,19 @@ struct Stream {
     std::int64_t handle;  // cudaStream_t
 };
 
-// A table of tensors in device memory, which a step reads and, for its counters, writes to.
+// A table of tensors in device memory. A step reads it and writes its scalars.
 struct Table {
     std::int64_t address, tensors, chunks;
 };
 
-// (chunks, bytes) that a table of these tensors needs.
+// Returns (chunks, bytes) of the table of these tensors.
 std::pair<std::int64_t, std::int64_t> adamw_table_size(const Tensor* rows, std::int64_t tensors);
 
-// Fills the table. The rows travel as launch parameters: nothing on the host must outlive the call, and a captured graph holds its own.
+// Fills the table. Rows are launch parameters: no host memory must outlive the call, and a captured graph has its own copy.
 void adamw_write_table(Stream stream, Table table, const Tensor* rows);
 
-// One step: a launch that advances the counters (more with over 400 groups) and one that updates. grad_scale: address of an fp64, 0: 1;
-// found_inf: address of an fp32, 0: none. Where it is not 0 nothing is changed.
+// Runs one step: a launch that increments the steps (several with over 400 groups) and one that updates.
+// grad_scale: address of an fp64; 0: 1. found_inf: address of an fp32; 0: none. A value other than 0 skips the step.
 void adamw_step(Stream stream, Table table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale, std::int64_t found_inf);
 
 struct Kernel {

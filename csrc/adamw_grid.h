@@ -1,7 +1,7 @@
-// Which elements a thread of the AdamW launch updates, and which units they belong to. Host and device code alike.
+// The elements that a thread of the AdamW launch updates, and their units, as host and device code.
 //
-// Tensors are cut into chunks, numbered through all tensors; block b takes chunks b, b + grid, ... A block walks its chunk in turns of
-// kTurn elements, kWidth neighbours a thread.
+// Tensors are divided into chunks, numbered over all tensors. Block b takes chunks b, b + grid, ... It processes kTurn elements of a chunk
+// at a time, kWidth adjacent ones per thread.
 #pragma once
 
 #include "descriptor.h"
@@ -16,7 +16,7 @@ constexpr int kChunk = 4 * kTurn;
 
 ADEPT_FAST_INLINE std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// The tensor that `chunk` is part of. first_chunks: per tensor, ascending; a tensor without elements has its successor's.
+// Returns the tensor of `chunk`. first_chunks: of each tensor, ascending; an empty tensor has that of its successor.
 ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks, std::int64_t tensors, std::int64_t chunk) {
     std::int64_t low = 0, high = tensors;  // first_chunks[low] <= chunk < first_chunks[high]
     while (high - low > 1) {
@@ -26,22 +26,22 @@ ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks,
     return static_cast<std::int32_t>(low);
 }
 
-// Of the kWidth elements that begin at `first`, a bit each for those that the tensor has.
+// Returns one bit for each of the kWidth elements from `first` on that the tensor has.
 ADEPT_FAST_INLINE std::uint32_t present_bits(std::int64_t first, std::int64_t numel) {
     const std::int64_t left = numel - first;
     return left >= kWidth ? (1u << kWidth) - 1u : left <= 0 ? 0u : (1u << left) - 1u;
 }
 
-// An element's multiplier, and how many elements from here on have it (or at least the rest of the chunk).
+// The unit of an element, and the number of elements from here to its end (at least to the end of the chunk).
 struct Place {
     std::int64_t unit;
     std::uint32_t left;
 };
 
-// Multipliers (i / inner) % length along one chunk: 64-bit divisions once, 32-bit ones from there on.
+// Units (i / inner) % length along one chunk: 64-bit divisions once, then 32-bit ones.
 struct UnitWalk {
     std::int64_t length, unit;    // unit: of the chunk's first element
-    std::uint32_t inner, passed;  // passed: elements of that unit that lie before the chunk
+    std::uint32_t inner, passed;  // passed: elements of that unit before the chunk
 };
 
 // first: of the chunk.
@@ -51,7 +51,7 @@ ADEPT_FAST_INLINE UnitWalk unit_walk(const Tensor& row, std::int64_t first) {
     if (row.inner <= kChunk) {
         return {row.length, unit, static_cast<std::uint32_t>(row.inner), static_cast<std::uint32_t>(passed)};
     }
-    // A unit longer than a chunk ends in it at most once: a length of two chunks serves as well, and fits 32 bits.
+    // A unit longer than a chunk ends in it at most once. A length of two chunks is then equivalent, and fits 32 bits.
     const std::int64_t left = row.inner - passed;
     return {row.length, unit, 2 * kChunk, static_cast<std::uint32_t>(2 * kChunk - (left < kChunk ? left : kChunk))};
 }

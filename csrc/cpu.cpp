@@ -163,18 +163,18 @@ void attend(std::int64_t queries, std::int64_t keys, std::int64_t values, std::i
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native code for the CPU.";
     module.def("features", &features,
-               "The compiler this was built with; the instruction sets this CPU has, best first; the OpenMP runtime whose threads are used.");
+               "Returns the compiler, the instruction sets of this CPU (best first), and the OpenMP runtime whose threads are used.");
     module.def("adamw", &step, py::arg("tensors"), py::arg("groups"), py::arg("grad_scale"), py::arg("threads"), py::arg("set") = "",
-               "One AdamW step. tensors, groups: rows of csrc/descriptor.h as bytes, every address valid; set: an instruction set, or the best.");
+               "Runs one AdamW step. tensors, groups: rows of csrc/descriptor.h with valid addresses. set: an instruction set; empty: the best.");
     module.def("softmax", &logits, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("stride"), py::arg("first"),
                py::arg("targets"), py::arg("bias"), py::arg("scale"), py::arg("softcap"), py::arg("variants"), py::arg("gradient"),
                py::arg("state"), py::arg("state_stride"), py::arg("threads"), py::arg("set") = "",
-               "One block of logits into the running softmax of its rows: csrc/cpu_rows.h. Addresses of fp32, int64 and fp64 memory.");
+               "Adds a block of logits to the running softmax of its rows: csrc/cpu_rows.h. Takes addresses of fp32, int64 and fp64 memory.");
     module.def("sum_of_squares", &squares, py::arg("gradients"), py::arg("threads"), py::arg("set") = "",
-               "Of all elements of dense gradients, in fp64. gradients: rows of address, numel, format (csrc/descriptor.h).");
+               "Sums the squares of dense gradients in fp64. gradients: rows of address, numel, format (csrc/descriptor.h).");
     module.def("saliency", &gradient, py::arg("param"), py::arg("param_format"), py::arg("grad"), py::arg("grad_format"), py::arg("rows"),
                py::arg("columns"), py::arg("running"), py::arg("row_sums"), py::arg("column_sums"), py::arg("threads"), py::arg("set") = "",
-               "Adds sums of g^2, |theta g| and theta g over rows and columns to fp64 memory: csrc/cpu_rows.h. 0 for what is left out.");
+               "Adds sums of g^2, |theta g| and theta g over rows and columns to fp64 memory: csrc/cpu_rows.h. Address 0: none.");
     module.def("rms_norm", &norm, py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("rows"), py::arg("width"),
                py::arg("epsilon"), py::arg("threads"), py::arg("set") = "", "csrc/cpu_layer.h. Addresses of fp32 memory.");
     module.def("gated_activation", &activation, py::arg("gate"), py::arg("up"), py::arg("count"), py::arg("threads"), py::arg("set") = "",

@@ -10,9 +10,9 @@
 namespace adept_fast {
 namespace {
 
-constexpr std::int64_t kChunk = 32768;  // elements a thread takes at a time; below this much in all one thread is enough
+constexpr std::int64_t kChunk = 32768;  // elements that a thread takes at a time
 
-// Chunks of all arrays, numbered through: which array, and where in it.
+// Maps a chunk, numbered over all arrays, to its array and the position in it.
 class Chunks {
 public:
     void add(std::int64_t numel) { ends_.push_back((ends_.empty() ? 0 : ends_.back()) + (numel + kChunk - 1) / kChunk); }
@@ -56,7 +56,7 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
         if (!(step >= 0.0f && step < 9.0e18f) || std::floor(step) != step) return "a step is negative, or no whole number";
         rates += t.length > 1 ? 2 * t.length : 0;
     }
-    // Room for fp64, or for fp32 twice. Kept, because fresh pages would cost more than the rates.
+    // Memory for fp64, or for fp32 twice. It is reused, as page faults of new memory would take longer than the rates.
     static thread_local std::vector<double> scratch;
     if (scratch.size() < static_cast<std::size_t>(rates)) scratch.resize(static_cast<std::size_t>(rates));
     double* free = scratch.data();
@@ -125,7 +125,7 @@ const InstructionSet* const* instruction_sets() {
     static const bool once = [] {
         int i = 0;
 #if defined(__x86_64__)
-        __builtin_cpu_init();  // what it reports includes that the system saves the wide registers
+        __builtin_cpu_init();  // its report includes whether the system saves the wide registers
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512dq")) {
             found[i++] = &kAvx512;

@@ -6,13 +6,13 @@
 
 namespace adept_fast {
 
-// One tensor in one step. decay and step: the unit rates, `length` values of the arithmetic's type each, and where that is fp32 once more,
-// those of even units before those of odd ones; null where there is one unit.
+// One tensor in one step. decay, step: unit rates, `length` values of the arithmetic's type each; null if there is one unit. fp32 rates
+// follow once more, those of even units before those of odd ones.
 struct Work {
     Tensor tensor;
     StepScalars scalars;
     std::int64_t t;
-    double multiplier;  // of the one unit
+    double multiplier;  // if there is one unit
     const void *decay, *step;
 };
 
@@ -32,17 +32,17 @@ extern const InstructionSet kGeneric;
 extern const InstructionSet kAvx2, kAvx512;
 #endif
 
-// The instruction sets that this CPU has, the best first; `name` null ends the list.
+// Returns the instruction sets of this CPU, the best first, ended by a null pointer.
 const InstructionSet* const* instruction_sets();
 
-// Advances every tensor's step and updates it. Returns what is wrong with the rows, or null.
+// Increments every tensor's step and updates the tensor. Returns what is wrong with the rows, or null.
 const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* groups, std::int64_t group_count, double grad_scale,
                        int threads, const InstructionSet& set);
 
-// What is wrong with the rows, or null; sum_of_squares takes them at their word.
+// Returns what is wrong with the rows, or null. sum_of_squares does not check them.
 const char* wrong_gradients(const Gradient* gradients, std::int64_t count);
 
-// Of all elements, in fp64: the same bits for any number of threads and any instruction set.
+// Sums the squares of all elements in fp64: the same bits for any number of threads and any instruction set.
 double sum_of_squares(const Gradient* gradients, std::int64_t count, int threads, const InstructionSet& set);
 
 }  // namespace adept_fast

@@ -1,8 +1,7 @@
-// Included by one source file per instruction set, with ADEPT_FAST_SET its name: everything here is compiled for that set.
+// Included by one source file per instruction set, which defines ADEPT_FAST_SET as its name.
 //
-// Streams that are not of the arithmetic's type pass through tiles that stay in the first-level cache, so that one loop serves every mix of
-// formats, and the compiler vectorises it. A tile is small, so that the next one's conversions run while this one's roots and quotients
-// are under way.
+// Tensors of other formats are converted in tiles that stay in the L1 cache, so that one loop, which the compiler vectorises, covers every
+// mix of formats. Tiles are small, so that conversions of the next tile overlap with square roots and divisions of this one.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kTile = 64;
 
-// A number of elements: known when compiled for whole tiles, so that their loops have no remainder.
+// The number of elements of a whole tile as a compile-time constant, so that loops over it have no remainder.
 struct Whole {
     constexpr operator std::int64_t() const { return kTile; }
 };
@@ -42,7 +41,7 @@ void load(std::int64_t address, std::int64_t format, std::int64_t first, N n, T*
     }
 }
 
-// In place where the memory is of the arithmetic's type.
+// Returns the memory itself if it has the arithmetic's type, else a converted copy in `tile`.
 template <class T, class N>
 T* open(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* tile) {
     if (is_own<T>(format)) return at<T>(address, first);
@@ -50,11 +49,11 @@ T* open(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* t
     return tile;
 }
 
-// Rates of a range of elements: one for all, or one each.
+// The rates of a range of elements: one for all, or one each.
 template <class T>
 struct OneRate {
     Rate<T> rate;
-    bool frozen(std::int64_t) const { return false; }  // a frozen range is not stored at all
+    bool frozen(std::int64_t) const { return false; }  // `store` skips a frozen range
     bool store() const { return !(rate.decay < static_cast<T>(0)); }
     OneRate from(std::int64_t) const { return *this; }
 };
@@ -68,7 +67,7 @@ struct RateEach {
     RateEach from(std::int64_t i) const { return {decay + i, step + i}; }
 };
 
-// For what has no frozen elements.
+// For tensors without frozen elements.
 struct Always {
     bool frozen(std::int64_t) const { return false; }
 };
@@ -96,7 +95,7 @@ struct Streams {
     const T* grad;
 };
 
-// A rate as a loop over elements reads it: one that does not change, or two arrays that nothing here writes to.
+// Loops over elements, with one rate, or with rates in arrays that are declared not to alias.
 template <class T, bool kAmsgrad, bool kSlow, class N>
 void loop(N n, Streams<T> s, Constants<T> c, OneRate<T> rates) {
     T *__restrict w = s.weight, *__restrict m = s.exp_avg, *__restrict v = s.exp_avg_sq, *__restrict x = s.max_exp_avg_sq;
@@ -132,7 +131,7 @@ void elements(N n, Streams<T> s, const Constants<T>& c, Rates rates) {
     }
 }
 
-// The weights that the master mode stands for; in place where the parameter is of the arithmetic's type.
+// Computes the weights of the master mode, in place if the parameter has the arithmetic's type.
 template <class T, class N>
 T* open_weights(const Tensor& t, std::int64_t first, N n, T* tile) {
     const std::int64_t format = t.formats & 3;
@@ -237,7 +236,7 @@ void range(const Work& work, std::int64_t first, std::int64_t n, const Constants
     if (i < n) tile(work, first + i, n - i, c, rates.from(i));
 }
 
-// Elements that begin with one of `unit` and have a unit each.
+// Updates elements that have a unit each, beginning with `unit`.
 template <class T>
 void columns(const Work& work, std::int64_t first, std::int64_t n, const Constants<T>& c, RateEach<T> units, std::int64_t unit) {
     std::int64_t i = 0;
@@ -259,7 +258,7 @@ void update(const Work& work, std::int64_t first, std::int64_t count) {
         return;
     }
     const RateEach<T> units{static_cast<const T*>(work.decay), static_cast<const T*>(work.step)};
-    const std::int64_t run = t.inner == 1 ? t.length : t.inner;  // elements whose rates lie side by side, or are one
+    const std::int64_t run = t.inner == 1 ? t.length : t.inner;  // consecutive elements with adjacent rates, or with one rate
     std::int64_t unit = (first / t.inner) % t.length, rest = first % t.inner;
     if (run >= kTile) {
         for (const std::int64_t end = first + count; first < end;) {
@@ -271,7 +270,7 @@ void update(const Work& work, std::int64_t first, std::int64_t count) {
             } else {
                 const Rate<T> rate = units[unit];
                 unit = unit + 1 == t.length ? 0 : unit + 1;
-                while (n < end - first && units.decay[unit] == rate.decay && units.step[unit] == rate.step) {  // a unit of several rows
+                while (n < end - first && units.decay[unit] == rate.decay && units.step[unit] == rate.step) {  // adjacent units with equal rates
                     n = n + t.inner < end - first ? n + t.inner : end - first;
                     unit = unit + 1 == t.length ? 0 : unit + 1;
                 }
@@ -302,7 +301,7 @@ void update_any(const Work& work, std::int64_t first, std::int64_t count) {
     (work.tensor.formats & 3) == kFp64 ? update<double>(work, first, count) : update<float>(work, first, count);
 }
 
-// Lane k sums elements k, k + kTile, ...: an order that every instruction set can keep.
+// Lane k sums elements k, k + kTile, ...: an order that every instruction set can follow.
 template <class N>
 void add_squares(const Gradient& g, std::int64_t first, N n, double* __restrict lanes) {
     if (g.format == kFp64) {

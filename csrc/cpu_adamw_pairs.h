@@ -1,4 +1,4 @@
-// Included by cpu_adamw_body.h: the loop for tensors that are bf16 throughout, which are bound by instructions, not by memory.
+// Included by cpu_adamw_body.h: the loop for all-bf16 tensors, which are limited by instructions, not by memory.
 #pragma once
 
 #include "cpu_adamw.h"
@@ -11,7 +11,7 @@ S* at(std::int64_t address, std::int64_t index) {
     return reinterpret_cast<S*>(address) + index;
 }
 
-// Two neighbours of 16 bits in one word of 32: a CPU's vectors unpack and pack these with a shift and a mask each, where a loop over single
+// Two adjacent 16-bit elements in one 32-bit word. Vectors unpack and pack it with a shift and a mask each, where a loop over single
 // elements shuffles across lanes.
 struct Pair {
     std::uint32_t bits;
@@ -30,8 +30,8 @@ void store_pair(std::int64_t address, std::int64_t element, std::uint16_t low, s
     std::memcpy(at<std::uint16_t>(address, element), &bits, sizeof bits);
 }
 
-// to_bf16 and split_master of what was computed from bf16 alone: the NaN among it, which come from bf16 or from the CPU, have no low bits,
-// and rounding cannot carry out of their payload.
+// to_bf16 and split_master for values computed from bf16 alone. Their NaN, from bf16 or from the CPU, have no low bits, so that rounding
+// cannot carry out of the payload.
 std::uint16_t short_to_bf16(float value) {
     const std::uint32_t bits = bits_of(value);
     return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -43,13 +43,13 @@ void split_short(float weight, std::uint16_t& param, std::uint16_t& remainder) {
     remainder = static_cast<std::uint16_t>(low);
 }
 
-// Whether pairs() can take the update: everything of 16 bits and bf16, averages that move from the old value, no maximum.
+// Whether pairs() supports the update: all bf16, no fp32 master, both betas >= 1/2, no amsgrad.
 bool in_pairs(const Tensor& t, const Constants<float>& c) {
     const std::int64_t all_bf16 = kBf16 | kBf16 << 2 | kBf16 << 4;
     return t.formats == all_bf16 && t.mode != kCopy && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
 }
 
-// The rates of pairs: one for all of them, or arrays of the first neighbours' and of the second ones'.
+// The rates of pairs: one for all, or arrays of the first elements' and of the second elements' rates.
 struct SameRates {
     Rate<float> rate;
     SameRates from(std::int64_t) const { return *this; }
@@ -60,7 +60,7 @@ struct PairedRates {
     PairedRates from(std::int64_t i) const { return {decay0 + i, step0 + i, decay1 + i, step1 + i}; }
 };
 
-// Of pairs that begin with `unit`, in a tensor with a unit an element along its rows.
+// Returns the rates of pairs that begin with `unit`, in a tensor with one unit per element of a row.
 PairedRates paired_rates(const Work& work, std::int64_t unit) {
     const std::int64_t length = work.tensor.length, even = (length + 1) / 2;
     const float *decay = static_cast<const float*>(work.decay) + length, *step = static_cast<const float*>(work.step) + length;
@@ -68,7 +68,7 @@ PairedRates paired_rates(const Work& work, std::int64_t unit) {
     return unit % 2 == 0 ? all.from(unit / 2) : PairedRates{all.decay1, all.step1, all.decay0 + 1, all.step0 + 1}.from(unit / 2);
 }
 
-// 2 * count elements. Where kEach is not set all have `rate`, which is not a frozen one.
+// Updates 2 * count elements. Without kEach all have `rate`, which is not frozen.
 template <std::int64_t kMode, bool kEach>
 void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<float> c, Rate<float> rate, const float* __restrict decay0,
            const float* __restrict step0, const float* __restrict decay1, const float* __restrict step1) {
@@ -103,7 +103,7 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
             std::uint16_t r0, r1;
             split_short(w0, p0, r0);
             split_short(w1, p1, r1);
-            // Of a frozen one both halves stay, not what they were joined to: NaN, infinities and -0 would lose the remainder.
+            // A frozen weight keeps both halves as they are: split again, NaN, infinities and -0 would lose the remainder.
             p0 = frozen0 ? param.low() : p0;
             p1 = frozen1 ? param.high() : p1;
             store_pair(t.master, at, frozen0 ? kept.low() : r0, frozen1 ? kept.high() : r1);
@@ -122,7 +122,7 @@ void pairs(const Work& work, std::int64_t first, std::int64_t count, Constants<f
     }
 }
 
-// Ahead of a loop whose prefetcher stops at every page.
+// Prefetches for a loop, because the hardware prefetcher stops at every page.
 void fetch(const Tensor& t, std::int64_t first, std::int64_t n) {
     const std::int64_t addresses[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.mode == kRemainder || t.mode == kKahan ? t.master : 0};
     for (const std::int64_t address : addresses) {

@@ -12,11 +12,11 @@
 namespace adept_fast {
 namespace {
 
-constexpr std::int64_t kQueries = 6;  // at once
+constexpr std::int64_t kQueries = 6;  // queries at a time
 
 constexpr float kCount[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// A matrix whose rows are cut into runs of kLanes elements, and where the next row and the next run begin.
+// A matrix whose rows consist of runs of kLanes elements. row, run: distance to the next row and to the next run.
 struct Cut {
     const float* start;
     std::int64_t row, run;
@@ -51,14 +51,14 @@ void multiply(const float* a, std::int64_t a_row, Cut b, float* c, std::int64_t 
             multiply_tile<kWide>(a, a_row, b, c, c_row, depth);
         }
     };
-    if constexpr (ADEPT_FAST_VECTOR == 64) {  // 24 of 32 registers are sums; with narrower vectors one run fills them
+    if constexpr (ADEPT_FAST_VECTOR == 64) {  // sums take 24 of 32 registers; with narrower vectors one run fills them
         tiles(std::integral_constant<int, 4>());
         tiles(std::integral_constant<int, 2>());
     }
     tiles(std::integral_constant<int, 1>());
 }
 
-// A head of one token, turned by its position, times `factor`
+// Applies rotary embedding to a head of one token, and multiplies it by `factor`.
 ADEPT_FAST_INLINE void turn(const Attention& given, const float* head, std::int64_t token, float factor, float* turned) {
     const float *cosines = given.cosines + token * given.width, *sines = given.sines + token * given.width;
     const std::int64_t half = given.width / 2;
@@ -69,7 +69,7 @@ ADEPT_FAST_INLINE void turn(const Attention& given, const float* head, std::int6
     }
 }
 
-// Scores of query `at` of a segment to e^(score - largest) of the keys that it sees, 0 of the others; returns their sum
+// Replaces the scores of query `at` of a segment by e^(score - largest), 0 for masked keys. Returns their sum.
 ADEPT_FAST_INLINE float softened(float* scores, std::int64_t at, std::int64_t padded) {
     for (std::int64_t j = at / kLanes * kLanes; j < padded; j += kLanes) {
         store(scores + j, where_less(all(static_cast<float>(at - j)), load(kCount), all(-INFINITY), load(scores + j)));
@@ -86,24 +86,24 @@ ADEPT_FAST_INLINE float softened(float* scores, std::int64_t at, std::int64_t pa
     return sum_of(sum);
 }
 
-// Of one sequence the segment of tokens first to first + count, with the query heads of one key head.
+// Attention of one sequence in the segment of tokens first ... first + count - 1, for the query heads of one key head.
 void attend(const Attention& given, std::int64_t sequence, std::int64_t first, std::int64_t count, std::int64_t key_head) {
     const std::int64_t width = given.width, group = given.heads / given.key_heads;
     const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     const std::int64_t row = given.heads * width, key_row = given.key_heads * width, start = sequence * given.tokens + first;
     const std::int64_t* askers = std::lower_bound(given.askers, given.askers + given.asking, first);
     const std::int64_t asking = std::lower_bound(askers, given.askers + given.asking, first + count) - askers;
-    const std::int64_t asked = sequence * given.asking + (askers - given.askers);  // row of the first of them
+    const std::int64_t asked = sequence * given.asking + (askers - given.askers);  // row of the first query
     if (asking == 0) return;
     thread_local std::vector<float> scratch;
     scratch.resize(static_cast<std::size_t>(width * padded + kLanes * width + kQueries * (width + padded + width)));
-    float* transposed = scratch.data();  // keys, each kLanes of them [width, kLanes]
+    float* transposed = scratch.data();  // keys, kLanes at a time as [width, kLanes]
     float* some = transposed + width * padded;
     float *queries = some + kLanes * width, *scores = queries + kQueries * width, *output = scores + kQueries * padded;
 
     for (std::int64_t j = 0; j < padded; j += kLanes) {
         for (std::int64_t t = 0; t < kLanes; ++t) {
-            const std::int64_t token = std::min(j + t, count - 1);  // what stands behind the last is not seen
+            const std::int64_t token = std::min(j + t, count - 1);  // padding keys are masked
             turn(given, given.keys + (start + token) * key_row + key_head * width, first + token, 1.0f, some + t * width);
         }
         float* run = transposed + j * width;

@@ -1,4 +1,4 @@
-// Included by one source file per instruction set: sums of squares and Taylor terms of a band of rows, in one pass over gradient and weight.
+// Included by one source file per instruction set: sums of g^2, |theta g| and theta g of a band of rows, in one pass over both tensors.
 #pragma once
 
 #include "cpu_lanes.h"
@@ -8,10 +8,10 @@
 namespace adept_fast {
 namespace {
 
-constexpr std::int64_t kTile = 1024;  // columns whose sums stay in the first-level cache
+constexpr std::int64_t kTile = 1024;  // columns whose sums stay in the L1 cache
 constexpr std::int64_t kRun = 128;    // rows whose sums of columns stay in fp32
-constexpr int kAtOnce = 4;            // rows that share a load and a store of their columns' sums
-constexpr int kAhead = 8;             // rows from those at hand to those asked of the third-level cache
+constexpr int kAtOnce = 4;            // rows that share one load and store of the column sums
+constexpr int kAhead = 8;             // rows between the current ones and those prefetched from the L3 cache
 
 ADEPT_FAST_INLINE Words words(const std::uint16_t* from) {
     Halves halves;
@@ -35,7 +35,7 @@ ADEPT_FAST_INLINE Lanes load_fp16(const std::uint16_t* from) {
     return result;
 }
 
-// Elements [first, first + n) as fp32, padded with zeros to whole lanes: in place where that is what they are, else in `tile`.
+// Returns elements [first, first + n) as fp32, padded with zeros to whole lanes: the memory itself if it is so, else a copy in `tile`.
 const float* open(const void* memory, std::int64_t format, std::int64_t first, std::int64_t n, float* tile) {
     const std::int64_t whole = n / kLanes * kLanes;
     if (format == kFp32) {
@@ -55,14 +55,14 @@ const float* open(const void* memory, std::int64_t format, std::int64_t first, s
     return tile;
 }
 
-// A row of a tile in fp32, and the memory of the one kAhead behind it: (bytes to the next element).
+// A row of a tile in fp32, and the memory of the row kAhead after it, with the bytes of an element.
 struct TileRow {
     const float* now;
     const char* later;
     std::int64_t size;
 };
 
-// As open. What is asked for ahead may lie behind the end of the memory.
+// As open. The prefetched row may be behind the end of the memory.
 TileRow open_row(const void* memory, std::int64_t format, std::int64_t first, std::int64_t n, std::int64_t columns, float* tile) {
     const std::int64_t size = format == kFp32 ? 4 : 2;
     return {open(memory, format, first, n, tile), static_cast<const char*>(memory) + (first + kAhead * columns) * size, size};
@@ -73,7 +73,7 @@ ADEPT_FAST_INLINE Lanes take(const TileRow& row, std::int64_t j) {
     return load(row.now + j);
 }
 
-// Sums of each of `n` lanes, as sum_of: together, because each step waits for the one before it.
+// Applies sum_of to `n` Lanes, interleaved, because the steps of one sum depend on each other.
 ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
 #ifdef ADEPT_FAST_TURNED
     for (int k = 0; k < n; ++k) totals[k] = sum_of(lanes[k]);
@@ -89,8 +89,8 @@ ADEPT_FAST_INLINE void sums_of(const Lanes* lanes, int n, float* totals) {
 #endif
 }
 
-// Adds g^2, and with kProducts |theta g| and theta g, of kRows rows of a tile to the sums of its columns, in the order of the rows, and
-// gives their sums: totals [kRows, kinds].
+// Adds g^2, and with kProducts |theta g| and theta g, of kRows rows of a tile to the column sums, in the order of the rows. Writes the row
+// sums to totals [kRows, kinds].
 template <bool kProducts, bool kColumns, int kRows>
 void tile_sums(std::int64_t n, const TileRow* g, const TileRow* theta, float* columns, float* totals) {
     constexpr int kKinds = kProducts ? 3 : 1;
@@ -117,7 +117,7 @@ void tile_sums(std::int64_t n, const TileRow* g, const TileRow* theta, float* co
     sums_of(sums, kRows * kKinds, totals);
 }
 
-// kRows rows of a tile, from `row` on, at columns [first, first + n)
+// Processes kRows rows of a tile, from `row` on, at columns [first, first + n).
 template <bool kProducts, bool kColumns, int kRows>
 void tile_rows(const GradientPass& pass, std::int64_t row, std::int64_t first, std::int64_t n, float* columns) {
     constexpr int kKinds = kProducts ? 3 : 1;
@@ -141,7 +141,7 @@ void tile_rows(const GradientPass& pass, std::int64_t row, std::int64_t first, s
     }
 }
 
-// column_sums: of this band alone, [kinds, columns]
+// Processes a band of rows. column_sums: of this band only, [kinds, columns].
 template <bool kProducts, bool kColumns>
 void band(const GradientPass& pass, std::int64_t first_row, std::int64_t rows, double* column_sums) {
     constexpr int kKinds = kProducts ? 3 : 1;

@@ -1,5 +1,5 @@
-// Sixteen fp32 lanes, the same on every instruction set: operations and the order of sums, and so the bits, do not depend on the CPU.
-// Included by one source file per instruction set, which says how many bytes its vectors have: ADEPT_FAST_VECTOR.
+// Sixteen fp32 lanes on every instruction set, so that operations, the order of sums, and therefore the bits do not depend on the CPU.
+// Included by one source file per instruction set, which defines ADEPT_FAST_VECTOR, the bytes of its vectors.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +27,12 @@ struct Lanes {
     for (int i = 0; i < kParts; ++i) result.part[i] = expression; \
     return result
 
-ADEPT_FAST_INLINE Lanes all(float x) { ADEPT_FAST_EACH(x - Floats{}); }  // a minus zero is no operation, a plus zero one for the sign
+ADEPT_FAST_INLINE Lanes all(float x) { ADEPT_FAST_EACH(x - Floats{}); }  // x - 0 compiles to nothing; x + 0 would not, because of the sign of -0
 ADEPT_FAST_INLINE Lanes operator+(const Lanes& a, const Lanes& b) { ADEPT_FAST_EACH(a.part[i] + b.part[i]); }
 ADEPT_FAST_INLINE Lanes operator-(const Lanes& a, const Lanes& b) { ADEPT_FAST_EACH(a.part[i] - b.part[i]); }
 ADEPT_FAST_INLINE Lanes operator*(const Lanes& a, const Lanes& b) { ADEPT_FAST_EACH(a.part[i] * b.part[i]); }
 ADEPT_FAST_INLINE Lanes operator/(const Lanes& a, const Lanes& b) { ADEPT_FAST_EACH(a.part[i] / b.part[i]); }
-// a * b + c, rounded once where the CPU can: of products of matrices, whose bits depend on the instruction set
+// a * b + c, rounded once if the CPU has fma. Only for matrix products, whose bits may depend on the instruction set.
 ADEPT_FAST_INLINE Lanes multiplied_added(const Lanes& a, const Lanes& b, const Lanes& c) {
 #if ADEPT_FAST_VECTOR == 64
     ADEPT_FAST_EACH((Floats)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]));
@@ -68,7 +68,7 @@ ADEPT_FAST_INLINE void store(float* to, const Lanes& a) { std::memcpy(to, &a, si
 #endif
 #endif
 
-// By halves: lane i with lane i + 8, then with i + 4, i + 2 and i + 1.
+// Reduces by halves: lane i with lane i + 8, then with i + 4, i + 2 and i + 1.
 template <class F>
 ADEPT_FAST_INLINE float folded(const Lanes& a, const F& combine) {
 #ifdef ADEPT_FAST_TURNED
@@ -95,12 +95,12 @@ ADEPT_FAST_INLINE float largest_of(const Lanes& a) {
     return folded(a, [](const auto& x, const auto& y) { return y > x ? y : x; });
 }
 
-// e^x of x <= 0, to 2 units in the last place; 0 below the normal numbers. Coefficients: minimax on [-ln 2 / 2, ln 2 / 2] (Cephes expf).
-// kFused: with multiplied_added.
+// e^x for x <= 0, to 2 units in the last place; 0 instead of denormals. Coefficients: minimax on [-ln 2 / 2, ln 2 / 2] (Cephes expf).
+// kFused: uses multiplied_added.
 template <bool kFused = false>
 ADEPT_FAST_INLINE Lanes exponential(const Lanes& x) {
     const auto muladd = [](const Lanes& a, const Lanes& b, const Lanes& c) { return kFused ? multiplied_added(a, b, c) : a * b + c; };
-    const float kTurn = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const float kTurn = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
     const Lanes shifted = muladd(x, all(1.44269504f), all(kTurn));
     const Lanes n = shifted - all(kTurn);
     const Lanes r = muladd(n, all(2.12194440e-4f), muladd(n, all(-0.693359375f), x));
@@ -116,7 +116,7 @@ ADEPT_FAST_INLINE Lanes exponential(const Lanes& x) {
     return where_less(x, all(-87.0f), all(0.0f), p * power);
 }
 
-// Near 0 a polynomial (Cephes tanhf), because 1 - e^-2|x| loses its bits there.
+// A polynomial near 0 (Cephes tanhf), where 1 - e^-2|x| would lose precision.
 ADEPT_FAST_INLINE Lanes hyperbolic_tangent(const Lanes& x) {
     const Lanes magnitude = absolute(x), square = x * x;
     Lanes p = all(-5.70498872745e-3f);

@@ -47,7 +47,7 @@ const char* attention(const Attention& given, int threads, const RowKernels& ker
         const std::int64_t first = segment == 0 ? 0 : given.ends[segment - 1];
         try {
             kernels.attend(given, i / given.key_heads / given.segments, first, given.ends[segment] - first, key_head);
-        } catch (const std::bad_alloc&) {  // which must not leave a thread
+        } catch (const std::bad_alloc&) {  // an exception must not leave a thread
             short_of_memory = true;
         }
     });

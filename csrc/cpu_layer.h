@@ -1,4 +1,4 @@
-// What a decoder layer does between its products, on the CPU in fp32, compiled once per instruction set (cpu_layer_body.h,
+// The operations of a decoder layer between its matrix products, on the CPU in fp32, compiled once per instruction set (cpu_layer_body.h,
 // cpu_attention_body.h).
 #pragma once
 
@@ -8,7 +8,7 @@ namespace adept_fast {
 
 struct RowKernels;
 
-// y = x / sqrt(mean of x^2 + epsilon) * weight, for each of `rows` rows of `width`, x and y each in one piece; y may be x.
+// y = x / sqrt(mean of x^2 + epsilon) * weight for each row. x, y: contiguous [rows, width]; y may be x.
 struct RootMeanSquareNorm {
     const float *input, *weight;
     float* output;
@@ -16,18 +16,18 @@ struct RootMeanSquareNorm {
     float epsilon;
 };
 
-// gate = gate / (1 + e^-gate) * up, for `count` elements.
+// gate = gate / (1 + e^-gate) * up for `count` elements.
 struct GatedActivation {
     float* gate;
     const float* up;
     std::int64_t count;
 };
 
-// Causal attention within segments of each of `sequences` sequences of `tokens` tokens, which end where ends[0], ends[1], ... say, the
-// last at `tokens`. Keys and values [sequences, tokens, key_heads * width], queries and outputs [sequences, asking, heads * width] of the
-// tokens askers[0] < askers[1] < ..., all in one piece. `width` is a multiple of 32. Queries and keys are turned first: of the two halves
-// (a, b) of a head, a becomes a cos - b sin and b becomes b cos + a sin, with the halves of the token's row of [tokens, width] cosines and
-// sines.
+// Causal attention within segments of packed sequences, with rotary embedding.
+// keys, values: [sequences, tokens, key_heads * width].
+// queries, output: [sequences, asking, heads * width], of the tokens askers[0] < askers[1] < ...
+// cosines, sines: [tokens, width]. The halves (a, b) of a head become a cos - b sin and b cos + a sin.
+// ends: ends of the segments, ascending; the last is `tokens`. width: a multiple of 32. All memory is contiguous.
 struct Attention {
     const float *queries, *keys, *values, *cosines, *sines;
     float* output;

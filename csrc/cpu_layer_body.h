@@ -9,7 +9,7 @@
 namespace adept_fast {
 namespace {
 
-// Up to kLanes elements, the rest zero.
+// Loads up to kLanes elements; the rest is zero.
 ADEPT_FAST_INLINE Lanes load_some(const float* from, std::int64_t count) {
     if (count >= kLanes) return load(from);
     float padded[kLanes] = {};
@@ -50,7 +50,7 @@ void gated_activation_range(const GatedActivation& activation, std::int64_t firs
         const std::int64_t n = first + count - j;
         const Lanes gate = load_some(activation.gate + j, n), up = load_some(activation.up + j, n);
         const Lanes e = exponential<true>(all(0.0f) - absolute(gate));
-        const Lanes upper = where_less(gate, all(0.0f), e, all(1.0f));  // of the sigmoid's fraction
+        const Lanes upper = where_less(gate, all(0.0f), e, all(1.0f));  // numerator of the sigmoid
         store_some(activation.gate + j, gate * (upper / (all(1.0f) + e)) * up, n);
     }
 }

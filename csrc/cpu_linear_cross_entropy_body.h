@@ -1,4 +1,4 @@
-// Included by one source file per instruction set: one block of logits into the running softmax of its rows.
+// Included by one source file per instruction set: adds one block of logits to the running softmax of its rows.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ ADEPT_FAST_INLINE Lanes slope(const LogitBlock& block, const Lanes& z) {
     return (all(1.0f) - share * share) * all(block.scale);
 }
 
-// Products to logits, in place, padded to whole lanes with -inf; returns the largest.
+// Converts products to logits in place, padded to whole lanes with -inf. Returns the largest.
 float logits_of(const LogitBlock& block, float* row) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     Lanes largest = all(kNone);
@@ -39,7 +39,7 @@ float logits_of(const LogitBlock& block, float* row) {
         }
         z = z * all(block.scale);
         if (block.softcap != 0.0f) z = hyperbolic_tangent(z / all(block.softcap)) * all(block.softcap);
-        if (j + kLanes > block.count) {  // a cap is finite, and a scale of 0 or less makes something else of -inf
+        if (j + kLanes > block.count) {  // pad again: soft-cap, and a scale <= 0, change -inf
             store(row + j, z);
             for (std::int64_t k = block.count; k % kLanes != 0; ++k) row[k] = kNone;
             z = load(row + j);
@@ -50,7 +50,7 @@ float logits_of(const LogitBlock& block, float* row) {
     return largest_of(largest);
 }
 
-// exponentials: where to keep e^(logit - maximum), or null
+// exponentials: output of e^(logit - maximum), or null
 void update(const Row& row, float* exponentials) {
     const LogitBlock& block = row.block;
     float* z = row.logits();
@@ -89,7 +89,7 @@ float weighted_difference(std::int64_t count, const float* exponentials, const f
     Lanes sum = all(0.0f);
     for (std::int64_t j = 0; j < count; j += kLanes) {
         const Lanes e = load(exponentials + j);
-        sum = sum + where_less(all(0.0f), e, e * (load(a + j) - load(b + j)), all(0.0f));  // -inf - -inf has no weight
+        sum = sum + where_less(all(0.0f), e, e * (load(a + j) - load(b + j)), all(0.0f));  // where e = 0 the difference may be NaN
     }
     return sum_of(sum);
 }

@@ -36,14 +36,14 @@ const char* softmax(const LogitBlock& block, int threads, const RowKernels& kern
 }
 
 const char* saliency(const GradientPass& pass, int threads, const RowKernels& kernels) {
-    constexpr std::int64_t kElementsOfABand = 65536, kBands = 64;  // of a band at least, as each has sums of columns; bands at most
+    constexpr std::int64_t kElementsOfABand = 65536, kBands = 64;  // least elements of a band, as each has its own column sums; most bands
     const auto known = [](std::int64_t format) { return format == kFp32 || format == kBf16 || format == kFp16; };
     if (pass.rows < 0 || pass.columns < 0 || !known(pass.param_format) || !known(pass.grad_format)) {
         return "a gradient has a negative size, or a format that is not fp32, bf16 or fp16";
     }
     if (pass.rows == 0 || pass.columns == 0) return nullptr;
     if (pass.grad == nullptr) return "there is no gradient";
-    // By the shape alone, so that sums do not depend on the number of threads.
+    // Bands depend on the shape only, so that sums do not depend on the number of threads.
     const std::int64_t fewest = (pass.rows + kBands - 1) / kBands, height = std::max({fewest, kElementsOfABand / pass.columns, std::int64_t{1}});
     const std::int64_t bands = (pass.rows + height - 1) / height, kinds = pass.param == nullptr ? 1 : 3, width = kinds * pass.columns;
     std::vector<double> partials(pass.column_sums == nullptr || bands == 1 ? 0 : static_cast<std::size_t>(bands * width));

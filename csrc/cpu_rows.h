@@ -7,12 +7,12 @@
 
 namespace adept_fast {
 
-// What is known of a row of logits after some blocks of the vocabulary. One array of `rows` fp64 for each, one after the other.
+// The running state of each row of logits: one array of fp64 [rows] per value.
 enum RowState : int { kMaximum, kSum, kWeighted, kTarget, kSlope, kShrink, kArgmax, kRowStates };
 
-// Rows of products w . h of one block of the vocabulary: [rows, count], `stride` apart, which is a multiple of 16. Made into logits, and with
-// `gradient` into e^(logit - maximum) times d logit / d product.
-// variants > 0: rows stand in groups of as many, and each gathers its divergence from the first of its group.
+// Products w . h of one block of the vocabulary, [rows, count], with a row stride that is a multiple of 16. They are replaced by logits, or
+// with `gradient` by e^(logit - maximum) * d logit / d product.
+// variants > 0: rows are in groups of that size, and each accumulates its divergence from the first row of its group.
 struct LogitBlock {
     float* logits;
     std::int64_t rows, count, stride;
@@ -26,12 +26,11 @@ struct LogitBlock {
     std::int64_t state_stride;
 };
 
-// A gradient of [rows, columns], dense, and its parameter. Sums over rows and over columns are added to what stands in [kinds, rows] and
-// [kinds, columns]: of g^2, and where there is a parameter of |theta g| and theta g too. `running`: fp32 that the gradient is added to.
-// What is null is left out.
+// A dense gradient [rows, columns] and its parameter. Sums are added to row_sums [kinds, rows] and column_sums [kinds, columns]: g^2, and
+// with a parameter also |theta g| and theta g. The gradient is added to `running`, fp32. Null pointers are skipped.
 struct GradientPass {
     const void *param, *grad;
-    std::int64_t param_format, grad_format;  // Format, but fp64
+    std::int64_t param_format, grad_format;  // Format, except fp64
     std::int64_t rows, columns;
     float* running;
     double *row_sums, *column_sums;
@@ -50,13 +49,13 @@ extern const RowKernels kGenericRows;
 extern const RowKernels kAvx2Rows, kAvx512Rows;
 #endif
 
-// That a thread takes at a time.
+// Elements that a thread takes at a time.
 constexpr std::int64_t kElements = 16384;
 
-// Columns that one block may have.
+// Most columns of a block.
 constexpr std::int64_t kLongestBlock = 4096;
 
-// Of an instruction set, by the name that cpu_adamw.h gives it.
+// Returns the kernels of an instruction set, by its name in cpu_adamw.h.
 const RowKernels& row_kernels(const char* set);
 
 // Return what is wrong with the arguments, or null.

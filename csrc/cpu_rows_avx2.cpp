@@ -1,4 +1,4 @@
-// Standard headers come before the target changes: what they define may be shared with code for older CPUs.
+// Standard headers come before the change of target, because the linker may share their functions with code for older CPUs.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Included by one source file per instruction set, with ADEPT_FAST_ROWS its name: everything here is compiled for that set.
+// Included by one source file per instruction set, which defines ADEPT_FAST_ROWS as its name.
 #pragma once
 
 #include "cpu_attention_body.h"

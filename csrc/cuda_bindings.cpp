@@ -1,4 +1,4 @@
-// adept_fast._CUDA: native code for NVIDIA GPUs. Imports on machines without a GPU or driver.
+// adept_fast._CUDA: native code for NVIDIA GPUs. It can be imported without a GPU or driver.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -45,7 +45,7 @@ py::dict versions() {
     return result;
 }
 
-// Rows of a struct in any contiguous Python buffer, which `info` keeps alive.
+// Rows of a struct in a contiguous Python buffer, which `info` references.
 template <class Row>
 struct Rows {
     py::buffer_info info;
@@ -118,22 +118,22 @@ py::dict struct_bytes() {
 PYBIND11_MODULE(_CUDA, module) {
     module.doc() = "Native code for NVIDIA GPUs.";
     module.def("devices", &devices,
-               "The visible devices; none without a driver. RuntimeError where the driver is too old for the runtime built with.");
+               "Returns the visible devices; none without a driver. Raises RuntimeError if the driver is too old for the CUDA runtime.");
     module.def("versions", &versions,
-               "CUDA versions as 1000 * major + 10 * minor: the runtime built with, and what the driver supports (0: no driver).");
+               "Returns CUDA versions as 1000 * major + 10 * minor: of the runtime, and the newest that the driver supports (0: no driver).");
     module.def("architectures", &adept_fast::architectures,
-               "What was compiled in: sm_XY machine code, and compute_XY, PTX for newer devices.");
+               "Returns the compiled architectures: sm_XY (machine code) and compute_XY (PTX for newer devices).");
     module.def("adamw_table_size", &adamw_table_size, py::arg("tensors"),
-               "(chunks, bytes) of the device memory that a table of these tensors needs; tensors: rows of struct "
+               "Returns (chunks, bytes of device memory) of the table of these tensors. tensors: rows of struct "
                "Tensor (csrc/descriptor.h).");
     module.def("adamw_write_table", &adamw_write_table, py::arg("device"), py::arg("stream"), py::arg("table"), py::arg("chunks"),
-               py::arg("tensors"), "Fill the table at address `table`, in stream order. `tensors` is read before the call returns.");
+               py::arg("tensors"), "Fills the table at address `table`, in stream order. `tensors` is read before the call returns.");
     module.def("adamw_step", &adamw_step, py::arg("device"), py::arg("stream"), py::arg("table"), py::arg("tensors"), py::arg("chunks"),
                py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
-               "One AdamW step over a table, in stream order. groups: rows of struct Group, read before the call returns; grad_scale: "
-               "address of an fp64 on the device, 0: 1; found_inf: address of an fp32 there, 0: none; where it is not 0, nothing changes.");
+               "Runs one AdamW step over a table, in stream order. groups: rows of struct Group, read before the call returns. grad_scale: "
+               "address of an fp64 on the device; 0: 1. found_inf: address of an fp32 there; 0: none. A value other than 0 skips the step.");
     module.def("adamw_kernel", &adamw_kernel, py::arg("device"),
-               "Of the update kernel on a device: registers and local_bytes a thread, shared_bytes and threads a block, "
+               "Describes the update kernel on a device: registers and local_bytes per thread, shared_bytes and threads per block, "
                "blocks_per_multiprocessor, multiprocessors.");
-    module.def("struct_bytes", &struct_bytes, "Sizes of Tensor, Group and StepScalars as compiled in.");
+    module.def("struct_bytes", &struct_bytes, "Returns the compiled sizes of Tensor, Group and StepScalars.");
 }

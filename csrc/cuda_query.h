@@ -1,4 +1,4 @@
-// What the CUDA runtime, driver and devices are; no CUDA header, so that the bindings compile with the host compiler alone.
+// Queries of CUDA runtime, driver and devices. Includes no CUDA header, so that the bindings compile with the host compiler alone.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Device {
     int major, minor;
     int multiprocessors;
     std::int64_t memory_bytes;
-    double peak_bytes_per_second;  // 2 * memory clock * bus width; 0 where the driver does not tell
+    double peak_bytes_per_second;  // 2 * memory clock * bus width; 0 if the driver does not report it
 };
 
 struct Versions {

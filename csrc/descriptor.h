@@ -1,4 +1,4 @@
-// What Python tells native code about one tensor and one parameter group: rows of 64-bit words (adept_fast/ops/adamw/descriptors.py writes them).
+// Rows of 64-bit words about one tensor and one parameter group, written by adept_fast/ops/adamw/descriptors.py.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@ namespace adept_fast {
 
 enum Format : std::int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kFp64 = 3 };
 
-// How a bf16 or fp16 parameter is updated; fp32 and fp64 parameters are kDirect.
+// Master mode of a bf16 or fp16 parameter; fp32 and fp64 parameters have kDirect.
 enum Master : std::int64_t { kDirect = 0, kCopy = 1, kRemainder = 2, kKahan = 3, kStochastic = 4 };
 
-// All of one tensor's memory is in one order (dense, not necessarily row-major); element i has the multiplier
+// All memory of a tensor is in one dense order, not necessarily row-major. Element i has the multiplier
 // multipliers[(i / inner) % length].
 struct Tensor {
-    std::int64_t param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master;  // addresses; 0: there is none
+    std::int64_t param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master;  // addresses; 0: none
     std::int64_t step;         // address of an fp32, on the device for a GPU
     std::int64_t multipliers;  // address of fp32; 0: all 1
     std::int64_t numel, length, inner;
@@ -26,11 +26,11 @@ struct Tensor {
 
 struct Group {
     double lr, beta1, beta2, eps, weight_decay, maximize;
-    // Where not 0, the address (on the device) of an fp32 (kind 1) or fp64 (kind 2) that replaces lr, beta1, beta2.
+    // Addresses on the device of an fp32 (kind 1) or fp64 (kind 2) that replaces lr, beta1 or beta2; 0: none.
     std::int64_t lr_address, beta1_address, beta2_address, kinds;  // kinds: lr | beta1 << 2 | beta2 << 4
 };
 
-// What is wrong with a row, or null: sizes, the addresses that its numbers ask for, a mode and formats that go together.
+// Checks sizes, required addresses, formats and mode of a row. Returns what is wrong, or null.
 inline const char* wrong_row(const Tensor& t, std::int64_t groups) {
     if (t.numel < 0 || t.length < 1 || t.inner < 1 || t.group < 0 || t.group >= groups) return "a row of the tensor table is out of range";
     if (t.formats < 0 || t.formats > 63 || t.mode < kDirect || t.mode > kStochastic) return "a row has a format or a mode that does not exist";
@@ -40,7 +40,7 @@ inline const char* wrong_row(const Tensor& t, std::int64_t groups) {
     }
     if (t.step == 0) return "a row has no step";
     if (t.numel == 0) return nullptr;
-    // Written so that no product overflows.
+    // Formulated so that no product overflows.
     if (t.length > t.numel || t.inner > t.numel / t.length || t.numel % (t.length * t.inner) != 0) return "a row's units do not fit its elements";
     const bool kept = t.mode == kCopy || t.mode == kRemainder || t.mode == kKahan;
     if (t.param == 0 || t.grad == 0 || t.exp_avg == 0 || t.exp_avg_sq == 0 || (kept && t.master == 0) || (t.length > 1 && t.multipliers == 0)) {

@@ -1,5 +1,5 @@
-// fp32 to and from bf16 and fp16, round to nearest even, denormals kept, in integer arithmetic: the same bits on CPU and GPU, and loops over
-// them vectorise on every CPU. (The CPU instruction vcvtneps2bf16 would flush denormals.)
+// Conversions between fp32 and bf16 or fp16 in integer arithmetic: round to nearest even, with denormals. They give the same bits on CPU
+// and GPU, and their loops vectorise on every CPU. (The CPU instruction vcvtneps2bf16 flushes denormals.)
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #if defined(__CUDACC__)
 #define ADEPT_FAST_INLINE static __host__ __device__ __forceinline__
 #else
-// static: each instruction set compiles its own copy, and the linker must not merge them.
+// static, because each instruction set compiles its own copy, which the linker must not merge.
 #define ADEPT_FAST_INLINE static inline __attribute__((always_inline, unused))
 #endif
 
@@ -35,7 +35,7 @@ ADEPT_FAST_INLINE float from_bf16(std::uint16_t half) { return float_of(std::uin
 ADEPT_FAST_INLINE std::uint16_t to_bf16(float value) {
     const std::uint32_t bits = bits_of(value);
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    // A carry out of the payload would make a number of a NaN.
+    // A carry out of the payload could turn NaN into a number.
     return static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
@@ -49,7 +49,7 @@ ADEPT_FAST_INLINE float from_fp16(std::uint16_t half) {
 ADEPT_FAST_INLINE std::uint16_t to_fp16(float value) {
     const std::uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
     const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Adding 0.5 lines the denormal's last bit up with the last bit of the sum, which is where it is rounded.
+    // Adding 0.5 aligns the last bit of the denormal with the last bit of the sum, where the addition rounds.
     const std::uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const std::uint32_t result = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? denormal : normal;

@@ -14,7 +14,7 @@
 namespace adept_fast {
 namespace {
 
-// The entry that GCC compiles `#pragma omp parallel` to; libgomp, libiomp5 and libomp all have it.
+// The function that GCC compiles `#pragma omp parallel` to. libgomp, libiomp5 and libomp have it.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Runtime {
@@ -36,7 +36,7 @@ int look(dl_phdr_info* info, std::size_t, void* data) {
         return 0;
     }
     Runtime& found = *static_cast<Runtime*>(data);
-    // Several may be loaded, because wheels bring their own; torch's lies in a folder of torch.
+    // Several may be loaded, because wheels bring their own. torch's is in a folder of torch.
     if (found.file.empty() || file.find("/torch") != std::string::npos) {
         found.file = file;
     }
@@ -67,7 +67,7 @@ const Runtime& runtime() {
     return found;
 }
 
-// A forked child inherits a pool whose threads do not exist.
+// A forked child inherits a thread pool without threads.
 const pid_t kLoadedBy = getpid();
 
 }  // namespace
@@ -88,7 +88,7 @@ void run_on_threads(int threads, void (*body)(void*, int), void* data) {
         try {
             for (int i = 1; i < threads; ++i) others.emplace_back(body, data, i);
         } catch (const std::system_error&) {
-            // The machine has no more; those that run do all the work.
+            // No more threads can be started. The running ones do all the work.
         }
         body(data, 0);
         for (std::thread& other : others) {

@@ -1,4 +1,4 @@
-// Threads under torch's own OpenMP runtime: a second pool beside torch's spinning one would cost more than it brings.
+// Threads of torch's OpenMP runtime. A second pool would wait for torch's spinning threads, and be slower than one thread.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,12 @@
 
 namespace adept_fast {
 
-// Calls body(data, thread) once on each of up to `threads` threads, the calling one included, on fewer where no more can be started,
-// and returns when all are done. `body` must not throw.
+// Calls body(data, thread) once on each of up to `threads` threads, including the calling one, and waits for all. Uses fewer threads if no
+// more can be started. `body` must not throw.
 void run_on_threads(int threads, void (*body)(void*, int), void* data);
 
-// Calls body(i) for each i < count, on up to `threads` threads. Each begins with the share that it would get of equal ones in order, as
-// products of matrices divide rows, so that what a core has just written is read from its own cache; then it helps with the others'.
+// Calls body(i) for each i < count on up to `threads` threads. Each thread begins with its share of equal consecutive shares, as matrix
+// products divide rows, so that it reads data from its own core's cache; then it helps with the shares of others.
 template <class F>
 void for_each(std::int64_t count, int threads, const F& body) {
     struct alignas(64) Share {
@@ -39,13 +39,13 @@ void for_each(std::int64_t count, int threads, const F& body) {
     run_on_threads(static_cast<int>(shares), drain, &work);
 }
 
-// Calls body(first, count) over ranges of `step` out of `total`, on up to `threads` threads.
+// Calls body(first, count) for ranges of length `step` of 0 ... total - 1, on up to `threads` threads.
 template <class F>
 void in_ranges(std::int64_t total, std::int64_t step, int threads, const F& body) {
     for_each((total + step - 1) / step, threads, [&](std::int64_t i) { body(i * step, std::min(step, total - i * step)); });
 }
 
-// The file of the OpenMP runtime that is used, or "" where none was found and threads are started for each call.
+// Returns the file of the OpenMP runtime, or "" if none was found: then each call starts threads.
 const char* openmp_runtime();
 
 }  // namespace adept_fast

@@ -266,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW. Tensors are copied, each in its own dtype.
 
-        Moments are converted to `state_dtype`, rates stay fp32. A master of another mode, or one that was cast meanwhile, is dropped and
+        Moments are converted to `state_dtype`, rates stay fp32. A master of another mode, or one whose dtype was changed, is dropped and
         starts again from the parameter. A state dict without rates leaves the current ones.
 
         Raises:

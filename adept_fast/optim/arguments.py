@@ -103,7 +103,7 @@ def check_keys(number: int, group: Mapping[str, Any]) -> None:
 
 
 def _unfit(number: int, group: Mapping[str, Any]) -> InputError:
-    """What is wrong with the first of its hyperparameters that is missing, no number or out of range."""
+    """Make the error for the first hyperparameter that is missing, not a number or out of range."""
     check_keys(number, {**dict.fromkeys((*FLAGS, "params")), **group})
     fits = {name: _in_range(group[name], ROUNDED_TO_ZERO if name == "lr" else 0, inf) for name in HYPERPARAMETERS}
     try:
@@ -140,7 +140,7 @@ def _number(value: float | Tensor) -> float:
 
 
 def checked_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict. Raises InputError for what no optimizer's state_dict() returned."""
+    """Return the state dict. Raises InputError if it is not one of an optimizer."""
     parts = {"state": Mapping, "param_groups": list}
     if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(name), kind) for name, kind in parts.items()):
         found = f"keys: {', '.join(map(str, state_dict)) or 'none'}" if isinstance(state_dict, Mapping) else type(state_dict).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from adept_fast import expansion
+import adept_fast
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.cli.copies import ACTIONS
 from adept_fast.cli.main import main
@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command")
     for seed, name in enumerate(("base", "other")):
         tiny_models.checkpoint(folder / name, seed=seed)
-    expansion.expand_checkpoint(folder / "base", folder / "a", [0, 2], verify=False)
+    adept_fast.expand_checkpoint(folder / "base", folder / "a", [0, 2], verify=False)
     shutil.copytree(folder / "a", folder / "b")
     for name, value in {"a": 0.5, "b": 0.25}.items():
         changed = tensors(folder / name)
@@ -68,7 +68,7 @@ def fails(capsys: pytest.CaptureFixture, action: str, *given: str, code: int = 2
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_keys_are_the_functions_arguments(action: str, capsys: pytest.CaptureFixture) -> None:
-    arguments = inspect.signature(getattr(expansion, ACTIONS[action].function)).parameters
+    arguments = inspect.signature(getattr(adept_fast, ACTIONS[action].function)).parameters
     keys = {entry.name: entry.default for entry in fields(ACTIONS[action].keys)}
     assert keys.keys() - {"trust_remote_code"} == arguments.keys() - {"loading", "trust_remote_code"}
     for name in keys.keys() & arguments.keys():

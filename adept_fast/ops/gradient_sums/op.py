@@ -120,8 +120,8 @@ class GradientSums:
             part = _part(parameter.detach())
             kinds = 3 if products else 1
             sums = {dim: torch.zeros(kinds, _length(part.shape, dim), dtype=torch.float64, device=part.device) for dim in dims[name]}
-            kept = torch.zeros_like(part, dtype=accumulator(part), memory_format=torch.contiguous_format) if running else None
-            self._sums.append(_ParameterSums(name, parameter, part.shape, sums, kept, _native(part, sums, kept)))
+            total = torch.zeros_like(part, dtype=accumulator(part), memory_format=torch.contiguous_format) if running else None
+            self._sums.append(_ParameterSums(name, parameter, part.shape, sums, total, _native(part, sums, total)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> GradientSums:
