@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ from transformers.masking_utils import flash_attention_mask
 
 from adept_fast.cli.main import main
 from adept_fast.data.packing import Blocks, flattened
+from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.tuning.collator import collator, isolates_documents
+from adept_fast.tuning.fast_step import fast_step
 from tests.data.test_packing import documents
 from tests.support import tiny_families, tiny_models
 
@@ -127,6 +130,74 @@ def test_flattened_documents_give_the_loss_and_gradient_of_each_alone(family: st
     assert wanted.keys() == gradients(ours).keys()
     for name, gradient in gradients(ours).items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+DEGENERATE: dict[str, list[list[tuple[int, str]]]] = {
+    "no target": [[(12, "-")], [(5, "-"), (7, "-")]],
+    "one target": [[(12, "-")], [(5, "-"), (7, "1")]],
+    "one row without a target": [[(4, "x"), (8, "x")], [(12, "-")]],
+    "a row of documents of one token": [[(1, "x")] * 12, [(3, "x"), (9, "1")]],
+    "nothing but documents of one token": [[(1, "x")] * 12] * 2,
+    "one token": [[(1, "x")]],
+    "two tokens": [[(2, "x")]],
+    "an empty row": [[(12, "0")], [(2, "x"), (10, "0")]],
+    "all tokens alike": [[(12, "=")], [(1, "="), (11, "=")]],
+}
+"""Blocks, each of documents, each of so many tokens with targets on all but the first ("x", of equal tokens "="), on the last ("1"), on
+none ("-"), or of padding ("0")."""
+
+
+def blocks_of(case: list[list[tuple[int, str]]]) -> list[dict[str, Tensor]]:
+    generator, made = torch.Generator().manual_seed(6), []
+    for block in case:
+        parts = []
+        for length, kind in block:
+            ids = torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator)
+            ids = torch.full_like(ids, 7) if kind == "=" else ids * (kind != "0")
+            at = torch.arange(length)
+            target = {"x": at > 0, "=": at > 0, "1": at == length - 1}.get(kind, at < 0)
+            parts.append((ids, torch.where(target, ids, -100), at))
+        made.append(dict(zip(("input_ids", "labels", "position_ids"), map(torch.cat, zip(*parts, strict=True)), strict=True)))
+    return made
+
+
+def trained_copies(attention: str) -> nn.Module:
+    model = expand_model(tiny_models.model(), [1, 2])
+    freeze_original(model)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
+    model.set_attn_implementation(attention)
+    return model.train()
+
+
+@pytest.mark.parametrize("collate", [flattened, without_boundaries])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_blocks_are_those_of_each_document_alone(case: str, collate: Callable, calls: SimpleNamespace) -> None:
+    """By the fast step and by the model's own loss, whose 0 / 0 the trainers make 0."""
+    blocks, plain = blocks_of(DEGENERATE[case]), trained_copies("eager").double()
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for block, lengths in zip(blocks, ([length for length, _ in block] for block in DEGENERATE[case]), strict=True):
+        for ids, labels in zip(block["input_ids"].split(lengths), block["labels"].split(lengths), strict=True):
+            logits = plain(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            total = total + nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
+            targets += int((labels[1:] != -100).sum())
+    wanted = dict.fromkeys((name for name, parameter in plain.named_parameters() if parameter.requires_grad), torch.zeros(()))
+    if targets:
+        (total / targets).backward()
+        wanted = gradients(plain)
+    for fast in (True, False):
+        model = trained_copies(FLASH)
+        with fast_step(model) if fast else nullcontext(True) as active:
+            assert active
+            loss = model(**collate(blocks), use_cache=False).loss
+        loss.backward()
+        assert abs(loss.detach().nan_to_num() - total.detach() / max(1, targets)) <= 1e-5 * total.detach()
+        assert targets or not fast or loss == 0
+        assert gradients(model).keys() == wanted.keys()
+        largest = max(gradient.norm() for gradient in wanted.values())  # of equal tokens attention has a gradient of about 0
+        for name, gradient in gradients(model).items():
+            assert (gradient - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6 * largest, (name, fast)
 
 
 def test_rows_of_documents_would_leak_and_the_check_says_so(calls: SimpleNamespace) -> None:
