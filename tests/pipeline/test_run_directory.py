@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from adept_fast.errors import InputError
 from adept_fast.pipeline import recipe
 from adept_fast.pipeline.run_directory import FILES, FOLDERS, RunDirectory
+from adept_fast.runtime.disk_errors import DiskError
 from adept_fast.tuning.trainer_log import TrainerLog
 
 LEFT = ".adept_fast-0123456789abcdef.partial"
@@ -85,6 +89,87 @@ def test_an_output_dir_by_another_name(work: RunDirectory, tmp_path: Path, how: 
             with pytest.raises(InputError, match="another run is working in this output_dir"), work.held():
                 pass
     assert not [*work.folder.iterdir()] and {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+@pytest.mark.parametrize("name", ["/", "//", "~", "~/", "{home}", "{home}/sub/..", "link"])
+def test_a_folder_that_is_more_than_an_output_dir_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    what = "the root of the file system" if set(name) == {"/"} else "your home folder"
+    named = RunDirectory(recipe.load(None, [f"output_dir={name.format(home=tmp_path / 'home')}"], required=()).folder)
+    with pytest.raises(InputError, match=f"^[^ ]*: output_dir is {what}: choose a folder of its own, .*adept_out say$"), named.held():
+        pass
+    assert not [*(tmp_path / "home").iterdir()] and not Path("/.lock").exists()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that every user may look into; those of pytest are its user's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_another_user(action: Callable[[], object]) -> str:
+    """What `action` raises for a user who is not root, in a child: type and text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        said = "nothing"
+        try:
+            os.seteuid(65534)
+            action()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writing, said.encode())
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as stream:
+        return stream.read()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes another user")
+@pytest.mark.parametrize(
+    ("mode", "name", "said"),
+    [
+        (0o555, "", "output_dir cannot be written to (Permission denied): mend that or choose another"),
+        (0o555, "new/out", "output_dir cannot be made (Permission denied): choose another"),
+        (0o700, "new", "output_dir cannot be made (Permission denied): choose another"),
+        (0o700, "", "output_dir cannot be written to (Permission denied): mend that or choose another"),
+    ],
+)
+def test_an_output_dir_of_another_user_is_refused_in_a_line(shared: Path, mode: int, name: str, said: str) -> None:
+    (shared / "theirs").mkdir()
+    (shared / "theirs").chmod(mode)
+    folder = shared / "theirs" / name if name else shared / "theirs"
+    work = RunDirectory(folder)
+    assert as_another_user(work.held().__enter__) == f"InputError: {folder}: {said}"
+    assert not [*(shared / "theirs").iterdir()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", ["names", "bytes"])
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_half_written(tmp_path: Path, full: str) -> None:
+    options = "nr_inodes=1" if full == "names" else "size=4k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        work, given = RunDirectory(tmp_path), recipe.load(None, [f"domain={'d' * 4000}.txt"], required=()).as_dict()
+        if full == "names":
+            with pytest.raises(InputError, match=r": output_dir cannot be written to \(No space left on device\): mend that or choose"):
+                work.held().__enter__()
+        else:
+            with pytest.raises(DiskError, match="/recipe.yaml: No space left on device: make room on its disk, then the same command"):
+                with work.held():
+                    work.keep_recipe(given)
+        assert not [*tmp_path.iterdir()]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_recipe_that_no_run_has_written_is_not_overwritten(work: RunDirectory) -> None:
