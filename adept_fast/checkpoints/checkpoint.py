@@ -22,7 +22,7 @@ from adept_fast.errors import InputError
 from adept_fast.models.causality import require_causal
 from adept_fast.models.decoder_layers import decoder_layers, require_decoder_only, vocabulary_of
 from adept_fast.runtime.input_files import read_json, regular
-from adept_fast.settings.validation import require
+from adept_fast.settings.validation import require, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,18 +73,24 @@ class ModelFolder:
 
     def skeleton(self, trust_remote_code: bool = False, attn_implementation: str | None = None) -> PreTrainedModel:
         """Build the model on meta tensors, which shows its layers and whether it supports an attention implementation."""
+        require("trust_remote_code", trust_remote_code, bool)
         asked = (trust_remote_code, attn_implementation)
         if asked not in self._skeletons:
             self._skeletons[asked] = _skeleton(self, *asked)
         return self._skeletons[asked]
 
 
-def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> ModelFolder:
-    """Return the checked folder of a checkpoint, local or a snapshot from the hub. Raises InputError if there is none."""
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None, name: str = "model") -> ModelFolder:
+    """Return the checked folder of a checkpoint, local or a snapshot from the hub.
+
+    Raises InputError if there is none, under `name` for what is no path.
+    """
     if isinstance(name_or_path, ModelFolder):
         return name_or_path
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise InputError(f"{name} must be a model's folder or hub name, found {shown(name_or_path)}", name)
     name_or_path = str(name_or_path)
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))
     if os.path.exists(folder):  # also False for a name that is too long
         if revision is not None:
             raise InputError(f"revision={revision}: {name_or_path} is a folder, which has one state only: leave it out")

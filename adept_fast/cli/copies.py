@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from adept_fast.errors import InputError
 from adept_fast.settings import key_value
+from adept_fast.settings.validation import require_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def run(action: str, given: Sequence[str]) -> str:
 
     chosen = ACTIONS[action]
     settings = vars(key_value.settings(chosen.keys, given))
-    folders = {key: Path(settings[key]).expanduser() for key in ("target", "delta") if key in settings}
+    folders = {key: require_path(key, settings[key]) for key in ("target", "delta") if key in settings}
     target = folders["target"]
     if target.exists():
         raise InputError(f"target: {target} exists already: remove it or choose another target")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -51,7 +52,7 @@ class Source:
     def file(self) -> Path:
         """Return its path, if it is a file or folder."""
         bundled = resources.files("adept_fast") / "data" / "general_probe.jsonl"
-        return Path(str(bundled)) if self.path == GENERAL else Path(self.path).expanduser()
+        return Path(str(bundled)) if self.path == GENERAL else Path(os.path.expanduser(self.path))
 
 
 @dataclass(frozen=True)

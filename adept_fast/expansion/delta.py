@@ -16,6 +16,7 @@ from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, require_space
 from adept_fast.runtime.atomic_files import staged_folder
+from adept_fast.settings.validation import require_path
 
 FILE = "adept_copies.safetensors"
 
@@ -43,7 +44,7 @@ def extract_copies(source: str | Path, target: str | Path, *, trust_remote_code:
     copies = set(record.copies)
     tensors = [stored for stored in on_disk.shards.tensors.values() if on_disk.naming.layer(stored.name) in copies]
     pieces = [Piece(stored.name, stored.dtype, stored.shape, stored) for stored in tensors]
-    target = Path(target).expanduser()
+    target = require_path("target", target)
     require_space(target, sum(piece.size for piece in pieces))
     with staged_folder(target) as staging:
         write_shards(staging, {FILE: pieces}, {FILE: {"format": "pt"}}, lambda _: None)
@@ -79,10 +80,10 @@ def apply_copies(
     >>> apply_copies("base", "delta", "applied").copies
     (2,)
     """
-    delta = Path(delta).expanduser()
+    delta = require_path("delta", delta)
     if not (delta / FILE).is_file():
         raise InputError(f"{delta}: no {FILE}: not what extract_copies writes")
-    folder, record = checkpoint.resolve(str(base)), AdeptConfig.load(delta)
+    folder, record = checkpoint.resolve(base, name="base"), AdeptConfig.load(delta)
     on_disk = OnDisk.open(folder, trust_remote_code)
     expected = str(record.source.get("tensors_digest"))
     found = tensors_digest(on_disk.shards.tensors, kind_of(expected))

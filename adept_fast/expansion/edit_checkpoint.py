@@ -20,18 +20,21 @@ from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, Record, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.models.decoder_layers import decoder_layers
 from adept_fast.runtime.input_files import as_input_error
+from adept_fast.settings.validation import require_path
 
 INTACT = {"carried_tensors": "bit-equal", "source_tensors": "bit-equal to tensors_digest"}
 
 
-def open_expanded(folder: str | Path, trust_remote_code: bool = False, prove: bool = True) -> tuple[OnDisk, AdeptConfig]:
-    """Open a checkpoint with copies and read its record.
+def open_expanded(
+    folder: str | Path, trust_remote_code: bool = False, prove: bool = True, name: str = "source"
+) -> tuple[OnDisk, AdeptConfig]:
+    """Open a checkpoint with copies and read its record. name: of the argument `folder`, for messages.
 
     prove: require that the copies are finite and that the original layers have the digest in the record. Otherwise the whole model was
     trained, and its copies do not hold all that it learnt. Raises InputError for a missing or contradictory record and for copies that are
     not finite, ExpansionError for other originals.
     """
-    found = checkpoint.resolve(str(folder))
+    found = checkpoint.resolve(folder, name=name)
     path = found.path
     record, on_disk = AdeptConfig.load(path, found.config), OnDisk.open(found, trust_remote_code)
     record.require_layers(on_disk.count, path)
@@ -91,7 +94,7 @@ def write_edited(
         if prove:
             prove(written)
 
-    return write_checkpoint(Path(target).expanduser(), on_disk, plan, config, lambda: record, check if verify else None)
+    return write_checkpoint(require_path("target", target), on_disk, plan, config, lambda: record, check if verify else None)
 
 
 def _reopen(written: Path, on_disk: OnDisk) -> OnDisk:

@@ -23,6 +23,7 @@ from adept_fast.expansion.first_importance import FILE, as_tensors, first_import
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models.layer_config import broken_periods, expanded_config
+from adept_fast.settings.validation import require_made, require_path, require_table
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,14 @@ def expand_checkpoint(
     >>> expand_checkpoint("base", "expanded", [0, 2]).copies
     (1, 4)
     """
-    models = models or OneModel(**loading)
-    model_folder, target = checkpoint.resolve(source), Path(target).expanduser()
+    require_table("selection", selection)
+    require_table("inputs", inputs)
+    require_made("steering", steering, Sequence, "load_items(probe, tokenizer)")
+    for item in steering:
+        require_made("an item of steering", item, Item, "load_items(probe, tokenizer) makes them of texts and records")
+    models = OneModel(**loading) if models is None else models
+    require_made("models", models, OneModel, "leave it out")
+    model_folder, target = checkpoint.resolve(source, name="source"), require_path("target", target)
     folder, source_config = model_folder.path, model_folder.config
     on_disk = OnDisk.open(model_folder, models.trust_remote_code)
     earlier = model_folder.record

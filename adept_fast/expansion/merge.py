@@ -18,6 +18,7 @@ from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.expansion.verify import compute_logits, random_inputs
+from adept_fast.settings.validation import require
 
 WAYS = ("average", "stack")
 
@@ -59,7 +60,7 @@ def merge_copies(
     if how not in WAYS:
         raise InputError(f"how must be one of {', '.join(WAYS)}, found {how!r}")
     remote = bool(loading.get("trust_remote_code", False))
-    (first, ours), (second, theirs) = open_expanded(a, remote, verify), open_expanded(b, remote, verify)
+    (first, ours), (second, theirs) = open_expanded(a, remote, verify, "a"), open_expanded(b, remote, verify, "b")
     digest = ours.source["tensors_digest"]
     known, kind = theirs.source["tensors_digest"], kind_of(digest)
     if digest != (known if kind_of(known) == kind else second.originals_digest(theirs, kind)):
@@ -83,6 +84,7 @@ def merge_copies(
 
 
 def _averaged(first: OnDisk, ours: AdeptConfig, second: OnDisk, theirs: AdeptConfig, weights: Sequence[float]) -> list[Layer]:
+    require("weights", weights, tuple[float, ...])
     if len(weights) != 2 or not all(math.isfinite(weight) for weight in weights) or abs(sum(weights) - 1) > 1e-9:
         raise InputError(f"weights must be two numbers that sum to 1, found {list(weights)}")
     if [(entry.layer, entry.copied_from) for entry in ours.inserted] != [(entry.layer, entry.copied_from) for entry in theirs.inserted]:

@@ -10,6 +10,7 @@ from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
 from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer
+from adept_fast.settings.validation import require_made
 
 
 def remove_copies(
@@ -41,6 +42,8 @@ def remove_copies(
     (1,)
     """
     on_disk, record = open_expanded(source, trust_remote_code, verify)
+    if copies is not None:
+        require_made("copies", copies, Iterable, "give layer indices of copies, or leave it out to remove all")
     out = set(record.copies if copies is None else copies)
     if not out or not out <= set(record.copies):
         raise InputError(f"copies must be among the layers {list(record.copies)}, which are copies, found {sorted(out, key=str)}")

@@ -106,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        arguments.check_torch_arguments(lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
+        arguments.check_torch_arguments(params, lr, betas, eps, weight_decay, foreach, fused, capturable, differentiable)
         arguments.check_own_arguments(state_dtype, master_weights, max_grad_norm)
         self.state_dtype, self.master_weights = state_dtype, master_weights
         self.max_grad_norm, self.backend = max_grad_norm, backend

@@ -21,6 +21,7 @@ ROUNDED_TO_ZERO = -1e-12  # torch's CosineAnnealingLR ends a few 1e-20 below its
 
 
 def check_torch_arguments(
+    params: object,
     lr: float | Tensor,
     betas: tuple[float | Tensor, float | Tensor],
     eps: float,
@@ -31,6 +32,8 @@ def check_torch_arguments(
     differentiable: bool,
 ) -> None:
     """Raise InputError (RuntimeError if torch raises that) for arguments out of range or that exclude each other."""
+    if not isinstance(params, Iterable):
+        raise InputError(f"params must be parameters, found {shown(params)}: give model.parameters()", "params")
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         if not _is_number(value) and not (name == "lr" and isinstance(lr, Tensor)):
             raise InputError(f"{name} must be a number, found {shown(value)}", name)

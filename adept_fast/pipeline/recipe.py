@@ -21,7 +21,7 @@ from adept_fast.runtime.yaml_text import parse_yaml
 from adept_fast.scoring.settings import Score
 from adept_fast.settings.key_value import keys_of, settings
 from adept_fast.settings.training_arguments import SET_ELSEWHERE
-from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, shown
+from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, require_path, shown
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.settings import Tuning
 
@@ -70,7 +70,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir).expanduser()
+        return require_path("output_dir", self.output_dir)
 
     @property
     def unused(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from adept_fast.report.results import number, read_results
 from adept_fast.runtime.atomic_files import write_json, write_text
 from adept_fast.runtime.input_files import as_input_error, read_yaml
 from adept_fast.runtime.provenance import inputs_of
+from adept_fast.settings.validation import require_path
 from adept_fast.tuning.trainer_log import read_log
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
     Runs whose recipes differ only in the seed share a row. The losses of each row are logged. Raises InputError for a folder
     without a result, fewer than two runs, and runs that were measured on different items.
     """
-    runs = [_load(Path(folder).expanduser()) for folder in dict.fromkeys(map(str, folders))]
+    runs = [_load(Path(os.path.expanduser(folder))) for folder in dict.fromkeys(map(str, folders))]
     if len(runs) < 2:
         raise InputError("compare needs two output_dirs or more: adept-fast compare out/a out/b")
     for run in runs[1:]:
@@ -109,7 +111,7 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
     for name, row in rows.items():
         losses = zip(MEASURES[:2], _cells(row), strict=False)
         logger.info(f"{name}: {', '.join(' '.join(filter(None, (title, *cell))) for (title, *_), cell in losses)} nats per token")
-    target = Path(target).expanduser()
+    target = require_path("target", target)
     content = {name: details.get(name, {}) | {title: spread.as_dict() for title, spread in row.items()} for name, row in rows.items()}
     write_json(target / "compare.json", {"schema": 1, "rows": content})
     page = target / "compare.html"

@@ -23,7 +23,7 @@ from adept_fast.scoring.packs import Pack, pack, packed
 from adept_fast.scoring.scores import ItemScores
 from adept_fast.scoring.settings import LOSSES
 from adept_fast.scoring.sweep import SweepPlan
-from adept_fast.settings.validation import require
+from adept_fast.settings.validation import require, require_made, require_path, require_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def require_losses(loss: str, losses: Collection[str]) -> None:
     """Raise InputError unless the primary loss and all others are known."""
     require("loss", loss, str, LOSSES)
+    require_made("losses", losses, Collection, "give a list of further losses")
     for index, name in enumerate(losses):
         require(f"losses[{index}]", name, str, LOSSES)
 
@@ -75,6 +76,8 @@ class Measuring:
         journal: Path | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        require_table("inputs", inputs)
+        journal = journal and require_path("journal", journal)
         self.masks, self.items = masks, items
         self.names = [name for name in LOSSES if name in losses]
         self.losses = {name: torch.full((len(items), 1 + masks.count), torch.nan, dtype=torch.float64) for name in self.names}

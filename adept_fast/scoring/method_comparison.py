@@ -11,8 +11,9 @@ from torch import Tensor
 from adept_fast.errors import InputError
 from adept_fast.runtime.bootstrap import TAILS
 from adept_fast.scoring.scores import LayerScores, require_scores
+from adept_fast.scoring.settings import Score
 from adept_fast.scoring.stability import DRAWS, complete, ranks, resampled_values
-from adept_fast.settings.validation import require_made
+from adept_fast.settings.validation import check, require_made
 
 
 def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
     Source: Spearman, "The proof and measurement of association between two things", 1904; bootstrap over items as in runtime/bootstrap.py.
     """
     require_made("several", several, Sequence, "give a list of what score_layers returns")
-    require_scores(*several)
+    require_scores(*several, name="several")
+    check(Score, seed=seed)
     if len(several) < 2:
         raise InputError(f"a comparison needs two or more scores, found {len(several)}")
     shapes = {(len(scores.values), scores.items) for scores in several}

@@ -24,7 +24,7 @@ from adept_fast.scoring.race import Race, certificate, run
 from adept_fast.scoring.scores import ItemScores, LayerScores
 from adept_fast.scoring.settings import CHEAP, LOSSES, Score
 from adept_fast.scoring.sweep import plan
-from adept_fast.settings.validation import check
+from adept_fast.settings.validation import check, require_made, require_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,9 +82,12 @@ def score_layers(
 
     Source: ADEPT (arXiv 2510.10071), stage 1.
     """
-    model, wanted = unwrapped(model), {loss, *losses}
+    model = unwrapped(model)
     check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
     require_losses(loss, losses)
+    if race is not None:
+        require_made("race", race, Race, "Race(k=..., regret=...)")
+    wanted, journal = {loss, *losses}, journal and require_path("journal", journal)
     if race and (method != "masking" or wanted != {loss}):
         raise InputError("a race measures masking by its one loss: give no other method or losses")
     items = [item for item in load_items(probe, tokenizer, vocabulary=vocabulary_of(model)) if item.supervised]
@@ -146,7 +149,10 @@ def _infinite_loss_notes(per_item: Mapping[str, ItemScores]) -> tuple[str, ...]:
 
 def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
     """Supervise the items of a domain on all their tokens. Items of one token, which nothing predicts, are left out."""
+    require_made("domain", domain, Iterable, "give items, load_items(texts, tokenizer) say")
     given = list(domain)
+    for item in given:
+        require_made("an item of domain", item, Item, "load_items(texts, tokenizer) makes them of texts and records")
     items = [Item(item.input_ids, item.input_ids) for item in given if len(item.input_ids) > 1]
     if given and not items:
         raise InputError("domain: no item of two tokens or more, so nothing to predict")

@@ -17,7 +17,7 @@ from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
 from adept_fast.runtime.input_files import as_input_error, read_json, regular
 from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.budget import LayerCosts
-from adept_fast.settings.validation import check, require, shown
+from adept_fast.settings.validation import check, require, require_path, shown
 
 SCHEMA = 1
 AGAIN = "delete it to score again"
@@ -80,11 +80,11 @@ def mean_rank(means: Tensor) -> Tensor:
     return 1 - (ranks * there).sum(2) / there.sum(2) / means.shape[1]
 
 
-def require_scores(*several: object) -> None:
-    """Raise InputError for anything that is not a LayerScores."""
+def require_scores(*several: object, name: str = "scores") -> None:
+    """Raise InputError, under `name`, for anything that is not a LayerScores."""
     for scores in several:
         if not isinstance(scores, LayerScores):
-            raise InputError(f"scores must be what score_layers returns, found {type(scores).__name__}: score_layers(model, probe)")
+            raise InputError(f"{name} must be what score_layers returns, found {type(scores).__name__}: score_layers(model, probe)")
 
 
 STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # from weighted means to values; other methods use the means
@@ -134,6 +134,7 @@ class Profiled:
         """Write `path` (scores.json, for example), and per_item, if any, beside it (scores.items.safetensors)."""
         from safetensors.torch import save_file
 
+        path = require_path("path", path)
         tensors = {f"{name}.{key}": value for name, scores in self.per_item.items() for key, value in vars(scores).items()}
         if tensors:
             with staged_file(_items_path(path)) as staging:
@@ -145,6 +146,7 @@ class Profiled:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; per_item stays empty if its file is missing. Raises InputError for a malformed file or another schema."""
+        path = require_path("path", path)
         scores, items = cls.of(read_json(path), path), _items_path(path)
         if not items.is_file():
             return scores

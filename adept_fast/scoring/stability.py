@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
+from adept_fast.models.decoder_layers import layer_indices
 from adept_fast.runtime.bootstrap import TAILS, resampled
 from adept_fast.scoring.scores import STATISTICS, LayerScores, require_scores
 from adept_fast.scoring.select_layers import by_placement, check_choice
+from adept_fast.scoring.settings import Score
+from adept_fast.settings.validation import COUNT, check, require, require_made
 
 SIZES = (16, 64)
 DRAWS = 1000
@@ -39,7 +42,8 @@ def resampled_values(
 
     Raises InputError if the scores of single items are missing.
     """
-    found = scores.per_item[profile].among(complete(scores, profile) if among is None else among)
+    among = complete(scores, profile) if among is None else among
+    found = scores.per_item[profile].among(among)
     means = resampled(found.sums, found.weights, seed, items, draws)
     statistic = STATISTICS.get(scores.method)
     return statistic(means) if statistic else means
@@ -76,6 +80,12 @@ def selection_stability(
     Source: bootstrap over items as in runtime/bootstrap.py.
     """
     require_scores(scores)
+    check(Score, seed=seed)
+    require_made("sizes", sizes, Sequence, "give numbers of items, None for as many as there are")
+    for index, size in enumerate(sizes):
+        if size is not None:
+            require(f"sizes[{index}]", size, int, COUNT)
+    layer_indices(layers, len(scores.values))
     candidates, k = scores.candidates, len(layers)
     check_choice(len(candidates), k, placement)
     available = int(complete(scores, scores.loss).sum())
@@ -119,6 +129,9 @@ def corpus_conflicts(scores: LayerScores, first: str, second: str, seed: int = 0
     Source: bootstrap over items as in runtime/bootstrap.py.
     """
     require_scores(scores)
+    check(Score, seed=seed)
+    for name, value in {"first": first, "second": second}.items():
+        require(name, value, str)
     found = {}
     for number, name in enumerate((first, second)):
         drawn = ranks(resampled_values(scores, name, seed=seed + number))

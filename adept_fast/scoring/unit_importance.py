@@ -29,7 +29,7 @@ from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.malloc import freed_memory_kept
 from adept_fast.runtime.progress import Progress
 from adept_fast.scoring.units import Units
-from adept_fast.settings.validation import require_made
+from adept_fast.settings.validation import require_made, require_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,6 +166,7 @@ def score_units(
     """
     model = unwrapped(model)
     require_made("units", units, Units, "Units.of(model)")
+    require_table("momenta", momenta)
     units.require_fitting(model)
     dims = {name: (cut.dims,) for name, cut in units.slices.items()}
     items = load_items(probe, tokenizer, vocabulary=vocabulary_of(model))

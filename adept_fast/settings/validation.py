@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import reduce
 from numbers import Integral, Real
 from operator import or_
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -91,6 +93,22 @@ def require_made(name: str, value: object, kind: type, by: str) -> None:
     """Raise InputError for an argument `name` that is not of class `kind`. by: the call that makes one."""
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {kind.__name__}, found {type(value).__name__}: {by}")
+
+
+def require_table(name: str, value: object) -> None:
+    """Raise InputError under `name` for what is neither a mapping nor None."""
+    if value is not None:
+        require_made(name, value, Mapping, "give a dict, or leave it out")
+
+
+def require_path(name: str, value: object) -> Path:
+    """Return a path with ~ expanded. Raises InputError under `name` for what is no path, and for the home of a user that there is none."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise InputError(f"{name} must be a path, found {shown(value)}", name)
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: {value}: there is no such user: write the path out", name) from None
 
 
 def require(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:

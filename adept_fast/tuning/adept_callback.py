@@ -23,7 +23,7 @@ from adept_fast.runtime.dtensor import in_shards
 from adept_fast.runtime.provenance import changed, digest
 from adept_fast.scoring.unit_importance import Sums, UnitImportance, score_units, unit_importance
 from adept_fast.scoring.units import Units
-from adept_fast.settings.validation import check, require_made
+from adept_fast.settings.validation import COUNT, check, prefixed, require, require_made, require_table
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.monitor import Monitor
@@ -96,10 +96,18 @@ class AdeptCallback(Monitor, RestoresItself):
     ) -> None:
         named: dict[str, Any] = {"units": units} if isinstance(units, str) else {}
         check(Tuning, refresh_steps=refresh_steps, skip_nonfinite=skip_nonfinite, **named)
+        for name, count in {"monitor_steps": monitor_steps, "tokens_per_step": tokens_per_step}.items():
+            if count is not None:
+                require(name, count, int, COUNT)
+        for name, value, kind in (("anchor", anchor, Anchor), ("meter", meter, Meter), ("log", log, TrainerLog)):
+            if value is not None:
+                require_made(name, value, kind, f"give {kind.__name__}(...), or leave it out")
+        require_table("first", first)
         super().__init__(monitors, monitor_steps or refresh_steps, log, tokens_per_step, skip_nonfinite, tokenizer)
         self.probe = list(probe) if isinstance(probe, Iterator) else probe  # a Trainer may train twice
         self._units, self.refresh_steps = units, refresh_steps
-        self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
+        with prefixed("rate_"):
+            self.rule = rate_map if isinstance(rate_map, RateRule) else RateRule(rate_map)
         self._raw_rates: Tensor | None = None  # of the last refresh, for the moving average
         self.first, self.anchor, self.meter = first, anchor, meter
         self._anchored: Tensor | None = None  # KL of this step, for the log

@@ -18,6 +18,7 @@ from adept_fast.models.losses import corpus_loss
 from adept_fast.models.unwrap import bare
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.settings.validation import require_table
 from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.trainer_log import TrainerLog
 
@@ -46,6 +47,7 @@ class Monitor(TrainerCallback):
         skip_nonfinite: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        require_table("monitors", monitors)
         self.nonfinite, self.tokenizer = NonFiniteSteps(skip_nonfinite), tokenizer
         self.monitors, self.monitor_steps = dict(monitors or {}), monitor_steps
         for name, items in self.monitors.items():

@@ -169,7 +169,12 @@ def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Ten
     """
     require_made("units", units, Units, "Units.of(model)")
     require_made("rates", rates, Iterable, "unit_rates(importance)")
-    model, rates = bare(model), torch.as_tensor(rates)
+    if not hasattr(optimizer, "param_groups"):  # engines wrap theirs in classes of their own
+        raise InputError(f"optimizer must be an optimizer, found {type(optimizer).__name__}: give adept_fast.AdamW")
+    try:
+        model, rates = bare(model), torch.as_tensor(rates)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit ({error}): unit_rates(importance)") from None
     if rates.shape != (len(units),) or not bool((rates.isfinite() & (rates >= 0)).all()):
         raise InputError(f"rates must be {len(units)} finite values >= 0, one a unit, found shape {tuple(rates.shape)}")
     if not isinstance(optimizer, AdamW):

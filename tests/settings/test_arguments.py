@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from adept_fast import AdeptCallback, Anchor, InputError, Race
 from adept_fast.data.items import Item, tokenize_item
 from adept_fast.data.sources import Record, Source
-from adept_fast.pipeline.recipe import section
+from adept_fast.pipeline.recipe import load, section
 from adept_fast.scoring.budget import LayerCosts, check_budget
 from adept_fast.scoring.item_losses import require_losses
 from adept_fast.scoring.select_layers import check_choice
-from adept_fast.settings.validation import prefixed, require
+from adept_fast.settings.validation import prefixed, require, require_path
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.tuning_settings import TuningSettings
 from adept_fast.tuning.unit_rates import RateRule
@@ -52,6 +53,16 @@ def test_a_function_names_the_argument_that_its_caller_wrote(call: Callable[[], 
     with pytest.raises(InputError) as error:
         call()
     assert str(error.value).startswith(message) and message.startswith(error.value.arguments[0])
+
+
+def test_a_path_is_one_or_is_refused_by_the_name_of_its_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/here")
+    assert require_path("target", "~/out") == Path("/here/out") and require_path("target", Path("out")) == Path("out")
+    for value in (None, 3, [], b"out", ""):
+        with pytest.raises(InputError, match="^target must be a path, found "):
+            require_path("target", value)
+    with pytest.raises(InputError, match="^output_dir: ~nobody_here/out: there is no such user: write the path out$"):
+        _ = load(None, ["output_dir=~nobody_here/out"], required=()).folder
 
 
 def test_what_transformers_calls_otherwise_is_meant_from_python_too() -> None:
