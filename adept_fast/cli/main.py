@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_command(parsers: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
+def _add_command(parsers: argparse._SubParsersAction[Parser], name: str, what: str, example: str) -> Parser:
     described = parsers.add_parser(name, help=what, description=what, epilog=f"example: {example}")
     described.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     return described

@@ -77,7 +77,7 @@ class Piece:
         return replace(self, ids=self.ids[:count]), then
 
 
-class Blocks(Dataset):
+class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Blocks of `block_size` tokens: input_ids, labels and position_ids, each int64 [block_size].
 
     one_per_row: put one document, or one piece, into each block, for models that leak across packed documents

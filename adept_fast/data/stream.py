@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Stream(Dataset):
+class Stream(Dataset[dict[str, Any]]):
     """Blocks of a run by number, as of `Blocks`: input_ids, labels and position_ids, each int64 [block_size].
 
     Blocks are made in order; asking for an earlier one makes those in between again. So each process may ask for its own part, and all see

@@ -51,7 +51,7 @@ def _gradient_norms(model: PreTrainedModel) -> tuple[float, float]:
     """Return the norms of dr / de_T and of dr / de_t, t < T."""
     embeddings, embedded = model.get_input_embeddings(), []
 
-    def watch(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def watch(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # the model may change its copy in place
 

@@ -62,12 +62,12 @@ def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> lis
     return sorted(layers)
 
 
-def hidden_of(output: Tensor | tuple) -> Tensor:
+def hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:
     """Return the hidden states in a decoder layer's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+def with_hidden(output: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tuple[Any, ...]:
     """Return a decoder layer's output with its hidden states replaced."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -99,7 +99,7 @@ def describe(model: PreTrainedModel) -> Family:
     twin.set_experts_implementation("batched_mm")  # the one implementation whose control flow reads no values
     layers = twin.get_submodule(path)
     traces: dict[int, tuple[Tensor, Any]] = {}  # input and output of the first layer of each signature
-    first: dict[tuple, int] = {}
+    first: dict[tuple[Any, ...], int] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(_traced(layer, first.setdefault(_signature(layer), index), traces, name))
@@ -118,7 +118,7 @@ def describe(model: PreTrainedModel) -> Family:
     return Family(name, path, tuple(silence.fill for silence in silences), tuple(silence.gains for silence in silences))
 
 
-def _signature(layer: nn.Module) -> tuple:
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
     modules = tuple((name, type(module)) for name, module in layer.named_modules())
     return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
 

@@ -79,12 +79,12 @@ class _Wavefront:
         self.buffer: Tensor | None = None
 
     def wrapper(self, layer: int) -> Any:
-        def run(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def run(forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._run(layer, forward, hidden, args, kwargs)
 
         return run
 
-    def _run(self, layer: int, forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, layer: int, forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.buffer is None:
             self.buffer = hidden.new_empty(1 + len(self.layers), *hidden.shape[1:])
         if hidden.data_ptr() != self.buffer.data_ptr():  # the first layer, or a model that changes hidden states between layers
@@ -134,7 +134,7 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: Sweep
     modules, cut = decoder_layers(model), plan.cut
     front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
 
-    def last(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def last(forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with cut_to(modules[-1], cut or (), pack.rows.to(hidden.device)):  # only during this call: layers may share modules
             return forward(hidden, *args, **kwargs)
 
@@ -266,7 +266,7 @@ def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
     last = decoder_layers(model)[-1]
     found: list[str] = []
 
-    def trying(forward: Any, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def trying(forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found.extend(cut_modules(last, lambda: forward(hidden, *args, **kwargs), pack.rows.to(hidden.device)))
         return forward(hidden, *args, **kwargs)
 

@@ -70,7 +70,7 @@ class StagedTrainer(ResumingTrainer):
             **({"master_weights": masters, "state_dtype": torch.float32} if masters else {}),
         }
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         sampler, args = super()._get_train_sampler(train_dataset), self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if type(sampler) is LengthGroupedSampler:
