@@ -55,7 +55,7 @@ def expand_checkpoint(
         initialisation: as in `expand_model`.
         verify: compare every carried tensor, then load source and result in turn and compare their logits (where the initialisation
             is silent). False, for a model that memory cannot hold, leaves a note in the record.
-        models: what loads the models, in place of `loading`. It keeps the last one: the result, where that was loaded.
+        models: loads and caches the last model, in place of `loading`; afterwards it holds the result, if that was loaded.
         loading: keyword arguments of `from_pretrained`: dtype, trust_remote_code, attn_implementation.
 
     Returns:

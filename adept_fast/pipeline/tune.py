@@ -87,7 +87,7 @@ def tune(
     """tuned/ of expanded/, or of the base by a method without copies. record: of expanded/; text: what to train on; both are read where
     they are not at hand."""
     from adept_fast.tuning.baselines import tune_baseline
-    from adept_fast.tuning.training_run import Bookkeeping
+    from adept_fast.tuning.training_run import RunFiles
     from adept_fast.tuning.tune_checkpoint import tune_checkpoint
     from adept_fast.tuning.tuning_settings import check_settings
 
@@ -105,26 +105,26 @@ def tune(
     given = {**_of_recipe(inputs), "global batch": batch}
     if isinstance(text.corpus, StreamedText):
         given["domain"] = text.corpus.settings_digest  # each checkpoint keeps what was read; what was not may be repaired
-    books = Bookkeeping(directory.checkpoints, directory.log, inputs, given)
-    if books.last is not None:
-        if not books.started.exists():
+    files = RunFiles(directory.checkpoints, directory.log, inputs, given)
+    if files.last is not None:
+        if not files.inputs_file.exists():
             raise InputError(
-                f"{books.work}: its checkpoints are not of a run in this output_dir: move them away or choose another"
+                f"{files.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another"
             )
-        require_same(books.work, _of_recipe(read_json(books.started)), given, source.name, explained)
+        require_same(files.checkpoints, _of_recipe(read_json(files.inputs_file)), given, source.name, explained)
     limit = min(source.positions, keys.block_size)
     records = data.held_out(keys.max_items)
     held = corpus("held-out domain documents", records, source.encoder, limit, source.vocabulary(records))
     monitors = {"general": data.items(data.reporting(keys.max_items)), "domain": held.items}
-    with books.nothing_left_by_a_refusal():
+    with files.removed_if_refused():
         if record is not None:
             metering = data.items(records) if (records := data.metering()) else ()
             steering = data.items(data.steering())
-            tune_checkpoint(directory.expanded, tuned, text, steering, monitors, books, metering=metering, models=source.models)
+            tune_checkpoint(directory.expanded, tuned, text, steering, monitors, files, metering=metering, models=source.models)
             logger.info(f"{tuned}: tuned; every original tensor is bit-equal to {directory.expanded.name}/")
         else:
             method = recipe.method
-            tune_baseline(source.folder, tuned, method, text, monitors, books, rank=keys.lora_rank, models=source.models)
+            tune_baseline(source.folder, tuned, method, text, monitors, files, rank=keys.lora_rank, models=source.models)
             logger.info(f"{tuned}: tuned by {method}, without copies")
 
 

@@ -28,7 +28,7 @@ from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.training_plan import PlannedText
-from adept_fast.tuning.training_run import Bookkeeping, Run
+from adept_fast.tuning.training_run import Run, RunFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def tune_baseline(
     method: str,
     text: PlannedText,
     monitors: Mapping[str, Sequence[Item]],
-    books: Bookkeeping,
+    files: RunFiles,
     *,
     rank: int,
     models: OneModel | None = None,
@@ -95,7 +95,7 @@ def tune_baseline(
     model = models.take(folder)
     if method == "lora":
         check_rank(model, rank)
-    run = Run.begin(model, folder, text, books)
+    run = Run.begin(model, folder, text, files)
     prepared = prepare(model, method, rank, settings.seed)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     monitor = Monitor(
@@ -127,7 +127,7 @@ def tune_baseline(
         with replaced_folder(target) as new, staged_folder(new) as staging:
             merged.save_pretrained(staging)
             checkpoint.carry_files(folder.path, staging)
-            inputs = made_with.added_to(books.inputs)
+            inputs = made_with.added_to(files.inputs)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
             write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made})
     distributed.barrier()

@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlannedText:
-    """What is trained on, cut into blocks: `corpus` as `encoder` tokenises it, for a model of so many `positions`."""
+    """The text to train on, packed in blocks, with its plan. positions: the most tokens that the model takes."""
 
     plan: Plan
     blocks: Blocks | Stream
@@ -73,7 +73,7 @@ class PlannedText:
     positions: int
 
     def one_per_row(self) -> PlannedText:
-        """The same with one document a row, for a model that does not keep packed ones apart."""
+        """Plan again with one document a row, for a model that attends across packed documents."""
         return plan(self.corpus, self.encoder, self.settings, self.positions, one_per_row=True)
 
 

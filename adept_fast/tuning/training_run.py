@@ -47,28 +47,31 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Bookkeeping:
-    """What a run keeps. work: folder of its checkpoints, from the last of which a killed run goes on; log: its trainer_log.jsonl;
-    inputs: what the record of the result names; given: what a run that goes on must be given again, kept in `work` as inputs.json."""
+class RunFiles:
+    """The files of a training run.
 
-    work: Path
+    checkpoints: their folder; a killed run resumes from the last one. log: trainer_log.jsonl. inputs: for the record of the result.
+    resume_inputs: the inputs that a resumed run must repeat, stored in `checkpoints` as inputs.json.
+    """
+
+    checkpoints: Path
     log: Path
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    given: Mapping[str, Any] = field(default_factory=dict)
+    resume_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def started(self) -> Path:
-        return self.work / "inputs.json"
+    def inputs_file(self) -> Path:
+        return self.checkpoints / "inputs.json"
 
     @property
     def last(self) -> str | None:
-        """The checkpoint that a run goes on from."""
-        return get_last_checkpoint(str(self.work)) if self.work.is_dir() else None
+        """The checkpoint to resume from."""
+        return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
 
     @contextmanager
-    def nothing_left_by_a_refusal(self) -> Iterator[None]:
-        """Where a training is refused before its first checkpoint, neither folder nor log stays that was not there before."""
-        made = [path for path in (self.work, self.log) if not path.exists()]
+    def removed_if_refused(self) -> Iterator[None]:
+        """On an InputError before the first checkpoint remove the folder and the log that were made inside the context."""
+        made = [path for path in (self.checkpoints, self.log) if not path.exists()]
         try:
             yield
         except InputError:
@@ -86,7 +89,7 @@ class Run:
     blocks: Blocks | Stream
     collate: Collator
     args: TrainingArguments
-    books: Bookkeeping
+    files: RunFiles
     log: TrainerLog
     last: str | None
     tokenizer: PreTrainedTokenizerBase
@@ -97,9 +100,9 @@ class Run:
         model: PreTrainedModel,
         folder: str | os.PathLike[str],
         text: PlannedText,
-        books: Bookkeeping,
+        files: RunFiles,
     ) -> Run:
-        """Prepare to train `model`, loaded from `folder`, on what is planned; nothing is written yet."""
+        """Prepare to train `model`, loaded from `folder`, on `text`. Nothing is written yet."""
         settings, tokenizer = text.settings, text.encoder.tokenizer
         checkpoint.require_vocabulary(folder, tokenizer, model)
         collate = collator(model)
@@ -109,22 +112,22 @@ class Run:
         planned, blocks = text.plan, text.blocks
         if isinstance(blocks, Stream):
             settings = replace(settings, training={**settings.training, "max_steps": planned.steps, **IN_ORDER})
-        args = arguments(settings, books.work, planned.steps)
+        args = arguments(settings, files.checkpoints, planned.steps)
         if args.world_size != distributed.world_size():
             found = f"{distributed.world_size()} processes run, transformers sees {args.world_size}"
             raise InputError(f"{found}: start them by accelerate launch, on CPUs with use_cpu=true", "use_cpu")
         if args.n_gpu > 1 and collate is not default_data_collator:  # torch's DataParallel would split the row
             raise InputError("flash attention on several GPUs takes a process for each: start them by accelerate launch")
-        last = books.last
+        last = files.last
         if last is not None:
             checkpoint_digests.verify(Path(last))
             logger.info(f"resuming from {Path(last).name}")
-        log = TrainerLog(books.log)
+        log = TrainerLog(files.log)
         if last is None:
             log.require_own()
             if line := warning(compare_pieces(model, blocks), text.encoder):
                 logger.warning(line)
-        return cls(planned, blocks, collate, args, books, log, last, tokenizer)
+        return cls(planned, blocks, collate, args, files, log, last, tokenizer)
 
     @property
     def monitor_steps(self) -> int | None:
@@ -132,7 +135,7 @@ class Run:
 
     def finish(self, trainer: StagedTrainer) -> RunRecord:
         """Train to the last step, from the last checkpoint where there is one, and return the run's record."""
-        books, planned = self.books, self.planned
+        files, planned = self.files, self.planned
         last = None if self.last is None else Path(self.last)
         done = 0 if last is None else step_of(last)
         extended = () if last is None else trainer.record_to_resume(last).extended
@@ -142,21 +145,21 @@ class Run:
             for path in position.changed:
                 logger.warning(f"{path}: changed since, but not where it was read: going on with it as it is now")
         if distributed.rank() == 0:
-            books.work.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(books.work)
+            files.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(files.checkpoints)
             if last is None:
-                write_json(books.started, books.given)
-                books.log.unlink(missing_ok=True)
+                write_json(files.inputs_file, files.resume_inputs)
+                files.log.unlink(missing_ok=True)
                 self._log_plan(0)
         if extended:
-            self._say_extended(extended[-1], done)
+            self._report_extension(extended[-1], done)
         for callback in (PrinterCallback, ProgressCallback):  # the log has each step; only evaluations are printed
             trainer.remove_callback(callback)
         trainer.add_callback(_Steps())
         if last is None or (done < planned.steps and not stopped_in(last)):
             trainer.train(resume_from_checkpoint=self.last)
             if isinstance(self.blocks, Stream):
-                self.blocks.encoder.warn_of_control_tokens("domain")  # of sources that were not looked through before
+                self.blocks.encoder.warn_of_control_tokens("domain")  # a dataset from a hub was not checked before
             return trainer.run
         if done < planned.steps:
             logger.warning(f"{last.name}: general loss had passed general_limit there, so training does not go on")
@@ -166,7 +169,7 @@ class Run:
             self.log.write("end", done)
         return trainer.record_to_resume(last)
 
-    def _say_extended(self, entry: Mapping[str, Any], done: int) -> None:
+    def _report_extension(self, entry: Mapping[str, Any], done: int) -> None:
         before, now = entry["steps"]
         if entry["step"] != done or before == now == self.planned.steps:
             return

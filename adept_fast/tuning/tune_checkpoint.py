@@ -19,7 +19,7 @@ from adept_fast.tuning.adept_trainer import AdeptTrainer
 from adept_fast.tuning.forgetting_meter import Meter
 from adept_fast.tuning.kl_anchor import Anchor
 from adept_fast.tuning.training_plan import PlannedText
-from adept_fast.tuning.training_run import Bookkeeping, Run
+from adept_fast.tuning.training_run import Run, RunFiles
 from adept_fast.tuning.tuning_settings import check_meter
 
 
@@ -29,7 +29,7 @@ def tune_checkpoint(
     text: PlannedText,
     steering: Sequence[Item],
     monitors: Mapping[str, Sequence[Item]],
-    books: Bookkeeping,
+    files: RunFiles,
     *,
     metering: Sequence[Item] = (),
     models: OneModel | None = None,
@@ -39,14 +39,14 @@ def tune_checkpoint(
 
     A killed run resumes from its last checkpoint, and so does a finished one that is given more steps; an earlier `target` stays until
     the new one is complete. text: what to train on, as `plan` returns it. steering: items that set the unit rates. monitors: name ->
-    held-out items whose loss is logged. metering: held-back general items for the forgetting meter. models: what loads the model, in
+    held-out items whose loss is logged. metering: held-back general items for the forgetting meter. models: loads the model, in
     place of `loading`. Raises InputError for settings that do not fit, ExpansionError where training changed a tensor outside the
     copies.
     """
     models, settings = models or OneModel(**loading), text.settings
     check_meter(settings, metering)
     model = models.take(expanded)
-    run = Run.begin(model, expanded, text, books)
+    run = Run.begin(model, expanded, text, files)
     anchor = None
     if settings.anchor_weight is not None:
         anchor = Anchor(steering, settings.anchor_weight, settings.anchor_every, settings.anchor_tokens)
@@ -71,6 +71,6 @@ def tune_checkpoint(
     state = sharded_checkpoint.gathered(trainer.model) if in_shards(trainer.model) else model.state_dict()
     if distributed.rank() == 0:
         with replaced_folder(target) as new:
-            inputs = made_with.added_to(books.inputs)
+            inputs = made_with.added_to(files.inputs)
             export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=models.trust_remote_code)
     distributed.barrier()

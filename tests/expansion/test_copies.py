@@ -25,7 +25,7 @@ from adept_fast.expansion.export import export_tuned
 from adept_fast.expansion.merge import merge_copies
 from adept_fast.expansion.remove import remove_copies
 from adept_fast.tuning.training_plan import plan
-from adept_fast.tuning.training_run import Bookkeeping
+from adept_fast.tuning.training_run import RunFiles
 from adept_fast.tuning.tune_checkpoint import tune_checkpoint
 from adept_fast.tuning.tuning_settings import TuningSettings
 from tests.support import tiny_models
@@ -235,9 +235,9 @@ def tune(expanded: Path, target: Path, **loading: object) -> None:
     documents = WeightedDocuments(Documents(ids, np.array([0, 20, 90, 100, 250, 600])), np.ones(5))
     training = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 2}
     settings = TuningSettings(refresh_steps=2, block_size=24, training=training)
-    books = Bookkeeping(target.parent / "work", target.parent / "log.jsonl")
+    files = RunFiles(target.parent / "work", target.parent / "log.jsonl")
     text = plan(documents, tiny_models.tokenizer(), settings, 128)
-    tune_checkpoint(expanded, target, text, tiny_models.items(2), {}, books, **loading)
+    tune_checkpoint(expanded, target, text, tiny_models.items(2), {}, files, **loading)
 
 
 @pytest.mark.slow

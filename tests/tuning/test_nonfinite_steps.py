@@ -23,7 +23,7 @@ from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.trainer_log import TrainerLog
 from adept_fast.tuning.training_plan import plan
-from adept_fast.tuning.training_run import Bookkeeping
+from adept_fast.tuning.training_run import RunFiles
 from adept_fast.tuning.tune_checkpoint import tune_checkpoint
 from adept_fast.tuning.tuning_settings import TuningSettings
 from tests.support import tiny_models
@@ -182,15 +182,15 @@ def test_the_key_of_a_recipe_reaches_the_run(tmp_path: Path, monkeypatch: pytest
     ids[40] = BAD
     documents = WeightedDocuments(Documents(ids, np.arange(0, 97, 12)), np.ones(8))
     settings = TuningSettings(block_size=24, skip_nonfinite=skip, training={"max_steps": 4, "per_device_train_batch_size": 1})
-    books = Bookkeeping(tmp_path / "work", tmp_path / "log.jsonl")
+    files = RunFiles(tmp_path / "work", tmp_path / "log.jsonl")
 
     def tune() -> None:
         text = plan(documents, tiny_models.tokenizer(), settings, 128)
-        tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", text, tiny_models.items(2), {}, books)
+        tune_checkpoint(tmp_path / "expanded", tmp_path / "tuned", text, tiny_models.items(2), {}, files)
 
     if skip:
         tune()
-        events = [json.loads(line)["event"] for line in books.log.read_text().splitlines()]
+        events = [json.loads(line)["event"] for line in files.log.read_text().splitlines()]
         assert events.count("skipped") == 1 and (tmp_path / "tuned").is_dir()
     else:
         with pytest.raises(InputError, match="its loss is not finite; its documents begin '.*set skip_nonfinite above 0"):
