@@ -14,5 +14,5 @@ class Eval:
     domain: Source | None = declare(None, meaning="null: the held-out documents")
     max_items: int | None = declare(None, COUNT, "of each")
     general_limit: float | None = declare(
-        None, Range(0), "nats per token that general loss may rise: eval then finds the largest share alpha of the copies within it"
+        None, Range(0), "nats per token that general loss may rise: eval then finds the largest strength alpha of the copies within it"
     )

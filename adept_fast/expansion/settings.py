@@ -1,4 +1,4 @@
-"""Settings of expansion: which layers are copied, and what a copy starts from."""
+"""The settings of expansion: which layers are copied, and how a copy is initialised."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from adept_fast.settings.validation import declare
 @dataclass(frozen=True)
 class Expand(Selection):
     layers: tuple[int, ...] | None = declare(None, meaning="or exactly these: [3, 7]")
-    initialisation: str = declare("zero_output", PRESERVING, "the last two, for research, change what the model computes")
+    initialisation: str = declare("zero_output", PRESERVING, "the last two, for research, change the logits")

@@ -22,24 +22,22 @@ class Tuning:
     rate_map: str = declare("rank", RATE_MAPS, "from importances to rates")
     rate_floor: float = declare(0.0, Range(0, 1), "the lowest multiplier; the gate of a post-norm copy has 1 at least")
     rate_average: float = declare(
-        0.0, Range(0, 1, below=True), "share of the earlier refreshes in a moving average of the normalised importances"
+        0.0, Range(0, 1, below=True), "weight of earlier refreshes in the moving average of normalised importances"
     )
     rate_conflict: bool = declare(False, meaning="slow units whose momentum opposes the probe's gradient, by 1 - max(0, -cos)")
-    refresh_steps: int = declare(500, COUNT, "unit rates are measured again, held-out losses logged, a checkpoint written")
+    refresh_steps: int = declare(500, COUNT, "steps between two refreshes of the rates, held-out losses and checkpoints")
     block_size: int = declare(1024, Range(2), "tokens of a packed block")
-    skip_nonfinite: int = declare(0, Range(0), "so many steps of a loss or gradient that is not finite are skipped; one more stops the run")
+    skip_nonfinite: int = declare(0, Range(0), "steps with a loss or gradient that is not finite to skip; one more stops the run")
     anchor_weight: float | None = declare(
-        None, Range(0, 1000), "0.5: hold the model to its base without replay data, by that weight of KL(base || model), ..."
+        None, Range(0, 1000), "0.5: weight of KL(base || model) in the loss, which holds the model to its base without replay data"
     )
-    anchor_every: int = declare(4, COUNT, "... in the loss of every fourth step, ...")
-    anchor_tokens: int = declare(256, COUNT, "... on so many tokens of the probe items that steer unit rates")
+    anchor_every: int = declare(4, COUNT, "optimizer steps between two steps with that loss")
+    anchor_tokens: int = declare(256, COUNT, "tokens of such a step, from the probe items that set the unit rates")
     general_limit: float | None = declare(
-        None, Range(0), "0.05: once general loss on probe items held back for it has risen by so many nats per token, ..."
+        None, Range(0), "0.05: nats per token that general loss on held-back probe items may rise before general_action"
     )
-    general_action: str = declare("stop", ACTIONS, "... stop there, or halve all rates at each refresh that finds it above")
-    extend: bool = declare(
-        False, meaning="go on with another number of steps where the schedule would have given the steps that are done other rates"
-    )
+    general_action: str = declare("stop", ACTIONS, "stop training, or cut all rates by half at each refresh above the limit")
+    extend: bool = declare(False, meaning="resume with another number of steps where finished steps would have had other learning rates")
     training: Mapping[str, Any] = field(
         default_factory=DEFAULTS.copy,
         metadata={"known": known, "checked": checked, "meaning": "these five and any other name of transformers' TrainingArguments"},

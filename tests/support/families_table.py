@@ -11,10 +11,11 @@ from tests.support import tiny_families
 
 HEADING = """# Model families
 
-What `tests/models/test_families.py` found on a tiny random model of each type: copies of the first, the third and the last layer leave the
-logits and greedy decoding bit-equal, an unsilenced copy changes them, one AdamW step at lr 1e-5 changes a copy's relative output by less
-than 1e-3, within three steps every silent tensor moves and every branch adds something, and units cover each copy once. Where a type is
-refused for a layer's index, that is for copies of these layers. Written by `python tests/support/families_table.py > docs/families.md`.
+`tests/models/test_families.py` tests these types on tiny random models, with copies of the first, the third and the last layer.
+The copies leave the logits and greedy decoding bit-equal, and a copy that is not silenced changes them. One AdamW step at lr 1e-5
+changes a copy's relative output by less than 1e-3. Within three steps every silent tensor moves and every branch adds something.
+The units cover each copy once. A type that is refused for a layer's index is refused for copies of these layers. `python
+tests/support/families_table.py > docs/families.md` writes this page.
 """
 
 
