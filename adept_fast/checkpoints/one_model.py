@@ -1,4 +1,4 @@
-"""Models loaded one at a time, each once while nobody asks for another."""
+"""Load models one at a time, and reuse the last one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class OneModel:
-    """Loads models with the same options and keeps the last one, so that stages which read the same model in the same state share it.
+    """Load models with the same options, and keep the last one for the next stage that reads the same model.
 
-    Memory holds one: it is let go before another is loaded. Whoever changes a model takes it.
+    Memory holds one model: it is released before another is loaded. A stage that changes a model calls `take`.
     """
 
     def __init__(self, dtype: str | None = None, attn_implementation: str | None = None, trust_remote_code: bool = False) -> None:
@@ -23,7 +23,7 @@ class OneModel:
         self._held: tuple[Path, PreTrainedModel] | None = None
 
     def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
-        """The model of a folder, in eval mode. Raises InputError as load_model does."""
+        """Return the model of a folder, in eval mode. Raises InputError as load_model does."""
         path = Path(folder)
         if self._held is None or self._held[0] != path:
             self._held = None
@@ -31,12 +31,12 @@ class OneModel:
         return self._held[1]
 
     def take(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
-        """The same for who is going to change it: the next one is loaded anew."""
+        """Return the model of a folder to a caller that will change it. The next call loads it again."""
         model, self._held = self.load(folder), None
         return model
 
     def renamed(self, before: Path, now: Path) -> None:
-        """Tell that the folder of a model has another name."""
+        """Record that the folder of the loaded model was renamed."""
         if self._held is not None and self._held[0] == before:
             model = self._held[1]
             self._held = now, model

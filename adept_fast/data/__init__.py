@@ -1,1 +1,1 @@
-"""What a corpus is: sources, items, splits, documents, blocks."""
+"""Corpora: sources, readers, records, items, splits, documents, packed blocks, streams."""

@@ -1,4 +1,4 @@
-"""Documents of a training corpus as tokens, cached on disk by what they are made of."""
+"""Tokenise the documents of a training corpus, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from adept_fast.runtime.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 256  # documents per tokenizer call: enough for its threads, often enough for the progress bar
+BATCH = 256  # documents per tokenizer call: enough to use its threads, few enough for a smooth progress bar
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of all documents end to end (int32), and where each begins: document i is ids[starts[i]:starts[i + 1]].
+    """Tokens of all documents end to end. Document i is ids[starts[i]:starts[i + 1]].
 
-    begin: what their tokenizer begins every text with, so each document here and each piece of one (int32, mostly one token or none)."""
+    ids: int32 [tokens]
+    starts: int64 [documents + 1]
+    begin: the tokens with which the tokenizer begins every text, int32; mostly BOS or none
+    """
 
     ids: np.ndarray
     starts: np.ndarray
@@ -49,14 +52,14 @@ class Documents:
 
 @dataclass(frozen=True)
 class WeightedDocuments:
-    """Documents, and the passes that an epoch makes over each."""
+    """Documents, and the number of passes over each per epoch."""
 
     documents: Documents
     weights: np.ndarray
 
 
 def cache_folder() -> Path:
-    """$ADEPT_FAST_CACHE, else adept_fast under $XDG_CACHE_HOME or ~/.cache, made. Raises InputError where it cannot be."""
+    """Create and return $ADEPT_FAST_CACHE, or adept_fast under $XDG_CACHE_HOME or ~/.cache. Raises InputError if that fails."""
     given = os.environ.get("ADEPT_FAST_CACHE")
     folder = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adept_fast"
     try:
@@ -69,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> Documents:
-    """Tokenise each text and close it with the end-of-sequence token. Cached by texts and encoder, so the cache cannot go stale."""
+    """Tokenise each text and append EOS. The cache's key is a hash of texts and encoder, so an entry never becomes outdated."""
     encoder = Encoder.of(tokenizer)
     key = hashlib.sha256(encoder.describe())
     for text in texts:
@@ -89,10 +92,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
 
 
 def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> list[np.ndarray]:
-    """Tokens of each text (int32) behind what the tokenizer begins texts with, closed with the end-of-sequence token.
-
-    A chat begins and ends as its template has it.
-    """
+    """Tokenise each text, int32, with the tokenizer's begin tokens and EOS. A chat begins and ends as its template says."""
     encoder = Encoder.of(tokenizer)
     ends = [[] if isinstance(text, Rendered) else encoder.end for text in texts]
     return [

@@ -1,8 +1,8 @@
-"""From text to token ids: the one place where a tokenizer is called.
+"""Encode text as token ids. No other module calls a tokenizer.
 
-Control tokens ("</s>", "<pad>", "<|im_end|>": what the tokenizer holds as special) that stand in a text are a part of the text: a page
-about tokenizers does not end a document. They are encoded letter by letter, as any other word is, unless the data carries them on purpose.
-What tokenizer and chat template write themselves stays: the begin of a text, the turns of a chat.
+The names of control tokens ("</s>", "<pad>", "<|im_end|>", all special tokens of the tokenizer) in a text are ordinary text: a page about
+tokenizers does not end a document. They are encoded as any other word, unless the data contains them on purpose. Control tokens that the
+tokenizer and the chat template write themselves stay: BOS, the turns of a chat.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("text", "tokens")
-MARK = f"\uf8ff{secrets.token_hex(8)}"  # stands in no text
+MARK = f"\uf8ff{secrets.token_hex(8)}"  # random, so that it is in no text
 
 
 class Encoder:
-    """A tokenizer, and what control tokens in a text become: "text", as any other word, or the "tokens" themselves.
+    """A tokenizer with a rule for control tokens.
 
-    found: how often each control token stood in the texts encoded so far, whatever became of it.
+    special_tokens: encode control tokens in a text as "text", like any other word, or as the "tokens" themselves
+    found: how often each control token occurred in the texts encoded so far
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> None:
@@ -46,28 +47,28 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | Encoder) -> Encoder:
-        """A tokenizer's encoder by default, or the encoder that is given."""
+        """Return the given encoder, or a tokenizer's default encoder."""
         return tokenizer if isinstance(tokenizer, Encoder) else cls(tokenizer)
 
     @cached_property
     def begin(self) -> list[int]:
-        """What the tokenizer writes before each text: the begin-of-sequence token, several, or none."""
+        """Return the tokens that the tokenizer writes before each text: BOS, several, or none."""
         return self._around[0]
 
     @property
     def end(self) -> list[int]:
-        """What closes a document: the end-of-sequence token, or nothing."""
+        """Return the tokens that end a document: EOS, or none."""
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
     @cached_property
     def control(self) -> dict[str, int]:
-        """Every control token by its name."""
+        """Return all control tokens: name -> id."""
         added = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         named = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
         return {token: number for token, number in {**named, **added}.items() if token and isinstance(number, int)}
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text behind `begin`; nothing closes them. One that a chat template wrote has what the template wrote."""
+        """Encode each text behind `begin`, without EOS. A text written by a chat template has only the template's control tokens."""
         if any(isinstance(text, Rendered) for text in texts):
             rest = iter(self.texts([text for text in texts if not isinstance(text, Rendered)]))
             return [self.chat(text.chat.messages, **text.chat.options)[0] if isinstance(text, Rendered) else next(rest) for text in texts]
@@ -76,7 +77,7 @@ class Encoder:
         return [self._as_text(text)[0] if apart else next(rest) for text, apart in zip(texts, plain, strict=True)]
 
     def parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Token ids of the parts joined, behind `begin`, and the part of each: the one that it ends in."""
+        """Encode the joined parts behind `begin`. Returns token ids, and the index of the part in which each token ends."""
         text = "".join(parts)
         plain = self._has_control_tokens(text) and self.special_tokens == "text"
         if not self.tokenizer.is_fast:
@@ -86,13 +87,16 @@ class Encoder:
             ids, ends = self._as_text(text)
         else:
             called = self._call(text, return_offsets_mapping=True)
-            kept = self._kept(called["input_ids"])
-            ids, ends = called["input_ids"][kept], [end for _, end in called["offset_mapping"][kept]]
+            own = self._without_added(called["input_ids"])
+            ids, ends = called["input_ids"][own], [end for _, end in called["offset_mapping"][own]]
         return ids, _owners(ends, parts)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], prompt: int | None = None, **options: Any) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation by the chat template, and the part of each: 0 within the first `prompt` messages and the header of
-        the answer to them, 1 behind. The template writes all control tokens, the first of a text included; those in contents are text."""
+        """Encode a conversation by the chat template.
+
+        Returns token ids, and the part of each: 0 for the first `prompt` messages and the header of their answer, 1 behind. The template
+        writes all control tokens, BOS included; those in contents are text.
+        """
         if not self.tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template: use plain prompts and answers, or set one")
         contents = [_contents(message) for message in messages]
@@ -115,7 +119,7 @@ class Encoder:
         return called["input_ids"], _owners([end for _, end in called["offset_mapping"]], parts)
 
     def describe(self) -> bytes:
-        """What decides the tokens of a text."""
+        """Return bytes that determine the tokens of a text, for digests."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
@@ -133,14 +137,14 @@ class Encoder:
         logger.warning(f"{where}: control tokens stand in the text ({listed}{more}): {fate}")
 
     def look(self, texts: Iterable[str]) -> None:
-        """Count control tokens of texts that are encoded already."""
+        """Count the control tokens of texts that are not encoded again, because they come from a cache."""
         for text in texts:
             contents = [_contents(message) for message in text.chat.messages] if isinstance(text, Rendered) else [text]
             for content in contents:
                 self.found += self.count(content)
 
     def count(self, text: str) -> Counter[str]:
-        """How often each control token stands in a text."""
+        """Count each control token in a text."""
         return Counter(self._pattern.findall(text))
 
     @cached_property
@@ -157,29 +161,31 @@ class Encoder:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer writes before and behind a text."""
+        """Return the tokens that the tokenizer writes before and behind a text."""
         whole, body = self._call("a")["input_ids"], self._call("a", add_special_tokens=False)["input_ids"]
         at = next((at for at in range(len(whole) - len(body) + 1) if whole[at : at + len(body)] == body), 0)
         return list(whole[:at]), list(whole[at + len(body) :])
 
-    def _kept(self, ids: Sequence[int]) -> slice:
-        """Without what the tokenizer wrote behind the text, and with what it writes before it once, where the text says it too."""
+    def _without_added(self, ids: Sequence[int]) -> slice:
+        """Return the slice without the tokens written behind the text, and with BOS once if the text begins with it too."""
         begin, behind = self._around
         last = len(ids) - len(behind) if behind and list(ids[-len(behind) :]) == behind else len(ids)
         return slice(len(begin) if begin and list(ids[: 2 * len(begin)]) == [*begin, *begin] else 0, last)
 
     def _ordinary(self, texts: Sequence[str]) -> list[list[int]]:
-        return [ids[self._kept(ids)] for ids in self._call(list(texts))["input_ids"]] if texts else []
+        return [ids[self._without_added(ids)] for ids in self._call(list(texts))["input_ids"]] if texts else []
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Private names of control tokens: what they are called where their own names are text."""
+        """Return private names of control tokens, used while their own names are text."""
         return {token: f"{MARK}{number}\uf8ff" for number, token in enumerate(self.control)}
 
     @cached_property
     def _twin(self) -> Tokenizer:
-        """The tokenizer in which control tokens have their private names, and the same ids: no text says one of them, whether it is matched
-        before the vocabulary is looked at or (as in a unigram model) is a word of it."""
+        """Return a copy of the tokenizer whose control tokens have private names and the same ids.
+
+        No text contains these names. So no control token is matched, neither as an added token nor as a word of a unigram vocabulary.
+        """
         from tokenizers import Tokenizer
 
         described = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -201,15 +207,15 @@ class Encoder:
         return Tokenizer.from_str(json.dumps(described))
 
     def _as_text(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text that names control tokens, all of it text, behind `begin`, and where each ends, if the tokenizer tells."""
+        """Encode a text with names of control tokens as text, behind `begin`. Returns ids, and end offsets if the tokenizer is fast."""
         if not self.tokenizer.is_fast:
             return [*self.begin, *self._letters(text)], []
         encoded = self._twin.encode(text)
-        kept = self._kept(encoded.ids)
-        return encoded.ids[kept], [end for _, end in encoded.offsets[kept]]
+        own = self._without_added(encoded.ids)
+        return encoded.ids[own], [end for _, end in encoded.offsets[own]]
 
     def _letters(self, text: str) -> list[int]:
-        """A text as `_as_text` has it, of a tokenizer in Python."""
+        """Do the same with a slow tokenizer, without `begin`."""
         for options in ({}, {"split_special_tokens": True}):
             ids = self._call(text, add_special_tokens=False, **options)["input_ids"]
             if not self._control_ids & set(ids):
@@ -219,16 +225,16 @@ class Encoder:
 
     @cached_property
     def _control_ids(self) -> set[int]:
-        """Of control tokens; the unknown token stands for plain text too."""
+        """Return the ids of control tokens, without the unknown token, which plain text may become."""
         return {*self.control.values()} - {self.tokenizer.unk_token_id}
 
     def _hidden(self, text: str) -> str:
-        """Control tokens in a turn, under names that neither template nor tokenizer knows."""
+        """Replace control tokens in a message by names that neither template nor tokenizer knows."""
         numbers = {token: number for number, token in enumerate(self.control)}
         return self._pattern.sub(lambda match: f"{MARK}-{numbers[match[0]]}\uf8ff", text)
 
     def _shown(self, rendered: str) -> str:
-        """The template's own control tokens by their private names, those of turns by their own."""
+        """Replace the template's control tokens by private names, and restore the names of those in messages."""
         tokens = list(self.control)
         renamed = self._pattern.sub(lambda match: self._names[match[0]], rendered)
         return re.sub(f"{MARK}-([0-9]+)\uf8ff", lambda match: tokens[int(match[1])], renamed)
@@ -249,14 +255,16 @@ class Encoder:
 
 
 def _owners(ends: Sequence[int], parts: Sequence[str]) -> list[int]:
-    """The part that each token ends in, by the offset of its end in the parts joined."""
+    """Return the part in which each token ends, from its end offset in the joined parts."""
     lengths = [len("".join(parts[: number + 1])) for number in range(len(parts) - 1)]
     return [sum(end > length for length in lengths) for end in ends]
 
 
 def _owners_without_offsets(encoded: Sequence[Sequence[int]]) -> list[int]:
-    """The same of a tokenizer that tells no offsets. encoded: ids of the first part, of the first two joined, ... A part's tokens begin
-    where those of the text with it first differ from those of the text without it."""
+    """Do the same for a tokenizer without offsets. A part's tokens start where the ids with it first differ from the ids without it.
+
+    encoded: ids of the first part, of the first two joined, and so on
+    """
     owners = [0] * len(encoded[-1])
     for part, before in enumerate(encoded[:-1], 1):
         same = next((at for at, (one, other) in enumerate(zip(before, encoded[-1], strict=False)) if one != other), len(before))

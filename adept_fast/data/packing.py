@@ -60,12 +60,12 @@ class Piece:
 
     ids: its tokens
     inserted: how many of them are begin tokens written before a continued piece
-    goes_on: whether it continues a document; set for pieces of a stream
+    continues: whether it continues a document; set for pieces of a stream
     """
 
     ids: np.ndarray
     inserted: int = 0
-    goes_on: bool = False
+    continues: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +73,7 @@ class Piece:
     def divided(self, count: int, begin: np.ndarray) -> tuple[Piece, Piece]:
         """Split into the first `count` tokens, and the rest as a continued piece."""
         rest = self.ids[count:]
-        then = Piece(np.concatenate([begin, rest]), len(begin), goes_on=True) if len(rest) else Piece(rest)
+        then = Piece(np.concatenate([begin, rest]), len(begin), continues=True) if len(rest) else Piece(rest)
         return replace(self, ids=self.ids[:count]), then
 
 
@@ -115,7 +115,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         """Return the lengths of the documents in a block, in order."""
         return [stop - start + inserted for start, stop, inserted in self._pieces[index]]
 
-    def goes_on(self, index: int) -> list[bool]:
+    def continues(self, index: int) -> list[bool]:
         """Whether each piece in a block continues a document from an earlier block."""
         starts = self._documents.starts
         return [bool(starts[np.searchsorted(starts, start)] != start) for start, _, _ in self._pieces[index]]
@@ -128,7 +128,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
     def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
         """Yield each piece of the first `blocks` blocks, and whether it continues a document."""
         for index in range(min(blocks, len(self))):
-            yield from zip(self._block(index), self.goes_on(index), strict=True)
+            yield from zip(self._block(index), self.continues(index), strict=True)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return packed(self._block(index), self.block_size, self.pad_token)

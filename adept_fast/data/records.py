@@ -1,14 +1,14 @@
 """Parse records in the formats that LLaMA-Factory, TRL and Axolotl read. A format is recognised by its keys.
 
-| keys, optional ones after the semicolon | meaning |
+| keys, optional ones after the semicolon | parsed as |
 |---|---|
 | question, choices, answer | Question |
-| input_ids; labels | Tokens |
+| input_ids; labels | Item |
 | messages (role, content) or conversations (from, value); system, tools | Chat |
-| instruction, output; input, system, history | Answered |
-| instruction, response; context or input, system, history | Answered, the format of Dolly |
-| question, answer, and no other key | Answered, the format of GSM8K |
-| prompt, completion | Answered, or Chat if they are lists of messages |
+| instruction, output; input, system, history | PromptAnswer |
+| instruction, response; context or input, system, history | PromptAnswer, the format of Dolly |
+| question, answer, and no other key | PromptAnswer, the format of GSM8K |
+| prompt, completion | PromptAnswer, or Chat if they are lists of messages |
 | text | Text |
 
 The first whose needed keys are all there, and not null, is meant. A record whose text is empty or null means nothing: it is left out.
@@ -55,7 +55,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Answered:
+class PromptAnswer:
     """A prompt, in its parts, and its answer. apart: whether to separate them by a line break if neither has white space there."""
 
     prompt: str
@@ -90,15 +90,37 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Item:
+    """Tokens of one sequence. labels[t] is input_ids[t] if supervised, else -100; the model shifts labels, as in transformers.
+
+    Raises InputError for other labels: masking would measure the tokens, and gradients the labels.
+    """
+
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            raise InputError(f"{len(self.input_ids)} input_ids but {len(self.labels)} labels")
+        if min(self.input_ids, default=0) < 0:
+            raise InputError(f"input_ids must be 0 or more, found {min(self.input_ids)}")
+        for at, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
+            if label not in (token, IGNORE):
+                raise InputError(
+                    f"label {label} at position {at}, whose token is {token}: labels are the tokens of their own positions (the model "
+                    f"shifts them), or {IGNORE} where they are not supervised"
+                )
 
-Meaning = Text | Answered | Chat | Question | Tokens
+    @property
+    def supervised(self) -> int:
+        """Return the number of supervised tokens. The first token is never predicted."""
+        return sum(label != IGNORE for label in self.labels[1:])
 
 
-def meaning(record: Record) -> Meaning | None:
+Parsed = Text | PromptAnswer | Chat | Question | Item
+
+
+def parse_record(record: Record) -> Parsed | None:
     """Parse a record; None if it is empty. Raises MalformedRecord, with file and line, if it cannot be read."""
     if record.fault is not None:
         raise MalformedRecord(f"{record.where}: {record.fault}")
@@ -123,7 +145,7 @@ class _Format:
 
     needed: tuple[str, ...]
     also: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Meaning | None]
+    read: Callable[[Mapping[str, Any]], Parsed | None]
     alone: bool = False
 
     def fits(self, keys: Set[str], named: Set[str]) -> bool:
@@ -147,7 +169,7 @@ def _format_of(record: Record) -> _Format | None:
     return found
 
 
-def _column(content: Mapping[str, Any], column: str) -> Meaning | None:
+def _column(content: Mapping[str, Any], column: str) -> Parsed | None:
     """Parse the column that the source names: a text, or messages."""
     value = content[column]
     return _chat(value, {}, column) if isinstance(value, (list, tuple)) else _text({"text": value}, column)
@@ -170,7 +192,7 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _instruction(content: Mapping[str, Any], context: str = "input", answer: str = "output") -> Answered | None:
+def _instruction(content: Mapping[str, Any], context: str = "input", answer: str = "output") -> PromptAnswer | None:
     """Parse an instruction. context, answer: the keys of its input and of its output."""
     prompt, context, answer, system = (_string(content.get(key), key) for key in ("instruction", context, answer, "system"))
     history = content.get("history") or ()
@@ -179,26 +201,26 @@ def _instruction(content: Mapping[str, Any], context: str = "input", answer: str
     pairs = tuple((_string(asked, "history"), _string(answered, "history")) for asked, answered in history)
     if not answer.strip() or not (prompt.strip() or context.strip()):
         return None
-    return Answered(prompt if prompt.strip() else context, answer, context if prompt.strip() and context.strip() else "", system, pairs)
+    return PromptAnswer(prompt if prompt.strip() else context, answer, context if prompt.strip() and context.strip() else "", system, pairs)
 
 
-def _response(content: Mapping[str, Any]) -> Answered | None:
+def _response(content: Mapping[str, Any]) -> PromptAnswer | None:
     if "input" in content and "context" in content:
         raise ValueError("'input' and 'context' both stand beside the instruction: leave one")
     return _instruction(content, "input" if "input" in content else "context", "response")
 
 
-def _asked(content: Mapping[str, Any]) -> Answered | None:
+def _asked(content: Mapping[str, Any]) -> PromptAnswer | None:
     question, answer = (_string(content[key], key) for key in ("question", "answer"))
-    return Answered(question, answer) if question.strip() and answer.strip() else None
+    return PromptAnswer(question, answer) if question.strip() and answer.strip() else None
 
 
-def _completion(content: Mapping[str, Any]) -> Meaning | None:
+def _completion(content: Mapping[str, Any]) -> Parsed | None:
     """Parse TRL's format: two texts that follow each other unchanged, or two lists of messages."""
     prompt, completion = content["prompt"], content["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         prompt, completion = _string(prompt, "prompt"), _string(completion, "completion")
-        return Answered(prompt, completion, apart=False) if completion.strip() else None
+        return PromptAnswer(prompt, completion, apart=False) if completion.strip() else None
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(asked, (list, tuple)) or not isinstance(answered, (list, tuple)):
@@ -255,16 +277,13 @@ def _question(content: Mapping[str, Any]) -> Question:
     return Question(_string(question, "question"), texts, answer)
 
 
-def _tokens(content: Mapping[str, Any]) -> Tokens | None:
+def _tokens(content: Mapping[str, Any]) -> Item | None:
     try:
         ids, labels = (tuple(map(index, content.get(key, content["input_ids"]))) for key in ("input_ids", "labels"))
     except TypeError:
         raise ValueError("'input_ids' and 'labels' must be lists of whole numbers") from None
-    if len(labels) != len(ids):
-        raise ValueError(f"{len(ids)} input_ids but {len(labels)} labels")
-    if any(token < 0 for token in ids) or any(label < 0 and label != IGNORE for label in labels):
-        raise ValueError(f"input_ids must be 0 or more, labels too or {IGNORE} where they are not supervised")
-    return Tokens(ids, labels) if ids else None
+    item = Item(ids, labels)
+    return item if ids else None
 
 
 FORMATS: tuple[_Format, ...] = (

@@ -62,10 +62,10 @@ class ShuffledSource:
         self._tokens: tuple[int, list[np.ndarray]] = (0, [])
         self._open(self._start["position"])
 
-    def go_on(self, state: Mapping[str, Any]) -> bool:
+    def resume(self, state: Mapping[str, Any]) -> bool:
         """Resume from a saved state. Returns whether the source has changed ahead of it; raises InputError if it has changed before it."""
         changed = state["identity"] != self._identity
-        self.load(self._found_again(state) if changed else state)
+        self.load(self._relocate(state) if changed else state)
         return changed
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class ShuffledSource:
     def _read(self) -> list[str]:
         return list(islice(self._ahead, self.text.window))
 
-    def _found_again(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _relocate(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state with the current position of its window. Raises InputError unless the texts read are the same."""
         self.load(self._begin)
         read = Read()

@@ -112,7 +112,7 @@ def _endings(files: Iterable[Path]) -> str:
     return cut(", ".join(sorted({file.suffix or file.name for file in files})))
 
 
-def told_skipped(skipped: tuple[Path, ...]) -> str:
+def describe_skipped(skipped: tuple[Path, ...]) -> str:
     """Describe skipped files: "3 files whose kind is not read (.pdf, .png)"; "" for none."""
     return f"{len(skipped)} file{'s' * (len(skipped) > 1)} whose kind is not read ({_endings(skipped)})" if skipped else ""
 

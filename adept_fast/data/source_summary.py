@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from adept_fast.data.records import MalformedRecord, unread
-from adept_fast.data.source_files import SourceFiles, told_skipped
+from adept_fast.data.source_files import SourceFiles, describe_skipped
 from adept_fast.data.sources import GENERAL, Record, Source
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class SourceSummary:
         first = f" ({next(iter(self.malformed))}{', ...' if len(self.malformed) > 1 else ''})" if self.malformed else ""
         counts = {"empty": self.empty, **self.elsewhere}
         parts = [f"{count:,} {why}" for why, count in counts.items() if count] + [f"{len(self.malformed)} malformed{first}"] * bool(first)
-        return ", ".join([*parts, *filter(None, [told_skipped(self.files.skipped) if self.files else ""])])
+        return ", ".join([*parts, *filter(None, [describe_skipped(self.files.skipped) if self.files else ""])])
 
     def notes(self) -> list[str]:
         """Return lines about what was left out and which keys are not read."""

@@ -40,7 +40,7 @@ def split_probe(records: Sequence[Record], name: str) -> ProbeParts:
     return ProbeParts(ordered[:scoring], ordered[scoring:steering], ordered[steering:])
 
 
-def falls_out(text: str, share: float = HELD_OUT) -> bool:
+def is_held_out(text: str, share: float = HELD_OUT) -> bool:
     """Whether a text's hash is among the lowest `share` of all hashes. Unlike `hold_out` this needs no other text."""
     return int.from_bytes(_hash(text)[:8], "big") < share * 2**64
 
@@ -58,7 +58,7 @@ def hold_out_of_streams(streams: Iterable[Iterable[str]], name: str, most: int) 
         for text in texts:
             if len(few) < FEW:
                 few.add(text)
-            if falls_out(text):
+            if is_held_out(text):
                 held.add(text)
                 fallen += 1
                 if fallen >= most and len(few) == FEW:

@@ -106,7 +106,7 @@ class Stream(Dataset[dict[str, Any]]):
         if len(state["sources"]) != len(self._sources):
             found = f"{len(state['sources'])} sources, the recipe {len(self._sources)}"
             raise InputError(f"the checkpoint's stream has {found}: delete the checkpoint")
-        changed = [source.source.path for source, kept in zip(self._sources, state["sources"], strict=True) if source.go_on(kept)]
+        changed = [source.source.path for source, kept in zip(self._sources, state["sources"], strict=True) if source.resume(kept)]
         if state["shares"] != self._mixture.tolist():
             raise InputError(
                 f"{', '.join(changed) or 'domain'}: changed, and with it each source's share of all tokens, by which this run has drawn: "
@@ -133,7 +133,7 @@ class Stream(Dataset[dict[str, Any]]):
         self._go_to(self._begin)
         try:
             for _ in range(min(blocks, self._blocks)):
-                yield from ((piece, piece.goes_on) for piece in self._next_block())
+                yield from ((piece, piece.continues) for piece in self._next_block())
         finally:
             self._kept = kept
             self._go_to(here)
@@ -143,7 +143,7 @@ class Stream(Dataset[dict[str, Any]]):
             source.load(kept)
         self._credit, self._drawn = np.array(state["credit"]), np.array(state["drawn"], np.int64)
         rest, inserted = np.array(state["rest"], np.int32), int(state.get("inserted", 0))
-        self._rest, self._at = Piece(rest, inserted, goes_on=inserted == len(self._begin_tokens)), int(state["block"])
+        self._rest, self._at = Piece(rest, inserted, continues=inserted == len(self._begin_tokens)), int(state["block"])
 
     def _before(self, block: int) -> dict[str, Any]:
         return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)
@@ -166,13 +166,13 @@ class Stream(Dataset[dict[str, Any]]):
     def _next_block(self) -> list[Piece]:
         pieces: list[Piece] = []
         begun = [source.passes for source in self._sources]
-        while not any(map(_teaches, pieces)):  # a block of single tokens has no target
+        while not any(map(_has_targets, pieces)):  # a block of single tokens has no target
             pieces, room = [], self.block_size
             while room and not (pieces and self.one_per_row):
                 if not len(self._rest):
                     self._rest = Piece(self._next_document())
                     for source, passes in zip(self._sources, begun, strict=True):
-                        if source.passes > passes + 1 and not any(map(_teaches, (*pieces, self._rest))):
+                        if source.passes > passes + 1 and not any(map(_has_targets, (*pieces, self._rest))):
                             raise InputError(f"{source.source.path}: a whole pass over it holds no document of two tokens or more")
                 if not (count := self._cut(len(self._rest), room)):
                     break
@@ -184,5 +184,5 @@ class Stream(Dataset[dict[str, Any]]):
         return pieces
 
 
-def _teaches(piece: Piece) -> bool:
+def _has_targets(piece: Piece) -> bool:
     return len(piece) - piece.inserted > 1

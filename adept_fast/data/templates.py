@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import TYPE_CHECKING
 
-from adept_fast.data.records import LETTERS, Answered, Chat, MalformedRecord, Question, Text, Tokens, meaning
+from adept_fast.data.records import LETTERS, Chat, Item, MalformedRecord, PromptAnswer, Question, Text, parse_record
 from adept_fast.data.sources import Record
 from adept_fast.errors import InputError
 
@@ -37,21 +37,21 @@ def document_text(record: Record, tokenizer: PreTrainedTokenizerBase | None = No
 
     Raises MalformedRecord for a record that cannot be read, and InputError for a tokenizer without a chat template.
     """
-    found = meaning(record)
+    found = parse_record(record)
     if found is None:
         return None
-    if isinstance(found, Tokens):
+    if isinstance(found, Item):
         raise MalformedRecord(f"{record.where}: holds input_ids; documents are packed from text: give text, or messages")
     if isinstance(found, Text):
         return found.text
-    if isinstance(found, Answered) and record.template == "chat":
+    if isinstance(found, PromptAnswer) and record.template == "chat":
         found = as_chat(found)
     if isinstance(found, Chat):
         return rendered(found, tokenizer, record.where)
     return "".join(prompt_and_answer(found, record.template))
 
 
-def prompt_and_answer(found: Answered | Question, template: str = "plain") -> tuple[str, str]:
+def prompt_and_answer(found: PromptAnswer | Question, template: str = "plain") -> tuple[str, str]:
     """Return prompt and answer as texts that follow each other without anything in between."""
     if isinstance(found, Question):
         prompt, options = question_prompt(found)
@@ -73,14 +73,14 @@ def _joined(before: str, after: str) -> str:
     return before + after if not before or before[-1:].isspace() or after[:1].isspace() else f"{before}\n{after}"
 
 
-def _alpaca(found: Answered) -> str:
+def _alpaca(found: PromptAnswer) -> str:
     first = found.system.strip() or BEFORE[bool(found.context)]
     turns = [f"### Instruction:\n{asked.strip()}\n\n### Response:\n{answered.strip()}\n\n" for asked, answered in found.history]
     context = f"\n\n### Input:\n{found.context.strip()}" if found.context else ""
     return f"{first}\n\n{''.join(turns)}### Instruction:\n{found.prompt.strip()}{context}\n\n### Response:\n"
 
 
-def as_chat(found: Answered) -> Chat:
+def as_chat(found: PromptAnswer) -> Chat:
     """Convert to messages. Only the last one is the answer."""
     system = [("system", found.system)] if found.system.strip() else []
     history = [turn for asked, answered in found.history for turn in (("user", asked), ("assistant", answered))]

@@ -15,11 +15,11 @@ from adept_fast.data.documents import WeightedDocuments, tokenize_documents
 from adept_fast.data.encoding import Encoder
 from adept_fast.data.items import Item, content_hash, is_tokenised, tokenize
 from adept_fast.data.readers import read, reader
-from adept_fast.data.records import meaning
+from adept_fast.data.records import parse_record
 from adept_fast.data.source_files import source_files
 from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
-from adept_fast.data.splits import ProbeParts, by_hash, falls_out, hold_out, hold_out_of_streams, split_probe
+from adept_fast.data.splits import ProbeParts, by_hash, hold_out, hold_out_of_streams, is_held_out, split_probe
 from adept_fast.data.streamed_text import StreamedText
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
@@ -75,7 +75,7 @@ class Datasets:
         """The records of a source to measure on that are not left out; read once."""
         if source not in self._read:
             summary = self._summary(source)
-            self._read[source] = [record for record in read(source) if summary.take(record, meaning) is not None]
+            self._read[source] = [record for record in read(source) if summary.take(record, parse_record) is not None]
             if not self._read[source]:
                 raise InputError(f"{source.path}: nothing is left to read of it ({summary.left_out})")
             self._summaries.append((purpose, summary))
@@ -223,10 +223,10 @@ class Datasets:
     @cached_property
     def _stream(self) -> StreamedText:
         share = self._fallen_out[1] if self.recipe.eval.domain is None else 0.0
-        purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes if not falls_out(text, share)}
+        purposes = {hashlib.sha256(text.encode()).digest() for text in self._purposes if not is_held_out(text, share)}
 
         def keep(text: str) -> bool:
-            return hashlib.sha256(text.encode()).digest() not in purposes and not falls_out(text, share)
+            return hashlib.sha256(text.encode()).digest() not in purposes and not is_held_out(text, share)
 
         excluded = hashlib.sha256(b"".join(sorted(purposes)) + str(share).encode()).hexdigest()
         recipe = self.recipe

@@ -34,7 +34,7 @@ def pieces(blocks: Blocks) -> list[tuple[torch.Tensor, torch.Tensor, bool, int]]
     for index in range(len(blocks)):
         block, at = blocks[index], 0
         assert torch.equal(block["position_ids"][: sum(blocks.documents(index))], torch.cat([*map(torch.arange, blocks.documents(index))]))
-        for length, later in zip(blocks.documents(index), blocks.goes_on(index), strict=True):
+        for length, later in zip(blocks.documents(index), blocks.continues(index), strict=True):
             found.append((block["input_ids"][at : at + length], block["labels"][at : at + length], later, blocks.block_size - at))
             at += length
         assert (block["labels"][at:] == IGNORE).all()

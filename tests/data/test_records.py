@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from adept_fast.data.documents import document_tokens, tokenize_documents
 from adept_fast.data.items import IGNORE, Item, load_items, tokenize_item
 from adept_fast.data.readers import read
-from adept_fast.data.records import FORMATS, MalformedRecord, meaning, unread
+from adept_fast.data.records import FORMATS, MalformedRecord, parse_record, unread
 from adept_fast.data.source_summary import SourceSummary
 from adept_fast.data.sources import Record, Source
 from adept_fast.data.templates import document_text
@@ -177,7 +177,7 @@ def test_a_null_is_not_there() -> None:
     ],
 )
 def test_empty_records_mean_nothing(content: dict) -> None:
-    assert meaning(record(content)) is None and document_text(record(content)) is None
+    assert parse_record(record(content)) is None and document_text(record(content)) is None
 
 
 @pytest.mark.parametrize(
@@ -212,16 +212,16 @@ def test_empty_records_mean_nothing(content: dict) -> None:
 )
 def test_malformed_records_are_named(content: Any, message: str) -> None:
     with pytest.raises(MalformedRecord, match=f"^file.jsonl:7: .*{message}"):
-        meaning(record(content))
+        parse_record(record(content))
 
 
 def test_a_column_is_a_text_or_messages() -> None:
     content = {"body": "a fox", "dialog": [ASKED, ANSWERED], "text": "not this", "none": None}
     assert document_text(record(content, column="body")) == "a fox" and unread(record(content, column="body")) == {"dialog", "text"}
     assert document_text(record(content, column="dialog"), tokenizer()) == ONE_TURN
-    assert meaning(record(content, column="none")) is None
+    assert parse_record(record(content, column="none")) is None
     with pytest.raises(MalformedRecord, match=r"^file.jsonl:7: no column 'other' \(keys: body, dialog, text\)"):
-        meaning(record(content, column="other"))
+        parse_record(record(content, column="other"))
 
 
 def test_nulls_of_a_table_are_empty_and_columns_that_it_lacks_are_faults(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_nulls_of_a_table_are_empty_and_columns_that_it_lacks_are_faults(tmp_pat
     records = read(Source(str(tmp_path / "t.parquet")))
     assert [document_text(entry) for entry in records] == ["a fox", None, None]
     with pytest.raises(MalformedRecord, match=r"t.parquet row 2: no column 'body' \(keys: id\)"):
-        meaning(read(Source(str(tmp_path / "t.parquet"), column="body"))[1])
+        parse_record(read(Source(str(tmp_path / "t.parquet"), column="body"))[1])
 
 
 def test_items_of_every_format_and_what_is_left_out_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,13 +263,13 @@ def test_the_page_names_every_format_by_its_keys() -> None:
 def test_malformed_rows_are_counted_up_to_a_limit() -> None:
     rows = [record({"text": "fine"}), Record({}, "f:2", fault="not valid JSON"), Record({"text": 3}, "f:3"), Record({"text": ""}, "f:4")]
     with pytest.raises(MalformedRecord, match=r"^f:2: not valid JSON; repair it, or set malformed_rows=1 or more"):
-        [SourceSummary(Source("f"), limit=0).take(row, meaning) for row in rows]
+        [SourceSummary(Source("f"), limit=0).take(row, parse_record) for row in rows]
     summary = SourceSummary(Source("f"), limit=1)
     with pytest.raises(MalformedRecord, match="^f:3: 'text' must be a text, found 3; 2 rows of f are malformed so far; .*malformed_rows=2"):
-        [summary.take(row, meaning) for row in rows]
+        [summary.take(row, parse_record) for row in rows]
     summary = SourceSummary(Source("f"), limit=2)
     for _ in range(2):  # a second pass finds the same rows
-        [summary.take(row, meaning) for row in rows]
+        [summary.take(row, parse_record) for row in rows]
     assert summary.left_out == "2 empty, 2 malformed (f:2, ...)"
     with pytest.raises(MalformedRecord, match="^f:2: not valid JSON$"):
-        SourceSummary(Source("f")).take(rows[1], meaning)
+        SourceSummary(Source("f")).take(rows[1], parse_record)

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from adept_fast.data.readers import read, reader
-from adept_fast.data.source_files import source_files, told_skipped
+from adept_fast.data.source_files import describe_skipped, source_files
 from adept_fast.data.sources import Source
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
@@ -63,7 +63,7 @@ def test_a_folder_is_its_files_each_by_its_own_rule(folder: Path) -> None:
     assert texts(folder) == EXPECTED
     found = source_files(Source(str(folder)))
     assert [file.name for file in found.files][:3] == ["a.md", "c.txt", "d.TXT"] and len(found.files) == 9
-    assert told_skipped(found.skipped) == "2 files whose kind is not read (.png, LICENSE)"
+    assert describe_skipped(found.skipped) == "2 files whose kind is not read (.png, LICENSE)"
     assert found.bytes == sum(file.stat().st_size for file in found.files)
 
 

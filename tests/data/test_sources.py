@@ -19,7 +19,7 @@ from adept_fast.data.items import IGNORE, Item, load_items, tokenize_choices, to
 from adept_fast.data.packing import document_order
 from adept_fast.data.readers import read, reader
 from adept_fast.data.sources import Record, Source
-from adept_fast.data.splits import FEW, HELD_OUT, by_hash, falls_out, hold_out, hold_out_of_streams, split_probe
+from adept_fast.data.splits import FEW, HELD_OUT, by_hash, hold_out, hold_out_of_streams, is_held_out, split_probe
 from adept_fast.data.templates import document_text
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import staged_file
@@ -217,7 +217,7 @@ def test_splits_depend_on_content_only() -> None:
 def test_the_lowest_hashes_are_held_out() -> None:
     texts = sorted((f"text {number}" for number in range(500)), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     assert hold_out(texts[::-1], "domain") == set(texts[:10])
-    fallen = [falls_out(text, 0.1) for text in texts]
+    fallen = [is_held_out(text, 0.1) for text in texts]
     assert fallen == sorted(fallen, reverse=True) and 30 < sum(fallen) < 70
 
 
@@ -231,7 +231,7 @@ def test_of_few_documents_the_same_is_held_out_streamed_and_in_memory(count: int
 
 def test_of_many_documents_a_stream_holds_out_those_that_fall_out_and_at_least_one() -> None:
     texts = [f"text {number}" for number in range(3000)]
-    fallen, kept = ([text for text in texts if falls_out(text) == out] for out in (True, False))
+    fallen, kept = ([text for text in texts if is_held_out(text) == out] for out in (True, False))
     assert hold_out_of_streams([iter(texts)], "domain", 256) == ({*fallen}, HELD_OUT) and 30 < len(fallen) < 90
     assert hold_out_of_streams([iter(texts[:1500]), iter(texts[1500:])], "domain", 5)[0] < {*fallen}
     lowest = min(kept, key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -127,7 +127,7 @@ def test_every_piece_begins_as_texts_do_streamed_as_in_memory_and_from_any_state
     settings = {"blocks": 80, "block_size": 24, "one_per_row": one_per_row, "pad_token": 7, "seed": 5}
     whole = Stream(made, [(1, 1)], begins, **settings)
     expected, head = [whole[index] for index in range(80)], whole.head(100)
-    assert len(head) > 80 and any(any(head.goes_on(index)) for index in range(80))
+    assert len(head) > 80 and any(any(head.continues(index)) for index in range(80))
     for at in (0, 3):
         looked = Stream(made, [(1, 1)], begins, **settings)
         assert all(torch.equal(looked[index][name], tensor) for index in range(at) for name, tensor in expected[index].items())
