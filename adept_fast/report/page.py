@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,14 +86,15 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
             "scores.json", lambda: [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None]
         ),
         "units": checked("unit_scores.json", lambda: to_svg(unit_profile(units))) if units else None,
-        "next": checked(RECORD, lambda: next_copy(record.selection if record else {})),
+        "notes": checked("scores.json", lambda: sentences((scores or {}).get("notes"))),
+        "copies": checked(RECORD, lambda: _copies(record)) if record else None,
         "rates": checked("trainer_log.jsonl", lambda: to_svg(unit_rates(refreshes))) if refreshes else None,
         "refreshes": len(refreshes),
         "forgetting": checked("trainer_log.jsonl", lambda: to_svg(forgetting(readings))) if readings else None,
         "losses": checked("trainer_log.jsonl", lambda: to_svg(losses(measured))) if measured else None,
         "record": record,
         "inserted": checked("scores.json", lambda: _inserted(record, scores)),
-        "measure": measure_of(scores) if scores else None,
+        "measure": checked("scores.json", lambda: measure_of(scores)) if scores else None,
         "costs": [
             *checked("scores.json", lambda: _scoring_costs(scores or {})),
             *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
@@ -129,6 +130,18 @@ def _corpora(models: Mapping[str, Any]) -> list[str]:
     base = next(iter(resolve(models).values()), {})
     sizes = {corpus: [(base.get(corpus) or {}).get(key) for key in ("items", "tokens")] for corpus in ("general", "domain")}
     return [f"{corpus}: {items:,} items, {tokens:,} tokens" for corpus, (items, tokens) in sizes.items() if items and tokens]
+
+
+def sentences(notes: Sequence[str] | None) -> str:
+    """Join notes to sentences."""
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes or ())
+
+
+def _copies(record: AdeptConfig) -> str:
+    """Write how many parameters train, what the copies cost, and the notes on their selection."""
+    total, trainable = (record.parameters.get(key) for key in ("total", "trainable"))
+    shares = f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)." if total and trainable else ""
+    return " ".join(filter(None, (shares, next_copy(record.selection), sentences(record.selection.get("notes")))))
 
 
 def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:

@@ -162,7 +162,7 @@ def entry(**changes: Any) -> list[dict[str, Any]]:
         ({"inserted": []}, "names no copy"),
         ({"initialisation": "magic"}, "initialisation 'magic' is none of zero_output"),
         ({"parameters": 3}, "parameters is no table"),
-        ({"parameters": {"total": [3]}}, "parameters.total is [3], no number"),
+        ({"parameters": {"total": [3]}}, "parameters.total is .3., no number"),
         ({"versions": {"torch": 2}}, "versions.torch is 2, no text"),
         ({"proof": None}, "proof is no table"),
         ({"selection": {"alpha": "0.5"}}, "selection.alpha is '0.5', no share"),

@@ -258,12 +258,15 @@ def test_a_difference_without_intervals_is_said_to_have_none() -> None:
     ("scores.json", '{"schema": 2}', "scores.json: schema 2 is not the known 1"),
     ("eval.json", "{", "eval.json: not valid JSON"),
     ("trainer_log.jsonl", '{"event": "end", "step": 1}\n{"event": \n', "trainer_log.jsonl:2: not valid JSON"),
+    ("scores.json", json.dumps({**scores(), "notes": [3]}), "scores.json: not as it was written"),
+    ("expanded/adept_config.json", json.dumps({**record(), "selection": {"notes": [3]}}), "adept_config.json: not as it was written"),
     ("trainer_log.jsonl", "[3]\n", "trainer_log.jsonl:1: expected an object"),
     ("scores.json", json.dumps({**scores(), "items": [3]}), "scores.json: not as it was written"),
     ("trainer_log.jsonl", '{"event": "plan", "step": 0, "steps": [1], "tokens": 2}\n', "trainer_log.jsonl:1: steps is no number, but [1]"),
 ])  # fmt: skip
 def test_a_malformed_artefact_is_named_and_the_old_page_stays(tmp_path: Path, file: str, content: str, said: str) -> None:
     (tmp_path / "report.html").write_text("old")
+    (tmp_path / "expanded").mkdir()
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=re.escape(said)):
         write_report(tmp_path, RECIPE, VERSIONS)
