@@ -60,8 +60,8 @@ class RunDirectory:
         """Raise InputError where output_dir is something else, or what stands at an artefact's place cannot be one."""
         if os.path.exists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
-        for path, what in ((os.sep, "the root of the file system"), (os.path.expanduser("~"), "your home folder")):
-            if os.path.realpath(self.folder) == os.path.realpath(path):
+        for place, what in ((os.sep, "the root of the file system"), (os.path.expanduser("~"), "your home folder")):
+            if os.path.realpath(self.folder) == os.path.realpath(place):
                 raise InputError(f"{self.folder}: output_dir is {what}: choose a folder of its own, {self.folder / 'adept_out'} say")
         if os.path.exists(self.folder / "config.json"):
             raise InputError(f"{self.folder}: output_dir holds a model: choose another")
