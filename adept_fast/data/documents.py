@@ -92,7 +92,10 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
 
 
 def document_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Encoder) -> list[np.ndarray]:
-    """Tokenise each text, int32, with the tokenizer's begin tokens and EOS. A chat begins and ends as its template says."""
+    """Tokenise each text, int32, with the tokenizer's begin tokens and EOS. A chat begins and ends as its template says.
+
+    No text is too long: packing continues it in the next block.
+    """
     encoder = Encoder.of(tokenizer)
     ends = [[] if isinstance(text, Rendered) else encoder.end for text in texts]
     return [

@@ -52,14 +52,15 @@ def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> Eval
 
 @section("eval", limit="eval.general_limit")
 def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData, directory: RunDirectory) -> dict[str, Any]:
-    """eval.json: base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again."""
+    """eval.json: base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again. Made again
+    where the models on disk are not those that it was made from."""
     limit, path, of_model = recipe.eval.general_limit, directory.evaluation, {"model": source.identity}
     expanded = directory.kept(directory.expanded, AdeptConfig.load, of_model, source.name, whole=False)
     tuned = directory.kept(directory.tuned, tuned_record, of_model, source.name, whole=False)
     differs = expanded is not None and not PRESERVING[expanded.initialisation]
-    evaluated = {"expanded": differs and directory.expanded, "tuned": tuned is not None and directory.tuned}
+    evaluated = {**({"expanded": directory.expanded} if differs else {}), **({} if tuned is None else {"tuned": directory.tuned})}
     inputs = {**source.inputs, **data.digests, "eval.general_limit": limit, "expanded": expanded is not None}
-    inputs |= {f"{name} model": fingerprint(folder) for name, folder in evaluated.items() if folder}
+    inputs |= {f"{name} model": fingerprint(folder) for name, folder in evaluated.items()}
     result = directory.kept(path, read_results, of_model, source.name, whole=False)
     if result is not None and not changed(inputs_of(result), inputs):
         logger.info(f"{path}: up to date")
@@ -70,8 +71,7 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
         if expanded is not None and not differs:
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
         for name, folder in evaluated.items():
-            if folder:
-                models[name], _ = evaluate(load(folder), data.general, data.domain, argmax, name)
+            models[name], _ = evaluate(load(folder), data.general, data.domain, argmax, name)
         if tuned is not None and limit is not None and METHODS[recipe.method].copies:
             found = {"dial": largest_alpha(load(directory.tuned), data.general, data.domain, limit)}
         seconds = time.perf_counter() - started

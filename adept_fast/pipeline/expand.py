@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @section("expand")
-def expand(
-    recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, scores: LayerScores | None = None
-) -> AdeptConfig:
+def expand(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, scores: LayerScores | None = None) -> AdeptConfig:
     """expanded/ and its record. scores: what the layers are chosen by; those of output_dir where none are given."""
     if not METHODS[recipe.method].copies:
         raise InputError(f"method={recipe.method} trains no copies: there is nothing to expand")
@@ -59,9 +57,7 @@ def expanded_record(source: SourceModel, directory: RunDirectory) -> AdeptConfig
     """The record of expanded/. Raises InputError where there is none, or one of another model."""
     record = directory.kept(directory.expanded, AdeptConfig.load, {"model": source.identity}, source.name, whole=False)
     if record is None:
-        raise InputError(
-            f"{directory.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages"
-        )
+        raise InputError(f"{directory.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages")
     return record
 
 

@@ -140,7 +140,6 @@ class Scoring:
                     part.unlink()
         return found
 
-
     def shown(self, scores: LayerScores, others: list[LayerScores]) -> LayerScores:
         """Say and draw what is chosen by them, and how sure that is."""
         path = self.directory.scores
