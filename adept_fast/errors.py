@@ -39,7 +39,8 @@ class InputError(ValueError):
 class UnsupportedFamilyError(InputError):
     """A model family that cannot be scored or expanded: no decoder layers were found, or its copies cannot be made silent.
 
-    Args: as of InputError.
+    Args:
+        message, arguments: as of InputError.
 
     >>> from transformers import AutoModelForCausalLM, BertConfig
     >>> bert = AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))

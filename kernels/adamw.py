@@ -40,7 +40,7 @@ from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tens
 from adept_fast.kernels.number_formats import TRITON_DTYPES, divided, is_finite, read, rounded, square_root, widened, write
 from adept_fast.ops.adamw.descriptors import WORD, WORDS
 from adept_fast.ops.adamw.table import Table
-from adept_fast.ops.native_formats import MODES
+from adept_fast.ops.number_formats import MODES
 
 BLOCK = 1024  # elements at a time; `quotient` is exact up to 1024
 BLOCKS = 8  # consecutive blocks of one program

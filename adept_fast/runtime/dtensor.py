@@ -119,19 +119,19 @@ def total(sum_of_squares: Callable[[Sequence[Tensor]], Tensor], grads: Sequence[
     parts: dict[Mesh | None, list[Tensor]] = {}
     for grad, mesh in zip(grads, meshes, strict=True):
         parts.setdefault(mesh, []).append(grad)
-    sums = [_reduced(sum_of_squares(of_one), mesh) for mesh, of_one in parts.items()]
+    sums = [all_reduced(sum_of_squares(of_one), mesh) for mesh, of_one in parts.items()]
     return torch.stack([x.to(sums[0].device) for x in sums]).sum()
 
 
-def _reduced(squares: Tensor, mesh: Mesh | None) -> Tensor:
+def all_reduced(values: Tensor, mesh: Mesh | None) -> Tensor:
+    """Sum over a mesh, in place if `values` is on its type of device. A tensor offloaded to the CPU is moved, as NCCL needs it."""
     if mesh is None:
-        return squares
-    kind = mesh.device_mesh.device_type
-    if squares.device.type != kind:  # offloaded to the CPU, which NCCL's collectives do not support
-        squares = squares.to(kind)
+        return values
+    if values.device.type != mesh.device_mesh.device_type:
+        values = values.to(mesh.device_mesh.device_type)
     for dim in mesh.dims:
-        torch.distributed.all_reduce(squares, group=mesh.device_mesh.get_group(dim))
-    return squares
+        torch.distributed.all_reduce(values, group=mesh.device_mesh.get_group(dim))
+    return values
 
 
 # Cached by value, because weak references to a DTensor parameter would break Module.to, which swaps such tensors.

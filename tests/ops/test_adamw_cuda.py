@@ -19,8 +19,8 @@ import torch
 from adept_fast.ops.adamw.descriptors import WORD, WORDS, GradientRow, GroupRow, TensorRow, group_rows
 from adept_fast.ops.adamw.reference import Update
 from adept_fast.ops.adamw.table import Columns, Table
-from adept_fast.ops.native_formats import FORMATS as NATIVE_FORMATS
-from adept_fast.ops.native_formats import MODES
+from adept_fast.ops.number_formats import FORMATS as NATIVE_FORMATS
+from adept_fast.ops.number_formats import MODES
 from tests.support.adamw_cases import CHUNK, FORMATS, OPTIONS, UNITS, Case, assert_same_bits, cases, compare, make
 
 ROOT = Path(__file__).parents[2]

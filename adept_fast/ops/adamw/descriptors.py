@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw.reference import AdamWOptions
-from adept_fast.ops.native_formats import FORMATS
+from adept_fast.ops.number_formats import FORMATS
 
 Word = TypeVar("Word")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adept_fast.ops.adamw.descriptors import WORD, WORDS, TensorRow
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
-from adept_fast.ops.native_formats import FORMATS, MODES
+from adept_fast.ops.number_formats import FORMATS, MODES
 
 GRAD_SHIFT, MOMENTS_SHIFT = 2, 4  # positions in the word `formats`
 ROW_BYTES = 8 * WORDS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import adept_fast._C as _C
-from adept_fast.ops.native_formats import FORMATS
+from adept_fast.ops.number_formats import FORMATS
 
 INSTRUCTIONS = ""  # "avx512", "avx2" or "generic"; "": the best of this CPU
 THREADS = 0  # 0: torch.get_num_threads()

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
-from adept_fast.ops.accumulator import accumulator
+from adept_fast.ops.number_formats import accumulator
 from adept_fast.runtime import distributed
-from adept_fast.runtime.dtensor import local, shard_of
+from adept_fast.runtime.dtensor import all_reduced, local, shard_of
 
 if TYPE_CHECKING:
     from adept_fast.ops.gradient_sums.cpu import NativeGradientSums
@@ -237,25 +237,21 @@ def _is_plain(entry: _ParameterSums, gradient: Tensor) -> bool:
 
 def _native(parameter: Tensor, sums: Mapping[Dims, Tensor], running: Tensor | None) -> NativeGradientSums | None:
     """Prepare native code for a parameter's gradients, or return None if it does not support them."""
-    if dispatch.resolve("gradient_sums", parameter.device) != "cpu" or parameter.dtype not in NATIVE_DTYPES or any(map(_is_pair, sums)):
+    supported = parameter.dtype in NATIVE_DTYPES and all(isinstance(dim, int) for dim in sums)
+    if not supported or dispatch.resolve("gradient_sums", parameter.device) != "cpu":
         return None
     native: NativeGradientSums = dispatch.implementation("gradient_sums", "cpu").NativeGradientSums(sums, parameter.shape, running)
     return native
 
 
-def _is_pair(dim: Dims) -> TypeGuard[tuple[int, int]]:
-    return not isinstance(dim, int)
-
-
 def _add(sums: Mapping[Dims, Tensor], parameter: Tensor, gradient: Tensor, running: Tensor | None) -> None:
     """Add a gradient to `sums` (dimension -> fp64 [1 or 3, indices]) and to `running`."""
-    pairs = [*filter(_is_pair, sums)]
-    for pair in pairs:
-        _add({pair[0]: sums[pair]}, parameter.flatten(*pair), gradient.flatten(*pair), None)
     for dim, total in sums.items():
-        if not isinstance(dim, int):
-            continue
-        for kind, found in zip(total, gradient_sums(parameter, gradient, dim), strict=False):
+        if isinstance(dim, int):
+            theta, g, axis = parameter, gradient, dim
+        else:
+            theta, g, axis = parameter.flatten(*dim), gradient.flatten(*dim), dim[0]
+        for kind, found in zip(total, gradient_sums(theta, g, axis), strict=False):
             kind += found
     if running is not None:
         running += gradient
@@ -270,9 +266,4 @@ def whole_sums(values: Tensor, parameter: Tensor, dim: Dims) -> Tensor:
     total = values.new_zeros(len(values), *(parameter.shape[axis] for axis in axes))
     held = tuple(slice(first, first + count) for first, count in (shard.held[axis] for axis in axes))
     total[:, *held] = values.view(len(values), *(shard.held[axis][1] for axis in axes))
-    kind = shard.mesh.device_mesh.device_type
-    if total.device.type != kind:  # offloaded to the CPU, which NCCL's collectives do not support
-        total = total.to(kind)
-    for mesh_dim in shard.mesh.dims:
-        torch.distributed.all_reduce(total, group=shard.mesh.device_mesh.get_group(mesh_dim))
-    return total.flatten(1).to(values.device)
+    return all_reduced(total, shard.mesh).flatten(1).to(values.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from adept_fast.ops.accumulator import accumulator
+from adept_fast.ops.number_formats import accumulator
 
 
 def gradient_sums(param: Tensor, grad: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

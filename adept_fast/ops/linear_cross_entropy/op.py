@@ -18,9 +18,9 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
-from adept_fast.ops.accumulator import accumulator
 from adept_fast.ops.linear_cross_entropy import reference
 from adept_fast.ops.linear_cross_entropy.reference import Projection
+from adept_fast.ops.number_formats import accumulator
 
 IGNORE = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

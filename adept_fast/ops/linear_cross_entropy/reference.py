@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adept_fast.ops.accumulator import accumulator
+from adept_fast.ops.number_formats import accumulator
 
 
 class Projection(NamedTuple):
