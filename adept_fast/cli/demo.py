@@ -52,7 +52,7 @@ def run(overrides: Sequence[str]) -> None:
     checkpoint = model(folder)
     given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
     logger.info("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference")
-    logger.info(f"demo: the model lies in {checkpoint}")
+    logger.info(f"demo: the model is in {checkpoint}")
     loaded = recipe.load(None, given)
     directory = RunDirectory(loaded.folder)
     with directory.held():

@@ -46,7 +46,7 @@ def open_expanded(
         if on_disk.originals_digest(record, kind_of(digest)) != digest:
             raise ForeignOriginalsError(
                 f"{path}: its originals are not those of {record.source.get('name_or_path')}, bit for bit: they were trained, or saved in "
-                "another dtype; what they learnt does not lie in the copies"
+                "another dtype; the copies do not hold what they learnt"
             )
     return on_disk, record
 

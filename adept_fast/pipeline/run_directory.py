@@ -66,9 +66,9 @@ class RunDirectory:
         if os.path.exists(self.folder / "config.json"):
             raise InputError(f"{self.folder}: output_dir holds a model: choose another")
         for names, wrong, what in ((FILES, os.path.isdir, "a folder"), (FOLDERS, os.path.isfile, "a file")):
-            for path in map(self.folder.joinpath, names):
-                if wrong(path):
-                    raise InputError(f"{path}: {what}, in the place of what a run writes: move it away or choose another output_dir")
+            for artefact in map(self.folder.joinpath, names):
+                if wrong(artefact):
+                    raise InputError(f"{artefact}: {what}, in the place of what a run writes: move it away or choose another output_dir")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
