@@ -81,7 +81,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase 
     if cached.is_file():
         try:
             arrays = load_file(cached)
-            encoder.look(texts)
+            encoder.count_control_tokens(texts)
             return Documents(arrays["ids"], arrays["starts"], arrays["begin"])
         except (SafetensorError, KeyError):
             cached.unlink(missing_ok=True)

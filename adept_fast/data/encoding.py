@@ -126,7 +126,7 @@ class Encoder:
         return f"{described}|{tokenizer.eos_token_id}|{tokenizer.bos_token_id}|{self.special_tokens}".encode()
 
     def warn_of_control_tokens(self, where: str) -> None:
-        """Log, once, what becomes of control tokens, if some were found. where: what the texts are for, the line's first words."""
+        """Log once how control tokens were encoded, if any were found. where: the purpose of the texts, first words of the line."""
         if self._told or not self.found:
             return
         self._told, found = True, self.found
@@ -136,7 +136,7 @@ class Encoder:
         fate = "kept as tokens, by special_tokens=tokens" if kept else "encoded as plain text; special_tokens=tokens keeps them"
         logger.warning(f"{where}: control tokens stand in the text ({listed}{more}): {fate}")
 
-    def look(self, texts: Iterable[str]) -> None:
+    def count_control_tokens(self, texts: Iterable[str]) -> None:
         """Count the control tokens of texts that are not encoded again, because they come from a cache."""
         for text in texts:
             contents = [_contents(message) for message in text.chat.messages] if isinstance(text, Rendered) else [text]

@@ -63,7 +63,7 @@ class Stream(Dataset[dict[str, Any]]):
         self._begin_tokens = np.array(encoder.begin, np.int32)
         self._cut, self._rest, self._at = Cut(block_size, len(encoder.begin)), Piece(np.zeros(0, np.int32)), 0
         self._begin = self._snapshot()
-        self._kept: deque[dict[str, Any]] = deque([self._begin], maxlen=ahead + 1)
+        self._states: deque[dict[str, Any]] = deque([self._begin], maxlen=ahead + 1)
 
     def __len__(self) -> int:
         return self._blocks
@@ -77,8 +77,8 @@ class Stream(Dataset[dict[str, Any]]):
         if not 0 <= index < self._blocks:
             raise IndexError(f"block {index} of {self._blocks}")
         if index < self._at:
-            while len(self._kept) > 1 and self._kept[-1]["block"] > index:
-                self._kept.pop()
+            while len(self._states) > 1 and self._states[-1]["block"] > index:
+                self._states.pop()
             self._go_to(self._before(index))
         while self._at < index:
             self._next_block()
@@ -113,8 +113,8 @@ class Stream(Dataset[dict[str, Any]]):
                 "bring back what it was to go on, or choose another output_dir"
             )
         self._go_to({**state, "sources": [source.state() for source in self._sources]})
-        self._kept.clear()
-        self._kept.append(self._snapshot())
+        self._states.clear()
+        self._states.append(self._snapshot())
         return changed
 
     def head(self, documents: int = 64) -> Blocks:
@@ -129,13 +129,13 @@ class Stream(Dataset[dict[str, Any]]):
 
     def first_pieces(self, blocks: int) -> Iterator[tuple[Piece, bool]]:
         """Yield each piece of the first `blocks` blocks, and whether it continues a document. The stream's position does not change."""
-        here, kept = self._snapshot(), self._kept.copy()
+        here, kept = self._snapshot(), self._states.copy()
         self._go_to(self._begin)
         try:
             for _ in range(min(blocks, self._blocks)):
                 yield from ((piece, piece.continues) for piece in self._next_block())
         finally:
-            self._kept = kept
+            self._states = kept
             self._go_to(here)
 
     def _go_to(self, state: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Stream(Dataset[dict[str, Any]]):
         self._rest, self._at = Piece(rest, inserted, continues=inserted == len(self._begin_tokens)), int(state["block"])
 
     def _before(self, block: int) -> dict[str, Any]:
-        return next((kept for kept in reversed(self._kept) if kept["block"] <= block), self._begin)
+        return next((kept for kept in reversed(self._states) if kept["block"] <= block), self._begin)
 
     def _snapshot(self) -> dict[str, Any]:
         sources = [source.state() for source in self._sources]
@@ -180,7 +180,7 @@ class Stream(Dataset[dict[str, Any]]):
                 pieces.append(piece)
                 room -= count
         self._at += 1
-        self._kept.append(self._snapshot())
+        self._states.append(self._snapshot())
         return pieces
 
 

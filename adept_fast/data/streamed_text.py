@@ -89,7 +89,7 @@ class StreamedText:
         found = [self._look(source, encoder, counted=True) for source in self.sources]
         return [(int(summary.documents or 0), int(summary.tokens or 0)) for summary in found]
 
-    def look(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
+    def summaries(self, tokenizer: PreTrainedTokenizerBase | Encoder) -> list[SourceSummary]:
         """Summarise each source in one pass over its files, so that a malformed row is found before the first step. Cached like counts.
 
         A dataset from the hub is not read, unless its tokens are counted.

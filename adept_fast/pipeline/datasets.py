@@ -102,7 +102,7 @@ class Datasets:
 
     def summaries(self) -> list[tuple[str, SourceSummary]]:
         """What was read until here, and for what; of a stream what one pass over it finds."""
-        trained = self._stream.look(self.source.tokenizer) if self.streamed else self._trained
+        trained = self._stream.summaries(self.source.tokenizer) if self.streamed else self._trained
         purposes = ["domain" if number < len(self.recipe.domain) else "replay" for number in range(len(trained))]
         return [*zip(purposes, trained, strict=True), *self._summaries]
 

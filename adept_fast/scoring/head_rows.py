@@ -50,7 +50,7 @@ def _with_nan(x: Tensor, rows: Tensor) -> Tensor:
     return poisoned
 
 
-def cut_modules(layer: nn.Module, forward: Callable[[], Any], rows: Tensor) -> tuple[str, ...]:
+def rowwise_modules(layer: nn.Module, forward: Callable[[], Any], rows: Tensor) -> tuple[str, ...]:
     """Find the outermost modules with weights that may run on `rows` only: names within `layer`. forward: the layer's, on a short input."""
 
     def proven(module: nn.Module) -> bool:
@@ -71,7 +71,7 @@ def cut_modules(layer: nn.Module, forward: Callable[[], Any], rows: Tensor) -> t
 
 
 @contextmanager
-def cut_to(layer: nn.Module, names: Sequence[str], rows: Tensor) -> Iterator[None]:
+def run_on_rows(layer: nn.Module, names: Sequence[str], rows: Tensor) -> Iterator[None]:
     """Within the context, run these modules of a layer on `rows` of their input only."""
     with ExitStack() as stack:
         for name in names:

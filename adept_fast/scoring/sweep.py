@@ -29,7 +29,7 @@ from adept_fast.models.decoder_layers import (
     text_config,
     with_hidden,
 )
-from adept_fast.scoring.head_rows import cut_modules, cut_to
+from adept_fast.scoring.head_rows import rowwise_modules, run_on_rows
 from adept_fast.scoring.packs import Pack, packed, swept_length
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ class SweepPlan:
     tokens: bound on variants times tokens of one layer call; a single longer item still runs alone
     pack: bound on the tokens of a pack; 0: one item per pack
     swept: False if layers cannot run on a batch of variants; then each layer costs a forward
-    cut: modules of the last layer that run on the head's rows only; None if the model needs all tokens from its last layer
+    rowwise: modules of the last layer that run on the head's rows only; None if the model needs all tokens from its last layer
     native: run the layers by models/cpu_layers.py
     """
 
     tokens: int
     pack: int
     swept: bool = True
-    cut: tuple[str, ...] | None = ()
+    rowwise: tuple[str, ...] | None = ()
     native: bool = False
 
 
@@ -131,21 +131,21 @@ def sweep(model: PreTrainedModel, pack: Pack, layers: Sequence[int], plan: Sweep
 
     layers: ascending
     """
-    modules, cut = decoder_layers(model), plan.cut
-    front = _Wavefront(layers, None if cut is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
+    modules, rowwise = decoder_layers(model), plan.rowwise
+    front = _Wavefront(layers, None if rowwise is None else len(modules) - 1, pack.rows, max(1, plan.tokens // pack.tokens))
 
     def last(forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with cut_to(modules[-1], cut or (), pack.rows.to(hidden.device)):  # only during this call: layers may share modules
+        with run_on_rows(modules[-1], rowwise or (), pack.rows.to(hidden.device)):  # only during this call: layers may share modules
             return forward(hidden, *args, **kwargs)
 
     with ExitStack() as stack:
         if plan.native:
-            stack.enter_context(native_layers(model, pack.lengths, None if cut is None else pack.rows))
-        elif cut and len(pack.rows) < pack.tokens:
+            stack.enter_context(native_layers(model, pack.lengths, None if rowwise is None else pack.rows))
+        elif rowwise and len(pack.rows) < pack.tokens:
             stack.enter_context(_wrapped(modules[-1], last))
         for layer, module in enumerate(modules):
             stack.enter_context(_wrapped(module, front.wrapper(layer)))
-        return row_hidden(model, pack) if cut is None else pack_hidden(model, pack)
+        return row_hidden(model, pack) if rowwise is None else pack_hidden(model, pack)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def flops(model: PreTrainedModel, pack: Pack, without: Sequence[int], plan: Swee
     if not plan.swept:
         return call_flops(model, pack, variants * len(layers), variants)
     through = 1 + sum(layer < len(layers) - 1 for layer in without)
-    saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.cut or ())
+    saved = sum(_matrices(layers[-1].get_submodule(name)) for name in plan.rowwise or ())
     calls = len(layers) + sum(len(layers) - 1 - layer for layer in without)
     return call_flops(model, pack, calls, variants) - 2.0 * saved * through * (pack.tokens - len(pack.rows))
 
@@ -219,7 +219,7 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
 
     def agrees(indices: Sequence[int], plan: SweepPlan) -> bool:
         """Whether the sweep of these items in one pack agrees, on all tokens, or on the supervised ones if the last layer selects them."""
-        pack = packed(short, indices, plan.cut is None).to(device)
+        pack = packed(short, indices, plan.rowwise is None).to(device)
         wanted = torch.cat([expected[index] for index in indices], 1)[:, pack.rows]
         try:
             found = sweep(model, pack, layers, replace(plan, tokens=2 * pack.tokens))  # small enough to run in several parts
@@ -228,14 +228,14 @@ def plan(model: PreTrainedModel, items: Sequence[Item], tokens: int | None = Non
         return _close(found, wanted)
 
     every = range(len(short))
-    plain = SweepPlan(tokens, 0, cut=None)
+    plain = SweepPlan(tokens, 0, rowwise=None)
     if not all(agrees([index], plain) for index in every):
         return SweepPlan(tokens, 0, swept=False)
     together = len(short) > 1 and agrees(every, plain)
     groups = [every] if together else [[index] for index in every]
     plain = replace(plain, pack=tokens // PACK_SHARE if together else 0)
-    cut = _cut(model, packed(short, [0], False).to(device))
-    ways = (replace(plain, cut=way) for way in (cut, ()))
+    rowwise = _rowwise(model, packed(short, [0], False).to(device))
+    ways = (replace(plain, rowwise=way) for way in (rowwise, ()))
     found = next((way for way in ways if all(agrees(indices, way) for indices in groups)), plain)
     native = replace(found, native=True, pack=tokens // NATIVE_SHARE if together else 0)
     if has_native_layers(model) and all(agrees(indices, native) for indices in groups) and _agree_at_length(model, items, found, native):
@@ -261,13 +261,13 @@ def _agree_at_length(model: PreTrainedModel, items: Sequence[Item], *plans: Swee
     return _close(*(sweep(model, pack, (), plan) for plan in plans))
 
 
-def _cut(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
+def _rowwise(model: PreTrainedModel, pack: Pack) -> tuple[str, ...]:
     """Find the modules of the last layer that may run on the pack's rows only (head_rows.py)."""
     last = decoder_layers(model)[-1]
     found: list[str] = []
 
     def trying(forward: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found.extend(cut_modules(last, lambda: forward(hidden, *args, **kwargs), pack.rows.to(hidden.device)))
+        found.extend(rowwise_modules(last, lambda: forward(hidden, *args, **kwargs), pack.rows.to(hidden.device)))
         return forward(hidden, *args, **kwargs)
 
     with _wrapped(last, trying):

@@ -168,14 +168,14 @@ def test_malformed_rows_are_counted_over_both_parts_of_a_run(tmp_path: Path) -> 
 def test_the_folder_that_datasets_is_to_load_is_looked_through_before_training(tmp_path: Path) -> None:
     source = write(tmp_path, "split", TEXTS)
     text = StreamedText((source,), lambda document: True, "none", WINDOW)
-    assert text.look(tiny_models.tokenizer())[0].documents == len(TEXTS)
+    assert text.summaries(tiny_models.tokenizer())[0].documents == len(TEXTS)
     write(tmp_path, "split", changed(SPOILT))
-    (summary,) = text.look(tiny_models.tokenizer())
+    (summary,) = text.summaries(tiny_models.tokenizer())
     assert (summary.documents, summary.empty) == (len(TEXTS) - 1, 1)
     part = tmp_path / "corpus.split" / "train-1.jsonl"
     part.write_text(f'{part.read_text()}\n{{"text"\n')
     with pytest.raises(InputError, match=rf"corpus.split: cannot be read behind row {len(TEXTS) // 2} \(.*\): repair it"):
-        text.look(tiny_models.tokenizer())
+        text.summaries(tiny_models.tokenizer())
 
 
 def test_a_file_is_hashed_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

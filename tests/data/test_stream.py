@@ -248,7 +248,7 @@ def test_what_cannot_be_streamed_says_so(tmp_path: Path) -> None:
         stream(text(tmp_path, Source(write(tmp_path, "jsonl")), without=""))[0]
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     with pytest.raises(InputError, match=r"bad.jsonl:2: not valid JSON"):
-        text(tmp_path, Source(str(tmp_path / "bad.jsonl"))).look(tiny_models.tokenizer())
+        text(tmp_path, Source(str(tmp_path / "bad.jsonl"))).summaries(tiny_models.tokenizer())
 
 
 def test_a_stream_of_single_tokens_is_refused_and_does_not_hang(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_sweep_equals_bypassing_each_layer_in_turn(family: str) -> None:
     assert min(scores.profiles["kl"].values) > 0
     answers = score_layers(model, items)  # of the last layer some modules run on the supervised rows alone
     torch.testing.assert_close(torch.tensor(answers.values), torch.tensor(expected["answer"]), atol=1e-4, rtol=0)
-    assert sweep.plan(model, items).cut == CUT.get(family, _CUT)
+    assert sweep.plan(model, items).rowwise == CUT.get(family, _CUT)
 
 
 def test_memory_bound_changes_nothing() -> None:
@@ -159,7 +159,7 @@ def test_items_are_packed_whole_and_cut_behind_what_counts() -> None:
 )
 def test_family_that_differs_from_the_others(family: str, cut: tuple[str, ...] | None) -> None:
     model, items = tiny_families.model(family, vocab_size=tiny_models.VOCABULARY), tiny_models.items(3)
-    assert sweep.plan(model, items).cut == cut
+    assert sweep.plan(model, items).rowwise == cut
     scores = score_layers(model, items)
     torch.testing.assert_close(torch.tensor(scores.values), torch.tensor(by_hooks(model, items)["answer"]), atol=1e-4, rtol=0)
 
