@@ -5,7 +5,7 @@
 scores.json, with scores.items.safetensors beside it, is what `adept-fast score` made of the same probe by masking. Spearman correlations
 over the layers, with 95 % bootstrap intervals over items, on every n-th item (--every); the share of random draws of some items that choose
 the same layers as all; and for all pairs of the lowest layers, on --pair-items of these items, the importance of leaving out both against
-the sum of the two. What is measured on the model is kept in FILE, so that a run that --seconds or a kill ended goes on where it stopped.
+the sum of the two. FILE stores the measurements, so that the same command resumes after --seconds or a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adept_fast.scoring.scores import STATISTICS, LayerScores
 from adept_fast.scoring.settings import CHEAP
 from adept_fast.scoring.sweep import bypassed, pack_hidden, plan
 from bench import parser
-from bench.kept import Kept
+from bench.stored_results import StoredResults
 
 RESAMPLES = 1000
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--every", type=int, default=4, help="score every n-th item by the cheap methods")
     options.add_argument("--pairs", type=int, default=8, help="of so many of the lowest layers")
     options.add_argument("--pair-items", type=int, default=64, help="of these items, for the pairs")
-    Kept.add_to(options)
+    StoredResults.add_to(options)
     given = options.parse_args(argv)
     folder = checkpoint.resolve(given.model)
     model = checkpoint.load_model(folder).eval()
@@ -50,16 +50,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     weights = exact.per_item["answer"].weights
     if [float(item.supervised) for item in items] != weights.tolist():
         raise RuntimeError(f"{given.exact} is not of these {len(items)} items")
-    kept = Kept(given)
+    store = StoredResults(given)
     some = list(range(0, len(items), given.every))
     lowest = sorted(range(len(exact.values)), key=lambda layer: exact.values[layer])[: given.pairs]
     return {
         "device": "cpu",
         "items": len(items),
         "cheap_items": len(some),
-        "spearman": {name: profile for method in CHEAP for name, profile in _correlations(model, items, some, method, exact, kept).items()},
+        "spearman": {name: profile for method in CHEAP for name, profile in _correlations(model, items, some, method, exact, store).items()},
         "same_choice": {name: _choices(exact, name) for name in exact.per_item},
-        "pairs": _pairs(model, [items[index] for index in some][: given.pair_items], lowest, exact, kept),
+        "pairs": _pairs(model, [items[index] for index in some][: given.pair_items], lowest, exact, store),
     }
 
 
@@ -68,18 +68,18 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Of each row, without ties."""
+    """Return Spearman's correlation of each row, without ties."""
     x, y = (ranks - ranks.mean(-1, keepdim=True) for ranks in (_ranks(a), _ranks(b)))
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
 
 
-def _correlations(model: Any, items: list[Item], some: list[int], method: str, exact: LayerScores, kept: Kept) -> dict[str, Any]:
-    """Of a cheap method's scores (by answer loss, or none) with exact masking by each loss: value, low, high."""
+def _correlations(model: Any, items: list[Item], some: list[int], method: str, exact: LayerScores, store: StoredResults) -> dict[str, Any]:
+    """Correlate a cheap method's scores (by answer loss, or none) with exact masking by each loss: value, low, high."""
 
     def measured(index: int) -> list:
         return cheap_scores(model, [items[index]], method, "answer").sums[0].tolist()
 
-    rows = [kept.get(f"{method} of item {index}", lambda index=index: measured(index)) for index in some]
+    rows = [store.get(f"{method} of item {index}", lambda index=index: measured(index)) for index in some]
     sums = torch.tensor(rows, dtype=torch.float64)
     weights = torch.tensor([[1.0, items[index].supervised, len(items[index].input_ids)] for index in some], dtype=torch.float64)
     own = weights[:, {"gate": 1, "block_influence": 2}.get(method, 0)]
@@ -101,7 +101,7 @@ def _correlations(model: Any, items: list[Item], some: list[int], method: str, e
 
 
 def _choices(exact: LayerScores, name: str) -> dict[str, Any]:
-    """Of 400 random draws of some items: the share that chooses all items' lowest four, and the mean regret in nats."""
+    """Draw items at random 400 times: return the share that chooses the lowest four of all items, and the mean regret in nats."""
     scores = exact.per_item[name]
     values = scores.sums.sum(0) / scores.weights.sum()
     best = values.argsort()[:4]
@@ -116,8 +116,8 @@ def _choices(exact: LayerScores, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, kept: Kept) -> dict[str, Any]:
-    """Nats per supervised token lost without each of `layers`, and without each two of them, on the same items."""
+def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores, store: StoredResults) -> dict[str, Any]:
+    """Measure the nats per supervised token lost without each of `layers`, and without each two of them, on the same items."""
     packs = pack(items, range(len(items)), plan(model, items).pack)
 
     def loss(without: tuple[int, ...]) -> float:
@@ -129,7 +129,7 @@ def _pairs(model: Any, items: list[Item], layers: list[int], exact: LayerScores,
         return total / sum(item.supervised for item in items)
 
     tried = [(), *((layer,) for layer in layers), *itertools.combinations(layers, 2)]
-    losses = {without: kept.get(f"{len(items)} items without {list(without)}", lambda without=without: loss(without)) for without in tried}
+    losses = {without: store.get(f"{len(items)} items without {list(without)}", lambda without=without: loss(without)) for without in tried}
     single = {layer: losses[(layer,)] - losses[()] for layer in layers}
     pairs = [[*pair, losses[pair] - losses[()], single[pair[0]] + single[pair[1]]] for pair in tried[1 + len(layers) :]]
     joint, sums = (torch.tensor([pair[at] for pair in pairs], dtype=torch.float64) for at in (2, 3))

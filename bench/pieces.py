@@ -1,6 +1,6 @@
-"""First and later pieces of documents, nats per token: as training blocks have them, with what the tokenizer begins texts with and without.
+"""Compare the loss on first and later pieces of documents in training blocks, with and without the begin-of-text tokens.
 
-Without, pieces of a document behind the first begin as they happen to: blocks are then cut wherever they are full.
+Without these tokens blocks are cut wherever they are full, and later pieces begin in mid-text. Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _documents(given: argparse.Namespace, encoder: Encoder) -> Documents:
-    """As many as fill the blocks."""
+    """Read as many documents as fill the blocks."""
     made, records = [], reader(Source(given.text)).records()
     while sum(map(len, made)) < (given.blocks + 1) * given.block_size and (record := next(records, None)):
         made += document_tokens([document_text(record)], encoder)

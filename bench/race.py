@@ -2,7 +2,7 @@
 
     python -m bench race --model SMOLLM2 --probe PROBE --into FILE --seconds 240
 
-Run again until it prints the result: what each pack took and gave is kept in FILE. Regret is measured: the exact importances of the raced
+Run it again until it prints the result: FILE stores the time and the losses of each pack. Regret is measured: the exact importances of the raced
 choice, summed, minus those of the exact one.
 """
 
@@ -23,9 +23,9 @@ from adept_fast.scoring.packs import Pack, pack
 from adept_fast.scoring.race import Race, run
 from adept_fast.scoring.sweep import plan
 from bench import parser
-from bench.kept import Kept
 from bench.measure import device_name
 from bench.models import add_model, add_probe, load_items_of, load_model, model_name
+from bench.stored_results import StoredResults
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--k", type=int, default=4, help="layers to be found")
     options.add_argument("--regret", type=float, default=0.04, help="that the race may have, nats per token")
     options.add_argument("--seed", type=int, default=0, help="of the order of the items")
-    Kept.add_to(options)
+    StoredResults.add_to(options)
     given = options.parse_args(argv)
     model = load_model(given).to("cuda" if torch.cuda.is_available() else "cpu")
     items = [item for item in load_items_of(given) if len(item.input_ids) <= given.longest]
     planned, layers = plan(model, items), len(decoder_layers(model))
     tokens = torch.tensor([item.supervised for item in items], dtype=torch.float64)
-    kept, seconds = Kept(given), {"race": 0.0, "exact": 0.0}
+    store, seconds = StoredResults(given), {"race": 0.0, "exact": 0.0}
 
     def measured(way: str, part: Pack, without: Sequence[int]) -> Tensor:
         """Loss differences of the items of a pack, fp64 [items, layers]."""
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             losses = LayerMasks(model, planned).measure(part, without, ["answer"])["answer"]
             return [time.perf_counter() - start, (losses[:, 1:] - losses[:, :1]).tolist()]
 
-        took, values = kept.get(json.dumps([way, part.items, list(without)]), timed)
+        took, values = store.get(json.dumps([way, part.items, list(without)]), timed)
         seconds[way] += took
         differences = torch.full((len(part.items), layers), torch.nan, dtype=torch.float64)
         differences[:, list(without)] = torch.tensor(values, dtype=torch.float64)

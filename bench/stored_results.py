@@ -1,4 +1,4 @@
-"""What a long benchmark has measured so far, in a JSON file, so that a run that a deadline or a kill ended goes on where it stopped."""
+"""Store the results of a long benchmark in a JSON file, so that the same command resumes after a deadline or a kill."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-class Kept:
-    """Results by key. What is still to be measured after `--seconds` ends the program."""
+class StoredResults:
+    """Results by key. Measuring another one after `--seconds` ends the program."""
 
     @staticmethod
     def add_to(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--into", type=Path, required=True, metavar="FILE", help="what is measured is kept there")
-        parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long; the same command goes on from there")
+        parser.add_argument("--into", type=Path, required=True, metavar="FILE", help="stores the results")
+        parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time; the same command resumes")
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.path, self.end = given.into, time.monotonic() + given.seconds
