@@ -57,7 +57,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "device": "cpu",
         "items": len(items),
         "cheap_items": len(some),
-        "spearman": {name: profile for method in CHEAP for name, profile in _correlations(model, items, some, method, exact, store).items()},
+        "spearman": {name: of for method in CHEAP for name, of in _correlations(model, items, some, method, exact, store).items()},
         "same_choice": {name: _choices(exact, name) for name in exact.per_item},
         "pairs": _pairs(model, [items[index] for index in some][: given.pair_items], lowest, exact, store),
     }

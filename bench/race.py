@@ -2,8 +2,8 @@
 
     python -m bench race --model SMOLLM2 --probe PROBE --into FILE --seconds 240
 
-Run it again until it prints the result: FILE stores the time and the losses of each pack. Regret is measured: the exact importances of the raced
-choice, summed, minus those of the exact one.
+Run it again until it prints the result: FILE stores the time and the losses of each pack. Regret is measured: the exact importances of the
+raced choice, summed, minus those of the exact one.
 """
 
 from __future__ import annotations
