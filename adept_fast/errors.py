@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class InputError(ValueError):
-    """Wrong usage or input. The message is one line: the file, line or argument at fault, and how to fix it. The CLI exits with code 2.
+    """Report wrong usage or input. The message is one line: the file, line or argument at fault, and how to fix it. The CLI exits with code 2.
 
     Args:
         message: that line.
@@ -53,7 +53,7 @@ class UnsupportedFamilyError(InputError):
 
 
 class ExpansionError(RuntimeError):
-    """An expanded model whose logits or weights differ from those of its base. The message has the largest difference.
+    """Report that logits or weights of an expanded model differ from those of its base. The message has the largest difference.
 
     >>> expanded = expand_model(model, [1])
     >>> with torch.no_grad():  # layer 2 is the copy, and no longer silent

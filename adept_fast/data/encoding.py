@@ -177,7 +177,7 @@ class Encoder:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Return private names of control tokens, used while their own names are text."""
+        """Return a private name for each control token, for texts in which its real name is plain text."""
         return {token: f"{MARK}{number}\uf8ff" for number, token in enumerate(self.control)}
 
     @cached_property
@@ -229,12 +229,12 @@ class Encoder:
         return {*self.control.values()} - {self.tokenizer.unk_token_id}
 
     def _hidden(self, text: str) -> str:
-        """Replace control tokens in a message by names that neither template nor tokenizer knows."""
+        """Replace control tokens in a message by placeholders, which `_shown` turns back."""
         numbers = {token: number for number, token in enumerate(self.control)}
         return self._pattern.sub(lambda match: f"{MARK}-{numbers[match[0]]}\uf8ff", text)
 
     def _shown(self, rendered: str) -> str:
-        """Replace the template's control tokens by private names, and restore the names of those in messages."""
+        """Rename the template's control tokens to those of `_names`, and turn placeholders back into text."""
         tokens = list(self.control)
         renamed = self._pattern.sub(lambda match: self._names[match[0]], rendered)
         return re.sub(f"{MARK}-([0-9]+)\uf8ff", lambda match: tokens[int(match[1])], renamed)

@@ -185,10 +185,10 @@ def write_checkpoint(
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Record:
-    """Write `plan`, the config, the record and the source's other files to the new folder `target`, and return the record.
+    """Write to the new folder `target`: the shards of `plan`, the index, the source's other files, the record, config.json, `extra`.
 
-    record: called once the weights are written. prove: called with the written folder before it gets its name. extra: further safetensors
-    files. Raises InputError where the disk is too small or `target` exists. On any error `target` does not appear.
+    record: called once the weights are written; its result is returned. prove: called with the written folder before it gets its name.
+    extra: further safetensors files. Raises InputError if the disk is too small or `target` exists. On any error `target` does not appear.
     """
     from safetensors.torch import save_file
 

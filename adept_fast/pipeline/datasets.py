@@ -72,7 +72,7 @@ class Datasets:
         self._summaries: list[tuple[str, SourceSummary]] = []
 
     def _records(self, purpose: str, source: Source) -> list[Record]:
-        """The records of a source to measure on that are not left out; read once."""
+        """Read a source once, and return its records without those left out."""
         if source not in self._read:
             summary = self._summary(source)
             self._read[source] = [record for record in read(source) if summary.take(record, parse_record) is not None]

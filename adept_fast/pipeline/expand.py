@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @section("expand")
 def expand(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, scores: LayerScores | None = None) -> AdeptConfig:
-    """expanded/ and its record. scores: what the layers are chosen by; those of output_dir where none are given."""
+    """Write expanded/ and return its record. scores: choose the layers by these; None: by scores.json of output_dir."""
     if not METHODS[recipe.method].copies:
         raise InputError(f"method={recipe.method} trains no copies: there is nothing to expand")
     if scores is None:
@@ -54,7 +54,7 @@ def expand(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDi
 
 
 def expanded_record(source: SourceModel, directory: RunDirectory) -> AdeptConfig:
-    """The record of expanded/. Raises InputError where there is none, or one of another model."""
+    """Return the record of expanded/. Raises InputError if it is missing or belongs to another model."""
     record = directory.kept(directory.expanded, AdeptConfig.load, {"model": source.identity}, source.name, whole=False)
     if record is None:
         raise InputError(f"{directory.expanded}: missing: run adept-fast expand first (the same recipe), or adept-fast run for all stages")
@@ -62,7 +62,7 @@ def expanded_record(source: SourceModel, directory: RunDirectory) -> AdeptConfig
 
 
 def verify(recipe: Recipe, source: SourceModel, directory: RunDirectory) -> None:
-    """Fresh loads of base and expanded: bit-equal logits, or how far they differ where the initialisation is to change them."""
+    """Load base and expanded model anew and require equal logits; with an initialisation that changes them, log how far they differ."""
     record, folder = expanded_record(source, directory), directory.expanded
     base, expanded = source.models.take(source.folder), source.models.take(folder)
     if not PRESERVING[record.initialisation]:

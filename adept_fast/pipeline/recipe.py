@@ -55,11 +55,11 @@ class Recipe:
     revision: str | None = declare(None, meaning="of a hub model")
     dtype: str | None = declare(None, DTYPES, "null is the checkpoint's")
     attn_implementation: str | None = declare(
-        None, meaning="transformers' choice; to flash_attention_2 and its like packed documents go flattened, without a mask"
+        None, meaning="transformers' choice; flash attention gets packed documents as one row, without a mask"
     )
     trust_remote_code: bool = declare(False)
     special_tokens: str = declare(
-        "text", SPECIAL_TOKENS, 'what "</s>" and its like in the data become: plain text, or the tokens, where they stand there on purpose'
+        "text", SPECIAL_TOKENS, 'read "</s>" and other control tokens in the data as plain text, or as the tokens'
     )
     seed: int = declare(0, SEEDS)
     malformed_rows: int = declare(0, Range(0), "rows of a source that may be left out because they cannot be read; 0 stops at the first")

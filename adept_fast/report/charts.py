@@ -89,7 +89,7 @@ def _profile(axes: Axes, profile: Mapping[str, Any], chosen: set[int], title: st
 
 
 def _scale(axes: Axes, drawn: np.ndarray, values: np.ndarray) -> float | None:
-    """Make the axis linear up to a round threshold and logarithmic above it, where the values need that. Returns the threshold or None."""
+    """Use a log scale above a round threshold if a value exceeds 5 times the 75th percentile. Return the threshold, or None."""
     drawn, values = drawn[np.isfinite(drawn)], np.abs(values[np.isfinite(values)])
     typical = float(np.quantile(values, 0.75)) if len(values) else 0.0
     if typical <= 0 or values.max() <= 5 * typical:

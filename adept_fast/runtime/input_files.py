@@ -119,7 +119,7 @@ def as_input_error(path: str | Path, remedy: str) -> Iterator[None]:
 
 
 def _content_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that wrong content raises in Python and in the imported ones of safetensors, jinja2 and huggingface_hub."""
+    """Return the exceptions that malformed content raises: Python's, and those of safetensors, jinja2 and huggingface_hub if imported."""
     loaded = (
         (sys.modules.get("safetensors"), "SafetensorError"),
         (sys.modules.get("jinja2"), "TemplateError"),

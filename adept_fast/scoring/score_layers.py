@@ -47,7 +47,7 @@ def score_layers(
     journal: Path | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> LayerScores:
-    """Score each decoder layer: the loss without it minus the loss with it, and other methods.
+    """Score each decoder layer, by default as the loss without it minus the loss with it.
 
     If torch.distributed is initialised, each process holds a whole model and measures a part of the items; all return the same scores.
 
@@ -62,8 +62,8 @@ def score_layers(
         tokenizer: needed for a probe that is not tokenised
         losses: further profiles to measure in the same pass; "all" runs the head on every token
         domain: items of another corpus; the loss on all their tokens becomes the profile "domain"
-        race: measure only as much as finding its k lowest layers takes, by masking and the primary loss alone. Values of layers that were
-            dropped early, and of copies, then rest on fewer items
+        race: stop early, once the k lowest layers are certain. It works with masking and the primary loss alone; layers that were dropped
+            early, and copies, are then measured on fewer items
         sweep_tokens: bound on variants times tokens of one layer call, and so on memory; None: 2,048 on a CPU, 16,384 on a GPU
         seed: of the bootstrap and of the race's order
         journal: a file that lets a killed call resume; the caller removes it

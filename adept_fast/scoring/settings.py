@@ -25,7 +25,7 @@ class Score:
     regret: float | None = declare(
         None,
         Range(0),
-        "0.04: race for the expand.k lowest layers, until they lose at most so many nats per token more than the best; "
+        "0.04: stop when the chosen expand.k layers are at most so many nats per token worse than the best k; "
         "copies are no candidates",
     )
     confidence: float = declare(0.95, Range(0.5, 1, below=True), "of the race's bound")
@@ -33,12 +33,12 @@ class Score:
         None, COUNT, "bound on the tokens of one layer call, that is on memory; null: 2048 on a CPU, 16384 on a GPU"
     )
     domain_items: int | None = declare(
-        None, COUNT, "documents of the domain (256 tokens of each) scored beside the probe: where do the two conflict?"
+        None, COUNT, "documents of the domain (256 tokens of each) to score too, to see where probe and domain disagree"
     )
     compare: tuple[str, ...] = declare((), CHEAP, "to score by too, for their rank correlation: [gate, block_influence]")
     units: str | None = declare(None, MASKED, "mask the parts of layers too: each projection, or groups of heads and of FFN neurons")
     unit_layers: tuple[int, ...] | None = declare(
-        None, meaning="of these layers only: [3, 7]; all take as many layer sweeps as a layer has parts; said before it starts"
+        None, meaning="mask these layers only: [3, 7]; all layers cost one sweep per part of a layer, printed before it starts"
     )
 
 
@@ -61,5 +61,5 @@ class Selection:
     k: int = declare(4, COUNT, "how many layers are copied")
     placement: str = declare("lowest", PLACEMENTS, "the lowest scores, evenly spaced, or the lowest of each of k bands of depth")
     budget: Budget | None = declare(
-        None, meaning="or as many as {parameters: 0.15} or {time: 0.5} allow, shares of full training of this model; time is modelled"
+        None, meaning="or as many copies as {parameters: 0.15} or {time: 0.5} of full training allow; time is estimated"
     )

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class Anchor:
-    """Holds a model to its base: adds weight * KL(base || model) to the loss of some steps, without a second model.
+    """Hold a model to its base: add weight * KL(base || model) to the loss of some steps, without a second model.
 
     Args:
         items: tokenised general text, from `load_items`; the steps cycle through it in order.
         weight: of the KL divergence in the loss, above 0.
-        every: the anchor acts on every so many optimizer steps.
+        every: optimizer steps from one anchored step to the next.
         tokens: the most tokens a step takes.
 
     Raises:

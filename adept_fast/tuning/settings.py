@@ -37,7 +37,7 @@ class Tuning:
         None, Range(0), "0.05: nats per token that general loss on held-back probe items may rise before general_action"
     )
     general_action: str = declare("stop", ACTIONS, "stop training, or cut all rates by half at each refresh above the limit")
-    extend: bool = declare(False, meaning="resume with another number of steps where finished steps would have had other learning rates")
+    extend: bool = declare(False, meaning="allow another number of steps even if it changes the learning rates of finished steps")
     training: Mapping[str, Any] = field(
         default_factory=DEFAULTS.copy,
         metadata={"known": known, "checked": checked, "meaning": "these five and any other name of transformers' TrainingArguments"},
