@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class InputError(ValueError):
-    """Report wrong usage or input. The message is one line: the file, line or argument at fault, and how to fix it. The CLI exits with code 2.
+    """Report wrong input. The message is one line: the file, line or argument at fault, and how to fix it. The CLI exits with code 2.
 
     Args:
         message: that line.

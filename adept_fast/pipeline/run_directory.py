@@ -65,9 +65,10 @@ class RunDirectory:
                 raise InputError(f"{self.folder}: output_dir is {what}: choose a folder of its own, {self.folder / 'adept_out'} say")
         if os.path.exists(self.folder / "config.json"):
             raise InputError(f"{self.folder}: output_dir holds a model: choose another")
-        for names, wrong, what in ((FILES, os.path.isdir, "a folder"), (FOLDERS, os.path.isfile, "a file")):
+        for names, right in ((FILES, os.path.isfile), (FOLDERS, os.path.isdir)):
             for artefact in map(self.folder.joinpath, names):
-                if wrong(artefact):
+                if os.path.lexists(artefact) and not right(artefact):
+                    what = "a folder" if os.path.isdir(artefact) else "a file" if os.path.isfile(artefact) else "a pipe or dead link"
                     raise InputError(f"{artefact}: {what}, in the place of what a run writes: move it away or choose another output_dir")
 
     @contextmanager

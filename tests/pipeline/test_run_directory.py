@@ -68,6 +68,15 @@ def test_a_lock_of_a_killed_run_goes(work: RunDirectory) -> None:
     assert not [*work.folder.iterdir()]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path), lambda path: path.symlink_to("nothing")])
+@pytest.mark.parametrize("name", ["trainer_log.jsonl", "tuned"])
+def test_a_pipe_or_a_dead_link_is_no_artefact(work: RunDirectory, name: str, make: Callable[[Path], None]) -> None:
+    make(work.folder / name)
+    with pytest.raises(InputError, match=f"out/{name}: a pipe or dead link, in the place of what a run writes"), work.held():
+        pytest.fail("started")
+    assert os.path.lexists(work.folder / name)
+
+
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
 def test_what_cannot_be_an_artefact_is_named_before_anything_starts(work: RunDirectory, name: str) -> None:
     path = work.folder / name
