@@ -120,7 +120,7 @@ def test_processes_that_transformers_does_not_see_are_refused(
 ) -> None:
     """Each would train alone."""
     shutil.copytree(expanded / "two" / "expanded", expanded / "unseen" / "expanded")
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     log = expanded / "unseen" / "trainer_log.jsonl"
     log.write_text("an earlier run's\n")
     assert main(["tune", *settings(expanded, "unseen")]) == 2
