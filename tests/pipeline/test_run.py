@@ -48,7 +48,7 @@ RESUMING = (  # where there is a checkpoint to go on from
     ("adept_fast.data.stream:Stream.load", 1),
     ("adept_fast.tuning.staged_trainer:load_file", 1),  # the copies
     ("torch:load", 3),  # optimizer, schedule, random state
-    ("adept_fast.optim.adamw:restored", 24),  # between two parameters of the optimizer's state
+    ("adept_fast.optim.state_dict:_restored", 24),  # between two parameters of the optimizer's state
 )
 
 
