@@ -17,6 +17,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
 from adept_fast.runtime.strict_json import tagged, untagged
+from adept_fast.settings.validation import shown
 
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
@@ -131,7 +132,7 @@ class AdeptConfig:
     def _read(cls, content: Any, path: Path) -> AdeptConfig:
         schema = content.get("schema") if isinstance(content, dict) else content
         if schema not in (1, SCHEMA):
-            raise InputError(f"{path}: schema {schema!r} is none of the known 1 and {SCHEMA}: use the version of adept_fast that wrote it")
+            raise InputError(f"{path}: schema {shown(schema)} is none of 1 and {SCHEMA}: use the version of adept_fast that wrote it")
         try:
             if schema == 1:
                 content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
@@ -150,12 +151,12 @@ class AdeptConfig:
             return f"{wrong[0]} is no table"
         for name, kind, what in (("parameters", int, "number"), ("versions", str, "text")):
             if wrong := [key for key, value in getattr(self, name).items() if not isinstance(value, kind)]:
-                return f"{name}.{wrong[0]} is {getattr(self, name)[wrong[0]]!r}, no {what}"
+                return f"{name}.{wrong[0]} is {shown(getattr(self, name)[wrong[0]])}, no {what}"
         if not isinstance(self.initialisation, str):
-            return f"initialisation is {self.initialisation!r}, no name"
+            return f"initialisation is {shown(self.initialisation)}, no name"
         for entry in self.inserted:
             if wrong := [key for key, value in vars(entry).items() if type(value) is not int or value < 0]:
-                return f"{wrong[0]} of a copy is {vars(entry)[wrong[0]]!r}, no index"
+                return f"{wrong[0]} of a copy is {shown(vars(entry)[wrong[0]])}, no index"
         if not self.inserted:
             return "inserted names no copy"
         if list(self.copies) != sorted({*self.copies}):
@@ -165,16 +166,16 @@ class AdeptConfig:
                 return f"layer {entry.layer} cannot be a copy of the source's layer {entry.copied_from}"
         layers, config = self.source.get("num_hidden_layers"), self.source.get("config")
         if layers is not None and (type(layers) is not int or layers <= self.inserted[-1].copied_from):
-            return f"a source of {layers!r} layers has no layer {self.inserted[-1].copied_from}"
+            return f"a source of {shown(layers)} layers has no layer {self.inserted[-1].copied_from}"
         alpha = self.selection.get("alpha", 1.0)
         if type(alpha) not in (int, float) or not 0 <= alpha < inf:
-            return f"selection.alpha is {alpha!r}, no share of what training made of the copies"
+            return f"selection.alpha is {shown(alpha)}, no share of what training made of the copies"
         if config is not None and not isinstance(config, Mapping):
             return "source.config is no table"
         if any(not isinstance(self.source.get(key, ""), str) for key in ("identity", "tensors_digest")):
             return "source.identity and source.tensors_digest are text"
         if self.initialisation not in PRESERVING:
-            return f"initialisation {self.initialisation!r} is none of {', '.join(PRESERVING)}"
+            return f"initialisation {shown(self.initialisation)} is none of {', '.join(PRESERVING)}"
         return None
 
 

@@ -273,7 +273,7 @@ def _question(content: Mapping[str, Any]) -> Question:
     if isinstance(answer, str) and answer.strip().upper() in tuple(LETTERS[: len(choices)]):
         answer = LETTERS.index(answer.strip().upper())
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"'answer' must be an index from 0 to {len(choices) - 1} or a letter, found {answer!r}")
+        raise ValueError(f"'answer' must be an index from 0 to {len(choices) - 1} or a letter, found {shown(answer)}")
     return Question(_string(question, "question"), texts, answer)
 
 

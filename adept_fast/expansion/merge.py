@@ -18,7 +18,7 @@ from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
 from adept_fast.expansion.verify import compute_logits, random_inputs
-from adept_fast.settings.validation import require
+from adept_fast.settings.validation import require, shown
 
 WAYS = ("average", "stack")
 
@@ -58,7 +58,7 @@ def merge_copies(
     (2, 3)
     """
     if how not in WAYS:
-        raise InputError(f"how must be one of {', '.join(WAYS)}, found {how!r}")
+        raise InputError(f"how must be one of {', '.join(WAYS)}, found {shown(how)}")
     remote = bool(loading.get("trust_remote_code", False))
     (first, ours), (second, theirs) = open_expanded(a, remote, verify, "a"), open_expanded(b, remote, verify, "b")
     digest = ours.source["tensors_digest"]

@@ -174,7 +174,7 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
         there = isinstance(position, int) and 0 <= position < len(group["params"])
         if not there or not isinstance(given, tuple | list) or len(given) != 2:
             raise InputError(
-                f"{where}: unit_lr has {position!r}: {given!r}; it must be {{position below {len(group['params'])}: (multipliers, dim)}}"
+                f"{where}: unit_lr has {shown(position)}: {shown(given)}, no {{position below {len(group['params'])}: (multipliers, dim)}}"
             )
         multipliers, dim = given
         result[position] = checked_multipliers(group["params"][position], multipliers, dim, f"{where}, parameter {position}: unit_lr")
@@ -203,7 +203,7 @@ def checked_multipliers(param: Tensor, multipliers: Tensor | float, dim: int, wh
     if values.ndim == 0:
         dim = 0
     elif not isinstance(dim, int) or not -param.ndim <= dim < param.ndim:
-        raise InputError(f"{where}: dim: {dim!r} is not a dimension of a parameter of shape {tuple(param.shape)}")
+        raise InputError(f"{where}: dim: {shown(dim)} is not a dimension of a parameter of shape {tuple(param.shape)}")
     else:
         dim %= param.ndim
     expected = param.shape[dim : dim + values.ndim]

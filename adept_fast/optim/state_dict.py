@@ -18,6 +18,7 @@ from adept_fast.optim.arguments import check_hyperparameters, checked_multiplier
 from adept_fast.optim.state import MASTER_KEYS, MOMENTS, RATES, Settings, StateFormat, check_placement, missing_keys, state_format
 from adept_fast.optim.update_collection import backend_of
 from adept_fast.runtime.dtensor import is_sharded
+from adept_fast.settings.validation import shown
 
 Rates = dict[int, tuple[Tensor, int]]  # position -> (multipliers, dim)
 
@@ -126,7 +127,7 @@ def _restored_step(where: str, value: Tensor | float, device: torch.device, copy
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{where}: step is {value!r}, and must be a number; {REMEDY}") from None
+        raise InputError(f"{where}: step is {shown(value)}, and must be a number; {REMEDY}") from None
     if tensor.numel() != 1 or tensor.is_complex() or tensor.device.type == "meta" != device.type:
         raise InputError(f"{where}: step is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, and must be one number")
     if tensor.device.type != "meta":

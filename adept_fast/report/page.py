@@ -19,6 +19,7 @@ from adept_fast.report.results import check, interval, is_finite, next_copy, num
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import as_input_error, read_json
+from adept_fast.settings.validation import shown
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.trainer_log import read_log
 
@@ -121,7 +122,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path)
     if content.get("schema") != 1:
-        raise InputError(f"{path}: schema {content.get('schema')!r} is not the known 1: use the version of adept_fast that wrote it")
+        raise InputError(f"{path}: schema {shown(content.get('schema'))} is not the known 1: use the version of adept_fast that wrote it")
     return content
 
 

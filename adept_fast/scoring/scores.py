@@ -157,7 +157,7 @@ class Profiled:
     def of(cls, content: Mapping[str, Any], path: str | Path) -> Self:
         """Build scores from the content of `path`, without per_item."""
         if content.get("schema") != SCHEMA:
-            raise InputError(f"{path}: schema {content.get('schema')!r} is not the known {SCHEMA}: {AGAIN}")
+            raise InputError(f"{path}: schema {shown(content.get('schema'))} is not the known {SCHEMA}: {AGAIN}")
         with as_input_error(path, AGAIN):
             content = dict(content)
             content["profiles"] = {name: Profile(**_infinities(_tuples(entry))) for name, entry in content["profiles"].items()}

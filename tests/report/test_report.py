@@ -256,6 +256,7 @@ def test_a_difference_without_intervals_is_said_to_have_none() -> None:
 
 @pytest.mark.parametrize("file, content, said", [
     ("scores.json", '{"schema": 2}', "scores.json: schema 2 is not the known 1"),
+    ("eval.json", json.dumps({"schema": "x" * 9000}), f"eval.json: schema '{'x' * 116}... is not the known 1"),
     ("eval.json", "{", "eval.json: not valid JSON"),
     ("trainer_log.jsonl", '{"event": "end", "step": 1}\n{"event": \n', "trainer_log.jsonl:2: not valid JSON"),
     ("scores.json", json.dumps({**scores(), "notes": [3]}), "scores.json: not as it was written"),
