@@ -86,7 +86,8 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
     for run in runs[1:]:
         for key, what in MEASURED_ON.items():
             if inputs_of(run.evaluation).get(key) != inputs_of(runs[0].evaluation).get(key):
-                raise InputError(f"{run.folder} cannot be compared with {runs[0].folder}: measured with {what}")
+                files = f"{run.folder / 'eval.json'} cannot be compared with {runs[0].folder / 'eval.json'}"
+                raise InputError(f"{files}: measured with {what}")
     groups: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
