@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """general and, where there is one, domain: what models are evaluated on; digests: of the records of each, by name."""
+    """The corpora that models are evaluated on, and the digests of their records by name."""
 
     general: EvaluationCorpus
     domain: EvaluationCorpus | None
@@ -40,7 +40,7 @@ class EvaluationData:
 
 
 def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> EvaluationData:
-    """Read and tokenised."""
+    """Read and tokenise the corpora."""
     limit = recipe.eval.max_items
     records = {"general": data.evaluation_general(limit)}
     if recipe.domain or recipe.eval.domain:
@@ -52,8 +52,10 @@ def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> Eval
 
 @section("eval", limit="eval.general_limit")
 def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData, directory: RunDirectory) -> dict[str, Any]:
-    """eval.json: base, expanded and tuned, as far as they exist. The expanded one is the base by proof, and not evaluated again. Made again
-    where the models on disk are not those that it was made from."""
+    """Write eval.json for base, expanded and tuned model, as far as they exist, and return its content.
+
+    An expanded model that equals the base by proof is not evaluated. eval.json is made again if the models on disk have changed.
+    """
     limit, path, of_model = recipe.eval.general_limit, directory.evaluation, {"model": source.identity}
     expanded = directory.kept(directory.expanded, AdeptConfig.load, of_model, source.name, whole=False)
     tuned = directory.kept(directory.tuned, tuned_record, of_model, source.name, whole=False)
@@ -66,12 +68,12 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
         logger.info(f"{path}: up to date")
     else:
         started, load = time.perf_counter(), source.models.load
-        base, argmax = evaluate(source.load(), data.general, data.domain, (), "base")
+        base, argmax = evaluate(source.load(), data.general, data.domain, (), str(source.name))
         models, found = {"base": base}, {}
         if expanded is not None and not differs:
             models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
         for name, folder in evaluated.items():
-            models[name], _ = evaluate(load(folder), data.general, data.domain, argmax, name)
+            models[name], _ = evaluate(load(folder), data.general, data.domain, argmax, str(folder))
         if tuned is not None and limit is not None and METHODS[recipe.method].copies:
             found = {"dial": largest_alpha(load(directory.tuned), data.general, data.domain, limit)}
         seconds = time.perf_counter() - started
@@ -97,7 +99,7 @@ def _tell(result: Mapping[str, Any], tuned: Path) -> None:
 
 
 def report(recipe: Recipe, directory: RunDirectory) -> Path:
-    """report.html, with the recipe that `run` kept."""
+    """Write report.html with the recipe that `run` stored, and return its path."""
     if not any(path.exists() for path in (directory.scores, directory.expanded, directory.evaluation)):
         raise InputError(f"{directory.folder}: holds no artefacts to report: run adept-fast run first")
     kept = directory.recipe
