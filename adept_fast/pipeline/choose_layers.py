@@ -1,4 +1,4 @@
-"""Which layers a recipe copies: as given, evenly or by their scores. The copies of a model that is expanded already are not copied."""
+"""Choose the layers that a recipe copies: as given, evenly spaced, or by their scores. Copies of an earlier expansion are never copied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adept_fast.tuning.methods import METHODS
 
 
 def check_layers(recipe: Recipe, source: SourceModel) -> None:
-    """Raise InputError where what the recipe says of layers does not fit those of its model."""
+    """Raise InputError if the recipe's layers do not fit those of its model."""
     expand, layers, candidates = recipe.expand, len(decoder_layers(source.skeleton)), _candidates(source)
     for name, given in (("score.unit_layers", recipe.score.unit_layers), ("expand.layers", expand.layers)):
         if given is not None:
@@ -35,7 +35,7 @@ def check_layers(recipe: Recipe, source: SourceModel) -> None:
 
 
 def race(recipe: Recipe) -> Race | None:
-    """For the expand.k lowest layers, where the recipe asks for one."""
+    """Return the race for the expand.k lowest layers, or None if the recipe asks for none."""
     score = recipe.score
     return None if score.regret is None else Race(recipe.expand.k, score.regret, score.confidence)
 
@@ -47,7 +47,7 @@ def by_scores(recipe: Recipe) -> bool:
 
 @section("expand")
 def choose(recipe: Recipe, source: SourceModel, scores: LayerScores | None, where: Path) -> list[int]:
-    """The layers to copy, ascending. where: of scores.json. Raises InputError where they are chosen by scores, and there are none."""
+    """Return the layers to copy, ascending. where: path of scores.json. Raises InputError if scores are needed and missing."""
     expand = recipe.expand
     if expand.layers is not None:
         return sorted(expand.layers)
@@ -60,7 +60,7 @@ def choose(recipe: Recipe, source: SourceModel, scores: LayerScores | None, wher
 
 
 def selection(recipe: Recipe, layers: list[int], scores: LayerScores | None) -> dict[str, Any]:
-    """How the layers were chosen, for the record."""
+    """Describe for the record how the layers were chosen."""
     placement = recipe.expand.placement
     if scores is None or not by_scores(recipe):
         return {"placement": "uniform" if METHODS[recipe.method].uniform else "given", "k": len(layers), "notes": []}

@@ -1,4 +1,4 @@
-"""The datasets of a recipe, read once, each record with one purpose: score, steer, report; train, be held out."""
+"""Read a recipe's datasets once, and give each record one purpose: score, steer, report, train or be held out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Texts to train on and the passes that an epoch makes over each. read: what was read for it; sources: of each text, which of those."""
+    """Texts to train on.
+
+    weights: passes over each text per epoch. read: summary of each source. sources: index of each text's source in `read`
+    """
 
     texts: list[str]
     weights: np.ndarray
@@ -52,7 +55,7 @@ class TrainingText:
 
     @property
     def shown(self) -> list[int]:
-        """Numbers of two texts to show: the first of each of the first two sources, or the first two."""
+        """Return the indices of two texts to show: the first of each of the first two sources, or the first two."""
         firsts = [int(np.argmax(self.sources == number)) for number in range(len(self.read)) if (self.sources == number).any()]
         return (firsts if len(firsts) > 1 else [*range(min(2, len(self.texts)))])[:2]
 
@@ -64,7 +67,7 @@ class TrainingText:
 
 
 class Datasets:
-    """Reads what a stage asks for, when it asks. source: the model whose tokenizer and chat template texts go through."""
+    """Read what a stage needs when it needs it. source: the model whose tokenizer and chat template encode the texts."""
 
     def __init__(self, recipe: Recipe, source: SourceModel) -> None:
         self.recipe, self.source = recipe, source
@@ -88,11 +91,11 @@ class Datasets:
 
     @cached_property
     def _trained(self) -> list[SourceSummary]:
-        """Of each source that is trained on."""
+        """Yield the documents of each source that is trained on."""
         return [self._summary(source) for source in self.trained_on]
 
     def _texts_to_train_on(self, number: int) -> list[tuple[str, int]]:
-        """Each text of the source of that number, with the number."""
+        """Yield each text of source `number`, with the number."""
         summary, source = self._trained[number], self.trained_on[number]
         texts = (summary.take(record, self._text) for record in read(source))
         return [(text, number) for text in texts if text is not None]
@@ -101,7 +104,7 @@ class Datasets:
         return document_text(record, self.source.tokenizer)
 
     def summaries(self) -> list[tuple[str, SourceSummary]]:
-        """What was read until here, and for what; of a stream what one pass over it finds."""
+        """Return what was read so far and for which purpose; for a stream, what one pass over it finds."""
         trained = self._stream.summaries(self.source.tokenizer) if self.streamed else self._trained
         purposes = ["domain" if number < len(self.recipe.domain) else "replay" for number in range(len(trained))]
         return [*zip(purposes, trained, strict=True), *self._summaries]
@@ -118,7 +121,7 @@ class Datasets:
         return by_hash(self.probe.scoring, self.recipe.score.seed)[: self.recipe.score.max_items]
 
     def domain_scoring(self) -> list[Record]:
-        """Documents of the domain to score beside the probe: of those that are trained on (the first of a stream), drawn by hash."""
+        """Return domain documents to score beside the probe, drawn by hash from those that are trained on (the first of a stream)."""
         if self.streamed:
             passes = [self._stream.texts(source, self.source.tokenizer) for source in self.recipe.domain]
             texts = [text for texts in passes for text in islice(texts, HELD_OUT_OF_A_STREAM)]
@@ -128,19 +131,19 @@ class Datasets:
         return by_hash(records, self.recipe.score.seed)[: self.recipe.score.domain_items]
 
     def steering(self) -> list[Record]:
-        """Records that unit rates are measured on: three of four of the steering part."""
+        """Return the records that unit rates are measured on: three in four of the steering part."""
         kept = [record for index, record in enumerate(self.probe.steering) if index % METERED != METERED - 1]
         return kept[: self.recipe.tune.max_items]
 
     def metering(self) -> list[Record]:
-        """The fourth of each four, held back from that: what forgetting is metered on while training."""
+        """Return every fourth record of the steering part, on which forgetting is measured during training."""
         return self.probe.steering[METERED - 1 :: METERED][: self.recipe.tune.max_items]
 
     def reporting(self, limit: int | None) -> list[Record]:
         return self.probe.reporting[:limit]
 
     def evaluation_general(self, limit: int | None) -> list[Record]:
-        """Records to report general competence on."""
+        """Return the records that general competence is reported on."""
         source = self.recipe.eval.general
         if source is None:
             return self._with_text(self.reporting(limit), self.recipe.probe.column)
@@ -148,13 +151,13 @@ class Datasets:
 
     @cached_property
     def _documents(self) -> list[tuple[str, int]]:
-        """Every domain document, and the number of its source."""
+        """Return every domain document with the index of its source."""
         _ = self.trained_on
         return [document for number in range(len(self.recipe.domain)) for document in self._texts_to_train_on(number)]
 
     @cached_property
     def _held_out(self) -> list[Record]:
-        """eval.domain as it is, or the documents that are held out."""
+        """Return the documents of eval.domain, or those held out of the domain."""
         given = self.recipe.eval.domain
         if given is not None:
             return self._with_text(self._records("eval", given), given.column)
@@ -167,7 +170,7 @@ class Datasets:
 
     @cached_property
     def _fallen_out(self) -> tuple[set[str], float]:
-        """The first held-out documents of each domain source that is streamed, and the share that is not trained on for being held out."""
+        """Return the first held-out documents of each streamed domain source, and the share that is held out."""
         streams = []
         for source in self.recipe.domain:
             summary = SourceSummary(source, self.recipe.malformed_rows)
@@ -177,7 +180,7 @@ class Datasets:
 
     @cached_property
     def streamed(self) -> bool:
-        """Whether training reads its documents while it trains."""
+        """Return whether training reads its documents during training."""
         wanted = self.recipe.tune.streaming
         mixed = any(source.share is not None for source in self.trained_on)
         if mixed and wanted is False:
@@ -198,7 +201,7 @@ class Datasets:
 
     @cached_property
     def _purposes(self) -> set[str]:
-        """Texts that serve another purpose than training. Of a stream's held-out documents only those that are measured."""
+        """Return the texts with another purpose than training; of a stream's held-out documents only those that are measured."""
         parts, general = self.probe, self.recipe.eval.general
         probe = self._texts([*parts.scoring, *parts.steering, *parts.reporting])
         return probe | self._texts(self._held_out) | (set() if general is None else self._texts(self._records("eval", general)))
@@ -233,11 +236,11 @@ class Datasets:
         return StreamedText(self.trained_on, keep, excluded, recipe.tune.shuffle_window, recipe.malformed_rows, recipe.special_tokens)
 
     def training(self) -> TrainingText | StreamedText:
-        """Domain and replay documents that serve no other purpose."""
+        """Return the domain and replay documents that serve no other purpose."""
         return self._stream if self.streamed else self._training
 
     def items(self, records: Iterable[Record], style: str = "plain") -> list[Item]:
-        """Items of the probe that fit the model; those that do not are left out and counted."""
+        """Tokenise probe records. Leaves out and counts those that are too long for the model."""
         records, limit = list(records), self.source.positions
         vocabulary = self.source.vocabulary(records)
         found = tokenize(records, self.source.encoder, limit=limit, overlong="drop", style=style, vocabulary=vocabulary)
@@ -253,5 +256,5 @@ class Datasets:
         return {text for text in texts if text is not None}
 
     def _with_text(self, records: Sequence[Record], column: str | None) -> list[Record]:
-        """Records whose text stands in `column`, with it under "text"."""
+        """Return the records that have text in `column`, with it under "text"."""
         return [Record({"text": self._text(record)}, record.where) for record in records] if column else list(records)

@@ -1,4 +1,4 @@
-"""The last stages of a run: eval.json, base against tuned and how far the dial can stay open, and report.html."""
+"""The last stages of a run: eval.json compares base, expanded and tuned model, and report.html shows the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second stage of a run: expanded/, silent copies of the chosen layers, proven."""
+"""The second stage of a run: expanded/, the model with silent copies of the chosen layers, verified."""
 
 from __future__ import annotations
 

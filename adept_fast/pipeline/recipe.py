@@ -1,4 +1,4 @@
-"""The recipe: its keys, their defaults, and what does not go together."""
+"""Declare the recipe: its keys, their defaults, and which of them exclude each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tune(Tuning):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made from. Only model_name_or_path and domain have no default that works."""
+    """All settings of a run. Only model_name_or_path and domain must be given."""
 
     model_name_or_path: str = declare("", meaning="folder or hub name")
     domain: tuple[Source, ...] = declare(
@@ -74,14 +74,14 @@ class Recipe:
 
     @property
     def unused(self) -> str | None:
-        """What is said of `expand`, to a method that copies nothing."""
+        """Return the warning for a method that copies nothing and an `expand` table, or None."""
         given = [f"expand.{key}" for key, value in vars(self.expand).items() if value != getattr(Expand, key)]
         if not given or METHODS[self.method].copies:
             return None
         return f"warning: method={self.method} copies no layers: {', '.join(given)} has no effect"
 
     def copied(self, layers: Sequence[int]) -> dict[str, Any]:
-        """What copies are made from, beside the model; the initialisation where it is not what it is by default."""
+        """Return the inputs of the copies: the layers, and the initialisation unless it is the default."""
         how = self.expand.initialisation
         return {"expand.layers": list(layers), **({} if how == Expand.initialisation else {"expand.initialisation": how})}
 
@@ -120,7 +120,7 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
 
 
 def check_together(recipe: Recipe) -> None:
-    """Raise InputError for settings that do not go together, or that nothing would come of."""
+    """Raise InputError for settings that exclude each other or would have no effect."""
     method, score, expand, tune = METHODS[recipe.method], recipe.score, recipe.expand, recipe.tune
     measured_on = {"probe": recipe.probe, "eval.general": recipe.eval.general, "eval.domain": recipe.eval.domain}
     for key, source in measured_on.items():

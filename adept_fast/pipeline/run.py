@@ -29,7 +29,7 @@ from adept_fast.tuning.methods import METHODS
 
 
 def run(recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
-    """All stages that are due, in order."""
+    """Run all stages that are due, in order."""
     source, data = _opened(recipe)
     _check(recipe, source, data, directory)
     evaluated = evaluation_data(recipe, source, data)

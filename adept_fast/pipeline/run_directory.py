@@ -1,4 +1,4 @@
-"""output_dir: what stands where in it, who may work in it, and which of its artefacts are used again."""
+"""output_dir: its paths and its lock, and which of its artefacts are used again."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make output_dir and keep other runs out of it. Of several processes one does so.
-        A folder that was made for nothing, as where the run is refused, does not stay."""
+        """Make output_dir and lock it against other runs (in the main process).
+
+        If the run is refused, an output_dir that was made for it is removed.
+        """
         self._require_free_names()
         missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.is_main() and not os.path.exists(folder)]
         try:
@@ -57,7 +59,7 @@ class RunDirectory:
                     folder.rmdir()
 
     def _require_free_names(self) -> None:
-        """Raise InputError where output_dir is something else, or what stands at an artefact's place cannot be one."""
+        """Raise InputError if output_dir or the path of an artefact is taken by something else."""
         if os.path.exists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")
         for place, what in ((os.sep, "the root of the file system"), (os.path.expanduser("~"), "your home folder")):
@@ -73,7 +75,7 @@ class RunDirectory:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold output_dir/.lock. A file of that name that something else has made is neither written to nor deleted."""
+        """Hold output_dir/.lock. A file of that name from another program is neither written nor deleted."""
         path = self.folder / ".lock"
         lock = _opened(path)
         try:
@@ -93,10 +95,10 @@ class RunDirectory:
             os.close(lock)
 
     def kept(self, path: Path, read: Callable[[Path], T], inputs: Mapping[str, Any], model: str, whole: bool = True) -> T | None:
-        """The artefact at `path`, as `read` reads it; None where there is none.
+        """Return the artefact at `path`, read by `read`; None if there is none.
 
-        inputs: what it must have been made from; whole: all of that, or a part. model: the name of the model in messages. Raises
-        InputError, naming what differs, for one that was made from others.
+        inputs: what it must have been made from. whole: compare all of that, or only the keys of `inputs`. model: its name in messages.
+        Raises InputError that names what differs if it was made from other inputs.
         """
         if not path.exists():
             return None
@@ -110,12 +112,11 @@ class RunDirectory:
         return found
 
     def keep_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """recipe.yaml: the resolved recipe, which makes the run again."""
+        """Write recipe.yaml, the resolved recipe, which repeats the run."""
         write_text(self.recipe, _as_yaml(json.loads(json.dumps(recipe, default=str))))
 
     def check_kept_recipe(self, keys: Collection[str]) -> None:
-        """Raise InputError where output_dir has a recipe.yaml that no run has written, which `keep_recipe` would overwrite. keys: of all
-        recipes."""
+        """Raise InputError if output_dir has a recipe.yaml that no run wrote, which `keep_recipe` would overwrite. keys: of all recipes."""
         if not self.recipe.exists():
             return
         content = read_yaml(self.recipe)
@@ -130,7 +131,7 @@ def _as_yaml(content: Any) -> str:
 
 
 def _opened(path: Path) -> int:
-    """The lock's file, which is made where there is none. Raises InputError for what no run has made, and where none can be."""
+    """Open the lock file, and make it if there is none. Raises InputError if something else made it, or if it cannot be made."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The first stage of a run: scores.json, how sure the choice of layers is, unit_scores.json, and their pictures."""
+"""The first stage of a run: scores.json, unit_scores.json, their pictures, and how certain the choice of layers is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @section("score")
 def score(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> LayerScores:
-    """scores.json, and unit_scores.json where the recipe asks for it."""
+    """Write scores.json, and unit_scores.json if the recipe asks for it."""
     distributed.join()
     scoring = Scoring(recipe, source, data, directory)
     scores = scoring.made(directory.scores, LayerScores, scoring.layers)
@@ -54,7 +54,7 @@ def score(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDir
 
 
 class Scoring:
-    """What the measurements of one stage share: model and items, loaded when the first is due."""
+    """Share model and items between the measurements of one stage. Both are loaded when the first measurement needs them."""
 
     def __init__(self, recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> None:
         self.recipe, self.source, self.data, self.directory, self.keys = recipe, source, data, directory, recipe.score
@@ -79,7 +79,7 @@ class Scoring:
         return self.keys.loss or ("kl" if self.source.tokenizer.chat_template else "answer")
 
     def layers(self, **how: Any) -> LayerScores:
-        """Of scores.json."""
+        """Return the layer scores of scores.json."""
         keys = self.keys
         check_layers(self.recipe, self.source)
         model = self.source.load()
@@ -94,14 +94,14 @@ class Scoring:
         return scores
 
     def _domain_items(self) -> list[Item]:
-        """The first DOMAIN_TOKENS of each document of the domain to be scored."""
+        """Return the first DOMAIN_TOKENS tokens of each domain document to score."""
         if not self.keys.domain_items:
             return []
         limit = min(DOMAIN_TOKENS, self.source.positions)
         return tokenize(self.data.domain_scoring(), self.source.encoder, limit=limit, overlong="cut").items
 
     def other(self, method: str, scores: LayerScores) -> LayerScores:
-        """scores.METHOD.json: the same items by a cheap method."""
+        """Write scores.METHOD.json: the same items scored by a cheap method."""
         path = self.directory.scores.with_name(f"scores.{method}.json")
         loss = scores.loss if scores.loss in ("answer", "all") else "answer"
 
@@ -111,7 +111,7 @@ class Scoring:
         return self.made(path, LayerScores, measure, {"score.method": method})
 
     def units(self) -> None:
-        """unit_scores.json and its picture."""
+        """Write unit_scores.json and its picture."""
         path, units, layers = self.directory.unit_scores, self.keys.units, self.keys.unit_layers
         self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
         if distributed.is_main():
@@ -126,7 +126,7 @@ class Scoring:
         return mask_units(model, self.items, granularity, self.loss, layers=layers, **how)
 
     def made(self, path: Path, kind: type[Scores], measure: Callable[..., Scores], more: Mapping[str, Any] | None = None) -> Scores:
-        """The artefact at `path`, or what `measure` finds, which is written there. more: inputs beside those of all scores."""
+        """Return the artefact at `path`; if there is none, write what `measure` finds. more: inputs beside those of all scores."""
         inputs, journal, keys = {**self.inputs, **(more or {})}, path.with_name(f".{path.stem}.journal"), self.keys
         if kept := self.directory.kept(path, kind.load, inputs, self.source.name):
             return kept
@@ -141,7 +141,7 @@ class Scoring:
         return found
 
     def shown(self, scores: LayerScores, others: list[LayerScores]) -> LayerScores:
-        """Say and draw what is chosen by them, and how sure that is."""
+        """Log and draw which layers the scores choose, and how certain the choice is."""
         path = self.directory.scores
         chosen = choose(self.recipe, self.source, scores, path)
         scores = self._analysed(scores, chosen, others)
@@ -155,7 +155,7 @@ class Scoring:
         return scores
 
     def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:
-        """With what single items tell of this choice; saved where that is new."""
+        """Add what the losses of single items say about the choice, and save the scores if that is new."""
         if not scores.per_item:
             return scores
         expand, found = self.recipe.expand, {}

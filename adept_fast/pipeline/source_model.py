@@ -1,4 +1,4 @@
-"""The model that a recipe adapts: found, read and loaded when it is first asked for."""
+"""The model that a recipe adapts, resolved, read and loaded at first use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SourceModel:
-    """models: loads it, and what is made of it, as the recipe says."""
+    """The recipe's model: folder, digest, tokenizer and record. models: loads it and the models made from it with the recipe's options."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.name, self._recipe = recipe.model_name_or_path, recipe
@@ -34,12 +34,12 @@ class SourceModel:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of its tensors, config and tokenizer."""
+        """Return a digest of its tensors, config and tokenizer."""
         return fingerprint(self.folder.path)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """What every artefact is made from: the model, how it is loaded, and how text is read for it."""
+        """Return what every artefact is made from: the model, how it is loaded, and how text is encoded for it."""
         recipe = self._recipe
         how = {"probe.column": recipe.probe.column, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
         read = {} if recipe.special_tokens == "text" else {"special_tokens": recipe.special_tokens}
@@ -55,22 +55,22 @@ class SourceModel:
 
     @property
     def positions(self) -> int:
-        """The most tokens it takes."""
+        """Return the largest number of positions of the model."""
         return self.folder.positions
 
     @property
     def earlier(self) -> AdeptConfig | None:
-        """The record of a model that is expanded already: its copies stay as they are, and are not copied."""
+        """Return the record of a model that is expanded already, or None. Its copies stay as they are, and are not copied."""
         return self.folder.record
 
     @property
     def skeleton(self) -> PreTrainedModel:
-        """The model without its weights."""
+        """Return the model without its weights."""
         return self.folder.skeleton(self._recipe.trust_remote_code, self._recipe.attn_implementation)
 
     def load(self) -> PreTrainedModel:
         return self.models.load(self.folder)
 
     def vocabulary(self, records: Iterable[Record]) -> int | None:
-        """How many tokens the model has, where some of these records are tokenised already."""
+        """Return the size of the vocabulary if some of these records are tokenised already, else None."""
         return vocabulary_of(self.skeleton) if any(map(is_tokenised, records)) else None

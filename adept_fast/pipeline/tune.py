@@ -53,8 +53,10 @@ def tuning_settings(recipe: Recipe) -> TuningSettings:
 
 @TUNE
 def planned_text(recipe: Recipe, source: SourceModel, data: Datasets) -> PlannedText:
-    """What to train on, in blocks, in memory or to be streamed. Says what was read, shows two documents as the model will see them, and
-    says what tuning is going to do."""
+    """Plan the blocks to train on, in memory or streamed.
+
+    Logs what was read, two documents as the model will see them, and steps, tokens and epochs.
+    """
     from adept_fast.tuning.training_plan import plan
 
     training = data.training()
@@ -84,8 +86,10 @@ def tune(
     record: AdeptConfig | None = None,
     text: PlannedText | None = None,
 ) -> None:
-    """tuned/ of expanded/, or of the base by a method without copies. record: of expanded/; text: what to train on; both are read where
-    they are not at hand."""
+    """Write tuned/ from expanded/, or from the base by a method without copies.
+
+    record: of expanded/; text: to train on. Both are read if they are not given.
+    """
     from adept_fast.tuning.baselines import tune_baseline
     from adept_fast.tuning.training_run import RunFiles
     from adept_fast.tuning.tune_checkpoint import tune_checkpoint
@@ -129,8 +133,10 @@ def tune(
 
 
 def _due(directory: RunDirectory, inputs: Mapping[str, Any], model: str, explained: Mapping[str, str]) -> bool:
-    """Whether tuned/ is to be made, or made anew because the run goes on to another number of steps. Raises InputError, naming what
-    differs, for one that was made with other settings."""
+    """Return whether tuned/ is to be made, or made anew because the number of steps changed.
+
+    Raises InputError that names what differs if it was made with other settings.
+    """
     tuned, checkpoints = directory.tuned, directory.checkpoints
     if not tuned.exists():
         return True
@@ -151,15 +157,18 @@ def _due(directory: RunDirectory, inputs: Mapping[str, Any], model: str, explain
 
 
 def _explained(data: Datasets) -> dict[str, str]:
-    """What it means that these inputs differ."""
+    """Explain what it means that these inputs differ."""
     if data.streamed:
         return {"domain": "what a source holds, how it is read, or what is held out or measured on"}
     return {"domain": "a row that was repaired, added or taken away makes another corpus, trained on in another order"}
 
 
 def _compared(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for an artefact to be that of these settings: no setting that changes no bit, none at its default, the batch
-    of a process however it is cut. What gives each step its learning rate is compared with the checkpoint."""
+    """Return the settings that must be the same for an artefact to be reused.
+
+    Leaves out settings without effect on the result and those at their default. Counts the batch of all processes, and compares settings
+    of the learning rate schedule with the checkpoint.
+    """
     names = {key: key.removeprefix("tune.") for key in inputs if key.startswith("tune.") and key.removeprefix("tune.") in known()}
     left = {key: value for key, value in inputs.items() if key not in names and key not in ("tune.extend", "extended")}
     changing = {key: inputs[key] for key, name in names.items() if changes_the_run(name) and inputs[key] != known()[name][1]}
@@ -168,12 +177,12 @@ def _compared(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_recipe(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that are no TrainingArguments, which each checkpoint keeps itself."""
+    """Return the inputs that are no TrainingArguments; each checkpoint stores those itself."""
     return {key: value for key, value in inputs.items() if key.removeprefix("tune.") not in known()}
 
 
 def tuned_record(folder: Path) -> AdeptConfig | dict[str, Any]:
-    """What says how a checkpoint was tuned, by whatever method."""
+    """Return the record of how a checkpoint was tuned, by any method."""
     baseline = folder / "baseline.json"
     return read_json(baseline) if baseline.is_file() else AdeptConfig.load(folder)
 
