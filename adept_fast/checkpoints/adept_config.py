@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from adept_fast.checkpoints.digest import KINDS
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
@@ -172,8 +173,10 @@ class AdeptConfig:
             return f"selection.alpha is {shown(alpha)}, no share of what training made of the copies"
         if config is not None and not isinstance(config, Mapping):
             return "source.config is no table"
-        if any(not isinstance(self.source.get(key, ""), str) for key in ("identity", "tensors_digest")):
-            return "source.identity and source.tensors_digest are text"
+        for table, key in (("source", "identity"), ("source", "tensors_digest"), ("proof", "copies_digest")):
+            digest = getattr(self, table).get(key)
+            if digest and (not isinstance(digest, str) or digest.partition(":")[0] not in KINDS):
+                return f"{table}.{key} is {shown(digest)}, none of the digests {', '.join(KINDS)}"
         if self.initialisation not in PRESERVING:
             return f"initialisation {shown(self.initialisation)} is none of {', '.join(PRESERVING)}"
         return None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from adept_fast.errors import InputError
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import write_text
+from adept_fast.runtime.disk_errors import UNKNOWN, DiskError, disk_error_line
 from adept_fast.runtime.input_files import read_yaml
 from adept_fast.runtime.provenance import inputs_of, require_same
 from adept_fast.runtime.staging_folder import locked
@@ -137,7 +138,9 @@ def _opened(path: Path) -> int:
     except OSError as error:
         if os.path.lexists(path) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise InputError(f"{path}: not the lock of a run ({error.strerror}): remove it or choose another output_dir") from None
-        raise InputError(f"{path.parent}: output_dir cannot be written to ({error.strerror}): mend that or choose another") from None
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DiskError(error.errno, disk_error_line(path, error.errno or UNKNOWN)) from None
+        raise InputError(f"{path.parent}: {error.strerror}: output_dir cannot be written to: mend that or choose another") from None
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         os.close(lock)
         raise InputError(f"{path}: not the lock of a run, which is a file: remove it or choose another output_dir")

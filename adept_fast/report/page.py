@@ -66,13 +66,13 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     chosen = [entry.copied_from for entry in record.inserted] if record else []
     names = recipe.get("model_name_or_path"), record and record.source.get("name_or_path"), (scores or {}).get("model")
     model = str(next(filter(None, names), "model"))
-    method = METHODS.get(recipe.get("method", "adept"), METHODS["adept"])
-    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
 
     def checked(name: str, make: Callable[[], T]) -> T:
         with as_input_error(output_dir / name, "restore it, or delete it to make it again"):
             return make()
 
+    method = checked("recipe.yaml", lambda: METHODS.get(recipe.get("method", "adept"), METHODS["adept"]))
+    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
         "verdict": checked("eval.json", lambda: verdict(models)),
@@ -101,7 +101,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
             *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
             *([("Evaluation", duration(evaluation["seconds"]))] if evaluation and is_finite(evaluation.get("seconds")) else []),
         ],
-        "recipe": list(flatten(recipe)) if recipe.get("model_name_or_path") else [],
+        "recipe": checked("recipe.yaml", lambda: list(flatten(recipe))) if recipe.get("model_name_or_path") else [],
         "versions": versions,
     }
     target = output_dir / "report.html"

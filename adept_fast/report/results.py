@@ -62,6 +62,8 @@ def check(content: Mapping[str, Any], path: Path) -> None:
             raise wrong(f"models.{name}", result)
         if "same_as" in result and result["same_as"] not in models:
             raise wrong(f"models.{name}.same_as", result["same_as"])
+        if not isinstance(result.get("shifted_tokens"), float | int | None):
+            raise wrong(f"models.{name}.shifted_tokens", result["shifted_tokens"])
         for corpus in ("general", "domain"):
             measured = result.get(corpus)
             if not isinstance(measured, Mapping | None):

@@ -258,6 +258,7 @@ def test_a_difference_without_intervals_is_said_to_have_none() -> None:
     ("scores.json", '{"schema": 2}', "scores.json: schema 2 is not the known 1"),
     ("eval.json", json.dumps({"schema": "x" * 9000}), f"eval.json: schema '{'x' * 116}... is not the known 1"),
     ("eval.json", "{", "eval.json: not valid JSON"),
+    ("eval.json", '{"schema": 1, "models": {"base": {"shifted_tokens": "x"}}}', "eval.json: models.base.shifted_tokens is 'x'"),
     ("trainer_log.jsonl", '{"event": "end", "step": 1}\n{"event": \n', "trainer_log.jsonl:2: not valid JSON"),
     ("scores.json", json.dumps({**scores(), "notes": [3]}), "scores.json: not as it was written"),
     ("expanded/adept_config.json", json.dumps({**record(), "selection": {"notes": [3]}}), "adept_config.json: not as it was written"),
@@ -275,6 +276,12 @@ def test_a_malformed_artefact_is_named_and_the_old_page_stays(tmp_path: Path, fi
 
 
 @pytest.mark.slow
+def test_a_recipe_whose_method_is_no_name_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="recipe.yaml: not as it was written"):
+        write_report(tmp_path, {**RECIPE, "method": {"adept": 1}}, VERSIONS)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_layer_profile_puts_the_primary_first_and_tells_low_layers_apart() -> None:
     figure = layer_profile(scores(), COPIED)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
