@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,14 +43,18 @@ class Setting(NamedTuple):
             return AdamW(params, **HYPER, **self.options, **self.own, backend=backend), params
         return torch.optim.AdamW(params, **HYPER, **self.options, foreach=False), params
 
-    def run(self, change: Change, ours: bool, backend: str | None = None) -> list[Tensor]:
-        """Two steps, a change, two steps: the parameters and their moments."""
+    def run(self, change: Change, ours: bool, backend: str | None = None, after: int = 2) -> list[Tensor]:
+        """Four steps, with a change after some of them: the parameters and their moments."""
         optimizer, params = self.optimizer(ours, backend)
-        for step in range(4):
-            if step == 2:
-                change(optimizer, params[0])
+        for step in range(1, 5):
             optimizer.step()
+            if step == after:
+                change(optimizer, params[0])
         return results(optimizer, params)
+
+    def right(self, change: Change, after: int = 2) -> list[Tensor]:
+        """Torch's numbers, or those of our plain formula where torch rounds otherwise."""
+        return self.run(change, True, "torch", after) if self.dtype == torch.bfloat16 else self.run(change, False, after=after)
 
 
 def results(optimizer: torch.optim.Optimizer, params: list[Parameter]) -> list[Tensor]:
@@ -80,8 +85,6 @@ def refused() -> list[Tensor]:
 def changed_run(
     setting: Setting, backend: str, name: str, change: Change, right: Callable[[], list[Tensor]] | None = None, **more: Any
 ) -> Case:
-    """Ours through `change`, against torch's through the same one, or our plain formula where torch rounds otherwise."""
-    if right is None:
-        plain = setting.dtype == torch.bfloat16
-        right = (lambda: setting.run(change, True, "torch")) if plain else (lambda: setting.run(change, False))
+    """Ours through `change`, against the right numbers of the same one."""
+    right = right or partial(setting.right, change)
     return Case(f"{name}; {setting}, backend {backend}", lambda: setting.run(change, True, backend), right, **more)

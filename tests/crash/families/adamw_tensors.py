@@ -33,6 +33,7 @@ OTHERS = {
     "negated lazily": lambda x: torch._neg_view(-x),
     "of 3 numbers": lambda x: x.new_ones(3),
 }
+VIEWS = ("its first half in place", "flat", "expanded")  # of the memory that was there, from the same address
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "compensation", "step")
 
 
@@ -66,6 +67,10 @@ def replaced_tensors(draw: random.Random) -> Case:
             param.grad = None if param.grad is None else param.grad.to(param.dtype)
 
         right = partial(setting.run, cast, False)
+    elif key == "param" and name in ("bf16", "fp16"):  # which torch rounds more often
+        right = partial(setting.run, change, True, "torch")
+    elif key in STATES and name in VIEWS and how == "data":  # may be taken for what it was: the memory is still there
+        right = partial(setting.right, change, after=4)
     return changed_run(setting, backend, f"{key} {name}, by {how}", change, right)
 
 
