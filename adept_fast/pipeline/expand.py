@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
-from adept_fast.errors import InputError
+from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.expand_checkpoint import expand_checkpoint
 from adept_fast.expansion.verify import largest_difference, verify_expansion
 from adept_fast.pipeline.choose_layers import choose, selection
@@ -69,7 +69,10 @@ def verify(recipe: Recipe, source: SourceModel, directory: RunDirectory) -> None
         far = f"by up to {largest_difference(base, expanded):.3g} from those of {source.name}"
         logger.info(f"{folder}: {_equality(record)}: logits differ {far}")
         return
-    verify_expansion(base, expanded)
+    try:
+        verify_expansion(base, expanded)
+    except ExpansionError as error:
+        raise InputError(f"{folder}: {error}: it was changed since it was written: restore it, or expand the model again") from error
     logger.info(f"{folder}: logits bit-equal to {source.name} in {recipe.dtype or 'its own dtype'}, cached decoding too")
 
 

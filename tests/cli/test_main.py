@@ -232,6 +232,14 @@ def test_another_model_is_not_taken_for_the_one_that_was_expanded(here: Path, ca
         assert "another model" in fails(capsys, command, "model_name_or_path=other"), command
 
 
+@pytest.mark.slow
+def test_an_expanded_model_that_was_changed_is_named_by_verify(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
+    config = json.loads((here / "out" / "expanded" / "config.json").read_text())
+    (here / "out" / "expanded" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert "out/expanded: the expanded model does not compute what its base computes" in fails(capsys, "verify", "expand.layers=[1]")
+
+
 def test_held_out_documents_and_probe_items_are_not_trained_on(here: Path) -> None:
     texts = [f"{sentence} {number}" for number, sentence in enumerate(tiny_models.SENTENCES * 3)]
     (here / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)))
