@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from adept_fast.data.items import IGNORE
 from adept_fast.errors import InputError
@@ -198,7 +198,14 @@ class StagedTrainer(ResumingTrainer):
                 written.rmdir()
                 checkpoint_digests.write(staging)
         if leads:
-            self._rotate(folder, final)
+            self.rotate(folder, final)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        newest = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint and distributed.rank() == 0 else None
+        if newest is not None:  # a run that was killed before it rotated has left a checkpoint too many
+            self.rotate(Path(newest).parent, Path(newest))
+        return result
 
     def _write_state(self, written: Path, folder: Path) -> None:
         """Write the run's record, and the trainer state with the final path of the best checkpoint, which is staged when it is saved."""
@@ -209,7 +216,7 @@ class StagedTrainer(ResumingTrainer):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             self.run.save(written)
 
-    def _rotate(self, folder: Path, newest: Path) -> None:
+    def rotate(self, folder: Path, newest: Path) -> None:
         """Delete all but the last `save_total_limit` checkpoints, those of earlier runs first, then by step.
 
         The newest, the best, and checkpoints of other programs stay.

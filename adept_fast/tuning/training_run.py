@@ -165,6 +165,7 @@ class Run:
             logger.warning(f"{last.name}: general loss had passed general_limit there, so training does not go on")
         trainer._load_from_checkpoint(str(last))  # killed after the last step
         if distributed.rank() == 0:
+            trainer.rotate(files.checkpoints, last)
             self.log.cut(done)
             self.log.write("end", done)
         return trainer.record_to_resume(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,15 @@ def test_checkpoints_hold_what_changed_and_have_whole_names(tmp_path: Path) -> N
     names = {path.name for path in (tmp_path / "work" / "checkpoint-6").iterdir()}
     assert {"adept_copies.safetensors", "adept_config.json", "optimizer.pt", "trainer_state.json"} <= names
     assert "model.safetensors" not in names
+
+
+@pytest.mark.slow
+def test_a_checkpoint_too_many_goes_when_a_run_killed_before_its_rotation_is_resumed(tmp_path: Path) -> None:
+    train(tmp_path, save_total_limit=2)
+    work = tmp_path / "work"
+    shutil.copytree(work / "checkpoint-4", work / "checkpoint-2")
+    train(tmp_path, resume=str(work / "checkpoint-6"), save_total_limit=2)
+    assert {path.name for path in work.iterdir()} == {"checkpoint-4", "checkpoint-6"}
 
 
 @pytest.mark.slow
