@@ -174,7 +174,7 @@ def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.Capture
     assert main(arguments) == 0
     said, shown = capsys.readouterr()
     lines = [line.partition(": ")[0] for line in shown.splitlines()]
-    assert {"scoring", "writing expanded", "tuning", "writing tuned", "base"} <= {*lines} and "\r" not in shown, shown
+    assert {"scoring", "writing expanded", "tuning", "writing tuned", str(folder / "model")} <= {*lines} and "\r" not in shown, shown
     assert "plan: " in said and "epochs over" in said and "every original tensor is bit-equal" in said
     assert {path.name for path in output.iterdir()} >= {
         "scores.json", "scores.png", "expanded", "tuned", "trainer_log.jsonl", "eval.json", "report.html",
