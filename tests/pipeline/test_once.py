@@ -17,6 +17,7 @@ from adept_fast.runtime import input_files
 from adept_fast.tuning import training_plan
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.slow
 COMMON = ["expand.k=1", "tune.max_steps=2", "tune.refresh_steps=1", "tune.block_size=32", "tune.max_items=4", "score.max_items=6"]
 
 
