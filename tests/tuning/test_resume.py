@@ -205,10 +205,10 @@ def sealed_again(folder: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    trainer = made(tmp_path, max_steps=2)
-    with pytest.raises(InputError, match=f"^{tmp_path}/work: holds no checkpoint to resume from: leave resume_from_checkpoint out to begin$"):
+    trainer, work = made(tmp_path, max_steps=2), tmp_path / "work"
+    with pytest.raises(InputError, match=f"^{work}: holds no checkpoint to resume from: leave resume_from_checkpoint out to begin$"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(InputError, match=f"^{tmp_path}/work/checkpoint-9: no such folder: give one named checkpoint-STEP$"):
+    with pytest.raises(InputError, match=f"^{work}/checkpoint-9: no such folder: give one named checkpoint-STEP$"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "work" / "checkpoint-9"))
     trainer.train(resume_from_checkpoint=False)
     folder = tmp_path / "work" / "checkpoint-2"
