@@ -1,7 +1,7 @@
 """The record in a checkpoint: which layers are copies, of which layers of which source, selected by which scores.
 
 It is stored in adept_config.json, and under the key `adept_config` in config.json, which transformers preserves through save_pretrained,
-its Trainer's checkpoints and the hub. docs/record.md has the schema.
+its Trainer's checkpoints and the hub. docs/explanation/record.md has the schema.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
             given, what = "recipe.yaml | ", "a recipe, and settings that override it"
             if name == "demo":
                 given, what = "", "settings that override the demo's"
-            command.add_argument("settings", nargs="*", metavar=f"{given}key.sub=value", help=f"{what} (all of them: docs/recipe.md)")
+            command.add_argument("settings", nargs="*", metavar=f"{given}key.sub=value", help=f"{what} (all: docs/reference/recipe.md)")
     return top
 
 

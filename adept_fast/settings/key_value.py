@@ -46,7 +46,7 @@ def unknown(key: str, known: Iterable[str], prefix: str, everywhere: Collection[
     """
     known = sorted(known)
     near = suggestions(prefix + key, everywhere or [prefix + name for name in known])
-    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/recipe.md lists all"
+    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/reference/recipe.md lists all"
     hint = f"did you mean {' or '.join(near)}?" if near else listed
     if near == (prefix + key,):  # a dotted name as on the command line
         parents, _, last = key.rpartition(".")

@@ -252,7 +252,7 @@ def test_items_of_every_format_and_what_is_left_out_of_them(tmp_path: Path, capl
 
 
 def test_the_page_names_every_format_by_its_keys() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "data.md").read_text(encoding="utf-8")
     table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [tuple(re.findall("`([a-z_]+)`", row.partition(";")[0])) for row in table]
     assert {form.needed for form in FORMATS} <= {*named}

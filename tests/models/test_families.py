@@ -242,4 +242,4 @@ def test_layers_that_attend_to_what_others_picked() -> None:
 
 def test_the_table_in_docs_is_current() -> None:
     table = families_table.table(SUPPORTED, {**REFUSED, **NOT_A_MODEL_OF_ITS_OWN})
-    assert (Path(__file__).parents[2] / "docs" / "families.md").read_text() == table
+    assert (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text() == table

@@ -11,7 +11,7 @@ import pytest
 from bench.__main__ import NAMES, main
 
 ROOT = Path(__file__).parents[2]
-PAGES = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+PAGES = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 
 
 def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

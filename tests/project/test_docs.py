@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, and docs/recipe.md has every key as it is declared."""
+"""The README's Python examples run as they stand, and docs/reference/recipe.md has every key as it is declared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import recipe_keys, tiny_models
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+RECIPE = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
 BLOCK = r"```{}\n(.+?)```"
 
 
@@ -65,20 +65,20 @@ def test_the_keys_of_a_recipe_stand_in_its_page_as_they_are_declared() -> None:
 
 
 def test_every_command_in_the_documents_exists() -> None:
-    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))]
     named = {command for page in pages for command in re.findall(r"(?:^ {4}|`)adept-fast ([a-z]+)", page, re.MULTILINE)}
     actions = {action for page in pages for action in re.findall(r"adept-fast copies ([a-z]+)", page)}
     assert len(named) > 8 and named <= COMMANDS.keys() and actions and actions <= ACTIONS.keys()
 
 
 def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:
-    supported, _ = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("| type | reason |")
+    supported, _ = (ROOT / "docs" / "reference" / "families.md").read_text(encoding="utf-8").split("| type | reason |")
     rows = re.findall(r"^\| (?!type )[a-z]", supported, re.MULTILINE)
     assert re.findall(r"(\d+) decoder-only model types", README) == [str(len(rows))]
 
 
 def test_the_trips_of_the_design_name_files_and_functions_that_exist() -> None:
-    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    design = (ROOT / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
     steps = re.findall(r"^ *(?:\d+\.|-) `([a-z_/]+)\.py`: `([A-Za-z_.]+)`\.", design, re.MULTILINE)
     assert len(steps) == 32
     for file, name in steps:

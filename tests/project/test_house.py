@@ -1,4 +1,4 @@
-"""The house as docs/design.md draws it: which rooms there are, which floor each stands on, and how long a file may be."""
+"""The house as docs/explanation/design.md draws it: which rooms there are, which floor each stands on, and how long a file may be."""
 
 from __future__ import annotations
 

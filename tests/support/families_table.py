@@ -1,4 +1,4 @@
-"""docs/families.md, from the types themselves: `python tests/support/families_table.py > docs/families.md`."""
+"""docs/reference/families.md, from the types themselves: `python tests/support/families_table.py > docs/reference/families.md`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADING = """# Model families
 The copies leave the logits and greedy decoding bit-equal, and a copy that is not silenced changes them. One AdamW step at lr 1e-5
 changes a copy's relative output by less than 1e-3. Within three steps every silent tensor moves and every branch adds something.
 The units cover each copy once. A type that is refused for a layer's index is refused for copies of these layers. `python
-tests/support/families_table.py > docs/families.md` writes this page.
+tests/support/families_table.py > docs/reference/families.md` writes this page.
 """
 
 

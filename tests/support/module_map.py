@@ -1,7 +1,7 @@
 """The rooms of adept_fast, their floors, and the imports between them, read from the source: `python tests/support/module_map.py`.
 
-A room is a folder (or a file) at the package root. docs/design.md lists the rooms from the top floor down; an import that goes up that list
-is an upward one. Imports for type checking only, and the lazy table of `adept_fast/__init__.py`, are not counted.
+A room is a folder (or a file) at the package root. docs/explanation/design.md lists the rooms from the top floor down; an import up
+that list is an upward one. Imports for type checking only, and the lazy table of `adept_fast/__init__.py`, are not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adept_fast"
-DESIGN = ROOT / "docs" / "design.md"
+DESIGN = ROOT / "docs" / "explanation" / "design.md"
 LONGEST = 300  # lines of a file
 
 
@@ -24,7 +24,7 @@ def rooms() -> list[str]:
 
 
 def floors(design: str) -> list[str]:
-    """Rooms in the order of the module map of docs/design.md, the top floor first."""
+    """Rooms in the order of the module map of docs/explanation/design.md, the top floor first."""
     block = re.search(r"^    cli/.*?(?=^\S)", design, re.MULTILINE | re.DOTALL)
     if block is None:
         raise SystemExit(f"{DESIGN}: no module map that begins with cli/")

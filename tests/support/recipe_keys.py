@@ -1,4 +1,4 @@
-"""The keys in docs/recipe.md, from their declarations: `python tests/support/recipe_keys.py` writes them there."""
+"""The keys in docs/reference/recipe.md, from their declarations: `python tests/support/recipe_keys.py` writes them there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adept_fast.pipeline.recipe import Recipe
 from adept_fast.settings.training_arguments import BOUNDS
 from adept_fast.settings.validation import Bounds, Range
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
 BLOCK = re.compile(r"(?<=```yaml\n).+?(?=```)", re.DOTALL)
 GIVEN = {"model_name_or_path": "MODEL", "domain": "my.txt"}  # what has no default
 

@@ -1,4 +1,4 @@
-"""The memory arithmetic of docs/scale.md: measured byte for byte on a tiny Llama, and its figures for an 8B model computed."""
+"""The memory arithmetic of docs/how-to/several-gpus.md: measured on a tiny Llama, computed for an 8B model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import tiny_models
 from tests.support.sharded_worker import in_processes, whole
 from tests.support.training_worker import Fsdp2Trainer, as_launched, trained
 
-SCALE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+SCALE = (Path(__file__).parents[2] / "docs" / "how-to" / "several-gpus.md").read_text()
 
 
 def frozen_layer(h: int, m: int, k: int, a: int) -> int:
