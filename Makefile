@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # This file exists if torch with CUDA comes from PYTHON. Its packages, among them those of the build, are then used too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: nightly test quick demo gpu sanitize lint clean types
+.PHONY: nightly test quick demo gpu sanitize lint clean types docs
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -65,6 +65,9 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(RUN) -m mypy
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info adept_fast/_C.*.so adept_fast/_CUDA.*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -252,8 +252,8 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict with the rates.
 
-        state[i]["unit_lr"] (fp32, the shape that was set) and state[i]["unit_dim"]: rates of a parameter that has a state.
-        param_groups[j]["unit_lr"]: {position: (multipliers, dim)} of the others.
+        `state[i]["unit_lr"]` (fp32, the shape that was set) and `state[i]["unit_dim"]` are the rates of a parameter that has a state.
+        `param_groups[j]["unit_lr"]`, {position: (multipliers, dim)}, has those of the others.
         """
         # Hooks, so that the user's own hooks see the rates too.
         hooks = [self.register_state_dict_post_hook(hook, prepend=True) for hook in POST_HOOKS]
