@@ -13,7 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from adept_fast.checkpoints.digest import KINDS
+from adept_fast.checkpoints.digest import KIND
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
@@ -132,11 +132,9 @@ class AdeptConfig:
     @classmethod
     def _read(cls, content: Any, path: Path) -> AdeptConfig:
         schema = content.get("schema") if isinstance(content, dict) else content
-        if schema not in (1, SCHEMA):
-            raise InputError(f"{path}: schema {shown(schema)} is none of 1 and {SCHEMA}: use the version of adept_fast that wrote it")
+        if schema != SCHEMA:
+            raise InputError(f"{path}: schema {shown(schema)} is not {SCHEMA}: use the version of adept_fast that wrote it")
         try:
-            if schema == 1:
-                content = {**content, "source": _first_schema(content.get("source", {})), "schema": SCHEMA}
             entries = [Inserted(**{"round": 0, **entry}) for entry in content["inserted"]]
             record = cls(**{**untagged(content), "inserted": tuple(entries)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -175,17 +173,11 @@ class AdeptConfig:
             return "source.config is no table"
         for table, key in (("source", "identity"), ("source", "tensors_digest"), ("proof", "copies_digest")):
             digest = getattr(self, table).get(key)
-            if digest and (not isinstance(digest, str) or digest.partition(":")[0] not in KINDS):
-                return f"{table}.{key} is {shown(digest)}, none of the digests {', '.join(KINDS)}"
+            if digest and not (isinstance(digest, str) and digest.startswith(KIND)):
+                return f"{table}.{key} is {shown(digest)}, no digest that begins with {KIND}"
         if self.initialisation not in PRESERVING:
             return f"initialisation {shown(self.initialisation)} is none of {', '.join(PRESERVING)}"
         return None
-
-
-def _first_schema(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a source of schema 1, whose digests are sha256 without a prefix."""
-    renamed = {"sha256": "identity", "tensors_sha256": "tensors_digest"}
-    return {renamed.get(key, key): f"sha256:{value}" if key in renamed and value else value for key, value in source.items()}
 
 
 def record_of(model: object) -> AdeptConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
-from adept_fast.checkpoints.digest import identity, kind_of, tensors_digest
+from adept_fast.checkpoints.digest import identity, tensors_digest
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import Stored, read_header
 from adept_fast.errors import InputError
@@ -86,14 +86,14 @@ def apply_copies(
     folder, record = checkpoint.resolve(base, name="base"), AdeptConfig.load(delta)
     on_disk = OnDisk.open(folder, trust_remote_code)
     expected = str(record.source.get("tensors_digest"))
-    found = tensors_digest(on_disk.shards.tensors, kind_of(expected))
+    found = tensors_digest(on_disk.shards.tensors)
     if found != expected:
         raise InputError(
             f"{base}: not the base of {delta}, which was made on {record.source.get('name_or_path')}: tensors {found}, expected {expected}"
         )
     tensors = {stored.name: stored for stored in read_header(delta / FILE)[0]}
     written = record.proof.get("copies_digest")
-    if written is not None and tensors_digest(tensors, kind_of(written)) != written:
+    if written is not None and tensors_digest(tensors) != written:
         raise InputError(f"{delta / FILE}: corrupt: not the bytes that were extracted: extract the copies again")
     require_finite(tensors.values(), "its training went wrong: extract the copies of a checkpoint before that")
     copies = {entry.layer: entry for entry in record.inserted}

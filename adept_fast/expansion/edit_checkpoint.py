@@ -12,7 +12,6 @@ from typing import Any
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import FILE, AdeptConfig, Inserted, versions
-from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.errors import ExpansionError, ForeignOriginalsError, InputError
@@ -42,8 +41,7 @@ def open_expanded(
         raise _not_described(path)
     if prove:
         require_finite(on_disk.parameters(record.copies), "its training went wrong: go back to a checkpoint before that")
-        digest = record.source["tensors_digest"]
-        if on_disk.originals_digest(record, kind_of(digest)) != digest:
+        if on_disk.originals_digest(record) != record.source["tensors_digest"]:
             raise ForeignOriginalsError(
                 f"{path}: its originals are not those of {record.source.get('name_or_path')}, bit for bit: they were trained, or saved in "
                 "another dtype; the copies do not hold what they learnt"
@@ -88,8 +86,7 @@ def write_edited(
     def check(written: Path) -> None:
         prove_bytes(plan, written)
         result = _reopen(written, on_disk)
-        kind = kind_of(source["tensors_digest"])
-        if result.originals_digest(record, kind) != source["tensors_digest"]:
+        if result.originals_digest(record) != source["tensors_digest"]:
             raise ExpansionError(f"{target}: its source's tensors would not be those of {source.get('name_or_path')}, bit for bit")
         if prove:
             prove(written)

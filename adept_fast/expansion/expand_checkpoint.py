@@ -13,7 +13,7 @@ from typing import Any
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import KEY, PRESERVING, AdeptConfig, record_of
-from adept_fast.checkpoints.digest import identity, kind_of
+from adept_fast.checkpoints.digest import identity
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.one_model import OneModel
 from adept_fast.data.items import Item
@@ -103,8 +103,8 @@ def expand_checkpoint(
         del base
     with ThreadPoolExecutor(1) as beside:  # hashing is bound by the CPU, copying by the disk
         known = earlier.source.get("tensors_digest") if earlier else None
-        kind, finite = kind_of(known) if known else "xxh3_128", {stored.name for stored in on_disk.parameters()}
-        digest = beside.submit(on_disk.originals_digest, earlier, kind, threads=1, finite=finite)
+        finite = {stored.name for stored in on_disk.parameters()}
+        digest = beside.submit(on_disk.originals_digest, earlier, threads=1, finite=finite)
 
         def record() -> AdeptConfig:
             tensors = digest.result()

@@ -12,7 +12,6 @@ from typing import Any
 from adept_fast.checkpoints import checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted
 from adept_fast.checkpoints.byte_copy import Piece
-from adept_fast.checkpoints.digest import kind_of
 from adept_fast.checkpoints.safetensors_index import FLOATS, Stored, same_bytes
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, source_config, write_edited
@@ -61,9 +60,7 @@ def merge_copies(
         raise InputError(f"how must be one of {', '.join(WAYS)}, found {shown(how)}")
     remote = bool(loading.get("trust_remote_code", False))
     (first, ours), (second, theirs) = open_expanded(a, remote, verify, "a"), open_expanded(b, remote, verify, "b")
-    digest = ours.source["tensors_digest"]
-    known, kind = theirs.source["tensors_digest"], kind_of(digest)
-    if digest != (known if kind_of(known) == kind else second.originals_digest(theirs, kind)):
+    if ours.source["tensors_digest"] != theirs.source["tensors_digest"]:
         names = [record.source.get("name_or_path") for record in (ours, theirs)]
         raise InputError(f"{a} and {b}: made on different bases ({names[0]} and {names[1]}): only copies of one base can be merged")
     if how == "average":

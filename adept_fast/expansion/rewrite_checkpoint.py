@@ -100,15 +100,13 @@ class OnDisk:
         found = [stored for stored in self.shards.tensors.values() if self.naming.of_parameter(stored.name)]
         return found if layers is None else [stored for stored in found if self.naming.layer(stored.name) in layers]
 
-    def originals_digest(
-        self, record: AdeptConfig | None, kind: str = "xxh3_128", threads: int = THREADS, finite: Container[str] = ()
-    ) -> str:
+    def originals_digest(self, record: AdeptConfig | None, threads: int = THREADS, finite: Container[str] = ()) -> str:
         """Digest all tensors but the copies', under the names that they have in the source.
 
         finite: stored names of the tensors for which a NaN or infinity raises InputError.
         """
         if record is None:
-            return tensors_digest(self.shards.tensors, kind, threads, finite)
+            return tensors_digest(self.shards.tensors, threads, finite)
         places = {record.original(index): index for index in range(self.count - len(record.copies))}
         tensors = {}
         for name, stored in self.shards.tensors.items():
@@ -119,7 +117,7 @@ class OnDisk:
                 tensors[self.naming.moved(name, layer - len(record.copies))] = stored
             elif layer in places:
                 tensors[self.naming.moved(name, places[layer])] = stored
-        return tensors_digest(tensors, kind, threads, finite)
+        return tensors_digest(tensors, threads, finite)
 
 
 @dataclass(frozen=True)
