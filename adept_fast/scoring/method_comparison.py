@@ -54,7 +54,7 @@ def compare_scores(several: Sequence[LayerScores], seed: int = 0) -> dict[str, A
     measured = torch.stack([ranks(torch.tensor([each], dtype=torch.float64)) for each in values])
     low, high = torch.quantile(_correlations(drawn), TAILS, dim=0)
     return {
-        "names": [scores.method if scores.loss == "hidden" else f"{scores.method}, {scores.loss}" for scores in several],
+        "names": [scores.method if scores.loss in ("hidden", "own") else f"{scores.method}, {scores.loss}" for scores in several],
         "values": [list(each) for each in values],
         "spearman": _correlations(measured)[0].tolist(),
         "low": low.tolist(),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.data.items import Item, load_items
 from adept_fast.data.sources import Source
 from adept_fast.errors import InputError
-from adept_fast.models.decoder_layers import evaluating, vocabulary_of
+from adept_fast.models.decoder_layers import decoder_layers, evaluating, vocabulary_of
 from adept_fast.models.unwrap import unwrapped
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.scoring.cheap_scores import cheap_scores
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LayerMethod = Callable[["PreTrainedModel", list[Item]], Tensor]
+OWN = "own"  # the profile of a callable method
+
 
 def score_layers(
     model: PreTrainedModel,
     probe: str | Source | Iterable[Mapping[str, Any] | Item],
-    method: str = Score.method,
+    method: str | LayerMethod = Score.method,
     loss: str = "answer",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -54,7 +58,8 @@ def score_layers(
     Args:
         model: a causal language model of transformers
         probe: records, a path or dataset name (with `tokenizer`), or tokenised items {"input_ids", "labels"}
-        method: "masking" (exact) or one of "gate", "cumulative", "rank", "fisher", "block_influence" (cheap_scores.py)
+        method: "masking" (exact), one of "gate", "cumulative", "rank", "fisher", "block_influence" (cheap_scores.py), or a callable
+            (model, items) -> [items, layers], the score of each layer on each item; a layer's value is the mean over items
         loss: the primary profile, by which layers are selected
             answer: cross-entropy of the supervised tokens
             kl: KL(base || masked) on them, never negative
@@ -83,7 +88,8 @@ def score_layers(
     Source: ADEPT (arXiv 2510.10071), stage 1.
     """
     model = unwrapped(model)
-    check(Score, method=method, sweep_tokens=sweep_tokens, seed=seed)
+    named: dict[str, Any] = {} if callable(method) else {"method": method}
+    check(Score, sweep_tokens=sweep_tokens, seed=seed, **named)
     require_losses(loss, losses)
     if race is not None:
         require_made("race", race, Race, "Race(k=..., regret=...)")
@@ -95,7 +101,11 @@ def score_layers(
     copies = record.copies if (record := AdeptConfig.of(model)) else ()
     started, proof = time.perf_counter(), None
     notes: tuple[str, ...] = ()
-    if method in CHEAP:
+    if callable(method):
+        if losses or domain:
+            raise InputError("a callable method measures what it returns, on the probe: give no losses and no domain")
+        loss, per_item, method = OWN, {OWN: _own(model, items, method)}, f"{getattr(method, '__name__', type(method).__name__)}()"
+    elif method in CHEAP:
         loss, per_item = _cheap(model, items, method, loss, wanted)
         if domain:
             per_item["domain"] = cheap_scores(model, domain, method, "all")
@@ -159,9 +169,16 @@ def _all_tokens(model: PreTrainedModel, domain: Iterable[Item]) -> list[Item]:
     return load_items(items, vocabulary=vocabulary_of(model)) if items else []
 
 
-def _cheap(
-    model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str]
-) -> tuple[str, dict[str, ItemScores]]:
+def _own(model: PreTrainedModel, items: list[Item], method: LayerMethod) -> ItemScores:
+    with evaluating(model):
+        found = torch.as_tensor(method(model, items)).detach().double().cpu()
+    wanted = (len(items), len(decoder_layers(model)))
+    if found.shape != wanted or bool(found.isnan().any()):
+        raise InputError(f"method must return a score of each item and layer, {list(wanted)} without NaN, found {list(found.shape)}")
+    return ItemScores(found, torch.ones(len(items), dtype=torch.float64))
+
+
+def _cheap(model: PreTrainedModel, items: list[Item], method: str, loss: str, wanted: Collection[str]) -> tuple[str, dict[str, ItemScores]]:
     """Return the primary profile and the scores of items by profile. Block influence needs no loss: its one profile is "hidden"."""
     if method == "block_influence":
         return "hidden", {"hidden": cheap_scores(model, items, method, "hidden")}

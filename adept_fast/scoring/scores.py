@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,27 +17,12 @@ from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
 from adept_fast.runtime.input_files import as_input_error, read_json, regular
 from adept_fast.runtime.strict_json import finite
 from adept_fast.scoring.budget import LayerCosts
+from adept_fast.scoring.profile import Profile
+from adept_fast.scoring.shown_scores import Shown
 from adept_fast.settings.validation import check, require, require_path, shown
 
 SCHEMA = 1
 AGAIN = "delete it to score again"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Importances by one loss.
-
-    values: [layers], nats per supervised token for masking; other methods: see cheap_scores.py
-    low, high: bootstrap interval over items, [layers]
-    base_loss: of the model as it is, nats per token; None for kl and methods without a baseline
-
-    inf (null in JSON) means that some item has no finite loss without the layer, which therefore ranks above all others.
-    """
-
-    values: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    base_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -90,8 +75,8 @@ def require_scores(*several: object, name: str = "scores") -> None:
 STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # from weighted means to values; other methods use the means
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profiled:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Profiled(Shown):
     """Fields shared by the results of scoring layers and units.
 
     profiles: loss name ("answer", "kl", "all") -> importances; `loss` names the primary one
@@ -182,7 +167,7 @@ class Profiled:
                     raise ValueError(f"profiles.{name}.{key}: {shown(value)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerScores(Profiled):
     """Importance of each layer, the result of `score_layers`. `select_layers` chooses by the primary profile.
 
@@ -204,6 +189,8 @@ class LayerScores(Profiled):
     >>> scores.save("scores.json")
     >>> LayerScores.load("scores.json").values == scores.values
     True
+    >>> list(scores.to_dataframe().columns), scores.plot(chosen=[2]).get_xlabel()
+    (['answer', 'answer_low', 'answer_high'], 'layer')
 
     Source: ADEPT (arXiv 2510.10071), stage 1.
     """
@@ -231,7 +218,7 @@ class LayerScores(Profiled):
         return [layer for layer in range(len(self.values)) if layer not in self.copies]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class UnitScores(Profiled):
     """Importance of each unit of a layer, the result of `mask_units`. Unit i is the part `kinds[i]` of layer `layers[i]`.
 
@@ -254,6 +241,9 @@ class UnitScores(Profiled):
     granularity: str
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
+
+    def row_labels(self) -> dict[str, Collection[int | str]]:
+        return {"layer": self.layers, "kind": self.kinds}
 
     def check(self) -> None:
         super().check()

@@ -16,7 +16,8 @@ from adept_fast.errors import InputError
 from adept_fast.pipeline.recipe import load
 from adept_fast.pipeline.run import STAGES
 from adept_fast.pipeline.run_directory import RunDirectory
-from adept_fast.scoring.scores import ItemScores, LayerScores, Profile, UnitScores, mean_rank
+from adept_fast.scoring.profile import Profile
+from adept_fast.scoring.scores import ItemScores, LayerScores, UnitScores, mean_rank
 from adept_fast.scoring.select_layers import next_layer, undecided
 from tests.support import tiny_models
 from tests.support.news import heard
