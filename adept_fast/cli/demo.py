@@ -20,6 +20,7 @@ from adept_fast.pipeline import recipe
 from adept_fast.pipeline.run import run as run_stages
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.atomic_files import staged_folder, write_text
+from adept_fast.runtime.optional_packages import optional
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def model(folder: Path) -> Path:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    optional("gguf", "hf", "demo")
     with tempfile.TemporaryDirectory() as temporary:
         _fetch(Path(temporary))
         logger.info("demo: reading the model (once)")

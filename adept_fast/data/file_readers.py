@@ -16,6 +16,7 @@ from adept_fast.data.source_files import suffix_of
 from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
 from adept_fast.runtime.input_files import open_input, regular
+from adept_fast.runtime.optional_packages import optional
 from adept_fast.runtime.strict_json import loads
 
 ROWS = 1024  # of a parquet file read at once
@@ -154,6 +155,7 @@ class Rows(FileReader):
     COUNTS = ("row",)
 
     def records(self) -> Iterator[Record]:
+        optional("pyarrow", "hf", f"{self.path}: a parquet file")
         import pyarrow
         from pyarrow.parquet import ParquetFile
 

@@ -19,6 +19,7 @@ from adept_fast.data.file_readers import file_reader, without_nulls
 from adept_fast.data.source_files import source_files
 from adept_fast.data.sources import Record, Source
 from adept_fast.errors import InputError
+from adept_fast.runtime.optional_packages import optional
 from adept_fast.runtime.provenance import digest
 
 UNREADABLE = (OSError, ValueError, LookupError, RuntimeError)  # what datasets raises for data that it cannot load
@@ -100,8 +101,7 @@ def _refused(what: str, way_out: str = "") -> Iterator[None]:
 
 
 def _dataset(source: Source, how: str, **options: Any) -> Any:
-    import datasets
-
+    datasets = optional("datasets", "hf", f"{source.path}: no such file, and a dataset of that name")
     with _refused(f"{source.path}: neither a file nor a dataset that can be loaded"):
         return getattr(datasets, how)(source.path, **options)
 

@@ -23,6 +23,7 @@ from adept_fast.models.finite import require_finite_tensors
 from adept_fast.runtime import distributed
 from adept_fast.runtime.atomic_files import replaced_folder, staged_folder, write_json
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.runtime.optional_packages import optional
 from adept_fast.settings.validation import Range, require
 from adept_fast.tuning import sharded_checkpoint
 from adept_fast.tuning.monitor import Monitor
@@ -60,10 +61,7 @@ def prepare(model: PreTrainedModel, method: str, rank: int, seed: int) -> Prepar
     if method != "lora":
         model.requires_grad_(True)
         return Prepared(model, lambda: model, lambda name: True, {})
-    try:
-        import peft
-    except ModuleNotFoundError:
-        raise InputError("method=lora needs PEFT: pip install peft") from None
+    peft = optional("peft", "lora", "method=lora")
     torch.manual_seed(seed)  # LoRA's first matrices are random
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():  # PEFT uses a name that transformers 5 deprecates
