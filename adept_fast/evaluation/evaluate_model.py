@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.evaluation.paired_items import ItemLosses
+from adept_fast.evaluation.results import Measured, ModelChange, ModelResult
 from adept_fast.models.losses import corpus_loss
 from adept_fast.models.unwrap import unwrapped
 from adept_fast.runtime.bootstrap import bootstrap
@@ -18,49 +21,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluated model. items: losses of single items by corpus. argmax: at each position of the general corpus, int64, an item each."""
+
+    result: ModelResult
+    items: Mapping[str, ItemLosses]
+    argmax: tuple[Tensor, ...]
+
+    def change(self, base: Evaluated) -> ModelChange:
+        """Return the change against the base on the same items."""
+        changes = {name: losses.change(base.items[name]) for name, losses in self.items.items()}
+        return ModelChange(changes.pop("general"), changes.pop("domain", None), changes)
+
+
 def evaluate(
     model: PreTrainedModel,
     general: EvaluationCorpus,
     domain: EvaluationCorpus | None,
     base_argmax: Sequence[Tensor] = (),
     title: str = "model",
-) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """Evaluate a model on a general corpus and, where given, on a domain corpus.
+    also: Mapping[str, EvaluationCorpus] | None = None,
+) -> Evaluated:
+    """Evaluate a model on a general corpus, and on a domain corpus and others where given.
 
-    base_argmax: the second result of this function for the base model. Returns the model's entry of eval.json, and the argmax at each
-    position of the general corpus, one int64 tensor an item. The entry holds:
-
-    - loss: nats per supervised token, with a 95 % bootstrap interval over items (low, high)
-    - perplexity: exp(loss)
-    - accuracy: the share of questions whose right letter is the likeliest
-    - shifted_tokens: the share of general positions whose argmax differs from `base_argmax`; None without it
+    base_argmax: of the evaluated base, to count shifted tokens.
     """
     model = unwrapped(model)
-    result, argmax = _evaluate(model, general, True, f"{title}: general")
+    corpora = {"general": general, **({} if domain is None else {"domain": domain}), **(also or {})}
+    items: dict[str, ItemLosses] = {}
+    measured: dict[str, Measured] = {}
+    argmax: tuple[Tensor, ...] = ()
+    for name, corpus in corpora.items():
+        losses = corpus_loss(model, corpus.items, name == "general", corpus.candidates, f"{title}: {name}")
+        argmax = argmax or losses.argmax
+        right = None
+        if corpus.answers:
+            right = torch.tensor([pick == answer for pick, answer in zip(losses.picked, corpus.answers, strict=True)], dtype=torch.float64)
+        items[name] = ItemLosses(losses.sums, losses.tokens, right)
+        measured[name] = _measured(items[name])
     shifted = None
     if base_argmax:
         moved = sum(int((ours != theirs).sum()) for ours, theirs in zip(argmax, base_argmax, strict=True))
         shifted = moved / sum(map(len, base_argmax))
-    results = {"general": result, "shifted_tokens": shifted}
-    if domain is not None:
-        results["domain"], _ = _evaluate(model, domain, False, f"{title}: domain")
-    return results, argmax
+    return Evaluated(ModelResult(measured.pop("general"), shifted, measured.pop("domain", None), measured), items, argmax)
 
 
-def _evaluate(model: PreTrainedModel, corpus: EvaluationCorpus, argmax: bool, title: str) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    measured = corpus_loss(model, corpus.items, argmax, corpus.candidates, title)
-    loss, low, high = (float(value) for value in bootstrap(measured.sums, measured.tokens))
-    result: dict[str, Any] = {
-        "loss": loss,
-        "low": low,
-        "high": high,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # exp overflows above
-        "tokens": int(measured.tokens.sum()),
-        "items": len(corpus.items),
-        "accuracy": None,
-    }
-    if corpus.answers:
-        right = torch.tensor([pick == answer for pick, answer in zip(measured.picked, corpus.answers, strict=True)], dtype=torch.float64)
-        accuracy = bootstrap(right, torch.ones_like(right))
-        result |= dict(zip(("accuracy", "accuracy_low", "accuracy_high"), map(float, accuracy), strict=True))
-    return result, measured.argmax
+def _measured(items: ItemLosses) -> Measured:
+    loss, low, high = (float(value) for value in bootstrap(items.sums, items.tokens))
+    accuracy = (None,) * 3 if items.right is None else tuple(map(float, bootstrap(items.right, torch.ones_like(items.right))))
+    perplexity = math.exp(loss) if loss < 700 else None  # exp overflows above
+    return Measured(loss, low, high, perplexity, int(items.tokens.sum()), len(items.tokens), *accuracy)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus
+from adept_fast.evaluation.results import Dial, Tried
 from adept_fast.evaluation.settings import Eval
 from adept_fast.expansion.dial import dialled_model
 from adept_fast.models.losses import CorpusLoss, corpus_loss
@@ -21,27 +21,11 @@ if TYPE_CHECKING:
 COARSE, FINE = 8, 64  # steps of alpha: from 1 down by eighths, then halved to sixty-fourths
 
 
-@dataclass(frozen=True)
-class Tried:
-    """The general loss at one alpha.
-
-    loss: nats per supervised token. rise: the loss minus that at alpha 0. low, high: the rise's 95 % interval, by a bootstrap over items
-    of the two models' paired losses.
-    """
-
-    alpha: float
-    loss: float
-    rise: float
-    low: float
-    high: float
-
-
-def largest_alpha(model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float) -> dict[str, Any]:
+def largest_alpha(model: PreTrainedModel, general: EvaluationCorpus, domain: EvaluationCorpus | None, limit: float) -> Dial:
     """Search the largest of 0, 1/64, ..., 1 at which the whole interval of the rise is within `limit` (nats per token).
 
     Loss need not rise evenly with alpha, so eighths are tried from 1 down to the first within the limit, then the steps above it by
-    halving. The model is scaled in memory and restored. Returns the entry "dial" of eval.json: the limit, alpha, its loss and rise, the
-    domain loss there, and every alpha tried. Raises InputError for a wrong limit or a model without copies.
+    halving. The model is scaled in memory and restored. Raises InputError for a wrong limit or a model without copies.
     """
     check(Eval, "general_", needed=True, limit=limit)
     model = unwrapped(model)
@@ -58,10 +42,8 @@ def largest_alpha(model: PreTrainedModel, general: EvaluationCorpus, domain: Eva
     while inside < FINE and outside - inside > 1:
         middle = (inside + outside) // 2
         inside, outside = (middle, outside) if within(middle) else (inside, middle)
-    found: dict[str, Any] = {"limit": limit, **asdict(tried[inside])}
-    if domain is not None:
-        found["domain_loss"] = _measured(model, domain, inside).mean
-    return {**found, "tried": [asdict(tried[step]) for step in sorted(tried)]}
+    domain_loss = None if domain is None else _measured(model, domain, inside).mean
+    return Dial(**vars(tried[inside]), limit=limit, tried=tuple(tried[step] for step in sorted(tried)), domain_loss=domain_loss)
 
 
 def _measured(model: PreTrainedModel, corpus: EvaluationCorpus, step: int) -> CorpusLoss:

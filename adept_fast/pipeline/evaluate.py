@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from adept_fast.errors import InputError
 from adept_fast.evaluation.evaluate_model import evaluate
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus
 from adept_fast.evaluation.largest_alpha import largest_alpha
+from adept_fast.evaluation.paired_items import items_path, save_items
+from adept_fast.evaluation.results import EvaluationResults
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import tuned_record
 from adept_fast.report.page import write_report
-from adept_fast.report.results import read_results
-from adept_fast.runtime.atomic_files import write_json
-from adept_fast.runtime.input_files import read_yaml
-from adept_fast.runtime.provenance import changed, inputs_of
+from adept_fast.runtime.input_files import read_json, read_yaml
+from adept_fast.runtime.provenance import changed
 from adept_fast.tuning.methods import METHODS
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,11 @@ def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> Eval
 
 
 @section("eval", limit="eval.general_limit")
-def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData, directory: RunDirectory) -> dict[str, Any]:
+def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData, directory: RunDirectory) -> EvaluationResults:
     """Write eval.json for base, expanded and tuned model, as far as they exist, and return its content.
 
-    An expanded model that equals the base by proof is not evaluated. eval.json is made again if the models on disk have changed.
+    An expanded model that equals the base by proof is not evaluated. eval.json is made again if the models on disk have changed, or if an
+    earlier version wrote it.
     """
     limit, path, of_model = recipe.eval.general_limit, directory.evaluation, {"model": source.identity}
     expanded = directory.kept(directory.expanded, AdeptConfig.load, of_model, source.name, whole=False)
@@ -63,38 +64,49 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
     evaluated = {**({"expanded": directory.expanded} if differs else {}), **({} if tuned is None else {"tuned": directory.tuned})}
     inputs = {**source.inputs, **data.digests, "eval.general_limit": limit, "expanded": expanded is not None}
     inputs |= {f"{name} model": fingerprint(folder) for name, folder in evaluated.items()}
-    result = directory.kept(path, read_results, of_model, source.name, whole=False)
-    if result is not None and not changed(inputs_of(result), inputs):
+    result = directory.kept(path, _read, of_model, source.name, whole=False)
+    if isinstance(result, EvaluationResults) and items_path(path).is_file() and not changed(result.inputs, inputs):
         logger.info(f"{path}: up to date")
     else:
         started, load = time.perf_counter(), source.models.load
-        base, argmax = evaluate(source.load(), data.general, data.domain, (), str(source.name))
-        models, found = {"base": base}, {}
-        if expanded is not None and not differs:
-            models["expanded"] = {"same_as": "base", "reason": "logits bit-equal, verified when it was written"}
+        base = evaluate(source.load(), data.general, data.domain, (), str(source.name))
+        found = {"base": base}
         for name, folder in evaluated.items():
-            models[name], _ = evaluate(load(folder), data.general, data.domain, argmax, str(folder))
+            found[name] = evaluate(load(folder), data.general, data.domain, base.argmax, str(folder))
+        models = {"base": base.result}
+        if expanded is not None and not differs:
+            proof = "logits bit-equal, verified when it was written"
+            models["expanded"] = replace(base.result, shifted_tokens=0.0, same_as="base", reason=proof)
+        models |= {name: each.result for name, each in found.items()}
+        dial = None
         if tuned is not None and limit is not None and METHODS[recipe.method].copies:
-            found = {"dial": largest_alpha(load(directory.tuned), data.general, data.domain, limit)}
-        seconds = time.perf_counter() - started
-        result = {"schema": 1, "models": models, **found, "seconds": seconds, "inputs": inputs, "versions": versions()}
-        write_json(path, result)
+            dial = largest_alpha(load(directory.tuned), data.general, data.domain, limit)
+        changes = {name: each.change(base) for name, each in found.items() if name != "base"}
+        result = EvaluationResults(models, changes, time.perf_counter() - started, inputs, versions(), dial=dial)
+        save_items(path, {name: each.items for name, each in found.items()})
+        result.save(path)
     _tell(result, directory.tuned)
     return result
 
 
-def _tell(result: Mapping[str, Any], tuned: Path) -> None:
-    models = result["models"]
+def _read(path: Path) -> EvaluationResults | dict[str, Any]:
+    """Read eval.json, or only its table if it is of the earlier schema."""
+    content = read_json(path)
+    return content if content.get("schema") == 1 else EvaluationResults.of(content, path)
+
+
+def _tell(result: EvaluationResults, tuned: Path) -> None:
     for name in ("domain", "general"):
-        losses = [f"{model} {models[model][name]['loss']:.3f}" for model in ("base", "tuned") if name in models.get(model, {})]
-        if losses:
-            logger.info(f"{name} loss: {' -> '.join(losses)} nats per token")
-    if dial := result.get("dial"):
-        there = f", domain loss {dial['domain_loss']:.3f}" if "domain_loss" in dial else ""
+        measured = {model: corpora[name] for model in ("base", "tuned") if name in (corpora := result.corpora(model))}
+        if measured:
+            losses = " -> ".join(f"{model} {each.loss:.3f}" for model, each in measured.items())
+            logger.info(f"{name} loss: {losses} nats per token")
+    if (dial := result.dial) is not None:
+        there = "" if dial.domain_loss is None else f", domain loss {dial.domain_loss:.3f}"
         logger.info(
-            f"alpha {dial['alpha']:g} is the largest share of the copies with general loss within {dial['limit']:g} nats of the base's "
-            f"(it rises by {dial['rise']:.3f} [{dial['low']:.3f}, {dial['high']:.3f}]){there}: "
-            f"adept-fast copies dial source={tuned} target=... alpha={dial['alpha']:g} writes it"
+            f"alpha {dial.alpha:g} is the largest share of the copies with general loss within {dial.limit:g} nats of the base's "
+            f"(it rises by {dial.rise:.3f} [{dial.low:.3f}, {dial.high:.3f}]){there}: "
+            f"adept-fast copies dial source={tuned} target=... alpha={dial.alpha:g} writes it"
         )
 
 

@@ -1,6 +1,6 @@
 """The run: which stages are due, in which order, and where each leaves its artefact.
 
-    scores.json scores.png -> expanded/ -> tuned/ trainer_log.jsonl -> eval.json -> report.html
+    scores.json scores.png -> expanded/ -> tuned/ trainer_log.jsonl -> eval.json eval.items.safetensors -> report.html
 
 An artefact records the inputs it was made from. One made from the same inputs is kept; one made from others is an error that names
 what differs: nothing that was made is overwritten by another setting (eval.json and the report, made in minutes, are made again).
@@ -14,6 +14,7 @@ from typing import Any
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.data.items import is_tokenised, tokenize_item
+from adept_fast.evaluation.results import EvaluationResults
 from adept_fast.models.decoder_layers import vocabulary_of
 from adept_fast.models.silent_copies import describe
 from adept_fast.pipeline.choose_layers import by_scores, check_layers
@@ -28,7 +29,7 @@ from adept_fast.pipeline.tune import TUNE, planned_text, tune, tuning_settings
 from adept_fast.tuning.methods import METHODS
 
 
-def run(recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+def run(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
     """Run all stages that are due, in order."""
     source, data = _opened(recipe)
     _check(recipe, source, data, directory)
@@ -72,7 +73,7 @@ def _check_tuning(recipe: Recipe, source: SourceModel, data: Datasets) -> None:
         check_rank(source.skeleton, recipe.tune.lora_rank)
 
 
-def _evaluate(recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+def _evaluate(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
     source, data = _opened(recipe)
     return base_against_tuned(recipe, source, evaluation_data(recipe, source, data), directory)
 

@@ -22,7 +22,10 @@ from adept_fast.runtime.staging_folder import locked
 from adept_fast.settings.validation import shown
 
 T = TypeVar("T")
-FILES = ("scores.json", "unit_scores.json", "scores.png", "unit_scores.png", "trainer_log.jsonl", "eval.json", "recipe.yaml", "report.html")
+FILES = (
+    *("scores.json", "unit_scores.json", "scores.png", "unit_scores.png"),
+    *("trainer_log.jsonl", "eval.json", "eval.items.safetensors", "recipe.yaml", "report.html"),
+)
 FOLDERS = ("expanded", "tuned", "checkpoints")
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_fast.errors import InputError
+from adept_fast.evaluation.results import EvaluationResults, ModelResult
 from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, style, to_svg
 from adept_fast.report.page import flatten, render
-from adept_fast.report.results import number, read_results
+from adept_fast.report.results import number
 from adept_fast.runtime.atomic_files import write_json, write_text
 from adept_fast.runtime.input_files import as_input_error, read_yaml
-from adept_fast.runtime.provenance import inputs_of
 from adept_fast.settings.validation import require_path
 from adept_fast.tuning.trainer_log import read_log
 
@@ -36,11 +35,11 @@ NOT_THE_RECIPE = ("seed", "output_dir")
 COLOURS = (VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 MEASURES = (  # title, how to read it from a model's results, factor, decimals
-    ("general loss", lambda result: result["general"]["loss"], 1, 3),
-    ("domain loss", lambda result: result["domain"]["loss"], 1, 3),
-    ("general accuracy (%)", lambda result: result["general"].get("accuracy"), 100, 1),
-    ("domain accuracy (%)", lambda result: result["domain"].get("accuracy"), 100, 1),
-    ("shifted tokens (%)", lambda result: result.get("shifted_tokens"), 100, 2),
+    ("general loss", lambda result: result.general.loss, 1, 3),
+    ("domain loss", lambda result: result.domain.loss, 1, 3),
+    ("general accuracy (%)", lambda result: result.general.accuracy, 100, 1),
+    ("domain accuracy (%)", lambda result: result.domain.accuracy, 100, 1),
+    ("shifted tokens (%)", lambda result: result.shifted_tokens, 100, 2),
 )
 
 
@@ -51,7 +50,7 @@ class EvaluatedRun:
     folder: Path
     seed: int
     recipe: Mapping[str, str]
-    evaluation: Mapping[str, Any]
+    evaluation: EvaluationResults
     tokens: int | None
     speed: float | None
 
@@ -85,7 +84,7 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
         raise InputError("compare needs two output_dirs or more: adept-fast compare out/a out/b")
     for run in runs[1:]:
         for key, what in MEASURED_ON.items():
-            if inputs_of(run.evaluation).get(key) != inputs_of(runs[0].evaluation).get(key):
+            if run.evaluation.inputs.get(key) != runs[0].evaluation.inputs.get(key):
                 files = f"{run.folder / 'eval.json'} cannot be compared with {runs[0].folder / 'eval.json'}"
                 raise InputError(f"{files}: measured with {what}")
     groups: dict[str, list[EvaluatedRun]] = {}
@@ -95,9 +94,8 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Path:
     for name, members in zip(names, groups.values(), strict=True):
         if len({run.seed for run in members}) < len(members):
             raise InputError(f"{members[0].folder} and another run of {name} have the same seed: a run counts once")
-    base = runs[0].evaluation["models"]["base"]
-    rows = {"base": _measures([base])} | {
-        name: _measures([run.evaluation["models"]["tuned"] for run in members])
+    rows = {"base": _measures([runs[0].evaluation.base])} | {
+        name: _measures([run.evaluation.models["tuned"] for run in members])
         for name, members in zip(names, groups.values(), strict=True)
     }
     details = {
@@ -125,9 +123,8 @@ def _load(folder: Path) -> EvaluatedRun:
     for path in (evaluation, resolved):
         if not path.is_file():
             raise InputError(f"{path}: missing: {folder} holds no run that has ended: adept-fast run ends it")
-    content, recipe = read_results(evaluation), read_yaml(resolved)
-    models = content["models"]
-    if not all((models.get(name) or {}).get(corpus) for name in ("base", "tuned") for corpus in ("domain", "general")):
+    content, recipe = EvaluationResults.load(evaluation), read_yaml(resolved)
+    if not all("domain" in content.corpora(name) for name in ("base", "tuned")):
         raise InputError(f"{evaluation}: holds no results of base and tuned model on general and domain items: run adept-fast eval")
     log = read_log(folder / "trainer_log.jsonl")
     tokens = next((entry.get("tokens") for entry in reversed(log) if entry.get("event") == "plan"), None)
@@ -149,11 +146,11 @@ def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
     return names
 
 
-def _measures(results: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+def _measures(results: Sequence[ModelResult]) -> dict[str, Spread]:
     found = {}
     for title, read, factor, _ in MEASURES:
         values = [read(result) for result in results]
-        if all(value is not None and math.isfinite(value) for value in values):
+        if all(value is not None for value in values):
             found[title] = Spread(tuple(factor * value for value in values))
     return found
 

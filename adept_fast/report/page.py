@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.errors import InputError
+from adept_fast.evaluation.results import EvaluationResults
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses, measure_of
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.rates_chart import unit_rates
-from adept_fast.report.results import check, interval, is_finite, next_copy, number, resolve, table, verdict
+from adept_fast.report.results import interval, is_finite, next_copy, number, table, verdict
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import as_input_error, read_json
@@ -54,12 +55,11 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     """
     output_dir = Path(output_dir)
     files = {name: output_dir / name for name in MAKERS}
-    evaluation, scores, units = (_read(output_dir / name) for name in ("eval.json", "scores.json", "unit_scores.json"))
-    if evaluation:
-        check(evaluation, files["eval.json"])
+    results = EvaluationResults.load(files["eval.json"]) if files["eval.json"].is_file() else None
+    scores, units = (_read(output_dir / name) for name in ("scores.json", "unit_scores.json"))
     record = AdeptConfig.load(files[RECORD].parent) if files[RECORD].is_file() else None
     log = read_log(files["trainer_log.jsonl"])
-    models = (evaluation or {}).get("models") or {}
+    models = {} if results is None else results.models
     refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
     measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
     readings = [entry for entry in log if entry.get("event") == "forgetting"]
@@ -75,12 +75,12 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
     context = {
         "model": model.rstrip("/").rpartition("/")[2] or model,
-        "verdict": checked("eval.json", lambda: verdict(models)),
+        "verdict": verdict(results),
         "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if name not in unused and not files[name].is_file()],
-        "models": list(resolve(models)),
-        "results": checked("eval.json", lambda: table(models)),
-        "same": {name: result for name, result in models.items() if result and "same_as" in result},
-        "corpora": checked("eval.json", lambda: _corpora(models)),
+        "models": list(models),
+        "results": table(results),
+        "same": {name: result for name, result in models.items() if result.same_as},
+        "corpora": [] if results is None else _corpora(results),
         "scores": scores,
         "profile": checked("scores.json", lambda: to_svg(layer_profile(scores, chosen))) if scores else None,
         "certainty": checked(
@@ -99,7 +99,7 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
         "costs": [
             *checked("scores.json", lambda: _scoring_costs(scores or {})),
             *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
-            *([("Evaluation", duration(evaluation["seconds"]))] if evaluation and is_finite(evaluation.get("seconds")) else []),
+            *([] if results is None else [("Evaluation", duration(results.seconds))]),
         ],
         "recipe": checked("recipe.yaml", lambda: list(flatten(recipe))) if recipe.get("model_name_or_path") else [],
         "versions": versions,
@@ -126,11 +126,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _corpora(models: Mapping[str, Any]) -> list[str]:
+def _corpora(results: EvaluationResults) -> list[str]:
     """List the corpora of the results: "general: 96 items, 2,881 tokens"."""
-    base = next(iter(resolve(models).values()), {})
-    sizes = {corpus: [(base.get(corpus) or {}).get(key) for key in ("items", "tokens")] for corpus in ("general", "domain")}
-    return [f"{corpus}: {items:,} items, {tokens:,} tokens" for corpus, (items, tokens) in sizes.items() if items and tokens]
+    return [f"{corpus}: {each.items:,} items, {each.tokens:,} tokens" for corpus, each in results.base.corpora().items()]
 
 
 def sentences(notes: Sequence[str] | None) -> str:

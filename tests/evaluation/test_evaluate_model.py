@@ -48,17 +48,23 @@ def test_questions_and_texts() -> None:
         shifted += int((logits(model, ids).argmax(-1) != logits(base, ids).argmax(-1)).sum())
         positions += len(ids)
     general, domain = corpus("general", QUESTIONS, tokenizer, 128), corpus("domain", TEXTS, tokenizer, 128)
-    _, argmax = evaluate(base, general, domain)
-    found, _ = evaluate(model, general, domain, argmax)
-    assert 0 < right < len(QUESTIONS) and found["general"]["accuracy"] == pytest.approx(right / len(QUESTIONS))
-    assert found["general"]["accuracy_low"] <= found["general"]["accuracy"] <= found["general"]["accuracy_high"]
-    assert (found["general"]["items"], found["general"]["tokens"]) == (len(QUESTIONS), tokens)
-    assert found["general"]["loss"] == pytest.approx(sums / tokens, rel=1e-5)
-    assert 0 < shifted < positions and found["shifted_tokens"] == pytest.approx(shifted / positions)
+    plain = evaluate(base, general, domain)
+    evaluated = evaluate(model, general, domain, plain.argmax)
+    found = evaluated.result.general
+    assert 0 < right < len(QUESTIONS) and found.accuracy == pytest.approx(right / len(QUESTIONS))
+    assert found.accuracy_low <= found.accuracy <= found.accuracy_high
+    assert (found.items, found.tokens) == (len(QUESTIONS), tokens)
+    assert found.loss == pytest.approx(sums / tokens, rel=1e-5)
+    assert 0 < shifted < positions and evaluated.result.shifted_tokens == pytest.approx(shifted / positions)
+    change = evaluated.change(plain)
+    assert change.general.loss.value == pytest.approx(found.loss - plain.result.general.loss)
+    assert change.general.accuracy.value == pytest.approx(found.accuracy - plain.result.general.accuracy)
+    assert change.domain.accuracy is None and change.domain.loss.low < change.domain.loss.value < change.domain.loss.high
     texts = [tokenizer(record.content["text"])["input_ids"] for record in TEXTS]
     losses = torch.cat([functional.cross_entropy(logits(model, ids)[:-1], torch.tensor(ids[1:]), reduction="none") for ids in texts])
-    assert found["domain"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5) and found["domain"]["accuracy"] is None
-    assert found["domain"]["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5) and found["domain"]["tokens"] == len(losses)
+    found = evaluated.result.domain
+    assert found.loss == pytest.approx(float(losses.mean()), rel=1e-5) and found.accuracy is None
+    assert found.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5) and found.tokens == len(losses)
 
 
 def test_texts_are_cut_and_long_questions_left_out_and_both_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,23 +51,23 @@ def test_the_largest_share_within_the_limit(tuned: Path, general: EvaluationCorp
     whole = corpus_loss(model, general.items)
     base = corpus_loss(checkpoint.load_model(tuned / "base"), general.items)
     found = largest_alpha(model, general, general, 0.4 * (whole.mean - base.mean))
-    assert whole.mean > base.mean + 0.1 and 0 < found["alpha"] < 1
+    assert whole.mean > base.mean + 0.1 and 0 < found.alpha < 1
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-    tried = {entry["alpha"]: entry for entry in found["tried"]}
-    assert found["high"] <= found["limit"] < tried[found["alpha"] + 1 / 64]["high"] and found["low"] < found["rise"] < found["high"]
-    assert all(tried[step / 8]["high"] > found["limit"] for step in range(int(found["alpha"] * 8) + 1, 9))
-    dial(tuned / "tuned", tmp_path / "dialled", found["alpha"], verify=False)
+    tried = {entry.alpha: entry for entry in found.tried}
+    assert found.high <= found.limit < tried[found.alpha + 1 / 64].high and found.low < found.rise < found.high
+    assert all(tried[step / 8].high > found.limit for step in range(int(found.alpha * 8) + 1, 9))
+    dial(tuned / "tuned", tmp_path / "dialled", found.alpha, verify=False)
     written = corpus_loss(checkpoint.load_model(tmp_path / "dialled"), general.items)
-    assert (found["loss"], found["domain_loss"]) == (written.mean, written.mean)
-    assert found["rise"] == pytest.approx(written.mean - base.mean, rel=1e-12)
+    assert (found.loss, found.domain_loss) == (written.mean, written.mean)
+    assert found.rise == pytest.approx(written.mean - base.mean, rel=1e-12)
 
 
 def test_the_ends_of_the_dial(tuned: Path, general: EvaluationCorpus) -> None:
     model = checkpoint.load_model(tuned / "tuned")
     found = largest_alpha(model, general, None, 50.0)
-    assert found["alpha"] == 1 and len(found["tried"]) == 1 and "domain_loss" not in found
+    assert found.alpha == 1 and len(found.tried) == 1 and found.domain_loss is None
     found = largest_alpha(model, general, None, 0.0)
-    assert (found["alpha"], found["rise"], found["high"]) == (0, 0, 0) and found["tried"][1]["high"] > 0
+    assert (found.alpha, found.rise, found.high) == (0, 0, 0) and found.tried[1].high > 0
     for limit in (-0.1, float("nan")):
         with pytest.raises(InputError, match="^limit must be"):
             largest_alpha(model, general, None, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer
 
 from adept_fast.checkpoints import checkpoint
 from adept_fast.cli.main import main
+from adept_fast.evaluation.paired_items import load_items
+from adept_fast.evaluation.results import EvaluationResults
 from adept_fast.models import causality
 from adept_fast.runtime import input_files
 from adept_fast.tuning import training_plan
@@ -98,3 +101,15 @@ def test_an_evaluation_of_a_changed_model_is_made_again(given: list[str], capsys
     content[-2] ^= 1
     weights.write_bytes(content)
     assert main(["eval", *given[1:]]) == 0 and "up to date" not in capsys.readouterr().out
+
+
+def test_an_evaluation_of_the_earlier_schema_is_made_again(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 0
+    path = Path("out/eval.json")
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({key: whole[key] for key in ("inputs", "seconds")} | {"schema": 1, "models": {}}))
+    capsys.readouterr()
+    assert main(["eval", *given[1:]]) == 0 and "up to date" not in capsys.readouterr().out
+    again = json.loads(path.read_text())
+    assert again | {"seconds": 0} == whole | {"seconds": 0} and whole["changes"]["tuned"]["domain"]["loss"]["value"] != 0
+    assert load_items(path, EvaluationResults.load(path)).keys() == {"base", "tuned"}

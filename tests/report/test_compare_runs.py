@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,14 +16,24 @@ from adept_fast.report.compare_runs import compare
 
 
 def result(general: float, domain: float, shifted: float | None = None) -> dict:
-    return {"general": {"loss": general, "accuracy": general / 10}, "domain": {"loss": domain, "accuracy": None}, "shifted_tokens": shifted}
+    measured = [
+        {"loss": loss, "low": loss - 0.1, "high": loss + 0.1, "perplexity": math.exp(loss), "tokens": 40, "items": 4, "accuracy": accuracy}
+        for loss, accuracy in ((general, general / 10), (domain, None))
+    ]
+    return {"general": measured[0], "domain": measured[1], "shifted_tokens": shifted}
+
+
+def change(value: float) -> dict:
+    return {"loss": {"value": value, "low": value - 0.05, "high": value + 0.05}, "accuracy": None}
 
 
 def run(folder: Path, method: str, seed: int, general: float, domain: float, inputs: dict | None = None, **tune: object) -> Path:
     folder.mkdir()
     measured = {"model": "m", "general": "g", "domain": "d", **(inputs or {}), "tuned": str(folder)}
     models = {"base": result(3.0, 4.0), "tuned": result(general, domain, 0.02)}
-    (folder / "eval.json").write_text(json.dumps({"schema": 1, "models": models, "inputs": measured}))
+    changes = {"tuned": {"general": change(general - 3.0), "domain": change(domain - 4.0)}}
+    content = {"schema": 2, "models": models, "changes": changes, "seconds": 1.0, "inputs": measured, "versions": {}}
+    (folder / "eval.json").write_text(json.dumps(content))
     recipe = {"method": method, "seed": seed, "output_dir": str(folder), "tune": tune}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     log = [{"event": "plan", "step": 0, "tokens": 8192}, {"event": "step", "step": 1, "tokens_per_second": 50.0}]
