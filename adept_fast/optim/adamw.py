@@ -49,14 +49,14 @@ class AdamW(torch.optim.Optimizer):
         maximize: step along the gradient instead of against it.
         capturable: keep `step` on the parameter's device, as CUDA graphs need it.
         state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq. None: the parameter's; complex parameters always have that.
-        master_weights: how bf16 and fp16 parameters keep updates that are smaller than their resolution (extra bytes per element):
+        master_weights: how bf16 and fp16 parameters keep updates that are smaller than their resolution (extra bytes per element). An
+            in-place edit of the parameter resets "remainder" and "kahan". An edit through `.data` is not seen: it keeps them, an error
+            of at most half a unit in the last place.
             None (0): they do not; a bf16 weight loses updates below 2^-9 of its size.
             "copy" (4): fp32 master in state `master`. It is taken anew from a parameter that was edited in place.
             "remainder" (2): lower half of an exact fp32 master, int16, in state `remainder`. bf16 only; ties round away from zero.
             "kahan" (2): rounding error in the parameter's dtype, in state `compensation`: about 16 bits of mantissa.
             "stochastic" (0): unbiased rounding, bf16 only, reproducible: its noise is a hash of parameter number, step and element.
-            An in-place edit of the parameter resets "remainder" and "kahan". An edit through `.data` is not seen: it keeps them, an error
-            of at most half a unit in the last place.
         max_grad_norm: clip the 2-norm of all gradients to this, as torch.nn.utils.clip_grad_norm_, but without changing `.grad`.
         backend: "cuda", "triton", "cpu" or "torch". None: ADEPT_FAST_BACKEND, else the fastest that is available for each device.
         foreach, fused: accepted for compatibility; they choose no backend. fused=True keeps `step` on the parameter's device.

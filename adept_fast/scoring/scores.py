@@ -77,15 +77,7 @@ STATISTICS = {"cumulative": share_of_largest, "rank": mean_rank}  # from weighte
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Profiled(Shown):
-    """Fields shared by the results of scoring layers and units.
-
-    profiles: loss name ("answer", "kl", "all") -> importances; `loss` names the primary one
-    items, tokens: measured items, and supervised tokens in them
-    seconds: wall-clock time of scoring
-    model: its name or path
-    inputs: what the scores were made from
-    per_item: scores of single items by loss name, saved in a second file
-    """
+    """Fields shared by the results of scoring layers and units; `LayerScores` lists them."""
 
     method: str
     loss: str
@@ -175,7 +167,13 @@ class LayerScores(Profiled):
 
     Args:
         method, loss: how the layers were scored, and the name of the primary profile
-        profiles, items, tokens, seconds, model, inputs, per_item: as of `Profiled`
+        profiles: loss name ("answer", "kl", "all", "domain") -> `values`, `low` and `high`, each [layers], and `base_loss`
+        items, tokens: measured items, and supervised tokens in them
+        seconds: wall-clock time of scoring
+        model: its name or path
+        inputs: what the scores were made from
+        confidence: of the intervals
+        per_item: scores of single items by loss name, which `save` writes to a second file
         notes: remarks for the report
         certificate: what a race has proven, or None (race.py)
         costs: sizes from which the costs of copies follow, or None (budget.py)
@@ -225,7 +223,7 @@ class UnitScores(Profiled):
     Args:
         granularity: "tensor" or "head"
         layers, kinds: layer index and part of each unit, [units]
-        profiles, items, tokens, seconds, model, inputs, per_item: as of `Profiled`
+        profiles, items, tokens, seconds, model, inputs, confidence, per_item: as of `LayerScores`, [units] for [layers]
 
     Raises:
         InputError: from `load`, for a malformed file or another schema

@@ -64,6 +64,10 @@ class AdeptTrainer(StagedTrainer):
         adept.on_init_end(args, self.state, self.control, model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer.train does. `resume_from_checkpoint=True` resumes from the last checkpoint in output_dir.
+
+        Raises InputError for a missing checkpoint, or one that was made with other settings.
+        """
         with fast_step(self.model):
             return super().train(*args, **kwargs)
 
