@@ -11,12 +11,24 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Protocol, TextIO
 
 PACKAGE = "adept_fast"
 PROGRESS = "adept_fast.runtime.progress"
 
 logger = logging.getLogger(__name__)
+
+
+class Bar(Protocol):
+    """A progress bar on a terminal's line or in a notebook."""
+
+    def hide(self) -> None: ...
+
+    def show(self) -> None: ...
+
+
+bars: list[Bar] = []
+"""The open bars, the innermost last. A message is printed in place of the bar, which then follows it."""
 
 
 class Console(logging.Handler):
@@ -63,6 +75,13 @@ def outliving(stream: TextIO) -> Iterator[None]:
             logger.error(f"stdout cannot be written to ({error.strerror}): going on without it")
 
 
+def replace_line(text: str) -> None:
+    """Erase the line of a terminal on stderr, and write `text` there."""
+    with outliving(sys.stderr):
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
 def open_missing() -> None:
     """Open /dev/null for stdin, stdout and stderr that are closed at the start.
 
@@ -82,7 +101,11 @@ def _print(line: str, stream: TextIO) -> None:
     """Print a line. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     with outliving(stream):
+        for bar in bars[-1:]:
+            bar.hide()
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        for bar in bars[-1:]:
+            bar.show()
 
 
 def _to_nowhere(stream: TextIO) -> None:

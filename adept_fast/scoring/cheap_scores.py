@@ -46,8 +46,9 @@ def cheap_scores(model: PreTrainedModel, items: Sequence[Item], method: str, los
     shape = (len(items), len(layers), len(kinds)) if method == "rank" else (len(items), len(layers))
     sums = torch.zeros(shape, dtype=torch.float64)
     parameters = [parameter for layer in layers for parameter in layer.parameters()] if method in ("cumulative", "rank", "fisher") else []
-    with only_these_require_grad(model, parameters):
-        for index in Progress(range(distributed.rank(), len(items), distributed.world_size()), desc=method, unit="item"):
+    mine = range(distributed.rank(), len(items), distributed.world_size())
+    with only_these_require_grad(model, parameters), Progress(mine, desc=method, unit="item") as bar:
+        for index in bar:
             if method == "gate":
                 sums[index] = _gate(model, items[index])
             elif method == "block_influence":

@@ -118,12 +118,14 @@ class Measuring:
         costs = [self.masks.flops(each, parts) for each in packs]
         mine = _shares(costs, distributed.world_size())[distributed.rank()]
         found = torch.zeros(len(self.names), len(self.items), 1 + len(parts), dtype=torch.float64)
-        total = sum(costs[at] for at in mine)
-        with freed_memory_kept(), Progress(total=total, desc=title, unit="FLOP", unit_scale=True) as bar:
+        total, items, done = sum(costs[at] for at in mine), sum(len(packs[at].items) for at in mine), 0  # time is that of the FLOPs
+        with freed_memory_kept(), Progress(total=total, desc=title, bar_format="{l_bar}{bar}| [{elapsed}<{remaining}]") as bar:
             for at in mine:
                 values = self._recorded(packs[at], parts)
                 for name, rows in zip(self.names, found, strict=True):
                     rows[list(packs[at].items)] = torch.tensor(_infinities(values[name]), dtype=torch.float64)
+                done += len(packs[at].items)
+                bar.set_description_str(f"{title}, {done:,} of {items:,} items", refresh=False)
                 bar.update(costs[at])
         found = distributed.total(found)
         columns = torch.tensor([0, *(1 + part for part in parts)])

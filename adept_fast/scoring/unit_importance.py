@@ -106,9 +106,10 @@ def parameter_sums(
         raise InputError(f"{offloaded[0]}: offloaded, and its importance needs it in memory: give a device_map that keeps it there")
     share = share and not in_shards(model)
     hooks = GradientSums(parameters, dims, products=False, running=True)
-    with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums:
+    mine = Progress(distributed.share(items) if share else items, desc=title, unit="item")
+    with freed_memory_kept(), only_these_require_grad(model, parameters.values()), hooks as sums, mine as bar:
         losses = []
-        for item in Progress(distributed.share(items) if share else items, desc=title, unit="item"):
+        for item in bar:
             sums.backward(loss := batch_loss(model, [item]))
             losses.append(loss.detach())
         found = sums.read(sum(item.supervised for item in items), share)

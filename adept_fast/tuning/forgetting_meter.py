@@ -128,8 +128,8 @@ class Meter:
         share = not in_shards(model)
         items = distributed.share(self.items) if share else self.items
         sums = {name: torch.zeros_like(local(parameter.detach()), dtype=torch.float32) for name, parameter in parameters.items()}
-        with only_these_require_grad(model, parameters.values()):
-            for item in Progress(items, desc="forgetting meter", unit="item"):
+        with only_these_require_grad(model, parameters.values()), Progress(items, desc="forgetting meter", unit="item") as bar:
+            for item in bar:
                 loss = batch_loss(model, [item])
                 loss.backward()
                 total += loss.detach().double().cpu()

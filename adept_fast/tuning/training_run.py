@@ -155,9 +155,11 @@ class Run:
             self._report_extension(extended[-1], done)
         for callback in (PrinterCallback, ProgressCallback):  # the log has each step; only evaluations are printed
             trainer.remove_callback(callback)
-        trainer.add_callback(_Steps())
+        steps = _Steps()
+        trainer.add_callback(steps)
         if last is None or (done < planned.steps and not stopped_in(last)):
-            trainer.train(resume_from_checkpoint=self.last)
+            with steps:
+                trainer.train(resume_from_checkpoint=self.last)
             if isinstance(self.blocks, Stream):
                 self.blocks.encoder.warn_of_control_tokens("domain")  # a dataset from a hub was not checked before
             return trainer.run
@@ -187,13 +189,19 @@ class Run:
 
 
 class _Steps(TrainerCallback):
-    """Shows a progress bar of the steps."""
+    """Shows a progress bar of the steps. A context manager, which closes it."""
+
+    bar: Progress | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar = Progress(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=bool(args.disable_tqdm))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.close()
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
