@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints.digest import KIND
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_json
 from adept_fast.runtime.input_files import read_json
@@ -23,8 +24,6 @@ from adept_fast.settings.validation import shown
 FILE = "adept_config.json"
 KEY = "adept_config"  # in config.json
 SCHEMA = 2
-PRESERVING = {"zero_output": True, "zero_gate_up": True, "small_random": False, "scaled_source": False}
-"""Ways to initialise a copy -> whether the model's outputs stay the same."""
 
 
 @dataclass(frozen=True)

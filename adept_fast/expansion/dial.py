@@ -23,9 +23,10 @@ from adept_fast.checkpoints.byte_copy import Piece
 from adept_fast.checkpoints.safetensors_index import Stored
 from adept_fast.expansion.edit_checkpoint import open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
+from adept_fast.expansion.settings import ALPHA
 from adept_fast.models.silent_copies import describe
 from adept_fast.models.unwrap import unwrapped
-from adept_fast.settings.validation import Range, require
+from adept_fast.settings.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def dial(
     >>> dial("tuned", "half", alpha=0.5).selection["alpha"]
     0.5
     """
-    require("alpha", alpha, float, Range(0))
+    require("alpha", alpha, float, ALPHA)
     alpha = float(alpha)
     on_disk, record = open_expanded(source, trust_remote_code, verify)
     make = None if alpha == 1 else partial(_dialled_piece, on_disk, alpha)
@@ -86,7 +87,7 @@ def _dialled_piece(on_disk: OnDisk, alpha: float, stored: Stored, name: str) -> 
 @contextmanager
 def dialled_model(model: PreTrainedModel, alpha: float) -> Iterator[None]:
     """Scale the copies of a model in memory by `alpha` while inside, to the bits that `dial` would write."""
-    require("alpha", alpha, float, Range(0))
+    require("alpha", alpha, float, ALPHA)
     model = unwrapped(model)
     family, record = describe(model), record_of(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import KEY, PRESERVING, AdeptConfig, record_of
+from adept_fast.checkpoints.adept_config import KEY, AdeptConfig, record_of
 from adept_fast.checkpoints.digest import identity
 from adept_fast.checkpoints.finite_bytes import require_finite
 from adept_fast.checkpoints.one_model import OneModel
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.data.items import Item
 from adept_fast.expansion.config_file import config_file
 from adept_fast.expansion.expand_model import expand_model, place_copies

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adept_fast.checkpoints.adept_config import PRESERVING
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import UnsupportedFamilyError
 from adept_fast.models.silent_copies import Family
 

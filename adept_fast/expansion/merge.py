@@ -16,10 +16,9 @@ from adept_fast.checkpoints.safetensors_index import FLOATS, Stored, same_bytes
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.edit_checkpoint import matching_tensor, open_expanded, source_config, write_edited
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, as_bytes, as_tensor
+from adept_fast.expansion.settings import MERGES
 from adept_fast.expansion.verify import compute_logits, random_inputs
 from adept_fast.settings.validation import require, shown
-
-WAYS = ("average", "stack")
 
 
 def merge_copies(
@@ -56,8 +55,8 @@ def merge_copies(
     >>> merge_copies("law", "medicine", "both", how="stack").copies
     (2, 3)
     """
-    if how not in WAYS:
-        raise InputError(f"how must be one of {', '.join(WAYS)}, found {shown(how)}")
+    if how not in MERGES:
+        raise InputError(f"how must be one of {', '.join(MERGES)}, found {shown(how)}")
     remote = bool(loading.get("trust_remote_code", False))
     (first, ours), (second, theirs) = open_expanded(a, remote, verify, "a"), open_expanded(b, remote, verify, "b")
     if ours.source["tensors_digest"] != theirs.source["tensors_digest"]:

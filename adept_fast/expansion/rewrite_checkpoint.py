@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from adept_fast.checkpoints import checkpoint
-from adept_fast.checkpoints.adept_config import KEY, PRESERVING, AdeptConfig
+from adept_fast.checkpoints.adept_config import KEY, AdeptConfig
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import THREADS, tensors_digest
 from adept_fast.checkpoints.finite_bytes import DTYPES
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.checkpoints.tensor_names import Naming
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion.initialise import initial_values, silent_values

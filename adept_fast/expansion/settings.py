@@ -1,12 +1,15 @@
-"""The settings of expansion: which layers are copied, and how a copy is initialised."""
+"""The settings of expansion: which layers are copied, how a copy is initialised, and what may be done to copies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adept_fast.checkpoints.adept_config import PRESERVING
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.scoring.settings import Selection
-from adept_fast.settings.validation import declare
+from adept_fast.settings.validation import Range, declare
+
+MERGES = ("average", "stack")
+ALPHA = Range(0)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig, versions
+from adept_fast.checkpoints.adept_config import AdeptConfig, versions
 from adept_fast.checkpoints.digest import fingerprint
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import InputError
 from adept_fast.evaluation.evaluate_model import evaluate
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import ExpansionError, InputError
 from adept_fast.expansion.expand_checkpoint import expand_checkpoint
 from adept_fast.expansion.verify import largest_difference, verify_expansion

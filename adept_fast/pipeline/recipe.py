@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from adept_fast.checkpoints.checkpoint import DTYPES
+from adept_fast.checkpoints.settings import DTYPES
 from adept_fast.data.encoding import SPECIAL_TOKENS
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.errors import InputError
@@ -25,6 +25,9 @@ from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, require
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.settings import Tuning
 
+PLACEHOLDERS = {"model_name_or_path": "<model folder or hub name>", "domain": "<text file or folder>"}
+"""What stands in a starting recipe (`adept-fast recipe`) in the place of what must be given."""
+
 
 @dataclass(frozen=True)
 class Tune(Tuning):
@@ -36,32 +39,32 @@ class Tune(Tuning):
         None, meaning="read documents while training; null: where they exceed 1 GiB on disk, or a source has a share"
     )
     shuffle_window: int = declare(10_000, COUNT, "documents of a source that a stream shuffles at a time")
-    lora_rank: int = declare(16, COUNT, "of method: lora")
+    lora_rank: int = declare(16, COUNT, "rank of method=lora")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run. Only model_name_or_path and domain must be given."""
 
-    model_name_or_path: str = declare("", meaning="folder or hub name")
+    model_name_or_path: str = declare("", meaning="folder or hub name of the model to adapt")
     domain: tuple[Source, ...] = declare(
         (), meaning="file, folder, glob, dataset name, {path, split, column, template, weight}, or a list of them"
     )
-    output_dir: str = declare("adept_out")
-    method: str = declare("adept", METHODS, "see below")
+    output_dir: str = declare("adept_out", meaning="folder of all that a run writes; the same command goes on from what is there")
+    method: str = declare("adept", METHODS, "what is trained: adept copies layers by their scores; the others are ablations and baselines")
     probe: Source = declare(
         Source(GENERAL), meaning="the bundled probe; or a file, folder, glob, dataset name, {path, split, column, template}"
     )
-    revision: str | None = declare(None, meaning="of a hub model")
-    dtype: str | None = declare(None, DTYPES, "null is the checkpoint's")
+    revision: str | None = declare(None, meaning="branch, tag or commit of a hub model")
+    dtype: str | None = declare(None, DTYPES, "of the weights; null: the checkpoint's")
     attn_implementation: str | None = declare(
-        None, meaning="transformers' choice; flash attention gets packed documents as one row, without a mask"
+        None, meaning="sdpa, flash_attention_2 and so on; null: transformers' choice; with flash attention documents are packed in one row"
     )
-    trust_remote_code: bool = declare(False)
+    trust_remote_code: bool = declare(False, meaning="run the Python code that comes with a model")
     special_tokens: str = declare(
         "text", SPECIAL_TOKENS, 'read "</s>" and other control tokens in the data as plain text, or as the tokens'
     )
-    seed: int = declare(0, SEEDS)
+    seed: int = declare(0, SEEDS, "of the order of the data and all else that is drawn in training")
     malformed_rows: int = declare(0, Range(0), "rows of a source that may be left out because they cannot be read; 0 stops at the first")
     score: Score = Score()
     expand: Expand = Expand()
@@ -113,6 +116,9 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
             raise InputError(f"{path}: expected keys and values, found {shown(content)}")
     recipe = settings(Recipe, overrides, content)
     check_together(recipe)
+    for key, values in {"model_name_or_path": [recipe.model_name_or_path], "domain": [source.path for source in recipe.domain]}.items():
+        if PLACEHOLDERS[key] in values:
+            raise InputError(f"{key}: {PLACEHOLDERS[key]} still stands in the recipe: put what it says in its place, or give {key}=...")
     for key in required:
         if not getattr(recipe, key):
             raise InputError(f"{key} is missing: give it as {key}=... or in the recipe")

@@ -28,7 +28,7 @@ def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any]
     content = dict(content or {})
     for override in overrides:
         _override(content, override)
-    return _build(kind, content, "", tuple(keys_of(kind)))
+    return _build(kind, content, "", kind)
 
 
 def overridden(overrides: Sequence[str]) -> list[str]:
@@ -46,7 +46,7 @@ def unknown(key: str, known: Iterable[str], prefix: str, everywhere: Collection[
     """
     known = sorted(known)
     near = suggestions(prefix + key, everywhere or [prefix + name for name in known])
-    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "docs/reference/recipe.md lists all"
+    listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "adept-fast recipe all=true lists all"
     hint = f"did you mean {' or '.join(near)}?" if near else listed
     if near == (prefix + key,):  # a dotted name as on the command line
         parents, _, last = key.rpartition(".")
@@ -82,7 +82,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     table[last] = parse_value(text, key)
 
 
-def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Collection[str]) -> T:
+def _build(cls: type[T], content: Mapping[str, Any], prefix: str, root: type) -> T:
     hints, declared = get_type_hints(cls), {entry.name: entry for entry in fields(cls)}
     others = next((entry for entry in fields(cls) if "known" in entry.metadata), None)
     values: dict[str, Any] = {}
@@ -94,21 +94,21 @@ def _build(cls: type[T], content: Mapping[str, Any], prefix: str, everywhere: Co
             content |= content.pop(others.name)
     for key, value in content.items():
         if key in declared:
-            values[key] = _read(value, hints[key], prefix + key, everywhere)
+            values[key] = _read(value, hints[key], prefix + key, root)
             with prefixed(prefix):
                 check(cls, **{key: values[key]})
         elif others is not None and key in others.metadata["known"]():
             with prefixed(prefix):
                 values[others.name][key] = others.metadata["checked"](key, value)
         else:
-            raise unknown(str(key), [*declared, *(others.metadata["known"]() if others else ())], prefix, everywhere)
+            raise unknown(str(key), [*declared, *(others.metadata["known"]() if others else ())], prefix, tuple(keys_of(root)))
     missing = [name for name, entry in declared.items() if name not in values and entry.default is entry.default_factory is MISSING]
     if missing:
         raise InputError(f"{prefix}{missing[0]} is missing: give it as {prefix}{missing[0]}=...")
     return cls(**values)
 
 
-def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
+def _read(value: Any, hint: Any, key: str, root: type) -> Any:
     """Convert a value to the type of its field. What cannot be converted stays, and fails the check of the field."""
     kind, _ = options(hint)
     nested = is_dataclass(kind)
@@ -128,10 +128,10 @@ def _read(value: Any, hint: Any, key: str, everywhere: Collection[str]) -> Any:
         if read(value, inner if inner is int else str) is None:
             return None
         entries = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_read(entry, inner, f"{key}[{index}]", everywhere) for index, entry in enumerate(entries))
+        return tuple(_read(entry, inner, f"{key}[{index}]", root) for index, entry in enumerate(entries))
     if nested:
         if isinstance(value, Mapping):
-            return _build(kind, value, f"{key}.", everywhere)
+            return _build(kind, value, f"{key}.", root)
         if (value := read(value)) is None:
             return None
         raise InputError(f"{key} must be a table of settings, found {shown(value)}: write {key}.name=value")

@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from adept_fast.errors import InputError
 from adept_fast.settings.key_value import unknown
-from adept_fast.settings.validation import COUNT, Bounds, Range, options, require, shown
+from adept_fast.settings.validation import COUNT, Bounds, Range, declare, options, require, shown
 from adept_fast.settings.values import read
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-DEFAULTS = {
-    "learning_rate": 2.0e-4,
-    "num_train_epochs": 1,
-    "warmup_steps": 0.03,
-    "lr_scheduler_type": "cosine",
-    "per_device_train_batch_size": 4,
-}
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps", "eval_steps", "save_total_limit")
 MORE_WHOLE = ("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout")
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")  # adept_fast.AdamW replaces these
@@ -44,6 +37,34 @@ BOUNDS: Mapping[str, Bounds] = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     **dict.fromkeys(("log_level", "log_level_replica"), LEVELS),
 }
+COMMON = {
+    name: declare(default, BOUNDS.get(name), meaning)
+    for name, (default, meaning) in {
+        "learning_rate": (2.0e-4, "of a unit with multiplier 1, at the top of the schedule"),
+        "num_train_epochs": (1, "passes over the training blocks"),
+        "warmup_steps": (0.03, "of the learning rate: a share of all steps if below 1, else a number of steps"),
+        "lr_scheduler_type": ("cosine", "or linear, constant, constant_with_warmup, wsd and the others of transformers"),
+        "per_device_train_batch_size": (4, "blocks a process takes at a time"),
+        "gradient_accumulation_steps": (1, "batches of a step"),
+        "max_steps": (-1, "stop after so many steps; -1: after num_train_epochs"),
+        "weight_decay": (0.0, "of AdamW, decoupled"),
+        "adam_beta1": (0.9, "decay of the first moment"),
+        "adam_beta2": (0.999, "decay of the second moment"),
+        "adam_epsilon": (1e-8, "added to the root of the second moment"),
+        "max_grad_norm": (1.0, "clip the gradient to this norm; 0: never"),
+        "bf16": (False, "compute in bfloat16 by autocast; weights and optimizer keep their dtype"),
+        "gradient_checkpointing": (None, "compute activations again in the backward pass, to save memory"),
+        "eval_steps": (None, "steps between two measurements of held-out losses; null: refresh_steps"),
+        "save_steps": (500, "steps between two checkpoints; refresh_steps unless given"),
+        "logging_steps": (1, "steps between two lines of the log"),
+        "report_to": ("none", "tensorboard, wandb and the other trackers of transformers"),
+        "dataloader_num_workers": (0, "processes that prepare batches"),
+        "use_cpu": (False, "train on the CPU even if there is a GPU"),
+    }.items()
+}
+"""The most used arguments, with the defaults that they have here."""
+DEFAULTS = {name: COMMON[name].default for name in [*COMMON][:5]}
+"""Defaults that differ from transformers', and are part of every recipe."""
 HINTS = {
     **dict.fromkeys(("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), dict[str, Any] | None),
     **dict.fromkeys(("fsdp", "trackio_static_space_id"), bool | str | None),

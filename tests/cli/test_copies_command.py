@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import adept_fast
 from adept_fast.checkpoints.adept_config import AdeptConfig
-from adept_fast.cli.copies import ACTIONS
+from adept_fast.cli.copies import FUNCTIONS, KINDS
 from adept_fast.cli.main import main
 from tests.support import tiny_models
 
@@ -66,17 +66,14 @@ def fails(capsys: pytest.CaptureFixture, action: str, *given: str, code: int = 2
     return said.err
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-def test_keys_are_the_functions_arguments(action: str, capsys: pytest.CaptureFixture) -> None:
-    arguments = inspect.signature(getattr(adept_fast, ACTIONS[action].function)).parameters
-    keys = {entry.name: entry.default for entry in fields(ACTIONS[action].keys)}
+@pytest.mark.parametrize("action", KINDS)
+def test_keys_are_the_functions_arguments(action: str) -> None:
+    arguments = inspect.signature(getattr(adept_fast, FUNCTIONS[action])).parameters
+    keys = {entry.name: entry.default for entry in fields(KINDS[action])}
     assert keys.keys() - {"trust_remote_code"} == arguments.keys() - {"loading", "trust_remote_code"}
     for name in keys.keys() & arguments.keys():
         required = arguments[name].default is inspect.Parameter.empty
         assert keys[name] is MISSING if required else keys[name] == arguments[name].default, name
-    assert main(["copies", action, "--help"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"example: adept-fast copies {action} {ACTIONS[action].example}" in said and f"keys: {', '.join(keys)}" in said
 
 
 @pytest.mark.slow

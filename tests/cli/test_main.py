@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from adept_fast.cli.main import COMMANDS, main
+from adept_fast.cli.main import main
 from adept_fast.data.readers import read
 from adept_fast.data.sources import Source
 from adept_fast.data.splits import split_probe
@@ -44,17 +44,6 @@ def fails(capsys: pytest.CaptureFixture, command: str, *settings: str, code: int
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("adept-fast: "), lines
     return lines[0]
-
-
-def test_every_subcommand_has_help_with_an_example(capsys: pytest.CaptureFixture) -> None:
-    for command in COMMANDS:
-        assert main([command, "--help"]) == 0
-        assert f"example: adept-fast {command}" in capsys.readouterr().out
-    assert main([]) == 2 and main(["tun"]) == 2
-
-
-def test_demo_offers_no_recipe(capsys: pytest.CaptureFixture) -> None:
-    assert main(["demo", "--help"]) == 0 and "recipe.yaml" not in capsys.readouterr().out
 
 
 def test_info(capsys: pytest.CaptureFixture) -> None:
@@ -328,8 +317,3 @@ def test_a_lock_that_ended_with_its_run_holds_nothing(here: Path, capsys: pytest
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
     assert "another run is working" in fails(capsys, "score")
-
-
-def test_a_setting_written_as_an_option_is_answered_with_how_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--model", "x"]) == 2
-    assert "unrecognized arguments: --model; settings are written key=value" in " ".join(capsys.readouterr().err.split())

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.cli.main import main
 from adept_fast.errors import ExpansionError, InputError, UnsupportedFamilyError
 from adept_fast.expansion.dial import dial

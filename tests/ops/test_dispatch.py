@@ -151,7 +151,7 @@ def test_forced_backend_that_does_not_fit_the_device_raises(monkeypatch: pytest.
 
 def test_info_names_versions_backends_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adept_fast._CUDA", None)
-    text = info.describe()
+    text = info.run("info", [])
     missing = "not found: the CUDA extension was not built"
     for needed in ("adept_fast", torch.__version__, "torch threads", missing, "remedy: ", "gradient_sums"):
         assert needed in text
@@ -159,7 +159,7 @@ def test_info_names_versions_backends_and_remedies(monkeypatch: pytest.MonkeyPat
 
 
 def test_info_prints_the_registry() -> None:
-    text = info.describe()
+    text = info.run("info", [])
     assert all(module in text for modules in dispatch.IMPLEMENTED.values() for module in modules.values())
 
 

@@ -101,7 +101,7 @@ def test_what_yaml_reads_otherwise_than_transformers() -> None:
         (["domain=d.txt", "domain.weight=2"], "domain.weight: domain is not a table of settings but 'd.txt'"),
         (["seed=2001-13-01"], "seed must be a whole number from 0 to 4294967295, found '2001-13-01'"),
         (["seed=1" + "0" * 5000], "seed must be a whole number from 0 to 4294967295, found '1000"),
-        (["tune.a=1"], "unknown key tune.a: docs/reference/recipe.md lists all"),
+        (["tune.a=1"], "unknown key tune.a: adept-fast recipe all=true lists all"),
         (["score.compare={a: 1}"], r"score.compare\[0\] must be one of gate, .*, found {'a': 1}"),
         (["score.compare=[1, [2]]"], r"score.compare\[0\] must be one of gate, "),
         (["tune.optim=sgd"], "tune.optim must be one of adamw_torch, adamw_torch_fused, found 'sgd'"),

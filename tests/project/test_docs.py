@@ -12,11 +12,10 @@ import pytest
 import torch
 import yaml
 
-from adept_fast.cli.copies import ACTIONS
-from adept_fast.cli.main import COMMANDS
+from adept_fast.cli.commands import COMMANDS
 from adept_fast.data.items import load_items
 from adept_fast.pipeline.recipe import load
-from tests.support import recipe_keys, tiny_models
+from tests.support import reference_pages, tiny_models
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,8 +53,13 @@ def test_the_optimizer_alone() -> None:
     assert not rows[0] and rows[8:].all()
 
 
-def test_the_keys_of_a_recipe_stand_in_its_page_as_they_are_declared() -> None:
-    assert recipe_keys.page(RECIPE) == RECIPE, "run python tests/support/recipe_keys.py"
+@pytest.mark.parametrize("name", reference_pages.PAGES)
+def test_a_reference_page_stands_as_it_is_declared(name: str) -> None:
+    text = (reference_pages.FOLDER / name).read_text(encoding="utf-8")
+    assert reference_pages.PAGES[name](text) == text, "run python tests/support/reference_pages.py"
+
+
+def test_the_keys_of_a_recipe_stand_in_its_page_with_their_defaults() -> None:
     page = yaml.safe_load(re.findall(BLOCK.format("yaml"), RECIPE, re.DOTALL)[0])
     given = [f"model_name_or_path={page['model_name_or_path']}", f"domain={page['domain']}"]
     recipe = json.loads(json.dumps(load(None, given).as_dict()))
@@ -67,8 +71,8 @@ def test_the_keys_of_a_recipe_stand_in_its_page_as_they_are_declared() -> None:
 def test_every_command_in_the_documents_exists() -> None:
     pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))]
     named = {command for page in pages for command in re.findall(r"(?:^ {4}|`)adept-fast ([a-z]+)", page, re.MULTILINE)}
-    actions = {action for page in pages for action in re.findall(r"adept-fast copies ([a-z]+)", page)}
-    assert len(named) > 8 and named <= COMMANDS.keys() and actions and actions <= ACTIONS.keys()
+    actions = {action for page in pages for action in re.findall(r"adept-fast (copies [a-z]+)", page)}
+    assert len(named) > 8 and named - {"help"} <= {name.partition(" ")[0] for name in COMMANDS} and actions and actions <= COMMANDS.keys()
 
 
 def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:

@@ -196,13 +196,13 @@ def test_an_unknown_key_is_answered_with_the_one_that_is_meant(key: str, meant: 
 
 
 def test_every_alias_stands_for_keys_that_there_are_and_is_none_itself() -> None:
-    from adept_fast.cli.copies import ACTIONS
+    from adept_fast.cli.commands import COMMANDS
     from adept_fast.pipeline.recipe import Recipe
     from adept_fast.settings.aliases import ALIASES
     from adept_fast.settings.key_value import keys_of
 
     known = {*keys_of(Recipe)}
-    elsewhere = {name for action in ACTIONS.values() for name in keys_of(action.keys)}
+    elsewhere = {name for command in COMMANDS.values() for kind in command.declarations for name in keys_of(kind)}
     for word, keys in ALIASES.items():
         assert keys and {*keys} <= known | elsewhere, word
         assert word not in keys, word
@@ -213,7 +213,7 @@ def test_a_command_of_other_keys_is_told_its_own() -> None:
 
     for key, meant in (("model", "source"), ("output", "target"), ("output_dir", "target"), ("aplha", "alpha")):
         with pytest.raises(InputError, match=f"unknown key {key}: did you mean {meant}"):
-            run("dial", ["source=a", "target=b", "alpha=0.5", f"{key}=1"])
+            run("copies dial", ["source=a", "target=b", "alpha=0.5", f"{key}=1"])
 
 
 def test_a_key_given_twice_counts_last_and_is_told() -> None:
