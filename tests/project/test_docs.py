@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from adept_fast.cli.commands import COMMANDS
 from adept_fast.data.items import load_items
 from adept_fast.pipeline.recipe import load
 from tests.support import reference_pages, tiny_models
@@ -66,13 +65,6 @@ def test_the_keys_of_a_recipe_stand_in_its_page_with_their_defaults() -> None:
     recipe["tune"] |= recipe["tune"].pop("training")
     recipe["probe"], recipe["domain"] = recipe["probe"]["path"], recipe["domain"][0]["path"]
     assert page == recipe
-
-
-def test_every_command_in_the_documents_exists() -> None:
-    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))]
-    named = {command for page in pages for command in re.findall(r"(?:^ {4}|`)adept-fast ([a-z]+)", page, re.MULTILINE)}
-    actions = {action for page in pages for action in re.findall(r"adept-fast (copies [a-z]+)", page)}
-    assert len(named) > 8 and named - {"help"} <= {name.partition(" ")[0] for name in COMMANDS} and actions and actions <= COMMANDS.keys()
 
 
 def test_as_many_model_types_are_claimed_as_the_table_of_families_has() -> None:
