@@ -1,7 +1,7 @@
 """The examples of docs/ work: Python blocks run, commands and recipes are read without an error.
 
-The blocks of a page run in order and share their names. They may use what examples in docstrings may use (test_docstring_examples.py) and, in the
-current folder, the checkpoint MODEL and the text my.txt. A block after the line `<!-- not run: REASON -->` is only compiled.
+The blocks of a page run in order and share their names. They may use what examples in docstrings may use (test_docstring_examples.py)
+and, in the current folder, the checkpoint MODEL and the text my.txt. A block after the line `<!-- not run: REASON -->` is only compiled.
 """
 
 from __future__ import annotations
