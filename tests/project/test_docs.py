@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ import torch
 import yaml
 
 from adept_fast.data.items import load_items
+from adept_fast.evaluation import results
 from adept_fast.pipeline.recipe import load
+from adept_fast.pipeline.run_directory import FILES, FOLDERS
+from adept_fast.scoring.budget import LayerCosts
+from adept_fast.scoring.profile import Profile
+from adept_fast.scoring.scores import LayerScores, UnitScores
 from tests.support import reference_pages, tiny_models
 
 ROOT = Path(__file__).parents[2]
@@ -81,3 +87,15 @@ def test_the_trips_of_the_design_name_files_and_functions_that_exist() -> None:
         found: Any = import_module(f"adept_fast.{file.replace('/', '.')}")
         for part in name.split("."):
             found = getattr(found, part)
+
+
+def test_the_page_of_artefacts_names_every_file_field_and_event() -> None:
+    page = (ROOT / "docs" / "reference" / "artefacts.md").read_text(encoding="utf-8")
+    scores = {entry.name for kind in (LayerScores, UnitScores, LayerCosts, Profile) for entry in fields(kind)} - {"per_item"}
+    kinds = [kind for kind in vars(results).values() if is_dataclass(kind) and kind.__module__ == results.__name__]
+    evaluated = {entry.name.rstrip("_") for kind in kinds for entry in fields(kind)}
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "adept_fast" / "tuning").glob("*.py"))
+    events = set(re.findall(r"(?:log|self)\.write\(\"(\w+)\"", source))
+    assert {"plan", "step", "refresh", "evaluation", "end"} <= events
+    listed = set(re.findall(r"`([\w./]+)`", page)) | set(re.findall(r"^#+ (.+)$", page, re.MULTILINE))
+    assert not {*scores, *evaluated, *events, *FILES, *(f"{name}/" for name in FOLDERS)} - listed
