@@ -21,8 +21,8 @@ from typing import Any
 
 from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.safetensors_index import INDEX, open_shards
+from adept_fast.runtime.memory import forget_peak, resident
 from bench import parser
-from bench.measure import forget_peak, resident
 
 SHAPE = {
     "hidden_size": 2048,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from adept_fast.runtime.memory import forget_peak, resident
 
 
 def device_name(device: torch.device) -> str:
@@ -43,16 +42,6 @@ def interleaved(
             way()
             seconds[name].append(now(device) - start)
     return {name: median(values[1:]) for name, values in seconds.items()}
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory, or with "VmHWM" the most there were since `forget_peak` (Linux)."""
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
-
-
-def forget_peak() -> None:
-    """The high-water mark starts again from what is resident now."""
-    CLEAR.write_text("5")
 
 
 def peak_memory(way: Callable[[], object], device: torch.device) -> int:

@@ -27,10 +27,10 @@ import torch
 from adept_fast.data.items import Item
 from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.optim import AdamW
+from adept_fast.runtime.memory import forget_peak, resident
 from adept_fast.tuning.fast_step import fast_step
 from adept_fast.tuning.kl_anchor import Anchor
 from bench import parser
-from bench.measure import forget_peak, resident
 from bench.models import add_model, load_model, model_name
 
 WAYS = ("full", "plain", "ours")

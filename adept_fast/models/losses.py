@@ -67,6 +67,11 @@ def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
         yield batch
 
 
+def padded_tokens(items: Sequence[Item]) -> int:
+    """Count the tokens that `corpus_loss` runs for these items, padding included."""
+    return sum(len(batch) * max(len(items[index].input_ids) for index in batch) for batch in _batches(items))
+
+
 @torch.no_grad()
 def corpus_loss(
     model: PreTrainedModel,

@@ -10,7 +10,7 @@ from adept_fast.models.decoder_layers import decoder_layers, layer_indices
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.runtime.strict_json import finite
-from adept_fast.scoring.budget import LayerCosts, check_budget
+from adept_fast.scoring.budget import LayerCosts, check_budget, within
 from adept_fast.scoring.race import Race
 from adept_fast.scoring.scores import LayerScores
 from adept_fast.scoring.select_layers import check_choice, evenly, next_layer, select_layers, undecided
@@ -57,6 +57,14 @@ def choose(recipe: Recipe, source: SourceModel, scores: LayerScores | None, wher
         raise InputError(f"{where}: no scores yet: run adept-fast score first, or set expand.layers")
     how = {"k": expand.k} if expand.budget is None else {"budget": expand.budget.shares}
     return select_layers(scores, placement=expand.placement, **how)
+
+
+def unscored(recipe: Recipe, source: SourceModel) -> list[int]:
+    """Return as many layers as the recipe copies, evenly spaced, to stand in for those that scores will choose."""
+    budget, candidates = recipe.expand.budget, _candidates(source)
+    if budget is None:
+        return evenly(candidates, recipe.expand.k)
+    return within(budget.shares, LayerCosts.of(source.skeleton), [evenly(candidates, 1 + more) for more in range(len(candidates))])
 
 
 def selection(recipe: Recipe, layers: list[int], scores: LayerScores | None) -> dict[str, Any]:

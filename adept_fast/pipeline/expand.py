@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.checkpoints.settings import PRESERVING
@@ -28,9 +30,7 @@ def expand(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDi
     if scores is None:
         scores = directory.kept(directory.scores, LayerScores.load, {"model": source.identity}, source.name, whole=False)
     layers = choose(recipe, source, scores, directory.scores)
-    steering = data.steering()
-    inputs = {**source.inputs, **recipe.copied(layers), "steering items": data.digest(steering)}
-    if kept := directory.kept(directory.expanded, AdeptConfig.load, inputs, source.name):
+    if kept := kept_expansion(recipe, source, data, directory, layers):
         return kept
     how = selection(recipe, layers, scores)
     if "shares" in how:
@@ -43,15 +43,26 @@ def expand(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDi
         layers,
         name=source.name,
         selection=how,
-        steering=data.items(steering),
+        steering=data.items(data.steering()),
         initialisation=recipe.expand.initialisation,
-        inputs=inputs,
+        inputs=_inputs(recipe, source, data, layers),
         models=source.models,
     )
     trainable, total = record.parameters["trainable"], record.parameters["total"]
     share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
     logger.info(f"{directory.expanded}: copies of layers {layers}; {_equality(record)}; {share} will train")
     return record
+
+
+def kept_expansion(
+    recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, layers: Sequence[int]
+) -> AdeptConfig | None:
+    """Return the record of expanded/ if output_dir has it. Raises InputError if it was made from something else."""
+    return directory.kept(directory.expanded, AdeptConfig.load, _inputs(recipe, source, data, layers), source.name)
+
+
+def _inputs(recipe: Recipe, source: SourceModel, data: Datasets, layers: Sequence[int]) -> dict[str, Any]:
+    return {**source.inputs, **recipe.copied(layers), "steering items": data.digest(data.steering())}
 
 
 def expanded_record(source: SourceModel, directory: RunDirectory) -> AdeptConfig:

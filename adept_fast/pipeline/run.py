@@ -8,6 +8,7 @@ what differs: nothing that was made is overwritten by another setting (eval.json
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -26,30 +27,40 @@ from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.score import score
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import TUNE, planned_text, tune, tuning_settings
+from adept_fast.planning.stage_costs import StageCosts
 from adept_fast.tuning.methods import METHODS
+
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
-    """Run all stages that are due, in order."""
-    source, data = _opened(recipe)
-    _check(recipe, source, data, directory)
+    """Run all stages that are due, in order, and log what each took."""
+    costs = StageCosts()
+    source, data = opened(recipe)
+    check(recipe, source, data, directory)
     evaluated = evaluation_data(recipe, source, data)
     text = None if directory.tuned.exists() else planned_text(recipe, source, data)
+    costs.end("read")
     scores = score(recipe, source, data, directory) if by_scores(recipe) else None
+    costs.end("score")
     expanded = expand(recipe, source, data, directory, scores) if METHODS[recipe.method].copies else None
+    costs.end("expand")
     tune(recipe, source, data, directory, expanded, text)
+    costs.end("tune")
     directory.keep_recipe(recipe.as_dict())
     result = base_against_tuned(recipe, source, evaluated, directory)
     report(recipe, directory)
+    costs.end("eval")
+    logger.info(str(costs))
     return result
 
 
-def _opened(recipe: Recipe) -> tuple[SourceModel, Datasets]:
+def opened(recipe: Recipe) -> tuple[SourceModel, Datasets]:
     source = SourceModel(recipe)
     return source, Datasets(recipe, source)
 
 
-def _check(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> None:
+def check(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory) -> None:
     """Find what is wrong with model, probe and settings before an hour of scoring."""
     directory.check_kept_recipe([entry.name for entry in fields(Recipe)])
     _check_tuning(recipe, source, data)
@@ -74,15 +85,15 @@ def _check_tuning(recipe: Recipe, source: SourceModel, data: Datasets) -> None:
 
 
 def _evaluate(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
-    source, data = _opened(recipe)
+    source, data = opened(recipe)
     return base_against_tuned(recipe, source, evaluation_data(recipe, source, data), directory)
 
 
 STAGES: dict[str, Callable[[Recipe, RunDirectory], Any]] = {
-    "score": lambda recipe, directory: score(recipe, *_opened(recipe), directory),
-    "expand": lambda recipe, directory: expand(recipe, *_opened(recipe), directory),
+    "score": lambda recipe, directory: score(recipe, *opened(recipe), directory),
+    "expand": lambda recipe, directory: expand(recipe, *opened(recipe), directory),
     "verify": lambda recipe, directory: verify(recipe, SourceModel(recipe), directory),
-    "tune": lambda recipe, directory: tune(recipe, *_opened(recipe), directory),
+    "tune": lambda recipe, directory: tune(recipe, *opened(recipe), directory),
     "eval": _evaluate,
     "run": run,
     "report": report,

@@ -48,7 +48,7 @@ class RunDirectory:
 
         If the run is refused, an output_dir that was made for it is removed.
         """
-        self._require_free_names()
+        self.require_free_names()
         missing = [folder for folder in (self.folder, *self.folder.parents) if distributed.is_main() and not os.path.exists(folder)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class RunDirectory:
                 for folder in missing:
                     folder.rmdir()
 
-    def _require_free_names(self) -> None:
+    def require_free_names(self) -> None:
         """Raise InputError if output_dir or the path of an artefact is taken by something else."""
         if os.path.exists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder}: output_dir is a file: choose another")

@@ -78,6 +78,12 @@ class Scoring:
     def loss(self) -> str:
         return self.keys.loss or ("kl" if self.source.tokenizer.chat_template else "answer")
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Return the losses to measure beside the primary one."""
+        keys = self.keys
+        return LOSSES if keys.loss is None and keys.regret is None and keys.method == "masking" else ()
+
     def layers(self, **how: Any) -> LayerScores:
         """Return the layer scores of scores.json."""
         keys = self.keys
@@ -86,14 +92,13 @@ class Scoring:
         by = self.loss if keys.method == "masking" else keys.method
         logger.info(f"scoring {text_config(model).num_hidden_layers} layers on {len(self.items)} probe items by {by}")
         loss = self.loss if keys.method == "masking" or keys.loss else "answer"
-        losses = LOSSES if keys.loss is None and keys.regret is None and keys.method == "masking" else ()
-        more: dict[str, Any] = {"losses": losses, "domain": self._domain_items(), "race": race(self.recipe)}
+        more: dict[str, Any] = {"losses": self.losses, "domain": self.domain_items(), "race": race(self.recipe)}
         scores = score_layers(model, self.items, keys.method, loss, **more, **how)
         if scores.certificate:
             logger.info(certified(scores.certificate))
         return scores
 
-    def _domain_items(self) -> list[Item]:
+    def domain_items(self) -> list[Item]:
         """Return the first DOMAIN_TOKENS tokens of each domain document to score."""
         if not self.keys.domain_items:
             return []

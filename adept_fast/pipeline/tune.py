@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.data.items import Item
 from adept_fast.data.preview import preview
 from adept_fast.data.source_summary import table
 from adept_fast.data.stream import Stream
@@ -62,11 +63,9 @@ def planned_text(recipe: Recipe, source: SourceModel, data: Datasets) -> Planned
     training = data.training()
     text = training if isinstance(training, StreamedText) else training.tokenize(source.encoder)
     planned = plan(text, source.encoder, tuning_settings(recipe), source.positions)
-    summaries, blocks = data.summaries(), planned.blocks
+    summaries = data.summaries()
     unread = dict.fromkeys(line for _, summary in summaries[: len(data.trained_on)] for line in summary.keys_not_read())
-    first = blocks.head(2) if isinstance(blocks, Stream) else blocks
-    shown = training.shown if isinstance(training, TrainingText) else [0, 1]
-    shows = ((logging.INFO, table(summaries)), (logging.WARNING, unread), (logging.INFO, preview(first, shown, source.tokenizer)))
+    shows = ((logging.INFO, table(summaries)), (logging.WARNING, unread), (logging.INFO, samples(planned, source, data)))
     for level, lines in shows:
         for line in lines:
             logger.log(level, line)
@@ -75,6 +74,21 @@ def planned_text(recipe: Recipe, source: SourceModel, data: Datasets) -> Planned
     for warning in filter(None, (planned.plan.warning, recipe.unused)):
         logger.warning(warning)
     return planned
+
+
+def samples(text: PlannedText, source: SourceModel, data: Datasets) -> list[str]:
+    """Return lines that show two documents as the model will see them."""
+    training, blocks = data.training(), text.blocks
+    first = blocks.head(2) if isinstance(blocks, Stream) else blocks
+    return preview(first, training.shown if isinstance(training, TrainingText) else [0, 1], source.tokenizer)
+
+
+def monitors(recipe: Recipe, source: SourceModel, data: Datasets) -> dict[str, Sequence[Item]]:
+    """Return the items whose losses training logs, by name."""
+    limit, most = min(source.positions, recipe.tune.block_size), recipe.tune.max_items
+    records = data.held_out(most)
+    held = corpus("held-out domain documents", records, source.encoder, limit, source.vocabulary(records))
+    return {"general": data.items(data.reporting(most)), "domain": held.items}
 
 
 @TUNE
@@ -99,9 +113,8 @@ def tune(
     keys, tuned = recipe.tune, directory.tuned
     if METHODS[recipe.method].copies:
         record = record or expanded_record(source, directory)
-    inputs = _inputs(recipe, source, data, record)
-    explained = _explained(data)
-    if not _due(directory, inputs, source.name, explained):
+    inputs, explained = _inputs(recipe, source, data, record), _explained(data)
+    if not due(recipe, source, data, directory, record):
         return
     check_settings(tuning_settings(recipe))
     text = text or planned_text(recipe, source, data)
@@ -116,23 +129,20 @@ def tune(
                 f"{files.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another"
             )
         require_same(files.checkpoints, _of_recipe(read_json(files.inputs_file)), given, source.name, explained)
-    limit = min(source.positions, keys.block_size)
-    records = data.held_out(keys.max_items)
-    held = corpus("held-out domain documents", records, source.encoder, limit, source.vocabulary(records))
-    monitors = {"general": data.items(data.reporting(keys.max_items)), "domain": held.items}
+    monitored = monitors(recipe, source, data)
     with files.removed_if_refused():
         if record is not None:
             metering = data.items(records) if (records := data.metering()) else ()
             steering = data.items(data.steering())
-            tune_checkpoint(directory.expanded, tuned, text, steering, monitors, files, metering=metering, models=source.models)
+            tune_checkpoint(directory.expanded, tuned, text, steering, monitored, files, metering=metering, models=source.models)
             logger.info(f"{tuned}: tuned; every original tensor is bit-equal to {directory.expanded.name}/")
         else:
             method = recipe.method
-            tune_baseline(source.folder, tuned, method, text, monitors, files, rank=keys.lora_rank, models=source.models)
+            tune_baseline(source.folder, tuned, method, text, monitored, files, rank=keys.lora_rank, models=source.models)
             logger.info(f"{tuned}: tuned by {method}, without copies")
 
 
-def _due(directory: RunDirectory, inputs: Mapping[str, Any], model: str, explained: Mapping[str, str]) -> bool:
+def due(recipe: Recipe, source: SourceModel, data: Datasets, directory: RunDirectory, record: AdeptConfig | None) -> bool:
     """Return whether tuned/ is to be made, or made anew because the number of steps changed.
 
     Raises InputError that names what differs if it was made with other settings.
@@ -140,8 +150,8 @@ def _due(directory: RunDirectory, inputs: Mapping[str, Any], model: str, explain
     tuned, checkpoints = directory.tuned, directory.checkpoints
     if not tuned.exists():
         return True
-    recorded = inputs_of(tuned_record(tuned))
-    require_same(tuned, _compared(recorded), _compared(inputs), model, explained)
+    inputs, recorded = _inputs(recipe, source, data, record), inputs_of(tuned_record(tuned))
+    require_same(tuned, _compared(recorded), _compared(inputs), source.name, _explained(data))
     schedule = [f"tune.{name}" for name in sorted(SCHEDULE) if recorded.get(f"tune.{name}") != inputs.get(f"tune.{name}")]
     if not schedule:
         logger.info(f"{tuned}: up to date")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from adept_fast.models.losses import corpus_loss
 from adept_fast.models.unwrap import bare
 from adept_fast.runtime import distributed
 from adept_fast.runtime.dtensor import in_shards
+from adept_fast.runtime.memory import peak
 from adept_fast.settings.validation import require_table
 from adept_fast.tuning.nonfinite_steps import NonFiniteSteps
 from adept_fast.tuning.trainer_log import TrainerLog
@@ -79,7 +79,7 @@ class Monitor(TrainerCallback):
             now, steps = time.perf_counter(), state.global_step - self._timed[1]
             if self.tokens_per_step and steps:
                 content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
-                content["peak_memory"] = _peak_memory(args.device)
+                content["peak_memory"] = peak(args.device)
             self.log.write("step", state.global_step, **content, **self._step_extras())
         self._start_timer(state.global_step)
 
@@ -143,13 +143,3 @@ def _mean_loss(model: PreTrainedModel, items: Sequence[Item], title: str) -> flo
     found = corpus_loss(model, distributed.share(items), title=title)
     loss, tokens = distributed.total(torch.stack([found.sums.sum(), found.tokens.sum().double()]))
     return float(loss / tokens)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: torch's allocations on a CUDA device, elsewhere the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -74,7 +74,13 @@ def warning(found: PieceLosses | None, encoder: Encoder) -> str | None:
 
 
 def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLosses | None:
-    """Compare the first PIECES pieces of each kind, cut to TOKENS tokens so that all have equal context. None without both kinds."""
+    """Compare the first pieces of each kind. None without both kinds."""
+    kinds = compared_pieces(blocks)
+    return piece_losses(model, *kinds) if kinds else None
+
+
+def compared_pieces(blocks: Blocks | Stream) -> tuple[list[Item], list[Item]] | None:
+    """Return the first PIECES first and later pieces, cut to TOKENS tokens so that all have equal context. None without two of each."""
     tokens = min(TOKENS, blocks.block_size)
     kinds: tuple[list[Item], list[Item]] = ([], [])
     for item, later in pieces_of(blocks, BLOCKS):
@@ -82,7 +88,7 @@ def compare_pieces(model: PreTrainedModel, blocks: Blocks | Stream) -> PieceLoss
             kinds[later].append(Item(item.input_ids[:tokens], item.labels[:tokens]))
         if min(map(len, kinds)) == PIECES:
             break
-    return piece_losses(model, *kinds) if min(map(len, kinds)) > 1 else None
+    return kinds if min(map(len, kinds)) > 1 else None
 
 
 def piece_losses(model: PreTrainedModel, first: Sequence[Item], later: Sequence[Item]) -> PieceLosses:

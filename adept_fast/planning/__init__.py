@@ -1,0 +1,1 @@
+"""Estimate what a run will take before it begins."""
