@@ -83,7 +83,7 @@ class LeftToDo:
 
     @property
     def states(self) -> dict[str, str]:
-        """The state of each stage, see planning/results.py."""
+        """The state of each stage, see pipeline/planning/results.py."""
         tune = "begun" if self.done else "to do"
         evaluated = self.finished and self.directory.evaluation.exists()
         return {

@@ -1,6 +1,6 @@
 """Say what a run of a recipe will do, before anything runs: what it reads and reuses, and each stage's time and memory.
 
-Nothing is written to output_dir. The model is loaded and works for some seconds; the rest is counted from that (planning/).
+Nothing is written to output_dir. The model is loaded and works for some seconds; the rest is counted from that (pipeline/planning/).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from adept_fast.models.decoder_layers import decoder_layers, text_config
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.evaluate import EvaluationData, evaluation_data
 from adept_fast.pipeline.left_to_do import LeftToDo
+from adept_fast.pipeline.planning import estimates
+from adept_fast.pipeline.planning.estimates import Machine, ScoringWork, TuningWork
+from adept_fast.pipeline.planning.memory import TrainingMemory, kept_by_layer, training_memory
+from adept_fast.pipeline.planning.results import DUE, Plan, StageEstimate
+from adept_fast.pipeline.planning.suggestions import FULL, Facts, Suggestion, suggest
+from adept_fast.pipeline.planning.text import shown
+from adept_fast.pipeline.planning.timing import Timed, TimedSteps, time_forward, time_writing, timed
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.pipeline.run import check, opened
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import monitors, planned_text, samples, tuning_settings
-from adept_fast.planning import estimates
-from adept_fast.planning.estimates import Machine, ScoringWork, TuningWork
-from adept_fast.planning.memory import TrainingMemory, kept_by_layer, training_memory
-from adept_fast.planning.results import DUE, Plan, StageEstimate
-from adept_fast.planning.suggestions import FULL, Facts, Suggestion, suggest
-from adept_fast.planning.text import shown
-from adept_fast.planning.timing import Timed, TimedSteps, time_forward, time_writing, timed
 from adept_fast.runtime.memory import capacity
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.tuning.baselines import prepare

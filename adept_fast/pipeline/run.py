@@ -22,12 +22,12 @@ from adept_fast.pipeline.choose_layers import by_scores, check_layers
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.evaluate import base_against_tuned, evaluation_data, report
 from adept_fast.pipeline.expand import expand, verify
+from adept_fast.pipeline.planning.stage_costs import StageCosts
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.score import score
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import TUNE, planned_text, tune, tuning_settings
-from adept_fast.planning.stage_costs import StageCosts
 from adept_fast.tuning.methods import METHODS
 
 logger = logging.getLogger(__name__)

@@ -125,9 +125,7 @@ def tune(
     files = RunFiles(directory.checkpoints, directory.log, inputs, given)
     if files.last is not None:
         if not files.inputs_file.exists():
-            raise InputError(
-                f"{files.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another"
-            )
+            raise InputError(f"{files.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")
         require_same(files.checkpoints, _of_recipe(read_json(files.inputs_file)), given, source.name, explained)
     monitored = monitors(recipe, source, data)
     with files.removed_if_refused():

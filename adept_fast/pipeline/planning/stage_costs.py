@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from adept_fast.planning.text import clock, shown
+from adept_fast.pipeline.planning.text import clock, shown
 from adept_fast.runtime.memory import forget_peak, peak
 
 
