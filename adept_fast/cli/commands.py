@@ -1,7 +1,7 @@
 """The subcommands of adept-fast, in the order of the overview. --help, the reference page, completion and the checks of what is typed come
 from this table and from the declarations of the keys.
 
-To add one, say `adept-fast plan`: write adept_fast/cli/plan.py with
+To add one, say `adept-fast audit`: write adept_fast/cli/audit.py with
 
     def run(name: str, words: Sequence[str]) -> str | None: ...
 
@@ -93,6 +93,15 @@ COMMANDS = {
         examples=("model_name_or_path=MODEL domain=my.txt output_dir=out", "my.yaml tune.learning_rate=1e-4"),
         tables=ALL,
         needs=DATA,
+        words=RECIPE,
+    ),
+    "plan": Command(
+        what="say what a run will read, take and write, before it runs",
+        examples=("model_name_or_path=MODEL domain=my.txt", "my.yaml json=true", "demo=true"),
+        module="plan",
+        keys="Shown",
+        tables=ALL,
+        needs=MODEL,
         words=RECIPE,
     ),
     "score": Command(

@@ -17,7 +17,7 @@ from pathlib import Path
 from adept_fast.cli.commands import COMMANDS
 from adept_fast.data.documents import cache_folder
 from adept_fast.errors import InputError
-from adept_fast.pipeline import recipe
+from adept_fast.pipeline.recipe import Recipe, load
 from adept_fast.pipeline.run import run as run_stages
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.runtime.atomic_files import staged_folder, write_text
@@ -36,18 +36,23 @@ MODULES = ("argparse asyncio ast collections concurrent.futures contextlib csv d
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    """Fetch the model once, write the domain text once, and run all stages with the demo's defaults and `words`, which override them."""
-    given = (*COMMANDS[name].defaults, *words)
-    recipe.load(None, given, required=())  # raises for a wrong one before anything is fetched
+    """Run all stages of the demo's recipe."""
+    recipe = recipe_of(words)
+    directory = RunDirectory(recipe.folder)
+    with directory.held():
+        run_stages(recipe, directory)
+
+
+def recipe_of(words: Sequence[str]) -> Recipe:
+    """Fetch the model once, write the domain text once, and return the demo's recipe. words: settings that override its defaults."""
+    given = (*COMMANDS["demo"].defaults, *words)
+    load(None, given, required=())  # raises for a wrong one before anything is fetched
     folder = cache_folder()
     checkpoint = model(folder)
     made = (f"model_name_or_path={checkpoint}", f"domain={python_reference(folder)}")
     logger.info("demo: SmolLM2-135M-Instruct, dequantised from Q4_1, learns Python's reference")
     logger.info(f"demo: the model is in {checkpoint}")
-    loaded = recipe.load(None, (*made, *given))
-    directory = RunDirectory(loaded.folder)
-    with directory.held():
-        run_stages(loaded, directory)
+    return load(None, (*made, *given))
 
 
 def model(folder: Path) -> Path:
