@@ -22,7 +22,6 @@ from adept_fast.report.drawing import save_png
 from adept_fast.report.page import PICTURES
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime import distributed
-from adept_fast.runtime.input_files import read_json
 from adept_fast.scoring.method_comparison import compare_scores
 from adept_fast.scoring.race import certified
 from adept_fast.scoring.score_layers import score_layers
@@ -118,9 +117,9 @@ class Scoring:
     def units(self) -> None:
         """Write unit_scores.json and its picture."""
         path, units, layers = self.directory.unit_scores, self.keys.units, self.keys.unit_layers
-        self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
+        scores = self.made(path, UnitScores, self._units, {"score.units": units, "score.unit_layers": layers and list(layers)})
         if distributed.is_main():
-            save_png(unit_profile(read_json(path)), path.with_suffix(".png"))
+            save_png(unit_profile(scores), path.with_suffix(".png"))
 
     def _units(self, **how: Any) -> UnitScores:
         model, granularity, layers = self.source.load(), self.keys.units, self.keys.unit_layers
@@ -150,13 +149,12 @@ class Scoring:
         path = self.directory.scores
         chosen = choose(self.recipe, self.source, scores, path)
         scores = self._analysed(scores, chosen, others)
-        content = read_json(path)
         for name, draw in PICTURES.items():
-            figure = draw(content, chosen)
+            figure = draw(scores, chosen)
             if figure is not None:
                 save_png(figure, self.directory.folder / name)
         values = ", ".join(f"{layer}: {scores.values[layer]:.3f}" for layer in chosen)
-        logger.info(f"chosen layers ({measure_of(content)}): {values}")
+        logger.info(f"chosen layers ({measure_of(scores)}): {values}")
         return scores
 
     def _analysed(self, scores: LayerScores, chosen: list[int], others: list[LayerScores]) -> LayerScores:

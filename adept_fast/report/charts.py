@@ -1,15 +1,31 @@
-"""Charts of layer importance over depth and of losses over training, drawn from scores.json and trainer_log.jsonl."""
+"""Charts of layer importance over depth and of losses over training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adept_fast.errors import InputError
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, over_depth, style, whole_numbers
+from adept_fast.report.drawing import (
+    BLUE,
+    COLOURS,
+    EMBER,
+    GREY,
+    INK,
+    LEAST,
+    MARKERS,
+    VERMILION,
+    WIDTH,
+    finite,
+    least_span,
+    over_depth,
+    style,
+    whole_numbers,
+)
+from adept_fast.scoring.scores import LayerScores, Profile
+from adept_fast.tuning.training_history import Curve, TrainingHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,61 +46,64 @@ METHODS = {
 }
 
 
-def measure_of(scores: Mapping[str, Any]) -> str:
-    """Name the primary measure of scores.json and its unit."""
-    if scores.get("method") in METHODS:
-        return f"{scores['method']}, {METHODS[scores['method']][1]}"
-    return f"{scores.get('loss', 'not recorded')}, nats per token lost without each"
+def measure_of(scores: LayerScores) -> str:
+    """Name the primary measure of scores and its unit."""
+    if scores.method in METHODS:
+        return f"{scores.method}, {METHODS[scores.method][1]}"
+    return f"{scores.loss}, nats per token lost without each"
 
 
-def layer_profile(scores: Mapping[str, Any], chosen: Sequence[int]) -> Figure:
+def layer_profile(scores: LayerScores, chosen: Sequence[int]) -> Figure:
     """Draw the importance of each layer over depth with its interval, one panel a profile, the primary one first.
 
-    scores: the content of scores.json. chosen: layers to mark. Where a few layers are far above the rest, the axis is linear up to a
-    threshold and logarithmic above, and the panel says so. Raises InputError for scores without profiles.
+    chosen: layers to mark. Where a few layers are far above the rest, the axis is linear up to a threshold and logarithmic above, and the
+    panel says so. A layer whose importance is not finite is left out.
     """
     from matplotlib.figure import Figure
 
-    profiles = scores.get("profiles") or {}
-    if not profiles or not all(profile.get("values") for profile in profiles.values()):
-        raise InputError("scores.json: profiles without values: delete it and run adept-fast score again")
-    names = sorted(profiles, key=lambda name: name != scores.get("loss"))
+    names = sorted(scores.profiles, key=lambda name: name != scores.loss)
     with style():
-        figure = Figure(figsize=(WIDTH, 0.6 + 2.4 * len(names)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.8 + 2.3 * len(names)), layout="constrained")
         figure.set_label("Importance of each layer over depth")
         panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
         for name, axes in zip(names, panels, strict=True):
-            title, unit = METHODS.get(str(scores.get("method")), PROFILES.get(name, (name, "nats/token")))
-            if name == "domain" and scores.get("method") in METHODS:
+            title, unit = METHODS.get(scores.method, PROFILES.get(name, (name, "nats/token")))
+            if name == "domain" and scores.method in METHODS:
                 title += ", on the domain"
-            base = profiles[name].get("base_loss")
-            title += ", primary" if name == scores.get("loss") else ""
+            base = scores.profiles[name].base_loss
+            title += ", primary" if name == scores.loss and len(names) > 1 else ""
             title += f"; base {base:.3f}" if base is not None else ""
-            _profile(axes, profiles[name], set(chosen), title, unit)
-        over_depth(panels[-1], len(profiles[names[0]]["values"]))
+            _profile(axes, scores.profiles[name], set(chosen), title, unit)
+        over_depth(panels[-1], len(scores.values))
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, [label.format(100 * scores.get("confidence", 0.95)) for label in labels], loc="outside upper left", ncols=2)
+        shown = [label.format(100 * scores.confidence) for label in labels]
+        figure.legend(handles, shown, loc="outside upper left", ncols=2)
         return figure
 
 
-def _profile(axes: Axes, profile: Mapping[str, Any], chosen: set[int], title: str, unit: str) -> None:
-    layers = len(profile["values"])
-    values, low, high = (finite(profile.get(key), layers) for key in ("values", "low", "high"))
+def _profile(axes: Axes, profile: Profile, chosen: set[int], title: str, unit: str) -> None:
+    values, low, high = map(finite, (profile.values, profile.low, profile.high))
+    layers = len(values)
     bars = np.stack([np.fmax(values - low, 0), np.fmax(high - values, 0)])
     bars[:, np.isnan(low) | np.isnan(high)] = math.nan
     marked = np.isin(np.arange(layers), list(chosen))
-    axes.axhline(0, color="black", linewidth=0.8)
-    groups = ((~marked, "o", BLUE, 4.5, "layer, with {:.0f} % interval"), (marked, "D", VERMILION, 6.5, "chosen: copied"))
+    small = 1.0 if layers <= 40 else 0.7
+    axes.axhline(0, color=INK, linewidth=0.8)
+    groups = ((~marked, "o", BLUE, 4.5, "layer, with {:.0f} % interval"), (marked, "D", VERMILION, 6, "chosen: copied"))
     for group, marker, colour, size, label in groups:
         if group.any():
-            places = np.flatnonzero(group)
-            axes.errorbar(places, values[group], bars[:, group], fmt=marker, color=colour, markersize=size, elinewidth=1.2, label=label)
-    for layer in np.flatnonzero(marked & np.isfinite(values)).tolist():
+            look: dict[str, Any] = {"color": colour, "markersize": small * size, "elinewidth": 1.2, "label": label}
+            axes.errorbar(np.flatnonzero(group), values[group], bars[:, group], fmt=marker, **look)
+    places: list[int] = np.flatnonzero(marked & np.isfinite(values)).tolist()
+    for layer in places:
         axes.axvspan(layer - 0.4, layer + 0.4, color=VERMILION, alpha=0.12, linewidth=0)
-        if layers <= 40:
-            axes.text(layer, 0.98, str(layer), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9, color="#8a3c00")
+    last = -math.inf
+    for layer in places:  # a number only where it does not touch the last one
+        if layer - last >= layers / 18:
+            last = layer
+            axes.text(layer, 0.99, str(layer), transform=axes.get_xaxis_transform(), ha="center", va="top", color=EMBER)
     threshold = _scale(axes, np.concatenate([values, low, high]), values)
-    axes.set_title(title + (f"; linear up to {threshold:g}, logarithmic above" if threshold else ""))
+    axes.set_title(title + (f"\n(linear up to {threshold:g}, logarithmic above)" if threshold else ""))
     axes.set_ylabel(unit)
 
 
@@ -114,26 +133,37 @@ def _scale(axes: Axes, drawn: np.ndarray, values: np.ndarray) -> float | None:
     return threshold
 
 
-def losses(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw training and held-out domain loss (above) and general loss (below) over steps, from the lines of trainer_log.jsonl."""
+def losses(history: TrainingHistory) -> Figure:
+    """Draw training and held-out domain loss (above) and the other losses measured during training (below) over steps."""
     from matplotlib.figure import Figure
 
-    def series(key: str) -> tuple[list[int], np.ndarray]:
-        found = [(entry["step"], entry[key]) for entry in log if key in entry]
-        return [step for step, _ in found], finite([value for _, value in found], len(found))
-
+    others = {name: curve for name, curve in history.monitored.items() if name != "domain"}
     with style():
-        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.4 if others else 2.8), layout="constrained")
         figure.set_label("Losses over training")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        training = series("loss")
-        upper.plot(*training, color=GREY, linewidth=0.9, marker="." if len(training[0]) == 1 else None, label="training (domain)")
-        upper.plot(*series("domain_loss"), color=VERMILION, marker="s", markersize=5, linewidth=1.6, label="held-out domain")
-        lower.plot(*series("general_loss"), color=BLUE, marker="o", markersize=5, linewidth=1.6, label="general")
-        for axes, title in ((upper, "Domain"), (lower, "General")):
-            axes.set_title(title)
-            axes.set_ylabel("loss (nats/token)")
+        panels = figure.subplots(1 + bool(others), 1, sharex=True, height_ratios=(3, 2)[: 1 + bool(others)], squeeze=False)[:, 0]
+        _plot(panels[0], history.training, color=GREY, linewidth=0.9, label="training", marker="." if _single(history.training) else None)
+        if "domain" in history.monitored:
+            _plot(panels[0], history.monitored["domain"], color=VERMILION, marker="s", label="held-out domain")
+        panels[0].set_title("Domain")
+        for index, (name, curve) in enumerate(others.items(), 1):
+            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index - 1) % len(MARKERS)]}
+            _plot(panels[1], curve, label=name, **look)
+            panels[1].set_title(", ".join(others).capitalize())
+        for axes in panels:
+            axes.set_ylabel("nats/token")
             axes.margins(y=0.15)
-        upper.legend(loc="upper right")
-        whole_numbers(lower, "optimizer step")
+            least_span(LEAST, axes.yaxis)
+        whole_numbers(panels[-1], "optimizer step")
+        figure.legend(loc="outside upper left", ncols=3)
         return figure
+
+
+def _single(curve: Curve) -> bool:
+    """Whether a line would not show: no two neighbours are finite."""
+    there = np.isfinite(finite(curve.values))
+    return not bool((there[1:] & there[:-1]).any())
+
+
+def _plot(axes: Axes, curve: Curve, **look: Any) -> None:
+    axes.plot(curve.steps, finite(curve.values), **{"markersize": 5, "linewidth": 1.6, **look})

@@ -1,50 +1,46 @@
-"""Write report.html: one self-contained page from the artefacts that an output_dir holds."""
+"""Write report.html: did it learn, what was lost, what does it look like; then how, at what cost, and how to use the model."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from adept_fast.checkpoints.adept_config import AdeptConfig
-from adept_fast.errors import InputError
-from adept_fast.evaluation.results import EvaluationResults
+from adept_fast.report.artefacts import LOG, MAKERS, RECIPE, SCORES, UNITS, Artefacts
 from adept_fast.report.certainty import conflicts, method_comparison, stability
 from adept_fast.report.charts import layer_profile, losses, measure_of
+from adept_fast.report.cost_table import costs
+from adept_fast.report.differences import Differences, differences
 from adept_fast.report.drawing import to_svg
+from adept_fast.report.findings import learnt, looks, lost
 from adept_fast.report.forgetting_chart import forgetting
+from adept_fast.report.numbers import interval, number
 from adept_fast.report.rates_chart import unit_rates
-from adept_fast.report.results import interval, is_finite, next_copy, number, table, verdict
+from adept_fast.report.result_table import columns, corpus_rows, shifted_row, sizes, task_rows
+from adept_fast.report.side_by_side import pair
+from adept_fast.report.templates import flatten, render
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.input_files import as_input_error, read_json
-from adept_fast.settings.validation import shown
-from adept_fast.tuning.methods import METHODS
-from adept_fast.tuning.trainer_log import read_log
+from adept_fast.runtime.input_files import as_input_error
+from adept_fast.scoring.scores import LayerScores
 
-T = TypeVar("T")
-RECORD = "expanded/adept_config.json"
-MAKERS = {
-    "eval.json": ("the results", "eval"),
-    "scores.json": ("the layer profile", "score"),
-    RECORD: ("what was inserted", "expand"),
-    "trainer_log.jsonl": ("rates and losses over training", "tune"),
-}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CERTAINTY = (
     (stability, "How often each layer would be chosen, had the probe been other items of its kind. Orange: the chosen layers."),
     (conflicts, "Ranks by the general probe and by the domain, with 95 % bootstrap intervals. Shaded: layers that the two rank apart."),
     (method_comparison, "Whether other methods rank the layers alike."),
 )
-
-PICTURES = {
+PICTURES: dict[str, Callable[[LayerScores, Sequence[int]], Figure | None]] = {
     "scores.png": layer_profile,
     "scores.stability.png": lambda scores, _: stability(scores),
     "scores.conflicts.png": lambda scores, _: conflicts(scores),
     "scores.comparison.png": lambda scores, _: method_comparison(scores),
 }
-"""The charts of scores.json: file name -> function of (its content, the chosen layers), which returns a figure, or None without data."""
+"""The charts of scores: file name -> function of (scores, the chosen layers), which returns a figure, or None without data."""
 
 
 def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
@@ -53,151 +49,115 @@ def write_report(output_dir: Path, recipe: Mapping[str, Any], versions: Mapping[
     A section whose artefact is missing is left out, and the page names the command that makes it. The page refers to nothing outside
     itself, and escapes all text. Raises InputError for a malformed artefact.
     """
-    output_dir = Path(output_dir)
-    files = {name: output_dir / name for name in MAKERS}
-    results = EvaluationResults.load(files["eval.json"]) if files["eval.json"].is_file() else None
-    scores, units = (_read(output_dir / name) for name in ("scores.json", "unit_scores.json"))
-    record = AdeptConfig.load(files[RECORD].parent) if files[RECORD].is_file() else None
-    log = read_log(files["trainer_log.jsonl"])
-    models = {} if results is None else results.models
-    refreshes = [entry for entry in log if entry.get("event") == "refresh" and entry.get("rates")]
-    measured = [entry for entry in log if entry.get("event") in ("step", "evaluation")]
-    readings = [entry for entry in log if entry.get("event") == "forgetting"]
-    chosen = [entry.copied_from for entry in record.inserted] if record else []
-    names = recipe.get("model_name_or_path"), record and record.source.get("name_or_path"), (scores or {}).get("model")
-    model = str(next(filter(None, names), "model"))
-
-    def checked(name: str, make: Callable[[], T]) -> T:
-        with as_input_error(output_dir / name, "restore it, or delete it to make it again"):
-            return make()
-
-    method = checked("recipe.yaml", lambda: METHODS.get(recipe.get("method", "adept"), METHODS["adept"]))
-    unused = {*(["scores.json"] if method.uniform or not method.copies else []), *([] if method.copies else [RECORD])}
+    found = Artefacts.load(Path(output_dir), recipe)
+    with as_input_error(found.folder / RECIPE, "restore it, or run adept-fast run again, which keeps it"):
+        settings = list(flatten(recipe)) if recipe.get("model_name_or_path") else []
     context = {
-        "model": model.rstrip("/").rpartition("/")[2] or model,
-        "verdict": verdict(results),
-        "missing": [(name, what, command) for name, (what, command) in MAKERS.items() if name not in unused and not files[name].is_file()],
-        "models": list(models),
-        "results": table(results),
-        "same": {name: result for name, result in models.items() if result.same_as},
-        "corpora": [] if results is None else _corpora(results),
-        "scores": scores,
-        "profile": checked("scores.json", lambda: to_svg(layer_profile(scores, chosen))) if scores else None,
-        "certainty": checked(
-            "scores.json", lambda: [(text, to_svg(figure)) for draw, text in CERTAINTY if (figure := draw(scores or {})) is not None]
-        ),
-        "units": checked("unit_scores.json", lambda: to_svg(unit_profile(units))) if units else None,
-        "notes": checked("scores.json", lambda: sentences((scores or {}).get("notes"))),
-        "copies": checked(RECORD, lambda: _copies(record)) if record else None,
-        "rates": checked("trainer_log.jsonl", lambda: to_svg(unit_rates(refreshes))) if refreshes else None,
-        "refreshes": len(refreshes),
-        "forgetting": checked("trainer_log.jsonl", lambda: to_svg(forgetting(readings))) if readings else None,
-        "losses": checked("trainer_log.jsonl", lambda: to_svg(losses(measured))) if measured else None,
-        "record": record,
-        "inserted": checked("scores.json", lambda: _inserted(record, scores)),
-        "measure": checked("scores.json", lambda: measure_of(scores)) if scores else None,
-        "costs": [
-            *checked("scores.json", lambda: _scoring_costs(scores or {})),
-            *checked("trainer_log.jsonl", lambda: list(_tuning_costs(log))),
-            *([] if results is None else [("Evaluation", duration(results.seconds))]),
-        ],
-        "recipe": checked("recipe.yaml", lambda: list(flatten(recipe))) if recipe.get("model_name_or_path") else [],
+        "model": found.model,
+        **_paths(found.folder),
+        "missing": [(name, *MAKERS[name]) for name in found.missing],
+        "copies": found.method.copies,
+        **_results(found),
+        **_training(found),
+        **_layers(found),
+        "costs": list(costs(found)),
+        "recipe": settings,
         "versions": versions,
     }
-    target = output_dir / "report.html"
+    target = found.folder / "report.html"
     write_text(target, render("page.html", context))
     return target
 
 
-def render(template: str, context: Mapping[str, Any]) -> str:
-    """Fill in a template of this folder, escaping all text."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files(__package__).joinpath(template).read_text(encoding="utf-8")).render(context)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    if content.get("schema") != 1:
-        raise InputError(f"{path}: schema {shown(content.get('schema'))} is not the known 1: use the version of adept_fast that wrote it")
-    return content
+def _paths(folder: Path) -> dict[str, str]:
+    """Return the paths of the code on the page, quoted for Python and for a shell."""
+    tuned = str(folder / "tuned")
+    return {
+        "tuned": tuned,
+        "python_tuned": repr(tuned),
+        "shell_tuned": shlex.quote(tuned),
+        "shell_recipe": shlex.quote(str(folder / RECIPE)),
+    }
 
 
-def _corpora(results: EvaluationResults) -> list[str]:
-    """List the corpora of the results: "general: 96 items, 2,881 tokens"."""
-    return [f"{corpus}: {each.items:,} items, {each.tokens:,} tokens" for corpus, each in results.base.corpora().items()]
+def _results(found: Artefacts) -> dict[str, Any]:
+    results = found.evaluation
+    answered = results.answers if results else ()
+    changes = results.changes["tuned"].corpora() if results and "tuned" in results.changes else {}
+    losses = {name: change.loss for name, change in changes.items()}
+    others = {name: change for name, change in losses.items() if name != "domain"}
+    beside = [name for name in results.base.corpora() if name != "domain"] if results else []
+
+    def chart(rows: Mapping[str, Any]) -> Differences | None:
+        return differences(rows.items(), losses.values()) if rows else None
+
+    return {
+        "learnt": learnt(results),
+        "lost": lost(results),
+        "looks": looks(answered),
+        "models": columns(results) if results else [],
+        "domain_chart": chart({name: change for name, change in losses.items() if name == "domain"}),
+        "general_chart": chart(others),
+        "domain_rows": list(corpus_rows(results, "domain")) if results else [],
+        "general_rows": [*(row for name in beside for row in corpus_rows(results, name)), shifted_row(results)] if results else [],
+        "task_rows": list(task_rows(results)) if results else [],
+        "domain_size": sizes(results, ["domain"]) if results else "",
+        "general_size": sizes(results, beside) if results else "",
+        "same": {name: (result.same_as, result.reason) for name, result in results.models.items() if result.same_as} if results else {},
+        "answers": [pair(answer) for answer in answered],
+        "dial": results.dial if results else None,
+    }
 
 
-def sentences(notes: Sequence[str] | None) -> str:
+def _training(found: Artefacts) -> dict[str, Any]:
+    history, path = found.history, found.folder / LOG
+    return {
+        "losses": _drawn(path, lambda: losses(history)) if history.training.steps or history.monitored else None,
+        "forgetting": _drawn(path, lambda: forgetting(history.readings)) if history.readings else None,
+        "rates": _drawn(path, lambda: unit_rates(history.refreshes)) if history.refreshes else None,
+        "refreshes": len(history.refreshes),
+    }
+
+
+def _layers(found: Artefacts) -> dict[str, Any]:
+    scores, units, path = found.scores, found.units, found.folder / SCORES
+    drawn = [(text, _drawn(path, partial(draw, scores))) for draw, text in CERTAINTY] if scores else []
+    return {
+        "method": scores.method if scores else None,
+        "measure": measure_of(scores) if scores else None,
+        "notes": sentences(scores.notes) if scores else "",
+        "profile": _drawn(path, lambda: layer_profile(scores, found.selection.layers)) if scores else None,
+        "certainty": [(text, picture) for text, picture in drawn if picture],
+        "units": _drawn(found.folder / UNITS, lambda: unit_profile(units)) if units else None,
+        "record": found.record,
+        "placement": found.selection.placement,
+        "selection_notes": sentences(found.selection.notes),
+        "inserted": _inserted(found),
+    }
+
+
+def _drawn(path: Path, draw: Callable[[], Figure | None]) -> str | None:
+    """Draw a chart of what `path` holds; None without data. Raises InputError for numbers that cannot be drawn."""
+    with as_input_error(path, "restore it, or delete it to make it again"):
+        figure = draw()
+        return None if figure is None else to_svg(figure)
+
+
+def sentences(notes: Iterable[str]) -> str:
     """Join notes to sentences."""
-    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes or ())
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
 
 
-def _copies(record: AdeptConfig) -> str:
-    """Write how many parameters train, what the copies cost, and the notes on their selection."""
-    total, trainable = (record.parameters.get(key) for key in ("total", "trainable"))
-    shares = f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)." if total and trainable else ""
-    return " ".join(filter(None, (shares, next_copy(record.selection), sentences(record.selection.get("notes")))))
-
-
-def _inserted(record: AdeptConfig | None, scores: Mapping[str, Any] | None) -> list[tuple[int, int, str, str]]:
-    """List (copied from, new index, primary score, its interval) of each copy."""
-    profile = ((scores or {}).get("profiles") or {}).get((scores or {}).get("loss")) or {}
-
-    def at(key: str, layer: int) -> Any:
-        values = profile.get(key) or []
-        return values[layer] if layer < len(values) else None
-
-    copies = [(entry.copied_from, entry.layer) for entry in (record.inserted if record else ())]
-    return [(old, new, number(at("values", old)), interval(at("low", old), at("high", old))) for old, new in copies]
-
-
-def _scoring_costs(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not is_finite(scores.get("seconds")):
+def _inserted(found: Artefacts) -> list[tuple[int, int, str, str]]:
+    """List (copied from, index of the copy, primary score, its interval) of each copy that was trained."""
+    if found.record is None:
         return []
-    size = f"{scores.get('items', 0):,} items, {scores.get('tokens', 0):,} supervised tokens"
-    return [("Scoring", f"{duration(scores['seconds'])} for {size}")]
-
-
-def _tuning_costs(log: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    plan: Mapping[str, Any] = next((entry for entry in reversed(log) if entry.get("event") == "plan"), {})
-    speeds = [entry["tokens_per_second"] for entry in log if is_finite(entry.get("tokens_per_second"))]
-    end = next((entry for entry in log if entry.get("event") == "end"), {})
-    done = max((entry["step"] for entry in log), default=0)
-    if plan:
-        epochs = f", {plan['epochs']:.2f} epochs" if is_finite(plan.get("epochs")) else ""
-        yield "Tuning, planned", f"{plan.get('steps', 0):,} steps, {plan.get('tokens', 0):,} tokens{epochs}"
-        yield "Tuning, done", f"{done:,} steps" + ("" if end else " (not finished)")
-    if speeds:
-        yield "Training speed", f"{statistics.median(speeds):,.0f} tokens/s (median)"
-    peaks = [entry["peak_memory"] for entry in log if is_finite(entry.get("peak_memory"))]
-    if peaks:
-        yield "Peak memory of tuning", f"{max(peaks) / 2**30:.2f} GiB"
-    if is_finite(end.get("seconds")):
-        yield "Tuning time", duration(end["seconds"])
-    elif speeds and plan.get("tokens") and plan.get("steps"):
-        tokens = plan["tokens"] * done / plan["steps"]
-        yield "Tuning time", f"about {duration(tokens / statistics.median(speeds))} (tokens / median tokens/s)"
-
-
-def duration(seconds: float) -> str:
-    """85.3 -> "1 min 25 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """List settings as (dotted key, value), without those that are null."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(content, (list, tuple)) and any(isinstance(entry, Mapping) for entry in content):
-        for index, entry in enumerate(content):
-            yield from flatten(entry, f"{prefix}[{index}]")
-    elif content is not None:
-        yield prefix, ", ".join(map(str, content)) if isinstance(content, (list, tuple)) else str(content)
+    copies = [(entry.copied_from, entry.layer) for entry in found.record.inserted if entry.layer in found.record.trained]
+    scored = found.selection.layers
+    if found.scores is None or len(scored) != len(copies) or max(scored) >= len(found.scores.values):
+        return [(old, new, number(None), "") for old, new in copies]
+    profile = found.scores.profiles[found.scores.loss]
+    return [
+        (old, new, number(profile.values[at]), interval(profile.low[at], profile.high[at]))
+        for (old, new), at in zip(copies, scored, strict=True)
+    ]

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adept_fast.errors import InputError
-from adept_fast.report.drawing import BLUE, VERMILION, WIDTH, finite, style
+from adept_fast.report.drawing import BLUE, COLOURS, INK, MARKERS, WIDTH, finite, style
+from adept_fast.tuning.training_history import Refresh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNIT = re.compile(r"(?:.*?\.)??(?P<layer>\d+)\.(?P<path>[^\[]+)(?:\[(?P<part>[^\]]*)\])?")
-COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#777777")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-COLUMNS = 3
+COLUMNS = 2
 
 
 def kind_and_layer(name: str) -> tuple[str, int | None]:
@@ -33,19 +31,17 @@ def kind_and_layer(name: str) -> tuple[str, int | None]:
     return match["path"].rpartition(".")[2] + (f"[{part}]" if part else ""), int(match["layer"])
 
 
-def unit_rates(refreshes: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the learning-rate multiplier of each unit over steps, one panel a module type, from the "refresh" lines of trainer_log.jsonl.
+def unit_rates(refreshes: Sequence[Refresh]) -> Figure:
+    """Draw the learning-rate multiplier of each unit over steps, one panel a module type. refreshes: one or more, each with rates.
 
     A panel has one line a copied layer where each has one unit of the type, for up to 8 layers; otherwise the median and the 10 to 90 %
-    band over the units of the type. A single refresh is drawn as points, one row a type. Raises InputError where no refresh has rates.
+    band over the units of the type. A single refresh is drawn as points, one row a type.
     """
     from matplotlib.figure import Figure
 
-    units = list(dict.fromkeys(name for refresh in refreshes for name in refresh.get("rates") or {}))
-    if not units:
-        raise InputError("trainer_log.jsonl names no unit rates: run adept-fast tune again in a new output_dir")
-    steps = [refresh["step"] for refresh in refreshes]
-    rates = np.stack([finite([(refresh.get("rates") or {}).get(name) for name in units], len(units)) for refresh in refreshes])
+    units = list(dict.fromkeys(name for refresh in refreshes for name in refresh.rates))
+    steps = [refresh.step for refresh in refreshes]
+    rates = np.stack([finite([refresh.rates.get(name) for name in units]) for refresh in refreshes])
     places = [kind_and_layer(name) for name in units]
     kinds = {kind: [index for index, place in enumerate(places) if place[0] == kind] for kind in dict.fromkeys(kind for kind, _ in places)}
     layers = sorted({-1 if layer is None else layer for _, layer in places})
@@ -53,18 +49,18 @@ def unit_rates(refreshes: Sequence[Mapping[str, Any]]) -> Figure:
     with style():
         once = len(steps) == 1
         rows = 1 if once else -(-len(kinds) // COLUMNS)
-        height = 1.2 + 0.3 * len(kinds) if once else 0.8 + 1.6 * rows
+        height = 1.3 + 0.3 * len(kinds) if once else 0.8 + 1.6 * rows
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.set_label("Learning-rate multipliers of the units")
         if once:
             _once(figure.subplots(), kinds, rates[0], places, layers, by_layer)
-            figure.supxlabel("multiplier of the learning rate", fontsize=9.5)
+            figure.supxlabel("multiplier of the learning rate")
             panel = figure.axes[0]
         else:
             panels = figure.subplots(rows, min(COLUMNS, len(kinds)), sharex=True, sharey=True, squeeze=False).flatten()
             for axes, (kind, members) in zip(panels, kinds.items(), strict=False):
-                axes.set_title(kind, fontsize=9)
-                axes.axhline(1, color="black", linewidth=0.8)
+                axes.set_title(kind)
+                axes.axhline(1, color=INK, linewidth=0.8)
                 _over_steps(axes, steps, rates[:, members], [places[index][1] for index in members], layers, by_layer)
             columns = min(COLUMNS, len(kinds))
             for axes in panels[len(kinds) :]:
@@ -72,9 +68,9 @@ def unit_rates(refreshes: Sequence[Mapping[str, Any]]) -> Figure:
             for axes in panels[max(0, len(kinds) - columns) : len(kinds)]:
                 axes.tick_params(labelbottom=True)
             panels[0].set_ylim(0, max(1.1, 1.1 * np.nanmax(rates, initial=1)))
-            panels[0].xaxis.get_major_locator().set_params(integer=True, nbins=4)
-            figure.supxlabel("optimizer step", fontsize=9.5)
-            figure.supylabel("multiplier of the learning rate", fontsize=9.5)
+            panels[0].xaxis.get_major_locator().set_params(integer=True, nbins=3)
+            figure.supxlabel("optimizer step")
+            figure.supylabel("multiplier of the learning rate")
             panel = max(panels[: len(kinds)], key=lambda axes: len(axes.get_legend_handles_labels()[0]))
         figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         return figure
@@ -105,7 +101,7 @@ def _once(
     layers: Sequence[int],
     by_layer: bool,
 ) -> None:
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(kinds)), list(kinds))
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.1, 1.1 * np.nanmax(rates, initial=1)))

@@ -16,6 +16,7 @@ from adept_fast.runtime.atomic_files import staged_file, write_json
 from adept_fast.runtime.bootstrap import CONFIDENCE, bootstrap
 from adept_fast.runtime.input_files import as_input_error, read_json, regular
 from adept_fast.runtime.strict_json import finite
+from adept_fast.scoring.analysis import check_analysis
 from adept_fast.scoring.budget import LayerCosts
 from adept_fast.scoring.profile import Profile
 from adept_fast.scoring.shown_scores import Shown
@@ -178,7 +179,7 @@ class LayerScores(Profiled):
         certificate: what a race has proven, or None (race.py)
         costs: sizes from which the costs of copies follow, or None (budget.py)
         copies: layers that are copies already; these are never copied again
-        analysis: results computed from per_item: "stability" of the choice, "conflicts" of two corpora
+        analysis: results computed from per_item: "stability" of the choice, "conflicts" of two corpora, "comparison" of methods
 
     Raises:
         InputError: from `load`, for a malformed file or another schema
@@ -202,6 +203,7 @@ class LayerScores(Profiled):
     def check(self) -> None:
         super().check()
         check(LayerScores, copies=self.copies, notes=self.notes, certificate=self.certificate, analysis=self.analysis)
+        check_analysis(self.analysis, len(self.values))
         if any(not 0 <= layer < len(self.values) for layer in self.copies):
             raise ValueError(f"copies {shown(self.copies)} among {len(self.values)} layers")
         if self.costs is not None:

@@ -94,7 +94,7 @@ def test_a_layer_without_which_no_loss_is_left_ranks_above_all_others(monkeypatc
     content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["profiles"]["answer"]["values"][2] is None
     assert LayerScores.load(tmp_path / "scores.json").profiles == scores.profiles
-    layer_profile(content, [0])
+    layer_profile(scores, [0])
     content["profiles"]["answer"]["values"][1] = math.nan
     (tmp_path / "scores.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="scores.json: not as it was written .TypeError: it holds a NaN.: delete it"):

@@ -251,7 +251,7 @@ def test_score_draws_how_sure_the_choice_is_and_expand_keeps_to_the_budget(tmp_p
     for name in ("scores", "unit_scores", "scores.stability", "scores.conflicts", "scores.comparison"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "How often each layer would be chosen" in page and "One more copy would add" in page and page.count("<svg") == 5
+    assert "How often each layer would be chosen" in page and "With one more copy" in page and page.count('<div class="chart"') == 5
     before = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
     with directory.held():
         STAGES["score"](recipe, directory)

@@ -172,7 +172,9 @@ def test_cost_is_known_and_what_is_wrong_refused() -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 def test_picture_has_a_place_for_each_unit(granularity: str) -> None:
     found = mask_units(tiny_models.model(), tiny_models.items(3), granularity)
-    axes = unit_profile(vars(found) | {"profiles": {name: vars(profile) for name, profile in found.profiles.items()}}).axes[0]
+    figure = unit_profile(found)
+    axes, bar = figure.axes
     kinds = list(dict.fromkeys(found.kinds))
     assert [label.get_text() for label in axes.get_yticklabels()] == kinds
-    assert axes.images[0].get_array().shape == (len(kinds), 4)
+    assert axes.collections[0].get_array().shape == (len(kinds), 4)
+    assert not any("$" in label.get_text() for label in bar.get_xticklabels() + bar.get_xticklabels(minor=True))

@@ -15,6 +15,7 @@ from adept_fast.models.losses import corpus_loss
 from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.page import write_report
 from adept_fast.tuning.forgetting_meter import Meter, stopped_in
+from adept_fast.tuning.training_history import TrainingHistory
 from tests.support import tiny_models
 from tests.tuning.test_adept_trainer import ones, same, train, weights
 from tests.tuning.test_fast_step import expanded
@@ -90,11 +91,12 @@ def test_it_changes_no_weight_and_logs_every_unit(tmp_path: Path) -> None:
     assert all(set(entry["meter_predicted"]) == set(rates) for entry in found[1:])
     for entry in found[1:]:
         assert all(abs(entry["meter_predicted"][name]) <= bound for name, bound in entry["meter_bound"].items())
-    drawn = {line.get_label(): line.get_ydata()[-1] for line in forgetting(found).axes[0].lines}
-    assert drawn["measured"] == found[-1]["meter_rise"]
-    assert drawn["first-order prediction"] == pytest.approx(sum(sum(entry["meter_predicted"].values()) for entry in found[1:]))
     (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert '<section id="forgetting">' in write_report(tmp_path, {}, {}).read_text()
+    figure = forgetting(TrainingHistory.load(tmp_path / "trainer_log.jsonl").readings)
+    drawn = {line.get_label(): line.get_ydata()[-1] for line in figure.axes[0].lines}
+    assert drawn["measured"] == found[-1]["meter_rise"]
+    assert drawn["predicted to first order"] == pytest.approx(sum(sum(entry["meter_predicted"].values()) for entry in found[1:]))
+    assert 'aria-label="Forgetting, measured and predicted"' in write_report(tmp_path, {}, {}).read_text()
 
 
 @pytest.mark.slow
