@@ -67,6 +67,8 @@ class Shown:
                 axes.errorbar(rows, values, [below, above], fmt="o", color=colour, label=label)
         middle = sorted(abs(profile.values[row]) for row in drawn)[len(drawn) // 2] if drawn else 1.0
         axes.set_yscale("asinh", linear_width=middle or 1.0)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set(xlabel="/".join(self.row_labels()), ylabel=f"{self.method}, {self.loss}")
         axes.locator_params("x", integer=True)
         axes.legend()
