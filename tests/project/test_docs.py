@@ -1,4 +1,4 @@
-"""The Python examples of README and guides run as they stand, and docs/reference/recipe.md has every key as it is declared."""
+"""The README's Python examples run as they stand, and docs/reference/recipe.md has every key as it is declared."""
 
 from __future__ import annotations
 
@@ -23,65 +23,34 @@ from adept_fast.scoring.scores import LayerScores, UnitScores
 from tests.support import reference_pages, tiny_models
 
 ROOT = Path(__file__).parents[2]
-README_FILE = ROOT / "README.md"
-README = README_FILE.read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPE = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
 BLOCK = r"```{}\n(.+?)```"
 
 
-GUIDES = ("how-to/optimizer.md", "how-to/scoring.md", "how-to/limit-forgetting.md")
-
-
-def run(page: Path, *numbers: int) -> dict[str, Any]:
-    """Names and values after these Python examples of a page, or all, in their order."""
+def run(number: int) -> dict[str, Any]:
+    """Names and values after one example of the README."""
     names: dict[str, Any] = {}
-    examples = re.findall(BLOCK.format("python"), page.read_text(encoding="utf-8"), re.DOTALL)
-    assert examples
-    for number in numbers or range(len(examples)):
-        exec(compile(examples[number], f"{page.name}, example {number}", "exec"), names)
+    exec(compile(re.findall(BLOCK.format("python"), README, re.DOTALL)[number], "README.md", "exec"), names)
     return names
 
 
-@pytest.fixture
-def few_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder MODEL, and a bundled probe of 12 items."""
+@pytest.mark.slow
+def test_scoring_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_models.checkpoint(tmp_path / "MODEL", num_hidden_layers=5)
-    for module in ("adept_fast.data.items", "adept_fast.scoring.score_layers"):
-        monkeypatch.setattr(f"{module}.load_items", lambda *given, **named: load_items(*given, **named)[:12])
-
-
-@pytest.mark.slow
-def test_the_parts_from_python(few_items: None) -> None:
-    Path("my.txt").write_text("\n\n".join(tiny_models.SENTENCES[:4]))
-    made = run(ROOT / "docs" / "tutorial.md")
-    before = dict(made["expand_model"](made["model"], made["select_layers"](made["scores"], k=4)).named_parameters())
-    changed = {name for name, parameter in made["expanded"].named_parameters() if not parameter.equal(before[name])}
-    copies = {name for name, parameter in made["expanded"].named_parameters() if parameter.requires_grad}
-    assert changed <= copies and len(copies) == 4 * 9 and len(changed) > 2 * 9
-
-
-@pytest.mark.slow
-def test_scoring_in_the_readme(few_items: None) -> None:
-    assert len(run(README_FILE, 0)["scores"].values) == 5
+    monkeypatch.setattr("adept_fast.scoring.score_layers.load_items", lambda *given, **named: load_items(*given, **named)[:12])
+    assert len(run(0)["scores"].values) == 5
 
 
 def test_the_optimizer_alone() -> None:
-    made = run(README_FILE, 1)
+    made = run(1)
     weight = made["model"].weight
     before = weight.detach().clone()
     made["model"](torch.randn(4, 64, dtype=torch.bfloat16)).square().sum().backward()
     made["opt"].step()
     rows = (weight != before).any(1)
     assert not rows[0] and rows[8:].all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES)
-def test_the_examples_of_a_guide_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    run(ROOT / "docs" / page)
 
 
 @pytest.mark.parametrize("name", reference_pages.PAGES)
