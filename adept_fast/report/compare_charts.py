@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adept_fast.report.drawing import COLOURS, GREY, INK, LEAST, MARKERS, WIDTH, finite, least_span, style
 from adept_fast.report.evaluated_runs import EvaluatedRun, Group
+
+FRONT = "Pareto front"
+LABEL = 48  # characters that fit on a line of the legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,13 +35,13 @@ def trade_off(groups: Sequence[Group], front: Sequence[Group]) -> Figure:
                 seeds = np.array([Group(group.name, (run,)).place for run in group.runs])
                 axes.plot(*seeds.T, linestyle="none", markersize=4, alpha=0.5, **look)
             bars = [[[change.value - change.low], [change.high - change.value]] for change in (domain, general)]
-            axes.errorbar(domain.value, general.value, bars[1], bars[0], markersize=7, elinewidth=1.2, label=group.name, **look)
+            axes.errorbar(domain.value, general.value, bars[1], bars[0], markersize=7, elinewidth=1.2, label=fill(group.name, LABEL), **look)
         _from_base(axes)
         axes.set_xlabel("domain loss, change from the base\n(left: learnt more)")
         axes.set_ylabel("general loss, change from the base\n(down: kept more)")
         if len(front) > 1:  # drawn as the border of what is no better than a recipe in either
-            axes.step(*places.T, where="post", color=GREY, linestyle="--", linewidth=1, label="Pareto front", zorder=1)
-        figure.legend(loc="outside upper left", ncols=1)
+            axes.step(*places.T, where="post", color=GREY, linestyle="--", linewidth=1, label=FRONT, zorder=1)
+        _legend(figure)
         return figure
 
 
@@ -55,12 +59,12 @@ def trajectories(groups: Sequence[Group]) -> Figure | None:
         for index, (group, found) in enumerate(lines):
             look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
             for number, line in enumerate(found):
-                axes.plot(*line, linewidth=1.4, markersize=4, label=None if number else group.name, **look)
+                axes.plot(*line, linewidth=1.4, markersize=4, label=None if number else fill(group.name, LABEL), **look)
                 axes.plot(*line[:, -1:], markersize=8, **look)
         _from_base(axes)
         axes.set_xlabel("domain loss, change from the start")
         axes.set_ylabel("general loss, change from the start")
-        figure.legend(loc="outside upper left", ncols=1)
+        _legend(figure)
         return figure
 
 
@@ -72,6 +76,13 @@ def _line(run: EvaluatedRun) -> np.ndarray | None:
     line = np.stack([finite(curve.values) for curve in curves if curve is not None])
     line = line[:, np.isfinite(line).all(0)]
     return line - line[:, :1] if line.shape[1] > 1 else None
+
+
+def _legend(figure: Figure) -> None:
+    """Put the legend above: the recipes in their order, then the base and the front."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda at: labels[at] in ("base", FRONT))
+    figure.legend([handles[at] for at in order], [labels[at] for at in order], loc="outside upper left", ncols=1)
 
 
 def _from_base(axes: Axes) -> None:

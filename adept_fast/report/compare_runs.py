@@ -79,13 +79,14 @@ def _cell(spread: Spread | None, digits: int) -> tuple[str, str]:
 
 def _context(base: dict[str, Spread], groups: Sequence[Group]) -> dict[str, object]:
     first, best = groups[0], front(groups)
-    rows = [("base", base, None), *((group.name, group.measures, group) for group in groups)]
-    shown = [measure for measure in MEASURES if any(measure.title in row for _, row, _ in rows)]
+    rows = [("base", base), *((group.name, group.measures) for group in groups)]
+    shown = [measure for measure in MEASURES if any(measure.title in row for _, row in rows)]
     learnt, kept = (min(groups, key=lambda group: group.against_base[corpus].loss.value) for corpus in ("domain", "general"))
     course = trajectories(groups)
     return {
         "titles": [measure.title for measure in shown],
-        "rows": [(name, [_cell(row.get(measure.title), measure.digits) for measure in shown], group) for name, row, group in rows],
+        "rows": [(name, [_cell(row.get(measure.title), measure.digits) for measure in shown]) for name, row in rows],
+        "groups": groups,
         "front": [group.name for group in best],
         "learnt": (learnt.name, _short(learnt.against_base["domain"].loss)),
         "kept": (kept.name, _short(kept.against_base["general"].loss)),
