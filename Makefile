@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # This file exists if torch with CUDA comes from PYTHON. Its packages, among them those of the build, are then used too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: nightly test quick demo gpu sanitize lint clean types docs
+.PHONY: nightly test quick demo gpu sanitize lint clean types docs wheel matrix
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -59,6 +59,14 @@ nightly: $(VENV)/.test
 	$(RUN) -m tests.crash --count $(COUNT) --seed $(SEED)000
 	$(RUN) -m tests.fuzz --seed $(SEED) --cases 1500
 	$(RUN) -m tests.reliability.campaign --seed $(SEED)
+
+# The sdist and wheels in dist/ for all Pythons that are found, or for PYTHONS="3.11 3.12"; each is tried where there is no compiler.
+wheel: $(VENV)/.test
+	$(RUN) -m tests.installing.wheels --torch $(TORCH) $(PYTHONS)
+
+# These wheels under all releases of torch and transformers that pyproject.toml allows: about 4 GB of downloads each, 6 GB of disk at a time.
+matrix: wheel
+	$(RUN) -m tests.installing.matrix --torch $(TORCH)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
