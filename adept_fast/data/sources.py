@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from adept_fast.errors import InputError
 from adept_fast.settings.validation import Range, check, declare, shown
@@ -36,8 +36,8 @@ class Source:
     share_end: float | None = declare(None, Range(0, 1))
 
     @classmethod
-    def of(cls, value: str | Mapping[str, Any] | Source) -> Source:
-        if isinstance(value, Source):
+    def of(cls, value: str | Mapping[str, Any] | Source) -> Self:
+        if isinstance(value, cls):
             return value
         table, known = {"path": value} if isinstance(value, str) else value, [entry.name for entry in fields(cls)]
         if not isinstance(table, Mapping) or "path" not in table or set(table) - set(known):

@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluated model. items: losses of single items by corpus. argmax: at each position of the general corpus, int64, an item each."""
+    """An evaluated model.
+
+    items: losses of single items, by corpus
+    argmax: at each position of the general corpus, int64, a tensor an item
+    answers: to the prompts; None where it could not generate
+    """
 
     result: ModelResult
     items: Mapping[str, ItemLosses]
     argmax: tuple[Tensor, ...]
+    answers: Sequence[str | None] = ()
 
     def change(self, base: Evaluated) -> ModelChange:
         """Return the change against the base on the same items."""

@@ -150,6 +150,27 @@ class Datasets:
         return by_hash(self._with_text(self._records("eval", source), source.column))[:limit]
 
     @cached_property
+    def _further(self) -> dict[str, list[Record]]:
+        """Return the records of each corpus of eval.also."""
+        found = {}
+        for name, source in (self.recipe.eval.also or {}).items():
+            if source.held_out:
+                found[name] = self._held_out_of(source)
+            else:
+                found[name] = self._with_text(self._records("eval", source), source.column)
+        return found
+
+    def further(self, limit: int | None) -> dict[str, list[Record]]:
+        """Return the records of further corpora to report on, by name."""
+        return {name: by_hash(records)[:limit] for name, records in self._further.items()}
+
+    def _held_out_of(self, source: Source) -> list[Record]:
+        """Return the documents that a run with this source as its domain holds out."""
+        if (files := source_files(source)) and files.bytes > STREAM_ABOVE:
+            return _documents_of(self._fallen([source])[0])
+        return _documents_of(hold_out([text for record in self._records("eval", source) if (text := self._text(record))], source.path))
+
+    @cached_property
     def _documents(self) -> list[tuple[str, int]]:
         """Return every domain document with the index of its source."""
         _ = self.trained_on
@@ -166,17 +187,20 @@ class Datasets:
             held = self._fallen_out[0] if self.streamed else hold_out([text for text, _ in self._documents], name)
         except InputError as error:
             raise InputError(f"{error} or set eval.domain") from None
-        return [Record({"text": text}, "held-out document") for text in sorted(held)]
+        return _documents_of(held)
 
     @cached_property
     def _fallen_out(self) -> tuple[set[str], float]:
-        """Return the first held-out documents of each streamed domain source, and the share that is held out."""
+        return self._fallen(self.recipe.domain)
+
+    def _fallen(self, sources: Sequence[Source]) -> tuple[set[str], float]:
+        """Return the first held-out documents of each source, read as a stream, and the share that is held out."""
         streams = []
-        for source in self.recipe.domain:
+        for source in sources:
             summary = SourceSummary(source, self.recipe.malformed_rows)
             texts = map(partial(summary.take, read=self._text), reader(source).records())
             streams.append(text for text in texts if text is not None)
-        return hold_out_of_streams(streams, ", ".join(source.path for source in self.recipe.domain), HELD_OUT_OF_A_STREAM)
+        return hold_out_of_streams(streams, ", ".join(source.path for source in sources), HELD_OUT_OF_A_STREAM)
 
     @cached_property
     def streamed(self) -> bool:
@@ -203,7 +227,8 @@ class Datasets:
     def _purposes(self) -> set[str]:
         """Return the texts with another purpose than training; of a stream's held-out documents only those that are measured."""
         parts, general = self.probe, self.recipe.eval.general
-        probe = self._texts([*parts.scoring, *parts.steering, *parts.reporting])
+        further = [record for records in self._further.values() for record in records]
+        probe = self._texts([*parts.scoring, *parts.steering, *parts.reporting, *further])
         return probe | self._texts(self._held_out) | (set() if general is None else self._texts(self._records("eval", general)))
 
     @cached_property
@@ -258,3 +283,7 @@ class Datasets:
     def _with_text(self, records: Sequence[Record], column: str | None) -> list[Record]:
         """Return the records that have text in `column`, with it under "text"."""
         return [Record({"text": self._text(record)}, record.where) for record in records] if column else list(records)
+
+
+def _documents_of(held: set[str]) -> list[Record]:
+    return [Record({"text": text}, "held-out document") for text in sorted(held)]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig, versions
 from adept_fast.checkpoints.digest import fingerprint
 from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import InputError
-from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.answers import Prompt, answers, drawn_prompts, given_prompts
+from adept_fast.evaluation.evaluate_model import Evaluated, evaluate
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus
 from adept_fast.evaluation.largest_alpha import largest_alpha
 from adept_fast.evaluation.paired_items import items_path, save_items
-from adept_fast.evaluation.results import EvaluationResults
+from adept_fast.evaluation.results import Answer, EvaluationResults
 from adept_fast.pipeline.datasets import Datasets
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
@@ -25,30 +27,51 @@ from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import tuned_record
 from adept_fast.report.page import write_report
 from adept_fast.runtime.input_files import read_json, read_yaml
-from adept_fast.runtime.provenance import changed
+from adept_fast.runtime.provenance import changed, digest
 from adept_fast.tuning.methods import METHODS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The corpora that models are evaluated on, and the digests of their records by name."""
+    """What models are evaluated on. also: further corpora by name. prompts: to answer. digests: of all these, by name."""
 
     general: EvaluationCorpus
     domain: EvaluationCorpus | None
+    also: Mapping[str, EvaluationCorpus]
+    prompts: Sequence[Prompt]
     digests: Mapping[str, str]
 
 
 def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> EvaluationData:
-    """Read and tokenise the corpora."""
-    limit = recipe.eval.max_items
-    records = {"general": data.evaluation_general(limit)}
-    if recipe.domain or recipe.eval.domain:
-        records["domain"] = data.held_out(limit)
-    found = {name: corpus(name, each, source.encoder, source.positions, source.vocabulary(each)) for name, each in records.items()}
-    source.encoder.warn_of_control_tokens("what is evaluated on")
-    return EvaluationData(found["general"], found.get("domain"), {name: data.digest(each) for name, each in records.items()})
+    """Read and tokenise the corpora, and draw the prompts."""
+    keys, encoder = recipe.eval, source.encoder
+    records = {"general": data.evaluation_general(keys.max_items)}
+    if recipe.domain or keys.domain:
+        records["domain"] = data.held_out(keys.max_items)
+    records |= (further := data.further(keys.max_items))
+    corpora = {name: corpus(name, each, encoder, source.positions, source.vocabulary(each)) for name, each in records.items()}
+    room, general, domain = source.positions - keys.answer_tokens, corpora["general"], corpora.get("domain")
+    if keys.prompts is None:
+        prompts = drawn_prompts(general, records["general"], domain, encoder, keys.answer_tokens, room)
+    else:
+        prompts = given_prompts(keys.prompts, encoder, None, room, "eval.prompts")
+    encoder.warn_of_control_tokens("what is evaluated on")
+    if source.earlier is not None and not further:
+        logger.info("the model holds copies of an earlier domain: eval.also.NAME={path: ..., held_out: true} measures that one's loss too")
+    digests = {f"also.{name}" if name in further else name: data.digest(each) for name, each in records.items()}
+    return EvaluationData(
+        general,
+        domain,
+        {name: corpora[name] for name in further},
+        prompts,
+        {**digests, "answers": digest([keys.answer_tokens, [vars(prompt) for prompt in prompts]])},
+    )
 
 
 @section("eval", limit="eval.general_limit")
@@ -70,24 +93,41 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
         logger.info(f"{path}: up to date")
     else:
         started, load = time.perf_counter(), source.models.load
-        base = evaluate(source.load(), data.general, data.domain, (), str(source.name))
-        found = {"base": base}
-        for name, folder in evaluated.items():
-            found[name] = evaluate(load(folder), data.general, data.domain, base.argmax, str(folder))
+        measure = partial(_measure, recipe=recipe, source=source, data=data)
+        base = measure(source.load(), str(source.name))
+        found = {name: measure(load(folder), str(folder), base.argmax) for name, folder in evaluated.items()}
         models = {"base": base.result}
         if expanded is not None and not differs:
             proof = "logits bit-equal, verified when it was written"
             models["expanded"] = replace(base.result, shifted_tokens=0.0, same_as="base", reason=proof)
-        models |= {name: each.result for name, each in found.items()}
         dial = None
         if tuned is not None and limit is not None and METHODS[recipe.method].copies:
             dial = largest_alpha(load(directory.tuned), data.general, data.domain, limit)
-        changes = {name: each.change(base) for name, each in found.items() if name != "base"}
-        result = EvaluationResults(models, changes, time.perf_counter() - started, inputs, versions(), dial=dial)
-        save_items(path, {name: each.items for name, each in found.items()})
+        result = EvaluationResults(
+            models={**models, **{name: each.result for name, each in found.items()}},
+            changes={name: each.change(base) for name, each in found.items()},
+            seconds=time.perf_counter() - started,
+            inputs=inputs,
+            versions=versions(),
+            answers=_paired(data.prompts, base, found.get("tuned")),
+            dial=dial,
+        )
+        save_items(path, {name: each.items for name, each in {"base": base, **found}.items()})
         result.save(path)
     _tell(result, directory.tuned)
     return result
+
+
+def _measure(
+    model: PreTrainedModel, title: str, base_argmax: Sequence[Tensor] = (), *, recipe: Recipe, source: SourceModel, data: EvaluationData
+) -> Evaluated:
+    found = evaluate(model, data.general, data.domain, base_argmax, title, data.also)
+    return replace(found, answers=answers(model, data.prompts, source.encoder, recipe.eval.answer_tokens, title))
+
+
+def _paired(prompts: Sequence[Prompt], base: Evaluated, tuned: Evaluated | None) -> tuple[Answer, ...]:
+    after = [None] * len(prompts) if tuned is None else tuned.answers
+    return tuple(prompt.answered(*pair) for prompt, *pair in zip(prompts, base.answers, after, strict=True))
 
 
 def _read(path: Path) -> EvaluationResults | dict[str, Any]:
@@ -97,7 +137,7 @@ def _read(path: Path) -> EvaluationResults | dict[str, Any]:
 
 
 def _tell(result: EvaluationResults, tuned: Path) -> None:
-    for name in ("domain", "general"):
+    for name in ("domain", "general", *result.base.also):
         measured = {model: corpora[name] for model in ("base", "tuned") if name in (corpora := result.corpora(model))}
         if measured:
             losses = " -> ".join(f"{model} {each.loss:.3f}" for model, each in measured.items())

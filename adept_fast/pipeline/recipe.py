@@ -129,6 +129,7 @@ def check_together(recipe: Recipe) -> None:
     """Raise InputError for settings that exclude each other or would have no effect."""
     method, score, expand, tune = METHODS[recipe.method], recipe.score, recipe.expand, recipe.tune
     measured_on = {"probe": recipe.probe, "eval.general": recipe.eval.general, "eval.domain": recipe.eval.domain}
+    measured_on |= {f"eval.also.{name}": source for name, source in (recipe.eval.also or {}).items()}
     for key, source in measured_on.items():
         if source is not None and (source.weight != 1 or source.share is not None):
             raise InputError(f"{key}: weight and share say how much of a source is trained on, and {key} is not: leave them out")
