@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from adept_fast.models.decoder_layers import layer_indices
+from adept_fast.runtime.optional_packages import optional
 from adept_fast.scoring.profile import Profile
 
 if TYPE_CHECKING:
@@ -35,13 +36,12 @@ class Shown:
         The index is `layer` (of units: `layer` and `kind`). The columns are LOSS, LOSS_low and LOSS_high for each profile, the primary one
         first: answer, answer_low, answer_high, for example.
         """
-        from pandas import DataFrame
-
+        pandas = optional("pandas", "hf", "to_dataframe()")
         columns: dict[str, Collection[float | int | str]] = {**self.row_labels()}
         for name in sorted(self.profiles, key=lambda name: name != self.loss):
             profile = self.profiles[name]
             columns |= {name: profile.values, f"{name}_low": profile.low, f"{name}_high": profile.high}
-        return DataFrame(columns).set_index(list(self.row_labels()))
+        return pandas.DataFrame(columns).set_index(list(self.row_labels()))
 
     def plot(self, chosen: Collection[int] = (), axes: Axes | None = None) -> Axes:
         """Draw the primary profile with its intervals, and return the matplotlib axes.
@@ -53,9 +53,7 @@ class Shown:
         drawn = [row for row, value in enumerate(profile.values) if math.isfinite(value)]
         marked = layer_indices(chosen, len(profile.values), "chosen") if chosen else []
         if axes is None:
-            from matplotlib import pyplot
-
-            axes = pyplot.subplots(figsize=(8, 3), layout="constrained")[1]
+            axes = optional("matplotlib.pyplot", "hf", "plot()").subplots(figsize=(8, 3), layout="constrained")[1]
         for rows, colour, label in (
             ([row for row in drawn if row not in marked], "#0072B2", "importance, with interval"),
             ([row for row in drawn if row in marked], "#D55E00", "chosen"),
