@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-NOT_CARRIED_NAMES = ("config.json", RECORD)
+NOT_CARRIED_NAMES = ("config.json", "README.md", RECORD)  # the card is written anew
 CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -235,7 +235,7 @@ def load_tokenizer(folder: str | os.PathLike[str], trust_remote_code: bool = Fal
 
 
 def carried(folder: Path) -> list[Path]:
-    """List the files to copy along with the weights: tokenizer, generation config, chat templates, licence, model card, code."""
+    """List the files to copy along with the weights: tokenizer, generation config, chat templates, licence, code."""
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.endswith(NOT_CARRIED)]
     files += [file for name in CARRIED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
     return sorted(file for file in files if file.name not in NOT_CARRIED_NAMES)

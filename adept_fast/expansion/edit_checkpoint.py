@@ -91,7 +91,8 @@ def write_edited(
         if prove:
             prove(written)
 
-    return write_checkpoint(require_path("target", target), on_disk, plan, config, lambda: record, check if verify else None)
+    base = str(source.get("name_or_path"))
+    return write_checkpoint(require_path("target", target), on_disk, plan, config, lambda: record, base, check if verify else None)
 
 
 def _reopen(written: Path, on_disk: OnDisk) -> OnDisk:

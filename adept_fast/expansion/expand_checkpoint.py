@@ -129,7 +129,8 @@ def expand_checkpoint(
                 require_equal_logits(expected, compute_logits(model, random_inputs(model)))
                 models.renamed(written, target)
 
-        return write_checkpoint(target, on_disk, plan, config, record, prove if verify else None, extra)
+        named = str(earlier.source.get("name_or_path")) if earlier else name or str(source)
+        return write_checkpoint(target, on_disk, plan, config, record, named, prove if verify else None, extra)
 
 
 def _proof(initialisation: str, dtype: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import THREADS, tensors_digest
 from adept_fast.checkpoints.finite_bytes import DTYPES
+from adept_fast.checkpoints.model_card import model_card, write_card
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
 from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.checkpoints.tensor_names import Naming
@@ -181,13 +182,15 @@ def write_checkpoint(
     plan: Plan,
     config: Mapping[str, Any],
     record: Callable[[], Record],
+    base: str,
     prove: Callable[[Path], None] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Record:
-    """Write to the new folder `target`: the shards of `plan`, the index, the source's other files, the record, config.json, `extra`.
+    """Write to the new folder `target`: the shards of `plan`, index, the source's other files, record, config.json, card, `extra`.
 
-    record: called once the weights are written; its result is returned. prove: called with the written folder before it gets its name.
-    extra: further safetensors files. Raises InputError if the disk is too small or `target` exists. On any error `target` does not appear.
+    record: called once the weights are written; its result is returned. base: the name of the model without copies, for the card. prove:
+    called with the written folder before it gets its name. extra: further safetensors files. Raises InputError if the disk is too small or
+    `target` exists. On any error `target` does not appear.
     """
     from safetensors.torch import save_file
 
@@ -204,6 +207,7 @@ def write_checkpoint(
         if described is not None:
             described.save(staging)
             written[KEY] = described.as_dict()
+        write_card(staging, model_card(base, source.folder, described))
         (staging / "config.json").write_text(dumps(tagged(written), indent=2) + "\n", encoding="utf-8")
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)

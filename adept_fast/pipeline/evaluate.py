@@ -21,6 +21,7 @@ from adept_fast.evaluation.largest_alpha import largest_alpha
 from adept_fast.evaluation.paired_items import items_path, save_items
 from adept_fast.evaluation.results import Answer, EvaluationResults
 from adept_fast.pipeline.datasets import Datasets
+from adept_fast.pipeline.model_card import renew
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
@@ -114,6 +115,8 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
         )
         save_items(path, {name: each.items for name, each in {"base": base, **found}.items()})
         result.save(path)
+    if tuned is not None:
+        renew(recipe, source, directory, tuned, result)
     _tell(result, directory.tuned)
     return result
 

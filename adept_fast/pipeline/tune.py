@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from adept_fast.errors import InputError
 from adept_fast.evaluation.evaluation_corpus import corpus
 from adept_fast.pipeline.datasets import Datasets, TrainingText
 from adept_fast.pipeline.expand import expanded_record
+from adept_fast.pipeline.model_card import card
 from adept_fast.pipeline.recipe import Recipe, section
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.source_model import SourceModel
@@ -122,7 +124,7 @@ def tune(
     given = {**_of_recipe(inputs), "global batch": batch}
     if isinstance(text.corpus, StreamedText):
         given["domain"] = text.corpus.settings_digest  # each checkpoint keeps what was read; what was not may be repaired
-    files = RunFiles(directory.checkpoints, directory.log, inputs, given)
+    files = RunFiles(directory.checkpoints, directory.log, inputs, given, partial(card, recipe, source, directory))
     if files.last is not None:
         if not files.inputs_file.exists():
             raise InputError(f"{files.checkpoints}: its checkpoints are not of a run in this output_dir: move them away or choose another")

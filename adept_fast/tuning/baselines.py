@@ -127,7 +127,9 @@ def tune_baseline(
             checkpoint.carry_files(folder.path, staging)
             inputs = made_with.added_to(files.inputs)
             made = {"trained": trained, "changed_tensors": len(changed), "tensors": len(base), **prepared.settings}
-            write_json(staging / FILE, {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made})
+            record = {"schema": 1, "method": method, "inputs": inputs, "versions": versions(), **made}
+            write_json(staging / FILE, record)
+            files.write_card(staging, record, target)
     distributed.barrier()
 
 

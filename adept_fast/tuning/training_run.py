@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.model_card import FILE, write_card
 from adept_fast.data.packing import Blocks
 from adept_fast.data.stream import Stream
 from adept_fast.errors import InputError
@@ -51,13 +53,15 @@ class RunFiles:
     """The files of a training run.
 
     checkpoints: their folder; a killed run resumes from the last one. log: trainer_log.jsonl. inputs: for the record of the result.
-    resume_inputs: the inputs that a resumed run must repeat, stored in `checkpoints` as inputs.json.
+    resume_inputs: the inputs that a resumed run must repeat, stored in `checkpoints` as inputs.json. card: makes the text of the result's
+    model card from its record.
     """
 
     checkpoints: Path
     log: Path
     inputs: Mapping[str, Any] = field(default_factory=dict)
     resume_inputs: Mapping[str, Any] = field(default_factory=dict)
+    card: Callable[[AdeptConfig | Mapping[str, Any]], str] | None = None
 
     @property
     def inputs_file(self) -> Path:
@@ -67,6 +71,11 @@ class RunFiles:
     def last(self) -> str | None:
         """The checkpoint to resume from."""
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
+
+    def write_card(self, folder: Path, record: AdeptConfig | Mapping[str, Any], earlier: Path) -> None:
+        """Write the model card of the result in `folder`, which will replace `earlier`. A card edited there is kept."""
+        if self.card is not None and not write_card(folder, self.card(record), earlier):
+            logger.info(f"{earlier / FILE}: edited, so it stays as it is")
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:

@@ -72,5 +72,6 @@ def tune_checkpoint(
     if distributed.rank() == 0:
         with replaced_folder(target) as new:
             inputs = made_with.added_to(files.inputs)
-            export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=models.trust_remote_code)
+            record = export_tuned(expanded, new, state, inputs=inputs, trust_remote_code=models.trust_remote_code)
+            files.write_card(new, record, target)
     distributed.barrier()

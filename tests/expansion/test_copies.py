@@ -72,7 +72,7 @@ def test_removing_all_copies_gives_back_the_original(made: Path, tmp_path: Path)
     assert remove_copies(made / "a", tmp_path / "plain") is None
     assert same(tensors(tmp_path / "plain"), tensors(made / "base"))
     assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads((made / "base" / "config.json").read_text())
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {path.name for path in (made / "base").iterdir()}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"README.md", *(path.name for path in (made / "base").iterdir())}
     assert AdeptConfig.find(tmp_path / "plain") is None and logits(tmp_path / "plain").equal(logits(made / "base"))
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from adept_fast.checkpoints import checkpoint
+from adept_fast.checkpoints.digest import fingerprint
 from adept_fast.cli.main import main
+from adept_fast.evaluation.results import EvaluationResults
 from tests.support import tiny_models
 from tests.support.attempts import Attempts
 
@@ -190,7 +193,15 @@ def test_a_text_file_and_a_model_are_enough(folder: Path, capsys: pytest.Capture
             index = int(parts[2])
             parts[2] = str(index + sum(source < index for source in places))
         assert tensor.equal(tuned[".".join(parts)]), name
+    card = ModelCard.load(output / "tuned" / "README.md")
+    assert card.data.base_model == "model" and "`notes.txt`" in card.text and str(folder) not in str(card)
+    change = EvaluationResults.load(output / "eval.json").changes["tuned"].domain.loss
+    assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in card.text
+    assert fingerprint(output / "tuned") == json.loads((output / "eval.json").read_text())["inputs"]["tuned model"]
     assert main(arguments) == 0 and capsys.readouterr().out.count("up to date") == 4
+    (output / "tuned" / "README.md").write_text("mine")
+    assert main(arguments) == 0 and "README.md: edited, so it stays as it is" in capsys.readouterr().out
+    assert (output / "tuned" / "README.md").read_text() == "mine"
     assert main(["run", str(output / "recipe.yaml")]) == 0 and capsys.readouterr().out.count("up to date") == 4
     assert main(["verify", *arguments[1:]]) == 0 and main(["verify", *arguments[1:], "dtype=bfloat16"]) == 0
     assert checkpoint.load_model(output / "tuned").adept_config.copies

@@ -112,7 +112,7 @@ class Stages:
                 wrong += [] if _whole(self.out / name) else [name]
             elif name == "trainer_log.jsonl":
                 wrong += [] if content is not None and stage.after[name][: len(content)] == content else [name]
-            elif content is None or (name.partition("/")[0] in CHECKPOINTS and content != stage.after[name]):
+            elif content is None or (name.partition("/")[0] in CHECKPOINTS and content not in (stage.after[name], before.get(name))):
                 wrong.append(name)
         return wrong
 
