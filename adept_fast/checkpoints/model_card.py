@@ -14,10 +14,12 @@ from typing import Any
 
 import xxhash
 
-from adept_fast.checkpoints.adept_config import PRESERVING, AdeptConfig
+from adept_fast.checkpoints.adept_config import AdeptConfig
+from adept_fast.checkpoints.checkpoint import ModelFolder
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.errors import InputError
 from adept_fast.runtime.atomic_files import write_text
-from adept_fast.runtime.input_files import read_json, read_text
+from adept_fast.runtime.input_files import read_text
 from adept_fast.runtime.yaml_text import parse_yaml
 
 FILE = "README.md"
@@ -49,7 +51,7 @@ class Training:
 
 def model_card(
     base: str,
-    origin: Path,
+    origin: ModelFolder,
     record: AdeptConfig | Mapping[str, Any] | None,
     training: Training | None = None,
     scores: Sequence[str] = (),
@@ -92,18 +94,18 @@ def model_card(
     return f"{text}\n{_signature(text)}\n"
 
 
-def licence(folder: Path) -> dict[str, Any]:
+def licence(model: ModelFolder) -> dict[str, Any]:
     """Return the licence that the card or the config of a checkpoint states; nothing where neither does."""
     stated: Mapping[str, Any] = {}
-    if (folder / FILE).is_file():
+    if (model.path / FILE).is_file():
         try:
-            front = re.match(r"---\n(.*?)\n---", read_text(folder / FILE), re.DOTALL)
+            front = re.match(r"---\n(.*?)\n---", read_text(model.path / FILE), re.DOTALL)
             content = parse_yaml(front[1], FILE) if front else None
         except InputError:  # a card of others, whose faults are not this model's
             content = None
         stated = content if isinstance(content, Mapping) else {}
     if "license" not in stated:
-        stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        stated = model.config
     return {key: stated[key] for key in LICENCE if isinstance(stated.get(key), str)}
 
 

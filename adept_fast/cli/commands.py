@@ -184,5 +184,11 @@ COMMANDS = {
         module="copies",
         keys="Dial",
     ),
+    "push": Command(
+        what="upload a model with its card to the hub, or say what would be",
+        examples=("source=out/tuned repo=USER/NAME private=true", "source=out/tuned repo=USER/NAME dry_run=true"),
+        module="push",
+        keys="Push",
+    ),
     "info": Command(what="versions, and which backends were found", examples=("",), module="info", light=True),
 }

@@ -207,7 +207,7 @@ def write_checkpoint(
         if described is not None:
             described.save(staging)
             written[KEY] = described.as_dict()
-        write_card(staging, model_card(base, source.folder, described))
+        write_card(staging, model_card(base, source.source, described))
         (staging / "config.json").write_text(dumps(tagged(written), indent=2) + "\n", encoding="utf-8")
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)

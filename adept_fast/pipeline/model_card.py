@@ -29,7 +29,7 @@ def card(
 ) -> str:
     """Return the text of the card of tuned/. record: of the copies, or the content of baseline.json."""
     base = record.source.get("name_or_path", source.name) if isinstance(record, AdeptConfig) else source.name
-    return model_card(str(base), source.folder.path, record, _training(recipe, directory), [] if results is None else scores(results))
+    return model_card(str(base), source.folder, record, _training(recipe, directory), [] if results is None else scores(results))
 
 
 def renew(

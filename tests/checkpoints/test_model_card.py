@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted
+from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import fingerprint
 from adept_fast.checkpoints.model_card import FILE, Training, is_edited, licence, model_card, write_card
 from adept_fast.expansion.expand_checkpoint import expand_checkpoint
@@ -26,8 +27,14 @@ RECORD = AdeptConfig(
 TRAINING = Training(["`law.jsonl`", "`owner/texts`"], ["owner/texts"], 60, 30720)
 
 
-def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(tmp_path: Path) -> None:
-    text = model_card("/home/jo/models/base", tmp_path, RECORD, TRAINING, ["| general | 1.0 |"])
+@pytest.fixture
+def origin(tmp_path: Path) -> ModelFolder:
+    (tmp_path / "config.json").write_text("{}")
+    return ModelFolder(tmp_path)
+
+
+def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(origin: ModelFolder) -> None:
+    text = model_card("/home/jo/models/base", origin, RECORD, TRAINING, ["| general | 1.0 |"])
     card = ModelCard(text)
     data = card.data
     assert (data.base_model, data.library_name, data.datasets) == ("base", "transformers", ["owner/texts"]) and "license" not in text
@@ -48,8 +55,8 @@ def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(tmp_path: Path)
         ({"method": "full", "inputs": {"method": "full"}, "versions": {}, "trained": 1000}, "every parameter was trained"),
     ],
 )
-def test_each_kind_of_checkpoint_has_its_own_words(tmp_path: Path, record: AdeptConfig | dict | None, expected: str) -> None:
-    text = model_card("owner/base", tmp_path, record)
+def test_each_kind_of_checkpoint_has_its_own_words(origin: ModelFolder, record: AdeptConfig | dict | None, expected: str) -> None:
+    text = model_card("owner/base", origin, record)
     assert expected in text and ModelCard(text).data.base_model == "owner/base" and "Scores" not in text and "/a/" not in text
 
 
@@ -66,14 +73,14 @@ def test_each_kind_of_checkpoint_has_its_own_words(tmp_path: Path, record: Adept
 def test_the_licence_is_the_stated_one(tmp_path: Path, card: str, config: str, expected: dict[str, str]) -> None:
     (tmp_path / FILE).write_text(card)
     (tmp_path / "config.json").write_text(config)
-    assert licence(tmp_path) == expected
+    assert licence(ModelFolder(tmp_path)) == expected
 
 
-def test_an_edited_card_stays_and_another_is_renewed(tmp_path: Path) -> None:
+def test_an_edited_card_stays_and_another_is_renewed(tmp_path: Path, origin: ModelFolder) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
     new.mkdir()
     old.mkdir()
-    first, second = (model_card("base", tmp_path, RECORD, None, scores) for scores in ([], ["| 1 |"]))
+    first, second = (model_card("base", origin, RECORD, None, scores) for scores in ([], ["| 1 |"]))
     assert write_card(old, first) and not is_edited(old / FILE) and write_card(old, second)
     assert (old / FILE).read_text() == second and write_card(new, first, old) and (new / FILE).read_text() == first
     (old / FILE).write_text(second.replace("adapted", "adapted by me"))
