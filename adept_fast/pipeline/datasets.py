@@ -105,6 +105,8 @@ class Datasets:
 
     def summaries(self) -> list[tuple[str, SourceSummary]]:
         """Return what was read so far and for which purpose; for a stream, what one pass over it finds."""
+        if not self.recipe.domain:
+            return self._summaries
         trained = self._stream.summaries(self.source.tokenizer) if self.streamed else self._trained
         purposes = ["domain" if number < len(self.recipe.domain) else "replay" for number in range(len(trained))]
         return [*zip(purposes, trained, strict=True), *self._summaries]

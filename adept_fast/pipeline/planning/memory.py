@@ -6,7 +6,8 @@
     activations  tokens of a step times the bytes that the forward of a token keeps for backward
 
 The activations of a Llama-like layer of width h, MLP width w, width k of its keys, a heads, in elements of two bytes: 12 h + 6 w + 4 k +
-4 a + 8 bytes a token if it is frozen, 20 h + 8 w + 4 k + 4 a + 8 if it trains; layers below the lowest trained one keep none.
+4 a + 8 bytes a token if it is frozen, 20 h + 8 w + 4 k + 4 a + 8 if it trains; in elements of four bytes twice that at most. Layers below
+the lowest trained one keep none.
 """
 
 from __future__ import annotations
