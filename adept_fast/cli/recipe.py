@@ -41,7 +41,7 @@ def run(name: str, words: Sequence[str]) -> str:
 
 
 def starter(recipe: Recipe, everything: bool = False) -> Iterator[str]:
-    """Yield the lines of a recipe: the usual keys and those that are not at their default, or every key, each with its meaning as comment."""
+    """Yield the lines of a recipe: the usual keys and what is not at its default, or every key, each with its meaning as comment."""
     shown = [key for key in _keys_of(recipe) if everything or key.name in USUAL or _value(recipe, key) != key.default]
     for table, keys in groupby(shown, lambda key: key.table):
         if table:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from adept_fast import __version__
 from adept_fast.cli import help
 from adept_fast.cli.commands import COMMANDS, RECIPE
 from adept_fast.errors import InputError
-from adept_fast.settings.aliases import suggestions
+from adept_fast.settings.aliases import hint, suggestions
 from adept_fast.settings.key_value import keys_of
 from adept_fast.settings.validation import shown
 
@@ -67,40 +67,50 @@ def require_settings(name: str, words: Sequence[str]) -> None:
     command = COMMANDS[name]
     if words and not (command.declarations or command.words):
         raise InputError(f"{name} takes no settings, found {shown(words[0])}")
-    for word, after in zip_longest(words, words[1:], fillvalue=""):
-        free = bool(after) and "=" not in after and not after.startswith("-") and not os.path.exists(after)
+    for index, word in enumerate(words):
         if word.startswith("-"):
-            raise _option(name, word, after if free else "")
-        if os.path.exists(word):
-            continue
-        key, _, value = (part.strip() for part in word.partition(":"))
-        if after.startswith("="):
-            value = after[1:] or "VALUE"
-        elif free:
-            value = value or after
-        spaced = word.endswith("=") and free and command.words != RECIPE
-        right = word[:-1] if spaced else _keys(name, key) if "=" not in word and value else ""
-        if right:
-            raise InputError(f"{shown(f'{word} {after}'.strip())}: settings are written key=value, without spaces: {right}={value}")
+            raise _option(name, word, words[index + 1 :])
+        if not os.path.exists(word) and command.words in ("", RECIPE):
+            _require_joined(name, word, words[index + 1 :])
         if "=" not in word and not command.words:
             raise InputError(f"{shown(word)}: expected key=value; {name} takes settings only (a value with spaces goes in quotes)")
 
 
-def _option(name: str, word: str, after: str) -> InputError:
-    command = COMMANDS[name]
+def _require_joined(name: str, word: str, after: Sequence[str]) -> None:
+    """Raise InputError for "key value", "key: value", "key = value" and the like, of which `word` is the first part."""
+    key, *rest = re.split("[:=]", word, maxsplit=1)
+    value, typed = "".join(rest), word
+    if not value and after:
+        value = after[0][1:] or " ".join(after[1:2]) if after[0].startswith("=") else _value(after)
+        typed = f"{word} {after[0]}"
+    if not value or ("=" in word and typed == word):
+        return
+    if right := key if "=" in word else _meant(name, key):
+        raise InputError(f"{shown(typed)}: settings are written key=value, without spaces: {right}={value}")
+
+
+def _option(name: str, word: str, after: Sequence[str]) -> InputError:
     key, equals, value = word.lstrip("-").partition("=")
-    value = value if equals else after
-    if command.words == RECIPE and key in OF_A_RECIPE:
-        return InputError(f"{word}: a recipe is given by its name alone: adept-fast {name} {value or RECIPE}")
-    right = _keys(name, key.replace("-", "_"))
-    if right:
+    if COMMANDS[name].words == RECIPE and key in OF_A_RECIPE:
+        return InputError(f"{word}: a recipe is given by its name alone: adept-fast {name} {value or ' '.join(after[:1]) or RECIPE}")
+    key, value = key.replace("-", "_"), value if equals else _value(after)
+    if right := _meant(name, key):
         return InputError(f"{word}: settings are written key=value, without dashes: {right}={value or '...'}")
-    return InputError(f"unknown option {word}: settings are written key=value (adept-fast {name} --help lists them)")
+    answer = hint(key, _known(name)) or f"settings are written key=value (adept-fast {name} --help lists them)"
+    return InputError(f"unknown option {word}: {answer}")
 
 
-def _keys(name: str, key: str) -> str:
+def _value(after: Sequence[str]) -> str:
+    """Return the next word, unless it is a setting, an option or a recipe by itself."""
+    word = next(iter(after), "")
+    return "" if "=" in word or word.startswith("-") or word.endswith((".yaml", ".yml")) else word
+
+
+def _meant(name: str, key: str) -> str:
     """Return the key that is meant, or "" if none is near."""
-    if not key:
-        return ""
-    known = tuple(known for kind in COMMANDS[name].declarations for known in keys_of(kind))
+    known = _known(name)
     return key if key in known else next(iter(suggestions(key, known)), "")
+
+
+def _known(name: str) -> list[str]:
+    return [key for kind in COMMANDS[name].declarations for key in keys_of(kind)]

@@ -20,7 +20,6 @@ from adept_fast.runtime.input_files import LARGEST_RECIPE, read_text
 from adept_fast.runtime.yaml_text import parse_yaml
 from adept_fast.scoring.settings import Score
 from adept_fast.settings.key_value import keys_of, settings
-from adept_fast.settings.training_arguments import SET_ELSEWHERE
 from adept_fast.settings.validation import COUNT, SEEDS, Range, declare, require_path, shown
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.settings import Tuning
@@ -99,7 +98,7 @@ def section(table: str, **others: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        own = set(keys_of(get_type_hints(Recipe)[table])) - (SET_ELSEWHERE.keys() if table == "tune" else set())
+        own = set(keys_of(get_type_hints(Recipe)[table]))
         keys = {name: f"{table}.{name}" for name in error.arguments if re.split(r"[.\[]", name)[0] in own}
         error.rename({**keys, **others})
         raise

@@ -1,8 +1,8 @@
 """Builds frozen dataclasses from nested mappings and "key.sub=value" overrides. The error for an unknown key suggests a known one.
 
-The type of a field may be another such dataclass, a class with a constructor `of(value)`, or a tuple. A field whose metadata has "known"
-and "checked" takes the keys that are no field: known() returns their names, checked(key, value) the value. values.py defines how values are
-written, aliases.py what other tools call a key.
+The type of a field may be another such dataclass, a class with a constructor `of(value)`, or a tuple. A field whose metadata has "known",
+"checked" and "elsewhere" takes the keys that are no field: known() returns their names, checked(key, value) the value, and raises for those
+in `elsewhere`. values.py defines how values are written, aliases.py what other tools call a key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
-from adept_fast.settings.aliases import suggestions
+from adept_fast.settings.aliases import hint
 from adept_fast.settings.validation import check, cut, options, prefixed, shown
 from adept_fast.settings.values import parse_value, read
 
@@ -45,13 +45,13 @@ def unknown(key: str, known: Iterable[str], prefix: str, everywhere: Collection[
     everywhere: all keys, by their full names.
     """
     known = sorted(known)
-    near = suggestions(prefix + key, everywhere or [prefix + name for name in known])
+    everywhere = everywhere or [prefix + name for name in known]
     listed = "known keys: " + ", ".join(prefix + name for name in known) if len(known) <= LISTED else "adept-fast recipe all=true lists all"
-    hint = f"did you mean {' or '.join(near)}?" if near else listed
-    if near == (prefix + key,):  # a dotted name as on the command line
+    answer = hint(prefix + key, everywhere) or listed
+    if prefix + key in everywhere:  # a dotted name as on the command line
         parents, _, last = key.rpartition(".")
-        hint = f"in a recipe write it as a table: {': {'.join([*parents.split('.'), last])}: ...{'}' * (parents.count('.') + 1)}"
-    return InputError(f"unknown key {prefix}{cut(key)}: {hint}")
+        answer = f"in a recipe write it as a table: {': {'.join([*parents.split('.'), last])}: ...{'}' * (parents.count('.') + 1)}"
+    return InputError(f"unknown key {prefix}{cut(key)}: {answer}")
 
 
 def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
@@ -59,7 +59,7 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
     for entry in fields(kind):
         inner, _ = options(hints[entry.name])
         if "known" in entry.metadata:
-            yield from (prefix + name for name in entry.metadata["known"]())
+            yield from (prefix + name for name in entry.metadata["known"]() if name not in entry.metadata["elsewhere"])
         elif isinstance(inner, type) and is_dataclass(inner) and not hasattr(inner, "of"):
             yield prefix + entry.name
             yield from keys_of(inner, f"{prefix}{entry.name}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adept_fast.scoring.settings import GRANULARITIES
-from adept_fast.settings.training_arguments import COMMON, DEFAULTS, checked, known
+from adept_fast.settings.training_arguments import COMMON, DEFAULTS, SET_ELSEWHERE, checked, known
 from adept_fast.settings.validation import COUNT, Range, declare
 
 RATE_MAPS = ("rank", "mean_preserving", "paper")
@@ -40,5 +40,5 @@ class Tuning:
     extend: bool = declare(False, meaning="allow another number of steps even if it changes the learning rates of finished steps")
     training: Mapping[str, Any] = field(
         default_factory=DEFAULTS.copy,
-        metadata={"known": known, "checked": checked, "common": COMMON},
+        metadata={"known": known, "checked": checked, "common": COMMON, "elsewhere": SET_ELSEWHERE},
     )

@@ -157,65 +157,6 @@ def test_aliases_and_merged_tables_are_read(tmp_path: Path) -> None:
     assert recipe.probe == recipe.eval.general == Source("a.txt", column="body") and recipe.eval.domain == Source("b.txt", column="body")
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("tune.lr", "tune.learning_rate"),
-        ("lr", "tune.learning_rate"),
-        ("learning_rate", "tune.learning_rate"),
-        ("tune.learning-rate", "tune.learning_rate"),
-        ("model", "model_name_or_path"),
-        ("base_model", "model_name_or_path"),
-        ("data", "domain"),
-        ("dataset", "domain"),
-        ("tune.dataset", "domain"),
-        ("epochs", "tune.num_train_epochs"),
-        ("num_train_epochs", "tune.num_train_epochs"),
-        ("batch_size", "tune.per_device_train_batch_size"),
-        ("per_device_train_batch_size", "tune.per_device_train_batch_size"),
-        ("output", "output_dir"),
-        ("k", "expand.k"),
-        ("layers", "expand.layers"),
-        ("score.k", "expand.k"),
-        ("max_items", "eval.max_items or score.max_items or tune.max_items"),
-        ("max_step", "tune.max_steps"),
-        ("steps", "tune.max_steps"),
-        ("warmup_ratio", "tune.warmup_steps"),
-        ("cutoff_len", "tune.block_size"),
-        ("torch_dtype", "dtype"),
-        ("Seed", "seed"),
-        ("bf16", "tune.bf16"),
-        ("tuning.lr", "tune"),
-        ("scores.max_items", "score"),
-    ],
-)
-def test_an_unknown_key_is_answered_with_the_one_that_is_meant(key: str, meant: str) -> None:
-    with pytest.raises(InputError) as refused:
-        load(None, [*NEEDED, f"{key}=1"])
-    assert str(refused.value).endswith(f": did you mean {meant}?"), refused.value
-
-
-def test_every_alias_stands_for_keys_that_there_are_and_is_none_itself() -> None:
-    from adept_fast.cli.commands import COMMANDS
-    from adept_fast.pipeline.recipe import Recipe
-    from adept_fast.settings.aliases import ALIASES
-    from adept_fast.settings.key_value import keys_of
-
-    known = {*keys_of(Recipe)}
-    elsewhere = {name for command in COMMANDS.values() for kind in command.declarations for name in keys_of(kind)}
-    for word, keys in ALIASES.items():
-        assert keys and {*keys} <= known | elsewhere, word
-        assert word not in keys, word
-
-
-def test_a_command_of_other_keys_is_told_its_own() -> None:
-    from adept_fast.cli.copies import run
-
-    for key, meant in (("model", "source"), ("output", "target"), ("output_dir", "target"), ("aplha", "alpha")):
-        with pytest.raises(InputError, match=f"unknown key {key}: did you mean {meant}"):
-            run("copies dial", ["source=a", "target=b", "alpha=0.5", f"{key}=1"])
-
-
 def test_a_key_given_twice_counts_last_and_is_told() -> None:
     given = ["seed=1", "domain=a", "seed=1", "domain=b=c", "domain=d"]
     assert overridden(given) == ["domain=a", "domain=b=c"]
