@@ -35,7 +35,7 @@ def trade_off(groups: Sequence[Group], front: Sequence[Group]) -> Figure:
                 seeds = np.array([Group(group.name, (run,)).place for run in group.runs])
                 axes.plot(*seeds.T, linestyle="none", markersize=4, alpha=0.5, **look)
             bars = [[[change.value - change.low], [change.high - change.value]] for change in (domain, general)]
-            axes.errorbar(domain.value, general.value, bars[1], bars[0], markersize=7, elinewidth=1.2, label=fill(group.name, LABEL), **look)
+            axes.errorbar(domain.value, general.value, bars[1], bars[0], markersize=7, label=fill(group.name, LABEL), **look)
         _from_base(axes)
         axes.set_xlabel("domain loss, change from the base\n(left: learnt more)")
         axes.set_ylabel("general loss, change from the base\n(down: kept more)")

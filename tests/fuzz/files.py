@@ -121,6 +121,7 @@ FILES: dict[str, tuple[str, tuple[Stage, ...]]] = {
     "out/scores.items.safetensors": ("safetensors", (CHOOSE,)),
     "out/unit_scores.json": ("json", (REPORT,)),
     "out/eval.json": ("json", (REPORT, COMPARE, RENDER)),
+    "out/eval.items.safetensors": ("safetensors", (COMPARE,)),
     "out/trainer_log.jsonl": ("jsonl", (REPORT, COMPARE)),
     "out/recipe.yaml": ("yaml", (REPORT, COMPARE)),
     "out/expanded/adept_config.json": ("json", (REPORT, copies("remove", "source=out/expanded"), Stage(("verify", *RECIPE), said))),
