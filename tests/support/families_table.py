@@ -16,6 +16,10 @@ The copies leave the logits and greedy decoding bit-equal, and a copy that is no
 changes a copy's relative output by less than 1e-3. Within three steps every silent tensor moves and every branch adds something.
 The units cover each copy once. A type that is refused for a layer's index is refused for copies of these layers. `python
 tests/support/families_table.py > docs/reference/families.md` writes this page.
+
+Units: the fused projections of state-space layers and of linear attention are one unit under `tensor` and `head`. Experts are split by row where rows are
+their neurons (gate and up projections of most), otherwise by expert. Flash attention, for which packed documents are flattened, is untested on a GPU:
+the tests replace its kernels by plain torch. A model with PEFT adapters is refused: merge them first (`merge_and_unload()`).
 """
 
 
