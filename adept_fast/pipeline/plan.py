@@ -5,6 +5,7 @@ Nothing is written to output_dir. The model is loaded and works for some seconds
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.data.splits import HELD_OUT
+from adept_fast.evaluation.generation import BATCH
 from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.models.decoder_layers import decoder_layers, text_config
 from adept_fast.pipeline.datasets import Datasets
@@ -26,7 +29,7 @@ from adept_fast.pipeline.planning.memory import TrainingMemory, kept_by_layer, t
 from adept_fast.pipeline.planning.results import DUE, Plan, StageEstimate
 from adept_fast.pipeline.planning.suggestions import FULL, Facts, Suggestion, suggest
 from adept_fast.pipeline.planning.text import shown
-from adept_fast.pipeline.planning.timing import Timed, TimedSteps, time_forward, time_writing, timed
+from adept_fast.pipeline.planning.timing import Timed, TimedSteps, time_answers, time_forward, time_writing, timed
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.pipeline.run import check, opened
 from adept_fast.pipeline.run_directory import RunDirectory
@@ -156,7 +159,8 @@ class Planning:
         recipe, source, data = self.recipe, self.source, self.data
         load = timed(source.load, 1, self.device)
         model = source.models.take(source.folder)
-        corpora = [self.evaluated.general.items, *([self.evaluated.domain.items] if self.evaluated.domain else [])]
+        given = self.evaluated
+        corpora = [each.items for each in (given.general, given.domain, *given.also.values()) if each is not None]
         forward = time_forward(model, [item for items in corpora for item in items], estimates.SECONDS)
         machine, found = Machine(load, forward, time_writing(self.directory.folder)), {}
         if "score" in due:
@@ -164,7 +168,11 @@ class Planning:
             work = ScoringWork(scoring.items, scoring.domain_items(), {scoring.loss, *scoring.losses}, recipe.score)
             found["score"] = estimates.scoring(model, work, machine)
         if "eval" in due:
-            found["eval"] = estimates.evaluation(corpora, 2, machine)
+            models = 2 + (self.left.copies and not PRESERVING[recipe.expand.initialisation])  # base and tuned, and expanded if it differs
+            asked = [prompt.ids for prompt in given.prompts]
+            answers = time_answers(model, source.tokenizer, asked[:BATCH], recipe.eval.answer_tokens) * math.ceil(len(asked) / BATCH)
+            alphas = [] if recipe.eval.general_limit is None else [given.general.items]
+            found["eval"] = estimates.evaluation(corpora, models, answers, alphas, machine)
         importance: Timed | None = None
         steering = data.items(data.steering())
         if self.left.copies and due & {"expand", "tune"}:

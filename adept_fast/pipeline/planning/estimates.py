@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SECONDS = 5.0  # of one timing, about
+TRIED = 1 + 8 + 3  # strengths of the copies, at most: none, by eighths, then halved
 PROOF = 2 * (2 * 33 + 2 * 4)  # tokens whose logits prove an expanded model, see expansion/verify.py
 
 
@@ -169,9 +170,16 @@ def _readings(steps: int, every: int) -> int:
     return max(0, math.ceil(steps / every) - 1)
 
 
-def evaluation(corpora: Sequence[Sequence[Item]], models: int, machine: Machine) -> StageEstimate:
-    """Estimate eval.json and the report. models: evaluated on the corpora."""
-    parts = {"loading": models * machine.load.seconds, "losses": models * machine.losses(*corpora)}
+def evaluation(
+    corpora: Sequence[Sequence[Item]], models: int, answers: float, alphas: Sequence[Sequence[Item]], machine: Machine
+) -> StageEstimate:
+    """Estimate eval.json.
+
+    models: evaluated on the corpora. answers: seconds of those of one model. alphas: corpora on which the largest alpha is sought.
+    """
+    parts = {"loading": models * machine.load.seconds, "losses": models * machine.losses(*corpora), "answers": models * answers}
+    if alphas:
+        parts["largest alpha"] = machine.load.seconds + TRIED * machine.losses(*alphas)
     return _estimate("eval", "to do", machine.forward.peak, parts)
 
 

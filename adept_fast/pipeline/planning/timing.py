@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from adept_fast.data.items import Item
+from adept_fast.evaluation.generation import generate
 from adept_fast.models.decoder_layers import device_of
 from adept_fast.models.losses import BATCH_TOKENS, batch_loss, corpus_loss, padded_tokens
 from adept_fast.runtime.malloc import freed_memory_kept
@@ -30,9 +31,10 @@ from adept_fast.tuning.staged_trainer import StagedTrainer
 from adept_fast.tuning.tuning_settings import TuningSettings, arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WARMING = 32  # tokens of the first forward, which loads weights and starts threads
+DECODED = 4  # tokens
 WRITTEN = 64 * 2**20  # bytes
 
 
@@ -111,6 +113,19 @@ def time_importance(model: PreTrainedModel, items: Sequence[Item]) -> Timed:
 
     run()
     return timed(run, 1, device_of(model))
+
+
+def time_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Return the seconds of answers of so many tokens to the prompts, from one of a token and one of DECODED more."""
+    if not prompts:
+        return 0.0
+
+    def run(count: int) -> float:
+        return timed(lambda: generate(model, tokenizer, prompts, count, title="timing answers"), 1, device_of(model)).seconds
+
+    run(1)
+    first = run(1)
+    return first + (tokens - 1) * max(0.0, run(1 + DECODED) - first) / DECODED
 
 
 @dataclass(frozen=True)
