@@ -31,7 +31,7 @@ from adept_fast.tuning.param_group_rates import has_rate_groups, multiply_rates,
 from adept_fast.tuning.resume import RestoresItself, items_digest
 from adept_fast.tuning.settings import Tuning
 from adept_fast.tuning.trainer_log import TrainerLog
-from adept_fast.tuning.unit_rates import RateMap, RateRule, apply_rates
+from adept_fast.tuning.unit_rates import RateMap, RateRule, apply_rates, summary
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -237,10 +237,10 @@ class AdeptCallback(Monitor, RestoresItself):
 
     def _set(self, optimizer: Optimizer, model: PreTrainedModel, importance: UnitImportance, step: int) -> None:
         units = importance.units
-        self._raw_rates = self.rule.raw_rates(importance, self._raw_rates)
+        self._raw_rates, self._refreshed = self.rule.raw_rates(importance, self._raw_rates), step
         rates = self.rule.rates(self._raw_rates, importance) * (self.meter.scale if self.meter else 1.0)
         apply_rates(optimizer, model, units, rates)
-        self._refreshed = step
+        self.track(summary(units, rates))
         if self.log:
             conflict = {} if importance.conflict is None else {"conflict": _named(units, importance.conflict)}
             self.log.write("refresh", step, rates=_named(units, rates), importance=_named(units, importance.abs_taylor), **conflict)
@@ -261,8 +261,9 @@ class AdeptCallback(Monitor, RestoresItself):
         if not self.meter:
             return
         scale, reading = self.meter.scale, self.meter.read(model, self.units)
+        content: dict[str, Any] = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
+        self.track({f"meter_{key}": value for key, value in content.items()})
         if self.log:
-            content: dict[str, Any] = {"loss": reading.loss, "rise": reading.rise, "rate_scale": self.meter.scale}
             for name in ("predicted", "bound"):
                 if (values := getattr(reading, name)) is not None:
                     content[name] = _named(self.units, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Monitor(TrainerCallback):
             if not any(item.supervised for item in items):
                 raise InputError(f"monitors: {name} has no item with a supervised token, so no mean loss")
         self.log, self.tokens_per_step = log, tokens_per_step
+        self.track: Callable[[dict[str, float]], None] = lambda values: None  # set by a Trainer: sends values to its trackers
         self._timed: tuple[float, int] = (0.0, 0)
         self._skipped = False
 
@@ -72,15 +73,17 @@ class Monitor(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if self.log and logs and "loss" in logs:
+        if logs and "loss" in logs:
             content: dict[str, Any] = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
             if self._skipped and args.logging_steps == 1:  # transformers logs 0 for it, the mean of no other step
                 content["loss"] = content["grad_norm"] = None
-            now, steps = time.perf_counter(), state.global_step - self._timed[1]
+            now, steps, more = time.perf_counter(), state.global_step - self._timed[1], self._step_extras()
             if self.tokens_per_step and steps:
-                content["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
-                content["peak_memory"] = peak(args.device)
-            self.log.write("step", state.global_step, **content, **self._step_extras())
+                more["tokens_per_second"] = self.tokens_per_step * steps / (now - self._timed[0])
+                more["peak_memory"] = peak(args.device)
+            self.track(more)
+            if self.log:
+                self.log.write("step", state.global_step, **content, **more)
         self._start_timer(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -133,6 +136,7 @@ class Monitor(TrainerCallback):
         losses = {name: _mean_loss(model, items, name) for name, items in self.monitors.items()}
         if self.log:
             self.log.write("evaluation", step, **{f"{name}_loss": loss for name, loss in losses.items()})
+        self.track({f"eval_{name}_loss": loss for name, loss in losses.items()})
         logger.info(f"step {step}: " + ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items()))
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
@@ -104,6 +105,13 @@ class StagedTrainer(ResumingTrainer):
             if isinstance(callback, Monitor):
                 callback.nonfinite.add_batch(inputs, loss)
         return loss
+
+    def _track(self, values: dict[str, float]) -> None:
+        """Send values to the trackers of report_to. They do not enter the log history, which checkpoints store."""
+        trackers: tuple[type[TrainerCallback], ...] = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for callback in self.callback_handler.callbacks:
+            if values and isinstance(callback, trackers):
+                callback.on_log(self.args, self.state, self.control, logs=dict(values), model=self.model)
 
     def _save_trained(self, folder: Path) -> None:
         self._require_finite(str(folder.name))
@@ -201,6 +209,9 @@ class StagedTrainer(ResumingTrainer):
             self.rotate(folder, final)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Monitor):
+                callback.track = self._track
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         newest = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint and distributed.rank() == 0 else None
         if newest is not None:  # a run that was killed before it rotated has left a checkpoint too many

@@ -183,3 +183,12 @@ def apply_rates(optimizer: Optimizer, model: nn.Module, units: Units, rates: Ten
     units.require_fitting(model)
     for name, multipliers in units.spread(rates).items():
         optimizer.set_unit_lr(model.get_parameter(name), multipliers, dim=units.slices[name].dim if multipliers.ndim else 0)
+
+
+def summary(units: Units, rates: Tensor) -> dict[str, float]:
+    """Return the least, mean and largest rate, and the mean of each kind of unit, under the names that trackers show."""
+    kinds: dict[str, list[float]] = {}
+    for unit, rate in zip(units, rates.tolist(), strict=True):
+        kinds.setdefault(unit.kind, []).append(rate)
+    means = {f"rate/{kind}": sum(values) / len(values) for kind, values in kinds.items()}
+    return {"rate/min": float(rates.min()), "rate/mean": float(rates.mean()), "rate/max": float(rates.max()), **means}
