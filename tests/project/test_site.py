@@ -69,6 +69,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
     monkeypatch.chdir(ROOT)  # from where mkdocstrings reads the package
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
+    api = (tmp_path / "reference" / "api.html").read_text(encoding="utf-8")
+    assert api.count(">Examples:<") == len(adept_fast.__all__)
     for page in tmp_path.rglob("*.html"):
         outside = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]+)', page.read_text(encoding="utf-8"))
         assert not outside, f"{page.name} loads {outside}"
