@@ -1,9 +1,11 @@
-// AdamW over a table of tensors. One launch increments the steps, as threads that read a step would race with its update; another updates
-// all elements. Untested on a GPU.
+// AdamW over a table of tensors. One launch increments the steps, as threads that read a step would race with its update. Then one launch per
+// set-up updates the whole chunks of its tensors, and one the rest: ends of tensors, misaligned ones, rare set-ups. Untested on a GPU.
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "adamw_body.h"
 #include "adamw_cuda.h"
@@ -14,32 +16,72 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr std::int64_t kRowWords = sizeof(Tensor) / 8, kCountedWords = sizeof(Counted) / 8, kGroupWords = sizeof(Group) / 8;
-static_assert(kRowWords + kCountedWords < kWarp, "a warp fetches an entry with one word per lane");
 
-// Words that a launch can take by value, beside its other parameters.
+// Set-ups of common training, whose whole chunks have kernels of their own.
+constexpr Setup kSetups[] = {
+    {kFp32, kFp32, kFp32, kDirect},    {kBf16, kBf16, kFp32, kDirect},    {kBf16, kBf16, kFp32, kCopy},
+    {kBf16, kBf16, kFp32, kRemainder}, {kBf16, kBf16, kFp32, kStochastic}, {kBf16, kBf16, kBf16, kDirect},
+    {kBf16, kBf16, kBf16, kRemainder}, {kBf16, kBf16, kBf16, kKahan},     {kBf16, kBf16, kBf16, kStochastic},
+};
+constexpr int kSetupCount = sizeof(kSetups) / sizeof(Setup);
+
+// The kernel of whole chunks: 2 * set-up + whether the tensor has multipliers; kRest: none, all chunks of the tensor are rest.
+constexpr int kRest = 2 * kSetupCount, kKernels = kRest + 1;
+
+ADEPT_FAST_INLINE constexpr Setup setup_of(int kernel) {
+    Setup setup = kSetups[kernel / 2];
+    setup.units = kernel % 2 != 0;
+    setup.whole = true;
+    return setup;
+}
+
+int kernel_of(const Tensor& row) {
+    const std::int64_t streams = row.param | row.grad | row.exp_avg | row.exp_avg_sq | row.master;
+    for (int i = 0; i < kSetupCount && row.max_exp_avg_sq == 0 && streams % 16 == 0; ++i) {
+        const Setup& s = kSetups[i];
+        if (row.formats == (s.param | s.grad << 2 | s.moments << 4) && row.mode == s.mode) {
+            return 2 * i + (row.multipliers != 0);
+        }
+    }
+    return kRest;
+}
+
+// The chunks of a tensor. Those of all tensors are numbered in the order of their kernels, whole ones and the rest apart.
+struct Span {
+    std::int64_t first_whole, first_rest;
+    std::int64_t whole;  // number of whole chunks, which precede the rest
+};
+constexpr std::int64_t kSpanWords = sizeof(Span) / 8;
+static_assert(kRowWords + kSpanWords + kCountedWords <= kWarp, "a warp fetches an entry with one word per lane");
+
+// Words that a launch can take by value, beside its other parameters. Small launches take few, as each launch copies all.
 constexpr std::int64_t kParameterWords = CUDART_VERSION >= 12010 ? 4000 : 500;
-constexpr std::int64_t kGroupsAtOnce = kParameterWords / kGroupWords;
+constexpr std::int64_t kGroupsAtOnce = kParameterWords / kGroupWords, kFewGroups = 8;
 
+template <std::int64_t kCount>
 struct Parameters {
-    std::int64_t words[kParameterWords];
+    std::int64_t words[kCount];
 };
 
+template <std::int64_t kCount>
 struct GroupParameters {
-    Group groups[kGroupsAtOnce];
+    Group groups[kCount];
 };
 
 // The parts of a table in memory order.
 struct Parts {
-    std::int64_t* rows;
-    std::int64_t* first_chunks;
+    std::int64_t* rows;   // by kernel
+    std::int64_t* spans;  // one more than tensors, with the totals
     Counted* counted;
-    std::int32_t* tensor_of_chunk;
+    std::int32_t* tensor_of_whole;
+    std::int32_t* tensor_of_rest;
 
-    explicit Parts(const Table& table)
-        : rows(reinterpret_cast<std::int64_t*>(table.address)),
-          first_chunks(rows + kRowWords * table.tensors),
-          counted(reinterpret_cast<Counted*>(first_chunks + table.tensors)),
-          tensor_of_chunk(reinterpret_cast<std::int32_t*>(counted + table.tensors)) {}
+    Parts(std::int64_t address, std::int64_t tensors, std::int64_t whole)
+        : rows(reinterpret_cast<std::int64_t*>(address)),
+          spans(rows + kRowWords * tensors),
+          counted(reinterpret_cast<Counted*>(spans + kSpanWords * (tensors + 1))),
+          tensor_of_whole(reinterpret_cast<std::int32_t*>(counted + tensors)),
+          tensor_of_rest(tensor_of_whole + whole) {}
 };
 
 // Accesses to global memory, which the compiler cannot infer for addresses from a table. Tensors are used once per step, so they are evicted
@@ -56,29 +98,40 @@ struct DeviceMemory {
         const uint4 value = __ldcs(at<const uint4>(address));
         return {{value.x, value.y, value.z, value.w}};
     }
+    static __device__ __forceinline__ Pair load_pair(std::int64_t address) {
+        const uint2 value = __ldcs(at<const uint2>(address));
+        return {{value.x, value.y}};
+    }
+    static __device__ __forceinline__ std::uint32_t load_kept4(std::int64_t address) { return __ldg(at<const unsigned>(address)); }
     static __device__ __forceinline__ void store2(std::int64_t address, std::uint16_t value) { __stcs(at<unsigned short>(address), value); }
     static __device__ __forceinline__ void store4(std::int64_t address, std::uint32_t value) { __stcs(at<unsigned>(address), value); }
+    static __device__ __forceinline__ void store_pair(std::int64_t address, const Pair& value) {
+        __stcs(at<uint2>(address), make_uint2(value.word[0], value.word[1]));
+    }
     static __device__ __forceinline__ void store16(std::int64_t address, const Words& value) {
         __stcs(at<uint4>(address), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
     }
 };
 
-__global__ void write_words(std::int64_t* target, const __grid_constant__ Parameters source, int count) {
+template <std::int64_t kCount>
+__global__ void write_words(std::int64_t* target, const __grid_constant__ Parameters<kCount> source, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         target[i] = source.words[i];
     }
 }
 
-__global__ void map_chunks(std::int32_t* tensor_of_each, const std::int64_t* first_chunks, std::int64_t tensors, std::int64_t chunks) {
+// word: that of Span which numbers these chunks.
+__global__ void map_chunks(std::int32_t* tensor_of_each, const std::int64_t* spans, int word, std::int64_t tensors, std::int64_t chunks) {
     const std::int64_t stride = std::int64_t{gridDim.x} * blockDim.x;
     for (std::int64_t chunk = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; chunk < chunks; chunk += stride) {
-        tensor_of_each[chunk] = tensor_of_chunk(first_chunks, tensors, chunk);
+        tensor_of_each[chunk] = tensor_of_chunk(spans + word, kSpanWords, tensors, chunk);
     }
 }
 
 // One thread per tensor. Skips tensors of groups outside of first_group ... first_group + group_count - 1.
+template <std::int64_t kCount>
 __global__ void __launch_bounds__(kThreads)
-    count_steps(Counted* counted, const Tensor* rows, std::int64_t tensors, const __grid_constant__ GroupParameters parameters,
+    count_steps(Counted* counted, const Tensor* rows, std::int64_t tensors, const __grid_constant__ GroupParameters<kCount> parameters,
                 std::int64_t first_group, std::int64_t group_count, const double* grad_scale, const float* found_inf) {
     const std::int64_t index = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     if (index >= tensors || (found_inf != nullptr && *found_inf != 0.0f)) {
@@ -93,45 +146,88 @@ __global__ void __launch_bounds__(kThreads)
 // Data of a chunk's tensor, one per warp.
 struct Entry {
     Tensor row;
+    Span span;
     Counted counted;
-    std::int64_t first_chunk;
 };
 
 static __device__ __forceinline__ std::int64_t fetch(const Parts& parts, std::int64_t tensor, int lane) {
     if (lane < kRowWords) {
         return parts.rows[kRowWords * tensor + lane];
     }
-    if (lane < kRowWords + kCountedWords) {
-        return reinterpret_cast<const std::int64_t*>(parts.counted + tensor)[lane - kRowWords];
+    if (lane < kRowWords + kSpanWords) {
+        return parts.spans[kSpanWords * tensor + lane - kRowWords];
     }
-    return parts.first_chunks[tensor];
+    return lane < kRowWords + kSpanWords + kCountedWords
+               ? reinterpret_cast<const std::int64_t*>(parts.counted + tensor)[lane - kRowWords - kSpanWords]
+               : 0;
 }
 
-// Persistent blocks. Each warp has its own entry, so that warps never wait for each other, and prefetches the next one.
-__global__ void __launch_bounds__(kThreads, 2) update(const Parts parts, std::int64_t chunks, const float* found_inf) {
+// Calls body(entry, chunk) for the block's chunks of first ... end - 1. Blocks are persistent. Each warp has its own entry, so that warps never
+// wait for each other, and prefetches the next one.
+template <class Body>
+static __device__ __forceinline__ void for_chunks(const Parts& parts, const std::int32_t* tensor_of_each, std::int64_t first,
+                                                  std::int64_t end, const Body& body) {
     __shared__ Entry entries[kThreads / kWarp];
-    if (found_inf != nullptr && *found_inf != 0.0f) {
-        return;
-    }
     Entry& entry = entries[threadIdx.x / kWarp];
     const int lane = threadIdx.x % kWarp;
-    std::int64_t chunk = blockIdx.x;
-    std::int64_t word = chunk < chunks ? fetch(parts, parts.tensor_of_chunk[chunk], lane) : 0;
+    std::int64_t chunk = first + blockIdx.x;
+    std::int64_t word = chunk < end ? fetch(parts, tensor_of_each[chunk], lane) : 0;
     std::int64_t next = chunk + gridDim.x;
-    std::int32_t next_tensor = next < chunks ? parts.tensor_of_chunk[next] : 0;
-    while (chunk < chunks) {
+    std::int32_t next_tensor = next < end ? tensor_of_each[next] : 0;
+    while (chunk < end) {
         __syncwarp();
-        if (lane <= kRowWords + kCountedWords) {
+        if (lane < static_cast<int>(sizeof(Entry) / 8)) {
             reinterpret_cast<std::int64_t*>(&entry)[lane] = word;
         }
         __syncwarp();
         word = fetch(parts, next_tensor, lane);
         const std::int64_t after = next + gridDim.x;
-        next_tensor = after < chunks ? parts.tensor_of_chunk[after] : 0;
-        update_chunk<DeviceMemory>(entry.row, entry.counted, chunk - entry.first_chunk, threadIdx.x);
+        next_tensor = after < end ? tensor_of_each[after] : 0;
+        body(entry, chunk);
         chunk = next;
         next = after;
     }
+}
+
+// Three blocks a multiprocessor leave 80 registers a thread, too few for multipliers on sm_100.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksOfUnits = 2;
+#else
+constexpr int kBlocksOfUnits = 3;
+#endif
+
+// Whole chunks first ... end - 1, all of one set-up.
+template <int kKernel>
+__global__ void __launch_bounds__(kThreads, kKernel % 2 ? kBlocksOfUnits : 3) update_whole(const Parts parts, std::int64_t first, std::int64_t end, const float* found_inf) {
+    if (found_inf != nullptr && *found_inf != 0.0f) {
+        return;
+    }
+    for_chunks(parts, parts.tensor_of_whole, first, end, [](const Entry& entry, std::int64_t chunk) {
+        constexpr Setup setup = setup_of(kKernel);
+        update_chunk<DeviceMemory>(setup, entry.row, entry.counted, chunk - entry.span.first_whole, threadIdx.x);
+    });
+}
+
+__global__ void __launch_bounds__(kThreads, 2) update_rest(const Parts parts, std::int64_t first, std::int64_t end, const float* found_inf) {
+    if (found_inf != nullptr && *found_inf != 0.0f) {
+        return;
+    }
+    for_chunks(parts, parts.tensor_of_rest, first, end, [](const Entry& entry, std::int64_t chunk) {
+        const Setup setup = any_setup(entry.row);
+        update_chunk<DeviceMemory>(setup, entry.row, entry.counted, entry.span.whole + chunk - entry.span.first_rest, threadIdx.x);
+    });
+}
+
+using Update = void (*)(Parts, std::int64_t, std::int64_t, const float*);
+
+template <int... kIndices>
+constexpr std::array<Update, kKernels> all_kernels(std::integer_sequence<int, kIndices...>) {
+    return {update_whole<kIndices>..., update_rest};
+}
+
+const std::array<Update, kKernels>& kernels() {
+    static const std::array<Update, kKernels> found = all_kernels(std::make_integer_sequence<int, kRest>{});
+    return found;
 }
 
 // Makes a device current for its lifetime.
@@ -149,90 +245,129 @@ class OnDevice {
     int before_ = 0;
 };
 
-Kernel query(int device) {
-    cudaFuncAttributes attributes;
-    ADEPT_FAST_CHECK(cudaFuncGetAttributes(&attributes, update));
-    Kernel kernel{attributes.numRegs, static_cast<int>(attributes.localSizeBytes), static_cast<int>(attributes.sharedSizeBytes), kThreads};
-    ADEPT_FAST_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&kernel.blocks_per_multiprocessor, update, kThreads, 0));
-    ADEPT_FAST_CHECK(cudaDeviceGetAttribute(&kernel.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    return kernel;
-}
-
-// The device must be current.
-Kernel kernel_of(int device) {
+// Returns the number of blocks of a kernel that run at a time on a device, which must be current.
+std::int64_t resident_blocks(int device, int kernel) {
     static std::mutex mutex;
-    static std::map<int, Kernel> known;
+    static std::map<std::pair<int, int>, std::int64_t> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(device);
-    return found != known.end() ? found->second : known.emplace(device, query(device)).first->second;
+    const auto found = known.find({device, kernel});
+    if (found != known.end()) {
+        return found->second;
+    }
+    int each = 0, multiprocessors = 0;
+    ADEPT_FAST_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernels()[kernel], kThreads, 0));
+    ADEPT_FAST_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    return known[{device, kernel}] = std::int64_t{each} * multiprocessors;
 }
 
 cudaStream_t handle(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
 
 int blocks_for(std::int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
 
-}  // namespace
+// The whole chunks of a tensor that has the kernel `kernel`.
+std::int64_t whole_chunks(const Tensor& row, int kernel) { return kernel == kRest ? 0 : row.numel / kChunk; }
 
-std::pair<std::int64_t, std::int64_t> adamw_table_size(const Tensor* rows, std::int64_t tensors) {
-    std::int64_t chunks = 0;
-    for (std::int64_t i = 0; i < tensors; ++i) {
-        chunks += chunks_of(rows[i].numel);
-    }
-    const std::int64_t per_tensor = static_cast<std::int64_t>(sizeof(Tensor) + sizeof(std::int64_t) + sizeof(Counted));
-    return {chunks, tensors * per_tensor + chunks * static_cast<std::int64_t>(sizeof(std::int32_t))};
+std::int64_t total_whole(const std::vector<std::int64_t>& chunks) { return std::accumulate(chunks.begin(), chunks.end() - 1, std::int64_t{0}); }
+
+template <std::int64_t kCount>
+void write(std::int64_t* target, const std::int64_t* words, std::int64_t count, Stream stream) {
+    Parameters<kCount> source{};
+    std::copy_n(words, count, source.words);
+    write_words<kCount><<<1, kThreads, 0, handle(stream)>>>(target, source, static_cast<int>(count));
+    ADEPT_FAST_CHECK(cudaGetLastError());
 }
 
-void adamw_write_table(Stream stream, Table table, const Tensor* rows) {
-    const OnDevice current(stream.device);
-    const std::int64_t* words = reinterpret_cast<const std::int64_t*>(rows);
-    std::vector<std::int64_t> content(words, words + kRowWords * table.tensors);
-    std::int64_t chunks = 0;
-    for (std::int64_t i = 0; i < table.tensors; ++i) {
-        content.push_back(chunks);
-        chunks += chunks_of(rows[i].numel);
-    }
-    const Parts parts(table);
-    const std::int64_t total = static_cast<std::int64_t>(content.size());
-    for (std::int64_t first = 0; first < total; first += kParameterWords) {
-        const std::int64_t count = std::min(kParameterWords, total - first);
-        Parameters source{};
-        std::copy_n(content.data() + first, count, source.words);
-        write_words<<<1, kThreads, 0, handle(stream)>>>(parts.rows + first, source, static_cast<int>(count));
-        ADEPT_FAST_CHECK(cudaGetLastError());
-    }
+template <std::int64_t kCount>
+void count(const Parts& parts, std::int64_t tensors, const Group* groups, std::int64_t first, std::int64_t group_count, Stream stream,
+           const double* grad_scale, const float* found_inf) {
+    GroupParameters<kCount> parameters{};
+    std::copy_n(groups + first, group_count, parameters.groups);
+    count_steps<kCount><<<blocks_for(tensors), kThreads, 0, handle(stream)>>>(parts.counted, reinterpret_cast<const Tensor*>(parts.rows), tensors,
+                                                                          parameters, first, group_count, grad_scale, found_inf);
+    ADEPT_FAST_CHECK(cudaGetLastError());
+}
+
+void map(std::int32_t* target, const Parts& parts, int word, std::int64_t tensors, std::int64_t chunks, Stream stream) {
     if (chunks > 0) {
         const int blocks = blocks_for(std::min<std::int64_t>(chunks, 1 << 20));
-        map_chunks<<<blocks, kThreads, 0, handle(stream)>>>(parts.tensor_of_chunk, parts.first_chunks, table.tensors, chunks);
+        map_chunks<<<blocks, kThreads, 0, handle(stream)>>>(target, parts.spans, word, tensors, chunks);
         ADEPT_FAST_CHECK(cudaGetLastError());
     }
 }
 
-void adamw_step(Stream stream, Table table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale,
-                std::int64_t found_inf) {
+}  // namespace
+
+TableSize adamw_table_size(const Tensor* rows, std::int64_t tensors) {
+    TableSize size{std::vector<std::int64_t>(kKernels), 0};
+    for (std::int64_t i = 0; i < tensors; ++i) {
+        const int kernel = kernel_of(rows[i]);
+        const std::int64_t whole = whole_chunks(rows[i], kernel);
+        size.chunks[kernel] += whole;
+        size.chunks[kRest] += chunks_of(rows[i].numel) - whole;
+    }
+    const std::int64_t chunks = std::accumulate(size.chunks.begin(), size.chunks.end(), std::int64_t{0});
+    size.bytes = tensors * static_cast<std::int64_t>(sizeof(Tensor) + sizeof(Counted)) +
+                 (tensors + 1) * static_cast<std::int64_t>(sizeof(Span)) + chunks * static_cast<std::int64_t>(sizeof(std::int32_t));
+    return size;
+}
+
+void adamw_write_table(Stream stream, const Table& table, const Tensor* rows) {
     const OnDevice current(stream.device);
-    const Kernel kernel = kernel_of(stream.device);
-    const Parts parts(table);
+    std::vector<std::int64_t> order(table.tensors);
+    std::iota(order.begin(), order.end(), std::int64_t{0});
+    std::vector<int> kernel_of_each;
+    for (std::int64_t i = 0; i < table.tensors; ++i) {
+        kernel_of_each.push_back(kernel_of(rows[i]));
+    }
+    std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return kernel_of_each[a] < kernel_of_each[b]; });
+    std::vector<std::int64_t> content, spans;
+    std::int64_t first_whole = 0, first_rest = 0;
+    for (const std::int64_t i : order) {
+        const std::int64_t* words = reinterpret_cast<const std::int64_t*>(rows + i);
+        content.insert(content.end(), words, words + kRowWords);
+        const std::int64_t whole = whole_chunks(rows[i], kernel_of_each[i]);
+        spans.insert(spans.end(), {first_whole, first_rest, whole});
+        first_whole += whole;
+        first_rest += chunks_of(rows[i].numel) - whole;
+    }
+    spans.insert(spans.end(), {first_whole, first_rest, 0});
+    content.insert(content.end(), spans.begin(), spans.end());
+    const Parts parts(table.address, table.tensors, first_whole);
+    const std::int64_t total = static_cast<std::int64_t>(content.size());
+    constexpr std::int64_t kFewWords = 256;
+    for (std::int64_t first = 0; first < total; first += kParameterWords) {
+        const std::int64_t count = std::min(kParameterWords, total - first);
+        (count <= kFewWords ? write<kFewWords> : write<kParameterWords>)(parts.rows + first, content.data() + first, count, stream);
+    }
+    map(parts.tensor_of_whole, parts, 0, table.tensors, first_whole, stream);
+    map(parts.tensor_of_rest, parts, 1, table.tensors, first_rest, stream);
+}
+
+void adamw_step(Stream stream, const Table& table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale,
+                std::int64_t found_inf) {
+    if (table.chunks.size() != kKernels) {
+        throw std::invalid_argument("chunks of another number of kernels");
+    }
+    const OnDevice current(stream.device);
+    const std::int64_t whole = total_whole(table.chunks);
+    const Parts parts(table.address, table.tensors, whole);
     const auto* scale = reinterpret_cast<const double*>(grad_scale);
     const auto* infinities = reinterpret_cast<const float*>(found_inf);
     for (std::int64_t first = 0; first < group_count && table.tensors > 0; first += kGroupsAtOnce) {
-        const std::int64_t count = std::min(kGroupsAtOnce, group_count - first);
-        GroupParameters parameters{};
-        std::copy_n(groups + first, count, parameters.groups);
-        count_steps<<<blocks_for(table.tensors), kThreads, 0, handle(stream)>>>(
-            parts.counted, reinterpret_cast<const Tensor*>(parts.rows), table.tensors, parameters, first, count, scale, infinities);
-        ADEPT_FAST_CHECK(cudaGetLastError());
+        const std::int64_t some = std::min(kGroupsAtOnce, group_count - first);
+        (some <= kFewGroups ? count<kFewGroups> : count<kGroupsAtOnce>)(parts, table.tensors, groups, first, some, stream, scale, infinities);
     }
-    if (table.chunks > 0) {
-        const std::int64_t resident = std::int64_t{kernel.multiprocessors} * kernel.blocks_per_multiprocessor;
-        const int blocks = static_cast<int>(std::min(table.chunks, resident));
-        update<<<blocks, kThreads, 0, handle(stream)>>>(parts, table.chunks, infinities);
-        ADEPT_FAST_CHECK(cudaGetLastError());
+    std::int64_t first = 0;
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+        const std::int64_t chunks = table.chunks[kernel];
+        if (chunks > 0) {
+            const int blocks = static_cast<int>(std::min(chunks, resident_blocks(stream.device, kernel)));
+            const std::int64_t begin = kernel == kRest ? 0 : first;
+            kernels()[kernel]<<<blocks, kThreads, 0, handle(stream)>>>(parts, begin, begin + chunks, infinities);
+            ADEPT_FAST_CHECK(cudaGetLastError());
+        }
+        first += chunks;
     }
-}
-
-Kernel adamw_kernel(int device) {
-    const OnDevice current(device);
-    return kernel_of(device);
 }
 
 }  // namespace adept_fast

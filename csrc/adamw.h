@@ -114,6 +114,9 @@ ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants
     return adamw<kAmsgrad>(weight, grad, m, v, vmax, c, rate, rate.decay < static_cast<T>(0));
 }
 
+// The bits of a weight, with those of bf16's NaN for every NaN: no sum with less than 2^16 makes a number of it.
+ADEPT_FAST_INLINE std::uint32_t weight_bits(float weight) { return weight != weight ? 0x7fc00000u : bits_of(weight); }
+
 // An exact fp32 weight stored as bf16 and a signed 16-bit remainder: bits = 2^16 * param + remainder. A tie rounds away from zero, because
 // the remainder of a tie to even may not fit. Infinities and NaN have remainder 0. If the sum is NaN, the parameter was set to 0 through
 // `.data` and its remainder is negative: the result is the parameter.
@@ -123,11 +126,9 @@ ADEPT_FAST_INLINE float join_master(std::uint16_t param, std::int16_t remainder)
 }
 
 ADEPT_FAST_INLINE void split_master(float weight, std::uint16_t& param, std::int16_t& remainder) {
-    const std::uint32_t bits = bits_of(weight);
-    const std::int16_t low = is_finite(weight) ? static_cast<std::int16_t>(bits & 0xffffu) : std::int16_t{0};
-    const std::uint32_t high = (bits - static_cast<std::uint32_t>(static_cast<std::int32_t>(low))) >> 16;
-    param = static_cast<std::uint16_t>(is_finite(weight) ? high : to_bf16(weight));
-    remainder = low;
+    const std::uint32_t bits = weight_bits(weight);
+    param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+    remainder = static_cast<std::int16_t>(bits & 0xffffu);
 }
 
 // Two rounds of multiply and shift with hash-prospector's best constants.
@@ -150,7 +151,7 @@ ADEPT_FAST_INLINE NoiseKey noise_key(std::uint32_t seed, std::int64_t t) {
 ADEPT_FAST_INLINE std::uint16_t stochastic_bf16(float weight, NoiseKey key, std::uint64_t index) {
     const std::uint32_t low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
     const std::uint32_t noise = mix(mix(low ^ key.low) + high + key.high) >> 16;
-    return static_cast<std::uint16_t>(is_finite(weight) ? (bits_of(weight) + noise) >> 16 : to_bf16(weight));
+    return static_cast<std::uint16_t>((weight_bits(weight) + noise) >> 16);
 }
 
 }  // namespace adept_fast

@@ -18,10 +18,42 @@ struct alignas(16) Words {
     std::uint32_t word[4];
 };
 
-// kWidth elements of one stream: as loaded (2-byte formats in the first four words, lower half first), or one fp32 per word.
+struct alignas(8) Pair {
+    std::uint32_t word[2];
+};
+
+// The elements of one thread of one stream, two groups of kGroup: as loaded (2-byte formats in the first four words, lower half first), or one
+// fp32 per word.
 struct Eight {
     std::uint32_t word[kWidth];
 };
+
+// What decides how elements are updated. In kernels of one set-up it is a constant, and all that depends on it is decided by the compiler.
+struct Setup {
+    std::int64_t param, grad, moments;  // Format
+    std::int64_t mode;                  // Master
+    bool amsgrad, units;                // units: the tensor has multipliers
+    bool whole;                         // all elements of the chunk exist, and every stream is aligned to 16 bytes
+};
+
+// Decides while it runs.
+ADEPT_FAST_INLINE Setup any_setup(const Tensor& row) {
+    return {row.formats & 3, row.formats >> 2 & 3, row.formats >> 4 & 3, row.mode, row.max_exp_avg_sq != 0, row.multipliers != 0, false};
+}
+
+// Distance of the two groups of a thread. Adjacent groups of 2-byte elements make one access of 16 bytes. Those of fp32 are kGroup * 32 apart,
+// so that each access of a warp covers adjacent memory.
+ADEPT_FAST_INLINE constexpr std::uint32_t gap_of(const Setup& s) {
+    return s.whole && (s.param == kFp32 || s.grad == kFp32 || s.moments == kFp32 || s.mode == kCopy) ? 32 * kGroup : kGroup;
+}
+
+// The first element of a thread in a turn.
+ADEPT_FAST_INLINE std::uint32_t offset_of(std::uint32_t gap, std::uint32_t thread) {
+    return gap == kGroup ? thread * kWidth : thread / 32 * 32 * kWidth + thread % 32 * kGroup;
+}
+
+// The place of element k of a thread after its first one.
+ADEPT_FAST_INLINE std::uint32_t after_first(std::uint32_t gap, int k) { return k < kGroup ? k : k - kGroup + gap; }
 
 template <class Access>
 ADEPT_FAST_INLINE double hyperparameter(double value, std::int64_t address, std::int64_t kind) {
@@ -40,24 +72,30 @@ ADEPT_FAST_INLINE Counted advance(const Tensor& row, const Group& group, double 
     return {step_scalars(lr, beta1, beta2, group.eps, group.weight_decay, group.maximize != 0.0 ? -grad_scale : grad_scale, t), t};
 }
 
-// Loads kWidth elements. An absent stream (address 0), and elements whose bit in `present` is 0, give 0.
+// Loads the elements whose bit in `present` is 1. The others, and all of an absent stream (address 0), give 0.
 template <class Access>
-ADEPT_FAST_INLINE Eight load(std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t present) {
+ADEPT_FAST_INLINE Eight load(const Setup& s, std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t present) {
     Eight raw{};
     if (stream == 0) {
         return raw;
     }
+    const std::uint32_t gap = gap_of(s);
     const std::int64_t address = stream + first * (fp32 ? 4 : 2);
-    if (present == 0xffu && address % 16 == 0) {
-        const Words low = Access::load16(address);
-        Words high{};
-        if (fp32) {
-            high = Access::load16(address + 16);
-        }
+    if (s.whole || (present == 0xffu && address % 16 == 0)) {
+        if (fp32 || gap == kGroup) {
+            const Words low = Access::load16(address);
+            const Words high = fp32 ? Access::load16(address + 4 * gap) : Words{};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            raw.word[k] = low.word[k];
-            raw.word[k + 4] = high.word[k];
+            for (int k = 0; k < 4; ++k) {
+                raw.word[k] = low.word[k];
+                raw.word[k + 4] = high.word[k];
+            }
+        } else {
+            const Pair low = Access::load_pair(address), high = Access::load_pair(address + 2 * gap);
+            raw.word[0] = low.word[0];
+            raw.word[1] = low.word[1];
+            raw.word[2] = high.word[0];
+            raw.word[3] = high.word[1];
         }
         return raw;
     }
@@ -76,12 +114,18 @@ ADEPT_FAST_INLINE Eight load(std::int64_t stream, std::int64_t first, bool fp32,
 
 // Writes the elements whose bit in `stored` is 1.
 template <class Access>
-ADEPT_FAST_INLINE void store(std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t stored, const Eight& raw) {
+ADEPT_FAST_INLINE void store(const Setup& s, std::int64_t stream, std::int64_t first, bool fp32, std::uint32_t stored, const Eight& raw) {
+    const std::uint32_t gap = gap_of(s);
     const std::int64_t address = stream + first * (fp32 ? 4 : 2);
-    if (stored == 0xffu && address % 16 == 0) {
-        Access::store16(address, Words{{raw.word[0], raw.word[1], raw.word[2], raw.word[3]}});
-        if (fp32) {
-            Access::store16(address + 16, Words{{raw.word[4], raw.word[5], raw.word[6], raw.word[7]}});
+    if (stored == 0xffu && (s.whole || address % 16 == 0)) {
+        if (fp32 || gap == kGroup) {
+            Access::store16(address, Words{{raw.word[0], raw.word[1], raw.word[2], raw.word[3]}});
+            if (fp32) {
+                Access::store16(address + 4 * gap, Words{{raw.word[4], raw.word[5], raw.word[6], raw.word[7]}});
+            }
+        } else {
+            Access::store_pair(address, Pair{{raw.word[0], raw.word[1]}});
+            Access::store_pair(address + 2 * gap, Pair{{raw.word[2], raw.word[3]}});
         }
         return;
     }
@@ -89,9 +133,9 @@ ADEPT_FAST_INLINE void store(std::int64_t stream, std::int64_t first, bool fp32,
     for (int k = 0; k < kWidth; ++k) {
         if (stored >> k & 1u) {
             if (fp32) {
-                Access::store4(address + 4 * k, raw.word[k]);
+                Access::store4(address + 4 * after_first(gap, k), raw.word[k]);
             } else {
-                Access::store2(address + 2 * k, static_cast<std::uint16_t>(raw.word[k / 2] >> (k % 2 * 16)));
+                Access::store2(address + 2 * after_first(gap, k), static_cast<std::uint16_t>(raw.word[k / 2] >> (k % 2 * 16)));
             }
         }
     }
@@ -127,8 +171,8 @@ ADEPT_FAST_INLINE float from_half(std::uint16_t half, std::int64_t format) { ret
 ADEPT_FAST_INLINE void narrow(Eight& raw, std::int64_t format) {
     if (format == kBf16) {
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-            set_half(raw, k, to_bf16(float_of(raw.word[k])));
+        for (int k = 0; k < kWidth; k += 2) {
+            raw.word[k / 2] = to_bf16_pair(float_of(raw.word[k]), float_of(raw.word[k + 1]));
         }
     } else if (format == kFp16) {
 #pragma unroll
@@ -161,8 +205,8 @@ ADEPT_FAST_INLINE void read_weights(Eight& param, const Eight& master, std::int6
 }
 
 // Rounds fp32 weights in `param` to param and master as stored. index: of the first element in the unsharded parameter.
-ADEPT_FAST_INLINE void round_weights(Eight& param, Eight& master, std::int64_t format, std::int64_t mode, NoiseKey key,
-                                     std::int64_t index) {
+ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master, NoiseKey key, std::int64_t index) {
+    const std::int64_t format = s.param, mode = s.mode;
     if (mode == kRemainder) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
@@ -183,7 +227,7 @@ ADEPT_FAST_INLINE void round_weights(Eight& param, Eight& master, std::int64_t f
     } else if (mode == kStochastic) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-            set_half(param, k, stochastic_bf16(float_of(param.word[k]), key, static_cast<std::uint64_t>(index) + k));
+            set_half(param, k, stochastic_bf16(float_of(param.word[k]), key, static_cast<std::uint64_t>(index) + after_first(gap_of(s), k)));
         }
     } else {
         if (mode == kCopy) {
@@ -200,96 +244,119 @@ ADEPT_FAST_INLINE void move(Eight& weight, const Eight& grad, Eight& m, Eight& v
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
         float first = float_of(m.word[k]), second = float_of(v.word[k]), largest = float_of(vmax.word[k]);
-        weight.word[k] = bits_of(adamw<kAmsgrad>(float_of(weight.word[k]), float_of(grad.word[k]), first, second, largest, c, rates[k]));
+        const float old = float_of(weight.word[k]);
+        weight.word[k] = bits_of(adamw_moving<kAmsgrad>(old, float_of(grad.word[k]), first, second, largest, c, rates[k]));
         m.word[k] = bits_of(first);
         v.word[k] = bits_of(second);
         vmax.word[k] = bits_of(largest);
     }
 }
 
-// Updates kWidth elements from `offset` on, in the chunk that begins with element `chunk_first`.
+// Looks up the rate of each element of a thread. one: that of multiplier 1. Returns a bit for each element that is not frozen.
 template <class Access>
-ADEPT_FAST_INLINE void update_eight(const Tensor& row, const StepScalars& scalars, const Constants<float>& c, NoiseKey key,
-                                    const UnitWalk& walk, std::int64_t chunk_first, std::uint32_t offset) {
+ADEPT_FAST_INLINE std::uint32_t unit_rates(const Setup& s, const Tensor& row, const StepScalars& scalars, const UnitWalk& walk,
+                                           std::uint32_t offset, Rate<float> one, Rate<float> (&rates)[kWidth]) {
+    if (!s.units) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+            rates[k] = one;
+        }
+        return 0xffu;
+    }
+    const std::uint32_t gap = gap_of(s);
+    const int adjacent = gap == kGroup ? kWidth : kGroup;
+    std::uint32_t live = 0;
+#pragma unroll
+    for (int begin = 0; begin < kWidth; begin += adjacent) {
+        Place place = place_at(walk, offset + after_first(gap, begin));
+        const bool one_unit = place.left >= static_cast<std::uint32_t>(adjacent);
+        std::uint32_t multiplier = Access::load_kept4(row.multipliers + 4 * place.unit);
+        Rate<float> rate = unit_rate<float>(scalars, float_of(multiplier));
+#pragma unroll
+        for (int k = begin; k < begin + adjacent; ++k) {
+            if (k > begin && !one_unit) {
+                to_next(walk, place);
+                const std::uint32_t found = Access::load_kept4(row.multipliers + 4 * place.unit);
+                if (found != multiplier) {
+                    multiplier = found;
+                    rate = unit_rate<float>(scalars, float_of(multiplier));
+                }
+            }
+            rates[k] = rate;
+            live |= rate.decay < 0.0f ? 0u : 1u << k;
+        }
+    }
+    return live;
+}
+
+// Updates one thread's elements from `offset` on, in the chunk that begins with element `chunk_first`.
+template <class Access>
+ADEPT_FAST_INLINE void update_eight(const Setup& s, const Tensor& row, const StepScalars& scalars, const Constants<float>& c, NoiseKey key,
+                                    const UnitWalk& walk, Rate<float> one, std::int64_t chunk_first, std::uint32_t offset) {
     const std::int64_t first = chunk_first + offset;
-    const std::uint32_t present = present_bits(first, row.numel);
+    const std::uint32_t present = s.whole ? 0xffu : present_bits(first, row.numel);
     if (present == 0) {
         return;
     }
-    const std::int64_t format = row.formats & 3, grad_format = row.formats >> 2 & 3, moment_format = row.formats >> 4 & 3;
-    const std::int64_t mode = row.mode;
+    const bool fp32_moments = s.moments == kFp32, has_master = s.mode == kCopy || s.mode == kRemainder || s.mode == kKahan;
 
     // All loads come before the first conversion, so that they run together.
-    Eight param = load<Access>(row.param, first, format == kFp32, present);
-    Eight grad = load<Access>(row.grad, first, grad_format == kFp32, present);
-    Eight m = load<Access>(row.exp_avg, first, moment_format == kFp32, present);
-    Eight v = load<Access>(row.exp_avg_sq, first, moment_format == kFp32, present);
-    Eight vmax = load<Access>(row.max_exp_avg_sq, first, moment_format == kFp32, present);
-    Eight master = load<Access>(row.master, first, mode == kCopy, present);
+    Eight param = load<Access>(s, row.param, first, s.param == kFp32, present);
+    Eight grad = load<Access>(s, row.grad, first, s.grad == kFp32, present);
+    Eight m = load<Access>(s, row.exp_avg, first, fp32_moments, present);
+    Eight v = load<Access>(s, row.exp_avg_sq, first, fp32_moments, present);
+    Eight vmax = load<Access>(s, s.amsgrad ? row.max_exp_avg_sq : 0, first, fp32_moments, present);
+    Eight master = load<Access>(s, has_master ? row.master : 0, first, s.mode == kCopy, present);
 
     Rate<float> rates[kWidth];
-    Place place{0, kWidth};
-    std::uint32_t multipliers[kWidth] = {bits_of(1.0f)};
-    if (row.multipliers != 0) {
-        place = place_at(walk, offset);
-        multipliers[0] = Access::load4(row.multipliers + 4 * place.unit);
-    }
-    const bool one_unit = place.left >= kWidth;
-    if (!one_unit) {
-#pragma unroll
-        for (int k = 1; k < kWidth; ++k) {
-            to_next(walk, place);
-            multipliers[k] = Access::load4(row.multipliers + 4 * place.unit);
-        }
-    }
-    rates[0] = unit_rate<float>(scalars, float_of(multipliers[0]));
-#pragma unroll
-    for (int k = 1; k < kWidth; ++k) {
-        rates[k] = rates[k - 1];
-        if (!one_unit && multipliers[k] != multipliers[k - 1]) {
-            rates[k] = unit_rate<float>(scalars, float_of(multipliers[k]));
-        }
-    }
-    std::uint32_t live = present;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-        live &= ~(rates[k].decay < 0.0f ? 1u << k : 0u);
-    }
-
-    widen(param, format);
-    widen(grad, grad_format);
-    widen(m, moment_format);
-    widen(v, moment_format);
-    read_weights(param, master, format, mode);
-    if (row.max_exp_avg_sq != 0) {
-        widen(vmax, moment_format);
+    const std::uint32_t live = present & unit_rates<Access>(s, row, scalars, walk, offset, one, rates);
+    widen(param, s.param);
+    widen(grad, s.grad);
+    widen(m, s.moments);
+    widen(v, s.moments);
+    read_weights(param, master, s.param, s.mode);
+    if (s.amsgrad) {
+        widen(vmax, s.moments);
         move<true>(param, grad, m, v, vmax, c, rates);
-        narrow(vmax, moment_format);
-        store<Access>(row.max_exp_avg_sq, first, moment_format == kFp32, present, vmax);
+        narrow(vmax, s.moments);
+        store<Access>(s, row.max_exp_avg_sq, first, fp32_moments, present, vmax);
     } else {
         move<false>(param, grad, m, v, vmax, c, rates);
     }
-    narrow(m, moment_format);
-    narrow(v, moment_format);
-    store<Access>(row.exp_avg, first, moment_format == kFp32, present, m);
-    store<Access>(row.exp_avg_sq, first, moment_format == kFp32, present, v);
-    round_weights(param, master, format, mode, key, row.first_index + first);
-    store<Access>(row.param, first, format == kFp32, live, param);
-    if (row.master != 0) {
-        store<Access>(row.master, first, mode == kCopy, live, master);
+    narrow(m, s.moments);
+    narrow(v, s.moments);
+    store<Access>(s, row.exp_avg, first, fp32_moments, present, m);
+    store<Access>(s, row.exp_avg_sq, first, fp32_moments, present, v);
+    round_weights(s, param, master, key, row.first_index + first);
+    store<Access>(s, row.param, first, s.param == kFp32, live, param);
+    if (has_master) {
+        store<Access>(s, row.master, first, s.mode == kCopy, live, master);
     }
 }
 
-// Updates one thread's part of a chunk. chunk: number in the tensor.
+// Updates one thread's part of a chunk.
 template <class Access>
-ADEPT_FAST_INLINE void update_chunk(const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
+ADEPT_FAST_INLINE void update_turns(const Setup& s, const Tensor& row, const Counted& counted, const Constants<float>& c, std::int64_t chunk,
+                                    int thread) {
     const std::int64_t first = chunk * kChunk;
-    const Constants<float> c = constants<float>(counted.scalars);
     const NoiseKey key = noise_key(static_cast<std::uint32_t>(row.seed), counted.t);
-    const UnitWalk walk = row.multipliers == 0 ? UnitWalk{} : unit_walk(row, first);
+    const UnitWalk walk = s.units ? unit_walk(row, first) : UnitWalk{};
+    const Rate<float> one = unit_rate<float>(counted.scalars, 1.0);
 #pragma unroll 1
-    for (std::uint32_t offset = thread * kWidth; offset < kChunk; offset += kTurn) {
-        update_eight<Access>(row, counted.scalars, c, key, walk, first, offset);
+    for (std::uint32_t offset = offset_of(gap_of(s), thread); offset < kChunk; offset += kTurn) {
+        update_eight<Access>(s, row, counted.scalars, c, key, walk, one, first, offset);
+    }
+}
+
+// chunk: number in the tensor.
+template <class Access>
+ADEPT_FAST_INLINE void update_chunk(const Setup& s, const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
+    Constants<float> c = constants<float>(counted.scalars);
+    if (s.whole && c.slow1 && c.slow2) {
+        c.slow1 = c.slow2 = true;  // constants for the compiler
+        update_turns<Access>(s, row, counted, c, chunk, thread);
+    } else {
+        update_turns<Access>(s, row, counted, c, chunk, thread);
     }
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "descriptor.h"
@@ -14,27 +13,25 @@ struct Stream {
     std::int64_t handle;  // cudaStream_t
 };
 
-// A table of tensors in device memory. A step reads it and writes its scalars.
+// A table of tensors in device memory. A step reads it and writes its scalars. chunks: number of chunks of each update kernel.
 struct Table {
-    std::int64_t address, tensors, chunks;
+    std::int64_t address, tensors;
+    std::vector<std::int64_t> chunks;
 };
 
-// Returns (chunks, bytes) of the table of these tensors.
-std::pair<std::int64_t, std::int64_t> adamw_table_size(const Tensor* rows, std::int64_t tensors);
+struct TableSize {
+    std::vector<std::int64_t> chunks;
+    std::int64_t bytes;
+};
+
+TableSize adamw_table_size(const Tensor* rows, std::int64_t tensors);
 
 // Fills the table. Rows are launch parameters: no host memory must outlive the call, and a captured graph has its own copy.
-void adamw_write_table(Stream stream, Table table, const Tensor* rows);
+void adamw_write_table(Stream stream, const Table& table, const Tensor* rows);
 
-// Runs one step: a launch that increments the steps (several with over 400 groups) and one that updates.
+// Runs one step: a launch that increments the steps (several with over 400 groups) and one per update kernel that has chunks.
 // grad_scale: address of an fp64; 0: 1. found_inf: address of an fp32; 0: none. A value other than 0 skips the step.
-void adamw_step(Stream stream, Table table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale, std::int64_t found_inf);
-
-struct Kernel {
-    int registers, local_bytes, shared_bytes;  // per thread, per thread, per block
-    int threads, blocks_per_multiprocessor, multiprocessors;
-};
-
-// The update kernel on a device.
-Kernel adamw_kernel(int device);
+void adamw_step(Stream stream, const Table& table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale,
+                std::int64_t found_inf);
 
 }  // namespace adept_fast

@@ -1,7 +1,7 @@
 // The elements that a thread of the AdamW launch updates, and their units, as host and device code.
 //
 // Tensors are divided into chunks, numbered over all tensors. Block b takes chunks b, b + grid, ... It processes kTurn elements of a chunk
-// at a time, kWidth adjacent ones per thread.
+// at a time, kWidth per thread: two groups of kGroup adjacent ones.
 #pragma once
 
 #include "descriptor.h"
@@ -10,18 +10,20 @@
 namespace adept_fast {
 
 constexpr int kThreads = 256;
-constexpr int kWidth = 8;
+constexpr int kGroup = 4;
+constexpr int kWidth = 2 * kGroup;
 constexpr int kTurn = kThreads * kWidth;
 constexpr int kChunk = 4 * kTurn;
 
 ADEPT_FAST_INLINE std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// Returns the tensor of `chunk`. first_chunks: of each tensor, ascending; an empty tensor has that of its successor.
-ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks, std::int64_t tensors, std::int64_t chunk) {
+// Returns the tensor of `chunk`. first_chunks: of each tensor, `stride` words apart, ascending; an empty tensor has that of its successor.
+ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks, std::int64_t stride, std::int64_t tensors,
+                                               std::int64_t chunk) {
     std::int64_t low = 0, high = tensors;  // first_chunks[low] <= chunk < first_chunks[high]
     while (high - low > 1) {
         const std::int64_t middle = (low + high) / 2;
-        (first_chunks[middle] <= chunk ? low : high) = middle;
+        (first_chunks[stride * middle] <= chunk ? low : high) = middle;
     }
     return static_cast<std::int32_t>(low);
 }
@@ -46,6 +48,9 @@ struct UnitWalk {
 
 // first: of the chunk.
 ADEPT_FAST_INLINE UnitWalk unit_walk(const Tensor& row, std::int64_t first) {
+    if (row.length == 1) {
+        return {1, 0, 2 * kChunk, 0};
+    }
     const std::int64_t units = first / row.inner, passed = first - units * row.inner;
     const std::int64_t unit = units % row.length;
     if (row.inner <= kChunk) {

@@ -70,39 +70,24 @@ py::tuple adamw_table_size(const py::buffer& tensors) {
         }
     }
     const auto size = adept_fast::adamw_table_size(rows.first, rows.count);
-    return py::make_tuple(size.first, size.second);
+    return py::make_tuple(size.chunks, size.bytes);
 }
 
-void adamw_write_table(int device, std::int64_t stream, std::int64_t table, std::int64_t chunks, const py::buffer& tensors) {
+void adamw_write_table(int device, std::int64_t stream, std::int64_t table, const std::vector<std::int64_t>& chunks,
+                       const py::buffer& tensors) {
     const Rows<adept_fast::Tensor> rows(tensors);
-    if (adept_fast::adamw_table_size(rows.first, rows.count).first != chunks) {
+    if (adept_fast::adamw_table_size(rows.first, rows.count).chunks != chunks) {
         throw std::invalid_argument("a table of other chunks than its rows have");
     }
     py::gil_scoped_release unlocked;
     adept_fast::adamw_write_table({device, stream}, {table, rows.count, chunks}, rows.first);
 }
 
-void adamw_step(int device, std::int64_t stream, std::int64_t table, std::int64_t tensors, std::int64_t chunks, const py::buffer& groups,
-                std::int64_t grad_scale, std::int64_t found_inf) {
+void adamw_step(int device, std::int64_t stream, std::int64_t table, std::int64_t tensors, const std::vector<std::int64_t>& chunks,
+                const py::buffer& groups, std::int64_t grad_scale, std::int64_t found_inf) {
     const Rows<adept_fast::Group> rows(groups);
     py::gil_scoped_release unlocked;
     adept_fast::adamw_step({device, stream}, {table, tensors, chunks}, rows.first, rows.count, grad_scale, found_inf);
-}
-
-py::dict adamw_kernel(int device) {
-    adept_fast::Kernel kernel;
-    {
-        py::gil_scoped_release unlocked;
-        kernel = adept_fast::adamw_kernel(device);
-    }
-    py::dict result;
-    result["registers"] = kernel.registers;
-    result["local_bytes"] = kernel.local_bytes;
-    result["shared_bytes"] = kernel.shared_bytes;
-    result["threads"] = kernel.threads;
-    result["blocks_per_multiprocessor"] = kernel.blocks_per_multiprocessor;
-    result["multiprocessors"] = kernel.multiprocessors;
-    return result;
 }
 
 py::dict struct_bytes() {
@@ -124,7 +109,7 @@ PYBIND11_MODULE(_CUDA, module) {
     module.def("architectures", &adept_fast::architectures,
                "Returns the compiled architectures: sm_XY (machine code) and compute_XY (PTX for newer devices).");
     module.def("adamw_table_size", &adamw_table_size, py::arg("tensors"),
-               "Returns (chunks, bytes of device memory) of the table of these tensors. tensors: rows of struct "
+               "Returns (chunks of each update kernel, bytes of device memory) of the table of these tensors. tensors: rows of struct "
                "Tensor (csrc/descriptor.h).");
     module.def("adamw_write_table", &adamw_write_table, py::arg("device"), py::arg("stream"), py::arg("table"), py::arg("chunks"),
                py::arg("tensors"), "Fills the table at address `table`, in stream order. `tensors` is read before the call returns.");
@@ -132,8 +117,5 @@ PYBIND11_MODULE(_CUDA, module) {
                py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
                "Runs one AdamW step over a table, in stream order. groups: rows of struct Group, read before the call returns. grad_scale: "
                "address of an fp64 on the device; 0: 1. found_inf: address of an fp32 there; 0: none. A value other than 0 skips the step.");
-    module.def("adamw_kernel", &adamw_kernel, py::arg("device"),
-               "Describes the update kernel on a device: registers and local_bytes per thread, shared_bytes and threads per block, "
-               "blocks_per_multiprocessor, multiprocessors.");
     module.def("struct_bytes", &struct_bytes, "Returns the compiled sizes of Tensor, Group and StepScalars.");
 }

@@ -1,5 +1,5 @@
-// Conversions between fp32 and bf16 or fp16 in integer arithmetic: round to nearest even, with denormals. They give the same bits on CPU
-// and GPU, and their loops vectorise on every CPU. (The CPU instruction vcvtneps2bf16 flushes denormals.)
+// Conversions between fp32 and bf16 or fp16: round to nearest even, with denormals. CPUs use integer arithmetic, whose loops vectorise on
+// every CPU (the instruction vcvtneps2bf16 flushes denormals), GPUs their instruction. All give the same bits, except for the payloads of NaN.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +33,27 @@ ADEPT_FAST_INLINE bool is_finite(double value) { return value - value == 0.0; }
 ADEPT_FAST_INLINE float from_bf16(std::uint16_t half) { return float_of(std::uint32_t{half} << 16); }
 
 ADEPT_FAST_INLINE std::uint16_t to_bf16(float value) {
+#if defined(__CUDA_ARCH__)
+    std::uint16_t half;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+#else
     const std::uint32_t bits = bits_of(value);
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     // A carry out of the payload could turn NaN into a number.
     return static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded);
+#endif
+}
+
+// Rounds two values to bf16. low: into the lower half.
+ADEPT_FAST_INLINE std::uint32_t to_bf16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+    std::uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return to_bf16(low) | std::uint32_t{to_bf16(high)} << 16;
+#endif
 }
 
 ADEPT_FAST_INLINE float from_fp16(std::uint16_t half) {

@@ -176,8 +176,13 @@ class UpdateCollector:
         return given
 
     def reset_if_edited(self, states: States, param: Tensor, master_key: str | None) -> None:
-        """Zero the remainder or compensation of a parameter that was edited since the last step."""
+        """Zero the remainder or compensation of a parameter that was edited since the last step.
+
+        Raises RuntimeError during the capture of a CUDA graph, every replay of which would zero it again.
+        """
         if master_key in STALE_AFTER_EDIT and self.written.get(param, param._version) != param._version:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a parameter was edited in place since the last step: run a step before the capture of a CUDA graph")
             states[param][master_key].zero_()
 
     def note_versions(self, groups: Sequence[Group]) -> None:

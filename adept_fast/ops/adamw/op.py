@@ -164,4 +164,5 @@ def _operator(
         # Tracing saw dtypes and shapes, not memory.
         check_operands(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)
         updates.append(update)
-    _run(backend, Table(updates), grad_scale, found_inf)
+    # The memory of a compiled step may belong to a graph, which reuses it.
+    _run(backend, Table(updates, recurs=False), grad_scale, found_inf)

@@ -38,10 +38,13 @@ class Columns(NamedTuple):
 
 
 class Table:
-    """Rows of `updates`, all on one device. The word `group` is an index of `options`."""
+    """Rows of `updates`, all on one device. The word `group` is an index of `options`.
 
-    def __init__(self, updates: Sequence[Update]) -> None:
-        self.updates = updates
+    recurs: whether later steps are likely to have the same rows, so that backends keep them on the device.
+    """
+
+    def __init__(self, updates: Sequence[Update], recurs: bool = True) -> None:
+        self.updates, self.recurs = updates, recurs
         self.columns = each = Columns(*zip(*updates, strict=True))
         options = {id(o): o for o in each.options}
         self.options = list(options.values())
