@@ -168,6 +168,23 @@ def test_master_follows_an_edit_of_the_parameter(mode: str) -> None:
     assert torch.equal(weight(p, optimizer.state[p]), weight(fresh, other.state[fresh]))
 
 
+@pytest.mark.parametrize("mode", ["remainder", "kahan"])
+def test_an_edit_before_the_capture_of_a_graph_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay would forget the remainder."""
+    p = Parameter(bf16(0))
+    optimizer = AdamW([p], **HYPER, master_weights=mode)
+    for _ in range(2):
+        p.grad = bf16(1)
+        optimizer.step()
+    with torch.no_grad():
+        p.mul_(2)
+    kept = {key: value.clone() for key, value in optimizer.state[p].items()}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="edited in place since the last step: run a step before the capture"):
+        optimizer.step()
+    assert all(torch.equal(value, kept[key]) for key, value in optimizer.state[p].items())
+
+
 def test_copy_follows_an_edit_through_data_and_of_single_elements() -> None:
     p = Parameter(bf16(0))
     optimizer = AdamW([p], **HYPER, master_weights="copy")
