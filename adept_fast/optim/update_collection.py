@@ -181,7 +181,7 @@ class UpdateCollector:
         Raises RuntimeError during the capture of a CUDA graph, every replay of which would zero it again.
         """
         if master_key in STALE_AFTER_EDIT and self.written.get(param, param._version) != param._version:
-            if torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("a parameter was edited in place since the last step: run a step before the capture of a CUDA graph")
             states[param][master_key].zero_()
 
