@@ -107,12 +107,12 @@ class Planning:
         states, room = self.left.states, capacity(self.device)
         due = {name for name, state in states.items() if state in DUE}
         found: dict[str, StageEstimate] = {}
-        steps: TimedSteps | None = None
+        steps, text = None, self.text
         weights = self.costs.total * self.dtype.itemsize
         fits = weights <= FULL * room
         if fits and due:
-            found, steps = self._timed(due)
-        counted = self._counted(steps)
+            found, steps, text = self._timed(due)
+        counted = self._counted(text, steps)
         if steps is None and counted is not None and "tune" in due:
             found["tune"] = StageEstimate("tune", states["tune"], None, counted.total)
         stages = [StageEstimate("read", "to do", self.reading), *(found.get(name, StageEstimate(name, states[name])) for name in states)]
@@ -124,7 +124,7 @@ class Planning:
             f"{shown(peak)} of memory at most, of {shown(room)} there": fits and peak > FULL * room,
             f"{self.directory.folder}: {shown(written)} will be written, {shown(free)} are free": written > free,
         }
-        full = None if steps is None or self.text is None else steps.of(self.text.plan.tokens) / self.share
+        full = None if steps is None or text is None else steps.of(text.plan.tokens) / self.share
         return Plan(
             model=self.source.name,
             parameters=self.costs.total,
@@ -133,7 +133,7 @@ class Planning:
             sources=tuple({"for": use, "path": each.source.path, **each.counts()} for use, each in self.data.summaries()),
             held_out=self._held_out(),
             samples=() if self.text is None else tuple(samples(self.text, self.source, self.data)),
-            training=None if self.text is None else self.text.plan,
+            training=None if text is None else text.plan,
             method=self.recipe.method,
             layers=tuple(self.left.layers),
             assumed=self.left.assumed,
@@ -144,7 +144,7 @@ class Planning:
             capacity=room,
             written=written,
             free=free,
-            suggestions=self._suggested(counted, peak, room),
+            suggestions=self._suggested(text, counted, peak, room),
             warnings=tuple(line for line, holds in wrong.items() if holds),
         )
 
@@ -154,8 +154,8 @@ class Planning:
         args = arguments(tuning_settings(self.recipe), Path("unused"))
         return args.train_batch_size, args.gradient_accumulation_steps
 
-    def _timed(self, due: set[str]) -> tuple[dict[str, StageEstimate], TimedSteps | None]:
-        """Load the model, time pieces of what is due, and estimate each stage."""
+    def _timed(self, due: set[str]) -> tuple[dict[str, StageEstimate], TimedSteps | None, PlannedText | None]:
+        """Load the model, time pieces of what is due, and estimate each stage. Returns the text as this model takes it too."""
         recipe, source, data = self.recipe, self.source, self.data
         load = timed(source.load, 1, self.device)
         model = source.models.take(source.folder)
@@ -182,11 +182,12 @@ class Planning:
         if "expand" in due and importance is not None:
             found["expand"] = estimates.expansion(importance, steering, self.size, machine)
         if "tune" not in due or self.text is None:
-            return found, None
+            return found, None, self.text
+        text, isolation = estimates.isolation(model, self.text, machine)
         prepared = model if self.left.copies else prepare(model, recipe.method, recipe.tune.lora_rank, recipe.seed).model
         tuned = TuningWork(
-            text=self.text,
-            steps=max(0, self.text.plan.steps - self.left.done),
+            text=text,
+            steps=max(0, text.plan.steps - self.left.done),
             begun=self.left.done > 0,
             copies=self.left.copies,
             trained=self.trained,
@@ -195,14 +196,15 @@ class Planning:
             share=self.share,
             monitors=[*monitors(recipe, source, data).values()],
             steering=steering,
-            metering=data.items(metered) if (metered := data.metering()) else (),
+            metering=data.items(metered) if self.left.copies and (metered := data.metering()) else (),
+            isolation=isolation,
         )
         found["tune"], steps = estimates.tuning(prepared, tuned, machine, importance)
-        return found, steps
+        return found, steps, text
 
-    def _counted(self, steps: TimedSteps | None) -> TrainingMemory | None:
+    def _counted(self, text: PlannedText | None, steps: TimedSteps | None) -> TrainingMemory | None:
         """Count the memory of a training step."""
-        if self.text is None:
+        if text is None:
             return None
         if steps is not None:
             kept = steps.kept
@@ -212,7 +214,7 @@ class Planning:
             kept = above * kept_by_layer(config, False, self.dtype)
             kept += (len(self.left.layers) if self.left.copies else layers) * kept_by_layer(config, True, self.dtype)
             kept += 0 if self.left.copies else 8 * config.vocab_size  # logits and their softmax in fp32
-        tokens = self._batch[0] * self.text.plan.block_size
+        tokens = self._batch[0] * text.plan.block_size
         return training_memory(self.size // self.dtype.itemsize, self.trained, self.dtype, kept * tokens)
 
     def _held_out(self) -> str | None:
@@ -225,10 +227,10 @@ class Planning:
             return f"{HELD_OUT:.0%} of the domain's documents, those with the lowest hashes; {count:,} of them are measured on"
         return f"{count:,} documents of the domain, the {HELD_OUT:.0%} with the lowest hashes (one of fewer than 75)"
 
-    def _suggested(self, counted: TrainingMemory | None, peak: int, room: int) -> tuple[Suggestion, ...]:
-        if self.text is None or counted is None:
+    def _suggested(self, text: PlannedText | None, counted: TrainingMemory | None, peak: int, room: int) -> tuple[Suggestion, ...]:
+        if text is None or counted is None:
             return ()
-        recipe, text, training = self.recipe, self.text, self.text.plan
+        recipe, training = self.recipe, text.plan
         batch, accumulation = self._batch
         args = arguments(text.settings, Path("unused"), training.steps)
         documents = getattr(text.corpus, "documents", None)

@@ -26,6 +26,7 @@ from adept_fast.scoring.settings import Score
 from adept_fast.scoring.sweep import call_flops
 from adept_fast.scoring.sweep import plan as sweep_plan
 from adept_fast.scoring.unit_masking import forwards, masked_units
+from adept_fast.tuning.collator import collator, isolates_documents
 from adept_fast.tuning.fast_step import fast_step
 from adept_fast.tuning.piece_losses import compared_pieces
 from adept_fast.tuning.training_plan import PlannedText
@@ -67,7 +68,7 @@ class TuningWork:
     """What is trained.
 
     steps: left to do; begun: from a checkpoint. trained: parameters; size: bytes of each. share: of full training's time. monitors: whose
-    losses are read. steering, metering: items that set rates and meter forgetting, none without copies.
+    losses are read. steering, metering: items that set rates and meter forgetting, none without copies. isolation: see `isolation`.
     """
 
     text: PlannedText
@@ -81,6 +82,7 @@ class TuningWork:
     monitors: Sequence[Sequence[Item]]
     steering: Sequence[Item] = ()
     metering: Sequence[Item] = ()
+    isolation: Timed | None = None
 
 
 def scoring(model: PreTrainedModel, work: ScoringWork, machine: Machine) -> StageEstimate:
@@ -125,6 +127,19 @@ def importances(expanded: PreTrainedModel, items: Sequence[Item]) -> Timed:
         return time_importance(expanded, items)
 
 
+def isolation(model: PreTrainedModel, text: PlannedText, machine: Machine) -> tuple[PlannedText, Timed | None]:
+    """Plan one document a row for a model that attends across packed documents, by the check with which training begins.
+
+    Returns the text and the timing of the check, None if it would take long.
+    """
+    if machine.forward.of(3 * text.plan.block_size) > 3 * SECONDS:
+        return text, None
+    blocks = text.blocks.head() if isinstance(text.blocks, Stream) else text.blocks
+    found: list[bool] = []
+    check = timed(lambda: found.append(isolates_documents(model, blocks, collator(model))), 1, device_of(model))
+    return text if found[0] else text.one_per_row(), check
+
+
 def tuning(model: Any, work: TuningWork, machine: Machine, importance: Timed | None) -> tuple[StageEstimate, TimedSteps]:
     """Estimate tuned/, and return the timing of its steps. model: prepared for training; it is changed."""
     text, settings = work.text, work.text.settings
@@ -136,8 +151,8 @@ def tuning(model: Any, work: TuningWork, machine: Machine, importance: Timed | N
     losses = ends + _readings(work.steps, int(args.eval_steps or settings.refresh_steps))
     parts["held-out losses"] = losses * machine.losses(*work.monitors)
     if not work.begun:
-        kinds = compared_pieces(text.blocks)
-        parts["checks of the text"] = machine.losses(*(kinds or ())) + machine.forward.of(3 * text.plan.block_size)
+        isolated = machine.forward.of(3 * text.plan.block_size) if work.isolation is None else work.isolation.seconds
+        parts["checks of the text"] = machine.losses(*(compared_pieces(text.blocks) or ())) + isolated
     refreshes = _readings(work.steps, settings.refresh_steps)
     if importance is not None:
         read = refreshes * len(work.steering) + (ends + refreshes) * len(work.metering)
@@ -151,6 +166,7 @@ def tuning(model: Any, work: TuningWork, machine: Machine, importance: Timed | N
     parts["writing"] = machine.disk.of(saves * saved + work.written)
     meter = bool(work.metering) * work.trained * (work.size + 4)  # last copies and their gradient, see tuning/forgetting_meter.py
     peak = round(steps.peak + meter + steps.kept * (args.train_batch_size * text.plan.block_size - steps.work))
+    peak = max(peak, 0 if work.isolation is None else work.isolation.peak)
     return _estimate("tune", "begun" if work.begun else "to do", peak, parts), steps
 
 

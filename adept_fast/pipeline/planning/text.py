@@ -30,6 +30,8 @@ def _beginning(plan: Plan) -> Iterator[str]:
     yield f"model: {plan.model}, {plan.parameters:,} parameters in {plan.dtype}, timed on {plan.device}"
     if plan.held_out:
         yield f"held out: {plan.held_out}"
+    if plan.training is not None and plan.training.one_per_row:
+        yield f"this model leaks across packed documents, so it trains one document a row; {plan.training}"
     if plan.layers:
         where = "not scored yet, so evenly spaced ones stand in for them: " if plan.assumed else ""
         yield f"copies: of {len(plan.layers)} layers ({where}{', '.join(map(str, plan.layers))})"
