@@ -19,7 +19,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.console import attached, open_missing
 from adept_fast.runtime.disk_errors import REMEDIES, DiskError, disk_error_line, errno_of
 
-WRITE_AT_THE_END = ("copies", "compare")
+WRITE_AT_THE_END = ("copies", "compare", "plan")  # or nothing
 
 logger = logging.getLogger(__name__)
 

@@ -115,6 +115,14 @@ def test_other_methods_and_streams(planned, settings: list[str], expected: dict[
 
 
 @pytest.mark.slow
+def test_a_model_that_leaks_across_documents_is_planned_with_one_a_row(planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adept_fast.pipeline.planning.estimates.isolates_documents", lambda *_: False)
+    found = planned(f"output_dir={tmp_path / 'out'}", "method=uniform", "tune.max_steps=800")
+    assert found["training"]["one_per_row"] and found["training"]["epochs"] > 4
+    assert [warning for warning in found["warnings"] if "epochs over the same text" in warning]
+
+
+@pytest.mark.slow
 def test_without_a_domain_scoring_and_expansion_are_planned(planned, tmp_path: Path) -> None:
     found = planned(f"output_dir={tmp_path / 'out'}", domain=False)
     assert states(found) == {"read": "to do", "score": "to do", "expand": "to do", "tune": "not needed", "eval": "not needed"}

@@ -75,4 +75,5 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         training = None if self.training is None else {**asdict(self.training), "tokens": self.training.tokens}
         counted = None if self.counted is None else {**asdict(self.counted), "total": self.counted.total}
-        return {**asdict(self), "training": training, "counted": counted, "seconds": self.seconds, "peak": self.peak}
+        warnings = [*filter(None, [self.training and self.training.warning]), *self.warnings]
+        return {**asdict(self), "warnings": warnings, "training": training, "counted": counted, "seconds": self.seconds, "peak": self.peak}
