@@ -154,6 +154,12 @@ COMMANDS = {
         keys="Compare",
         words="FOLDER ...",
     ),
+    "generate": Command(
+        what="let a model answer prompts, and its base beside it",
+        examples=('source=out/tuned prompt="What is a heron?"', 'source=out/tuned prompt="What is a heron?" base=true temperature=0.7'),
+        module="generate",
+        keys="Generate",
+    ),
     "copies remove": Command(
         what="take copies out again; without any it is the original",
         examples=("source=out/tuned target=plain", "source=out/tuned target=fewer copies=[3,8]"),

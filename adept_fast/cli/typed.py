@@ -21,6 +21,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("evaluate", "test", "evaluation", "benchmark"), "eval"),
     **dict.fromkeys(("all", "start", "pipeline", "adapt"), "run"),
     **dict.fromkeys(("config", "init", "template", "settings", "keys"), "recipe"),
+    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict", "complete"), "generate"),
     **dict.fromkeys(("env", "doctor", "status"), "info"),
     **{name.removeprefix("copies "): name for name in COMMANDS if name.startswith("copies ")},
 }

@@ -50,7 +50,7 @@ def generate(
     pad = next((token for token in (tokenizer.pad_token_id, ends) if isinstance(token, int)), 0)
     how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, num_beams=1, eos_token_id=ends, pad_token_id=pad)
     if temperature > 0:
-        how.temperature = temperature
+        how.temperature = float(temperature)
     written: list[str] = []
     batches = [prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH)]
     with evaluating(model), Progress(total=max_new_tokens * len(batches), desc=title, unit="token") as bar, torch.random.fork_rng():

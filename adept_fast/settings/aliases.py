@@ -51,6 +51,7 @@ ALIASES = {
     **dict.fromkeys(("r", "rank", "lora_r"), ("tune.lora_rank",)),
     **dict.fromkeys(("finetuning_type", "train_type", "tuner_type", "stage", "adapter"), ("method",)),
     **dict.fromkeys(("use_peft", "use_lora", "full_finetuning"), ("method",)),
+    **dict.fromkeys(("max_tokens", "n_predict", "max_new"), ("max_new_tokens", "eval.answer_tokens")),
     **dict.fromkeys(("num_layers", "num_copies", "n_layers", "copies", "layers_to_add", "num_layer_trainable"), ("expand.k",)),
     **dict.fromkeys(("new_layers", "num_new_layers", "freeze_trainable_layers"), ("expand.k",)),
     **dict.fromkeys(("expand_layers", "layer_ids", "insert_layers"), ("expand.layers",)),
