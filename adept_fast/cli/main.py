@@ -19,11 +19,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.console import attached, open_missing
 from adept_fast.runtime.disk_errors import REMEDIES, DiskError, disk_error_line, errno_of
 
-<<<<<<< HEAD
-WRITE_AT_THE_END = ("copies", "compare", "plan")  # or nothing
-=======
-WRITE_AT_THE_END = ("copies", "compare", "generate")
->>>>>>> 9f13b32 (Add adept-fast generate: answers to prompts, with the base beside)
+WRITE_AT_THE_END = ("copies", "compare", "plan", "generate")  # or nothing
 
 logger = logging.getLogger(__name__)
 
