@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from adept_fast.ops.adamw.reference import clip_scale
 from adept_fast.optim import arguments
 from adept_fast.optim.state import RATES, Settings
 from adept_fast.optim.state_dict import POST_HOOKS, restore, wrap_tensors
+from adept_fast.optim.unit_lr import located, set_rates
 from adept_fast.optim.update_collection import StepUpdates, UpdateCollector, backend_of, options_of, scalar
 from adept_fast.runtime import dtensor
 
@@ -59,12 +60,13 @@ class AdamW(torch.optim.Optimizer):
             "stochastic" (0): unbiased rounding, bf16 only, reproducible: its noise is a hash of parameter number, step and element.
         max_grad_norm: clip the 2-norm of all gradients to this, as torch.nn.utils.clip_grad_norm_, but without changing `.grad`.
         backend: "cuda", "triton", "cpu" or "torch". None: ADEPT_FAST_BACKEND, else the fastest that is available for each device.
-        foreach, fused: accepted for compatibility; they choose no backend. fused=True keeps `step` on the parameter's device.
+        foreach, fused: accepted for compatibility; they choose no backend. fused=True keeps `step` on the parameter's device, and lets the
+            step apply GradScaler's scale, as torch's does; otherwise GradScaler unscales gradients before the step.
         differentiable: step in plain torch under autograd.
 
     State per parameter: `step` (fp32, 0-d; on the parameter's device with capturable, fused, "cuda" or "triton"), 2 moments (3 with
-    amsgrad) of the parameter's shape, and the master. GradScaler's grad_scale and found_inf are applied inside the step; a step whose
-    gradients have infinities changes nothing and is not counted.
+    amsgrad) of the parameter's shape, and the master. Under GradScaler a step whose gradients have infinities changes nothing and is not
+    counted.
 
     Raises:
         InputError: an argument out of range or an unknown backend. At a step, naming group and position: a gradient, moment, master or
@@ -84,8 +86,6 @@ class AdamW(torch.optim.Optimizer):
     >>> bool((layer.weight[64:128] == before[64:128]).all())
     True
     """
-
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -126,6 +126,11 @@ class AdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler that the step unscales, and Lightning that gradients cannot be clipped before it."""
+        return bool(self.defaults["fused"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does. Raises InputError if this optimizer cannot update it with its hyperparameters and dtypes."""
         super().add_param_group(param_group)
@@ -141,11 +146,14 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def set_unit_lr(self, param: Tensor, multipliers: Tensor | float | None, dim: int = 0) -> None:
-        """Multiply lr, and with it weight decay, by one factor per unit of `param`.
+    def set_unit_lr(
+        self, param: Tensor | str | Mapping[Any, Tensor | float | None], multipliers: Tensor | float | None = None, dim: int = 0
+    ) -> None:
+        """Multiply lr, and with it weight decay, by one factor per unit of a parameter.
 
         Args:
-            param: a parameter of this optimizer.
+            param: a parameter of this optimizer; a pattern of names, such as "model.layers.*.mlp.*", where the optimizer was given
+                `model.named_parameters()`; or a dict of parameter or pattern -> multipliers, all of which are checked before any is set.
             multipliers: finite, >= 0, copied to the parameter's device as fp32; None removes them.
                 [param.shape[dim]]: one per index of dimension `dim`.
                 [param.shape[dim], param.shape[dim + 1], ...]: one per index of several dimensions, such as [experts, rows].
@@ -157,34 +165,23 @@ class AdamW(torch.optim.Optimizer):
         dict without rates is loaded.
 
         Raises:
-            InputError: `param` is not in this optimizer, or the multipliers do not fit it.
+            InputError: `param` is not in this optimizer, a pattern matches no name, or the multipliers do not fit.
         """
-        group, position = self._locate(param)
-        if multipliers is None:
-            group.get(RATES, {}).pop(position, None)
-            if not group.get(RATES, True):
-                del group[RATES]
-            return
-        values, dim = arguments.checked_multipliers(param, multipliers, dim)
-        held = group.setdefault(RATES, {}).get(position)
-        if held is not None and held[0].shape == values.shape and held[0].device == values.device and held[1] == dim:
-            held[0].copy_(values)  # in place, so that a captured or compiled step sees them
-        else:
-            group[RATES][position] = (values, dim)
+        if isinstance(param, Mapping) and multipliers is not None:
+            raise InputError("multipliers: param is a dict, which has them: leave multipliers out")
+        set_rates(self.param_groups, param if isinstance(param, Mapping) else {param: multipliers}, dim)
 
-    def unit_lr(self, param: Tensor) -> tuple[Tensor, int] | None:
-        """Return (multipliers, first dimension that they cover) of `param`, or None. Raises InputError for an unknown parameter."""
-        group, position = self._locate(param)
+    def unit_lr(self, param: Tensor | str) -> tuple[Tensor, int] | None:
+        """Return (multipliers, first dimension that they cover) of a parameter, given itself or by name; None if it has none.
+
+        Raises InputError for an unknown parameter, or a pattern of several names.
+        """
+        found = located(self.param_groups, param)
+        if len(found) > 1:
+            raise InputError(f"param: {param!r} matches {len(found)} parameters: give one name")
+        group, position = found[0]
         rates: dict[int, tuple[Tensor, int]] = group.get(RATES, {})
         return rates.get(position)
-
-    def _locate(self, param: Tensor) -> tuple[dict[str, Any], int]:
-        for group in self.param_groups:
-            for position, candidate in enumerate(group["params"]):
-                if candidate is param:
-                    return group, position
-        found = f"shape {tuple(param.shape)}" if isinstance(param, Tensor) else f"{param!r}, not a Tensor"
-        raise InputError(f"param: in none of this optimizer's groups ({found}); give the parameter itself, add it with add_param_group")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Calls `closure` first, with gradients enabled, and returns its result."""

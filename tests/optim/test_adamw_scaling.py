@@ -26,11 +26,12 @@ def set_grads(params: list[Parameter], step: int, size: float = 1.0) -> None:
         p.grad = (size * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.7])
-def test_grad_scaler_with_a_step_of_infinities(unscale_first: bool, max_grad_norm: float | None) -> None:
+def test_grad_scaler_with_a_step_of_infinities(unscale_first: bool, max_grad_norm: float | None, fused: bool | None) -> None:
     scaled, plain = parameters(), parameters()
-    options = {"max_grad_norm": max_grad_norm, **HYPER}
+    options = {"max_grad_norm": max_grad_norm, "fused": fused, **HYPER}
     ours, unscaled = AdamW(scaled, **options), AdamW(plain, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     counted = 0

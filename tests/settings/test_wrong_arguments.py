@@ -91,6 +91,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "freeze_original": {"model": expanded()},
         "mask_units": {"model": model, "probe": items()},
         "merge_copies": {"a": there / "expanded", "b": there / "expanded", "target": there / "made"},
+        "param_groups": {"model": torch.nn.Linear(2, 2)},
         "remove_copies": copies,
         "score_layers": {"model": model, "probe": items()},
         "score_units": {"model": expanded(), "probe": items(), "units": units},
@@ -109,7 +110,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 NAMES = (
     *("AdamW", "AdeptCallback", "AdeptTrainer", "Anchor", "LayerScores.load", "Race", "UnitScores.load", "Units.of", "apply_copies"),
     *("apply_rates", "compare_scores", "corpus_conflicts", "dial", "expand_checkpoint", "expand_model", "extract_copies", "fast_step"),
-    *("freeze_original", "mask_units", "merge_copies", "remove_copies", "score_layers", "score_units", "select_layers"),
+    *("freeze_original", "mask_units", "merge_copies", "param_groups", "remove_copies", "score_layers", "score_units", "select_layers"),
     *("selection_stability", "unit_rates", "verify_expansion"),
 )
 OF_TORCH = ("optimizer can only optimize Tensors", "optimizer got an empty parameter list")
