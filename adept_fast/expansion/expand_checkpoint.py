@@ -78,6 +78,8 @@ def expand_checkpoint(
     models = OneModel(**loading) if models is None else models
     require_made("models", models, OneModel, "leave it out")
     model_folder, target = checkpoint.resolve(source, name="source"), require_path("target", target)
+    if name is not None:
+        require("name", name, str)
     folder, source_config = model_folder.path, model_folder.config
     on_disk = OnDisk.open(model_folder, models.trust_remote_code)
     earlier = model_folder.record
