@@ -24,7 +24,7 @@ from adept_fast.expansion.first_importance import FILE, as_tensors, first_import
 from adept_fast.expansion.rewrite_checkpoint import Layer, OnDisk, naming_folder, plan_shards, prove_bytes, write_checkpoint
 from adept_fast.expansion.verify import TOKENS, compute_logits, random_inputs, require_equal_logits
 from adept_fast.models.layer_config import broken_periods, expanded_config
-from adept_fast.settings.validation import require_made, require_path, require_table
+from adept_fast.settings.validation import require, require_made, require_path, require_table
 
 logger = logging.getLogger(__name__)
 
