@@ -206,8 +206,8 @@ class AdamW(torch.optim.Optimizer):
         grad_scale = arguments.checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
         scale = None if grad_scale is None else grad_scale.reciprocal()
         if settings.max_grad_norm is not None:
-            summed_by = next((backend for device, backend in updates.batches if device.type == "cpu"), "torch")
-            squares = dtensor.total(partial(sum_of_squares, backend=summed_by), updates.grads, updates.meshes)
+            on_cpu = [backend for device, backend in updates.batches if device.type == "cpu"]
+            squares = dtensor.total(partial(sum_of_squares, backend=on_cpu[0] if on_cpu else "torch"), updates.grads, updates.meshes)
             scale = clip_scale(squares, settings.max_grad_norm, scale)
         for (device, backend), batch in updates.batches.items():
             scale_there, found_there = (x if x is None else x.to(device) for x in (scale, found_inf))

@@ -28,6 +28,14 @@ def give_gradients(params: list[Parameter], step: int) -> None:
         param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
+def give_gradient_of_another_dtype(param: Parameter, grad: Tensor) -> None:
+    if hasattr(param, "grad_dtype"):
+        param.grad_dtype = None
+        param.grad = grad
+    else:  # older releases of torch refuse to assign it
+        param.grad.data = grad
+
+
 def moved(opt: AdamW) -> None:
     first = opt.param_groups[0]["params"][0]
     first.data = first.data.clone()
@@ -40,14 +48,12 @@ def transposed(opt: AdamW) -> None:
 
 def narrower_gradient(opt: AdamW) -> None:
     first = opt.param_groups[0]["params"][0]
-    first.grad_dtype = None
-    first.grad = first.grad.to(torch.bfloat16)
+    give_gradient_of_another_dtype(first, first.grad.to(torch.bfloat16))
 
 
 def wider_gradient(opt: AdamW) -> None:
     first = opt.param_groups[0]["params"][0]
-    first.grad_dtype = None
-    first.grad = first.grad.double() / 3
+    give_gradient_of_another_dtype(first, first.grad.double() / 3)
 
 
 def gradient_in_another_order(opt: AdamW) -> None:
@@ -208,8 +214,7 @@ def test_a_plan_knows_the_master_the_mode_and_the_device_that_it_was_made_for(mo
     opt.step()
     assert all("compensation" in opt.state[param] for param in params)
     updates: list[Update] = []
-    params[0].grad_dtype = None
-    params[0].grad = params[0].grad.double()
+    give_gradient_of_another_dtype(params[0], params[0].grad.double())
     with monkeypatch.context() as patch:
         patch.setattr("adept_fast.optim.adamw.launch", lambda backend, given, *scales: updates.extend(given))
         opt.step()
