@@ -72,6 +72,8 @@ def lost(results: EvaluationResults | None) -> Finding:
         sentences.append(f"Of {len(judged)} lm-eval results {count or 'none'} got worse beyond the interval.")
         worse |= count > 0
     short = f"general loss {_short(changes['general'].loss)}"
+    if results.tuned.shifted_tokens is not None:
+        short += f"; {percent(results.tuned.shifted_tokens, 1)} of general tokens shifted"
     return Finding("Something" if worse else "No loss shown", short, tuple(sentences), BAD if worse else GOOD)
 
 

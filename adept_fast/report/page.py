@@ -34,6 +34,12 @@ CERTAINTY = (
     (conflicts, "Ranks by the general probe and by the domain, with 95 % bootstrap intervals. Shaded: layers that the two rank apart."),
     (method_comparison, "Whether other methods rank the layers alike."),
 )
+PLACED = {
+    "lowest": "lowest (the layers on which general competence rests least, so that training disturbs least)",
+    "lowest_per_band": "lowest_per_band (in each band of depth the layer on which general competence rests least)",
+    "uniform": "uniform (evenly spaced)",
+    "given": "given (by the recipe)",
+}
 PICTURES: dict[str, Callable[[LayerScores, Sequence[int]], Figure | None]] = {
     "scores.png": layer_profile,
     "scores.stability.png": lambda scores, _: stability(scores),
@@ -130,7 +136,7 @@ def _layers(found: Artefacts) -> dict[str, Any]:
         "certainty": [(text, picture) for text, picture in drawn if picture],
         "units": _drawn(found.folder / UNITS, lambda: unit_profile(units)) if units else None,
         "record": found.record,
-        "placement": found.selection.placement,
+        "placement": PLACED.get(found.selection.placement or "", found.selection.placement or "not recorded"),
         "selection_notes": sentences(found.selection.notes),
         "inserted": _inserted(found),
     }

@@ -38,7 +38,7 @@ class Pair:
 def pair(answer: Answer) -> Pair:
     """Compare both answers word by word."""
     reference = "How the document goes on" if answer.from_ == "domain" else "The reference answer"
-    about = answer.prompt.strip(), SOURCES.get(answer.from_, answer.from_), answer.reference, reference
+    about = answer.prompt.strip(), SOURCES.get(answer.from_, answer.from_), answer.reference and answer.reference.strip(), reference
     if answer.base is None or answer.tuned is None:
         return Pair(*about, _alone(answer.base), _alone(answer.tuned), False)
     ours, theirs = WORD.findall(answer.base.strip()), WORD.findall(answer.tuned.strip())

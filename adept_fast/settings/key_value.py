@@ -90,8 +90,8 @@ def _build(cls: type[T], content: Mapping[str, Any], prefix: str, root: type) ->
         del declared[others.name]
         assert callable(others.default_factory)
         values[others.name], content = others.default_factory(), dict(content)
-        if isinstance(content.get(others.name), Mapping):  # a resolved recipe has them in their own table
-            content |= content.pop(others.name)
+        if isinstance(content.get(others.name), Mapping):  # a resolved recipe has them in their own table; an override comes beside it
+            content = {**content.pop(others.name), **content}
     for key, value in content.items():
         if key in declared:
             values[key] = _read(value, hints[key], prefix + key, root)

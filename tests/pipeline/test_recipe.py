@@ -43,6 +43,7 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
     content["domain"], content["expand"]["layers"] = list(content["domain"]), None
     path.write_text(yaml.safe_dump(content))
     assert load(str(path)) == recipe
+    assert load(str(path), ["tune.max_steps=9"]).tune.training == {**recipe.tune.training, "max_steps": 9}
 
 
 def test_text_stays_text_and_numbers_are_read() -> None:

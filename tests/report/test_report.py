@@ -217,7 +217,7 @@ def test_a_whole_run_answers_three_questions_first_and_then_has_all_sections(pag
     assert page.addresses[: 3 + len(SECTIONS)] == [f"#{name}" for name in [*SECTIONS[:3], *SECTIONS]]
     first = page.text[: page.text.index("Over training")]
     assert f"Yes: domain loss {MINUS}0.603 nats per token [{MINUS}0.628, {MINUS}0.573]" in first
-    assert "Something: general loss +0.023" in first
+    assert f"Something: general loss +0.023 nats per token [{MINUS}0.002, 0.053]; 2.2 % of general tokens shifted" in first
     assert "2 prompts: answered by both models, 1 of them differently" in first
     base = ["0.849 [0.799, 0.909]", "2.34 [2.22, 2.48]", "41.0 % [33.0, 48.0]", "2.704 [2.654, 2.764]", "0.500 0.400"]
     tuned = ["0.872 [0.822, 0.932]", "44.0 % [36.0, 51.0]", "2.101 [2.051, 2.161]", "8.17 [7.78, 8.68]", "2.18 %"]
