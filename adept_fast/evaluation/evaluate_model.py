@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ class Evaluated:
     items: losses of single items, by corpus
     argmax: at each position of the general corpus, int64, a tensor an item
     answers: to the prompts; None where it could not generate
+    tasks: results of lm-eval
     """
 
     result: ModelResult
     items: Mapping[str, ItemLosses]
     argmax: tuple[Tensor, ...]
     answers: Sequence[str | None] = ()
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
     def change(self, base: Evaluated) -> ModelChange:
         """Return the change against the base on the same items."""

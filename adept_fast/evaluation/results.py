@@ -110,7 +110,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric of an lm-eval task. change: of the tuned model against the base; both None without a tuned model."""
+    """A metric of an lm-eval task.
+
+    tuned, change: None without a tuned model; a group of tasks has no change, its tasks have
+    higher_is_better: as lm-eval has it, true where it does not say
+    """
 
     base: float
     tuned: float | None

@@ -63,3 +63,6 @@ class Eval:
         None, meaning="for base and tuned model to answer; null: openings of held-out documents and general questions; []: none"
     )
     answer_tokens: int = declare(48, COUNT, "of each answer, at most")
+    tasks: tuple[str, ...] = declare((), meaning="of lm-eval, for base and tuned model: [arc_easy, hellaswag]; needs adept-fast[eval]")
+    tasks_limit: int | None = declare(None, COUNT, "items of each task")
+    tasks_include_path: str | None = declare(None, meaning="folder with YAML files of your own tasks")

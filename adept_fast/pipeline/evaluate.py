@@ -18,6 +18,7 @@ from adept_fast.evaluation.answers import Prompt, answers, drawn_prompts, given_
 from adept_fast.evaluation.evaluate_model import Evaluated, evaluate
 from adept_fast.evaluation.evaluation_corpus import EvaluationCorpus, corpus
 from adept_fast.evaluation.largest_alpha import largest_alpha
+from adept_fast.evaluation.lm_tasks import LmTasks, load_tasks
 from adept_fast.evaluation.paired_items import items_path, save_items
 from adept_fast.evaluation.results import Answer, EvaluationResults
 from adept_fast.pipeline.datasets import Datasets
@@ -40,15 +41,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What models are evaluated on. also: further corpora by name. prompts: to answer. digests: of all these, by name."""
+    """What models are evaluated on.
+
+    also: further corpora by name. prompts: to answer. digests: of all these, by name. tasks: of lm-eval
+    """
 
     general: EvaluationCorpus
     domain: EvaluationCorpus | None
     also: Mapping[str, EvaluationCorpus]
     prompts: Sequence[Prompt]
     digests: Mapping[str, str]
+    tasks: LmTasks | None = None
 
 
+@section("eval")
 def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> EvaluationData:
     """Read and tokenise the corpora, and draw the prompts."""
     keys, encoder = recipe.eval, source.encoder
@@ -65,13 +71,19 @@ def evaluation_data(recipe: Recipe, source: SourceModel, data: Datasets) -> Eval
     encoder.warn_of_control_tokens("what is evaluated on")
     if source.earlier is not None and not further:
         logger.info("the model holds copies of an earlier domain: eval.also.NAME={path: ..., held_out: true} measures that one's loss too")
+    tasks = load_tasks(keys.tasks, keys.tasks_limit, keys.tasks_include_path) if keys.tasks else None
     digests = {f"also.{name}" if name in further else name: data.digest(each) for name, each in records.items()}
     return EvaluationData(
         general,
         domain,
         {name: corpora[name] for name in further},
         prompts,
-        {**digests, "answers": digest([keys.answer_tokens, [vars(prompt) for prompt in prompts]])},
+        {
+            **digests,
+            "answers": digest([keys.answer_tokens, [vars(prompt) for prompt in prompts]]),
+            **({} if tasks is None else {"tasks": tasks.digest}),
+        },
+        tasks,
     )
 
 
@@ -111,6 +123,7 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
             inputs=inputs,
             versions=versions(),
             answers=_paired(data.prompts, base, found.get("tuned")),
+            tasks={} if data.tasks is None else data.tasks.compared(base.tasks, found["tuned"].tasks if "tuned" in found else None),
             dial=dial,
         )
         save_items(path, {name: each.items for name, each in {"base": base, **found}.items()})
@@ -125,7 +138,8 @@ def _measure(
     model: PreTrainedModel, title: str, base_argmax: Sequence[Tensor] = (), *, recipe: Recipe, source: SourceModel, data: EvaluationData
 ) -> Evaluated:
     found = evaluate(model, data.general, data.domain, base_argmax, title, data.also)
-    return replace(found, answers=answers(model, data.prompts, source.encoder, recipe.eval.answer_tokens, title))
+    said = answers(model, data.prompts, source.encoder, recipe.eval.answer_tokens, title)
+    return replace(found, answers=said, tasks={} if data.tasks is None else data.tasks.run(model, source.tokenizer))
 
 
 def _paired(prompts: Sequence[Prompt], base: Evaluated, tuned: Evaluated | None) -> tuple[Answer, ...]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,27 @@ def test_prompts_of_the_recipe(first: Path, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_settings_are_named(first: Path, setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *given(first, "model", "fox", "one"), setting]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_tasks_of_lm_eval_give_what_its_own_command_gives(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'adept-fast[eval]'")
+    from tests.evaluation.test_lm_tasks import choice_task, text_task
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(first / "cache"))
+    choice_task(first / "tasks")
+    text_task(first / "tasks")
+    chosen = ["eval.tasks=[stones, rivers]", f"eval.tasks_include_path={first / 'tasks'}", "eval.tasks_limit=11"]
+    assert main(["eval", *given(first, "model", "fox", "one"), *chosen]) == 0
+    tasks = EvaluationResults.load(first / "one" / "eval.json").tasks
+    assert (tasks["stones"].items, tasks["rivers"].items) == (11, 6)
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={first / 'one' / 'tuned'}"]
+    command += ["--tasks", "stones,rivers", "--include_path", str(first / "tasks"), "--limit", "11", "--device", "cpu"]
+    command += ["--output_path", str(first / "own")]
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True)
+    own = json.loads(next((first / "own").rglob("results*.json")).read_text())["results"]
+    for task, metric in (("stones", "acc"), ("stones", "acc_norm"), ("rivers", "word_perplexity")):
+        found = tasks[task].metrics[metric]
+        assert found.tuned == pytest.approx(own[task][f"{metric},none"], rel=1e-6) and found.higher_is_better == (task == "stones")
+        assert found.change is not None and found.change.value == pytest.approx(found.tuned - found.base)
+        assert found.change.low <= found.change.value <= found.change.high
+    assert tasks["rivers"].metrics["word_perplexity"].base != tasks["rivers"].metrics["word_perplexity"].tuned
