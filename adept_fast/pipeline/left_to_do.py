@@ -11,12 +11,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from adept_fast.checkpoints.adept_config import AdeptConfig
 from adept_fast.pipeline.choose_layers import by_scores, choose, unscored
 from adept_fast.pipeline.datasets import Datasets
+from adept_fast.pipeline.evaluate import EvaluationData
 from adept_fast.pipeline.expand import kept_expansion
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.score import Scoring
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import due
+from adept_fast.runtime.input_files import read_json
+from adept_fast.runtime.provenance import changed, inputs_of
 from adept_fast.scoring.scores import LayerScores
 from adept_fast.tuning.methods import METHODS
 from adept_fast.tuning.resume import step_of
@@ -24,12 +27,16 @@ from adept_fast.tuning.resume import step_of
 
 @dataclass(frozen=True)
 class LeftToDo:
-    """The state of each stage. tuned: whether the run tunes. Raises InputError for an artefact that was made with other settings."""
+    """The state of each stage. Raises InputError for an artefact that was made with other settings.
+
+    measured: what eval measures. tuned: whether the run tunes.
+    """
 
     recipe: Recipe
     source: SourceModel
     data: Datasets
     directory: RunDirectory
+    measured: EvaluationData
     tuned: bool
 
     @cached_property
@@ -82,13 +89,20 @@ class LeftToDo:
         return 0 if last is None else step_of(Path(last))
 
     @property
+    def evaluated(self) -> bool:
+        """Whether eval.json measures what the recipe asks for."""
+        path = self.directory.evaluation
+        wanted = {**self.source.inputs, **self.measured.digests, "eval.general_limit": self.recipe.eval.general_limit}
+        made = inputs_of(read_json(path)) if path.exists() else {}
+        return not changed({name: made.get(name) for name in wanted}, wanted)
+
+    @property
     def states(self) -> dict[str, str]:
         """The state of each stage, see pipeline/planning/results.py."""
         tune = "begun" if self.done else "to do"
-        evaluated = self.finished and self.directory.evaluation.exists()
         return {
             "score": "not needed" if not self.scored else "to do" if self.scores is None else "there",
             "expand": "not needed" if not self.copies else "to do" if self.expanded is None else "there",
             "tune": "not needed" if not self.tuned else "there" if self.finished else tune,
-            "eval": "not needed" if not self.tuned else "there" if evaluated else "to do",
+            "eval": "not needed" if not self.tuned else "there" if self.finished and self.evaluated else "to do",
         }

@@ -68,7 +68,7 @@ class Planning:
 
     @cached_property
     def left(self) -> LeftToDo:
-        return LeftToDo(self.recipe, self.source, self.data, self.directory, self.text is not None)
+        return LeftToDo(self.recipe, self.source, self.data, self.directory, self.evaluated, self.text is not None)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -83,6 +83,7 @@ def test_a_run_is_planned_without_a_trace_and_what_it_leaves_is_seen(folder: Pat
     counted = before["counted"]
     assert counted["weights"] == 4 * record["parameters"]["total"] and counted["gradients"] == 4 * record["parameters"]["trainable"]
     assert sorted(path.name for path in (folder / "out").iterdir()) == made
+    assert states(planned("eval.max_items=5"))["eval"] == "to do"
 
 
 @pytest.mark.slow
