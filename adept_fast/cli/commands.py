@@ -31,6 +31,7 @@ class Command:
     module: file under adept_fast/cli whose `run` runs it
     keys: name of the dataclass in that module that declares keys of its own, or ""
     tables: of the recipe that it reads, beside the keys without a table; None if it takes no recipe
+    also: keys that it reads from other tables
     needs: keys of the recipe that must be given
     defaults: settings in place of the recipe's defaults
     words: what else it takes beside key=value, such as "recipe.yaml"
@@ -43,6 +44,7 @@ class Command:
     module: str = "stages"
     keys: str = ""
     tables: tuple[str, ...] | None = None
+    also: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     defaults: tuple[str, ...] = ()
     words: str = ""
@@ -108,6 +110,7 @@ COMMANDS = {
         what="measure which layers general competence rests on",
         examples=("model_name_or_path=MODEL score.max_items=64", "my.yaml score.loss=kl"),
         tables=("score", "expand"),
+        also=("tune.replay", "tune.streaming", "eval.general", "eval.domain", "eval.also"),
         needs=MODEL,
         words=RECIPE,
         processes=True,
@@ -116,6 +119,7 @@ COMMANDS = {
         what="copy the chosen layers, silent at first, and verify",
         examples=("model_name_or_path=MODEL expand.layers=[3,7]", "my.yaml expand.k=4"),
         tables=("expand",),
+        also=("tune.max_items",),
         needs=MODEL,
         words=RECIPE,
     ),
@@ -130,6 +134,7 @@ COMMANDS = {
         what="train the copies on the domain, each unit at its own rate",
         examples=("model_name_or_path=MODEL domain=my.txt tune.learning_rate=1e-4", "my.yaml tune.max_steps=100"),
         tables=("tune",),
+        also=("expand.initialisation", "eval.general", "eval.domain", "eval.also"),
         needs=DATA,
         words=RECIPE,
         processes=True,
@@ -138,6 +143,7 @@ COMMANDS = {
         what="loss, perplexity and accuracy of base and tuned model",
         examples=("model_name_or_path=MODEL domain=my.txt output_dir=out", "my.yaml eval.max_items=200"),
         tables=("eval",),
+        also=("tune.replay", "tune.streaming"),
         needs=MODEL,
         words=RECIPE,
     ),

@@ -77,6 +77,8 @@ def groups(command: Command) -> Iterator[tuple[str, list[Key]]]:
         yield "model and data", [key for key in keys if key.name in FIRST]
         for table in command.tables:
             yield table, [key for key in keys if key.table == table]
+        if command.also:
+            yield "of other tables", [key for key in keys if key.name in command.also]
         yield "shared by all subcommands", [key for key in keys if not key.table and key.name not in FIRST]
 
 
