@@ -16,6 +16,10 @@ from adept_fast.pipeline import recipe
 from tests.support import tiny_models
 
 WHOLE = ("as_dict", "check_together", "_build", "load")  # functions that read every key, for files and checks
+SETTINGS = (
+    *("model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt"),
+    *("tune.max_steps=2", "score.domain_items=2"),
+)
 STAGES = ("score", "expand", "verify", "tune", "eval", "report")
 
 
@@ -49,8 +53,7 @@ def test_a_stage_reads_no_key_that_its_help_leaves_out(tmp_path: Path, monkeypat
     left_out = {}
     for name in STAGES:
         read.clear()
-        words = ["model_name_or_path=model", "output_dir=out", "probe=probe.jsonl", "domain=domain.txt", "tune.max_steps=2", "score.domain_items=2"]
-        assert main([name, *words]) == 0
+        assert main([name, *SETTINGS]) == 0
         listed = {key.name for _, keys in groups(COMMANDS[name]) for key in keys}
         left_out[name] = sorted(key for key in read - listed if key not in ("score", "expand", "tune", "eval", "tune.training"))
     assert not any(left_out.values()), left_out
