@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adept_fast.report.drawing import BLUE, GREY, VERMILION, WIDTH, finite, over_depth, style
-from adept_fast.report.numbers import interval, number
+from adept_fast.report.drawing import BLUE, GREY, INK, VERMILION, WIDTH, finite, over_depth, style
+from adept_fast.report.numbers import NONE, interval, number
 from adept_fast.scoring.scores import LayerScores
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def conflicts(scores: LayerScores) -> Figure | None:
         for profile, name, (colour, marker, shift) in zip(found["profiles"], names, looks, strict=True):
             rank, low, high = np.array(found["ranks"][profile], dtype=np.float64).T
             bars = np.stack([np.fmax(rank - low, 0), np.fmax(high - rank, 0)])
-            axes.errorbar(np.arange(len(rank)) + shift, rank, bars, fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=name)
+            size = 4.5 if len(rank) <= 40 else 2.5
+            places = np.arange(len(rank)) + shift
+            axes.errorbar(places, rank, bars, fmt=marker, color=colour, markersize=size, elinewidth=1.2, label=name)
         for layer in found["layers"]:
             axes.axvspan(layer - 0.4, layer + 0.4, color=VERMILION, alpha=0.15, linewidth=0)
         apart = ", ".join(map(str, sorted(found["layers"]))) or "none"
@@ -85,6 +87,9 @@ def method_comparison(scores: LayerScores) -> Figure | None:
         _cells(upper, matrix, "RdBu", -1, 1)
         for row, column in np.ndindex(*matrix.shape):
             value = float(matrix[row, column])
+            if not np.isfinite(value):
+                upper.text(column, row, NONE, ha="center", va="center", color=INK)
+                continue
             bounds = interval(float(low[row, column]), float(high[row, column]), 2)
             text = number(value, 2) + (f"\n{bounds}" if row != column else "")
             shade = "#fefefe" if abs(value) > 0.6 else "#010101"  # black and white on paper of any colour
@@ -102,6 +107,6 @@ def method_comparison(scores: LayerScores) -> Figure | None:
 def _cells(axes: Axes, values: np.ndarray, colours: str, low: float, high: float) -> None:
     """Draw a table of values as colours, the first row at the top. It is drawn as shapes: a bitmap would blur."""
     places = (np.arange(length + 1) - 0.5 for length in values.shape[::-1])
-    axes.pcolormesh(*places, np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high)
+    axes.pcolormesh(*places, np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
     axes.invert_yaxis()
     axes.grid(visible=False)

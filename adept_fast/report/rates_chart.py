@@ -49,7 +49,7 @@ def unit_rates(refreshes: Sequence[Refresh]) -> Figure:
     with style():
         once = len(steps) == 1
         rows = 1 if once else -(-len(kinds) // COLUMNS)
-        height = 1.3 + 0.3 * len(kinds) if once else 0.8 + 1.6 * rows
+        height = 1.3 + 0.3 * len(kinds) if once else max(3.0, 0.8 + 1.6 * rows)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.set_label("Learning-rate multipliers of the units")
         if once:

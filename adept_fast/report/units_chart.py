@@ -40,7 +40,7 @@ def unit_profile(scores: UnitScores) -> Figure:
         axes = figure.subplots()
         edges = np.arange(first, last + 2) - 0.5, np.arange(len(kinds) + 1) - 0.5
         norm = SymLogNorm(threshold, vmin=-largest, vmax=largest)
-        cells = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="RdBu_r", norm=norm)
+        cells = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="RdBu_r", norm=norm, edgecolors="face", linewidth=0.3)
         if doubtful:
             axes.plot(*zip(*doubtful, strict=True), ".", color="#010101", markersize=3)
         axes.set_yticks(range(len(kinds)), kinds)
