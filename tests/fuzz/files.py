@@ -28,7 +28,7 @@ GIVEN = {
     "score": {"max_items": 3, "units": "tensor"},
     "expand": {"layers": [1], "k": 1},
     "tune": {"max_steps": 2, "refresh_steps": 1, "block_size": 24, "max_items": 2, "units": "head", "learning_rate": 1e-3},
-    "eval": {"max_items": 4, "domain": "held.jsonl"},
+    "eval": {"max_items": 4, "domain": "held.jsonl", "answer_tokens": 2},
 }
 RECIPE = ("recipe.yaml",)
 KILLED = "adept_fast.tuning.tune_checkpoint:export_tuned"  # checkpoints are there, and nothing after them

@@ -17,6 +17,7 @@ from transformers import LlamaModel, Trainer
 
 from adept_fast.cli.main import main
 from adept_fast.evaluation.evaluate_model import evaluate
+from adept_fast.evaluation.generation import generate
 from adept_fast.evaluation.largest_alpha import largest_alpha
 from adept_fast.expansion.first_importance import first_importance
 from adept_fast.expansion.verify import compute_logits
@@ -60,7 +61,7 @@ READERS = {
         divergence_from_base,
         Trainer.training_step,
     ),
-    "eval": (evaluate, largest_alpha),
+    "eval": (evaluate, generate, largest_alpha),
 }
 PACKING = (LayerMasks.measure, UnitMasks.measure, isolates_documents, Trainer.training_step)  # several texts in a row
 KINDS = ("Probe ", "Count to ", "The ")  # texts and instructions of the probe, documents of the domain
@@ -156,7 +157,7 @@ def test_all_text_that_the_model_sees_begins_with_bos(here: Path, calls: list[Ca
         ("score", ["output_dir=out", *scoring]),
         ("expand", ["output_dir=out"]),
         ("tune", ["output_dir=out", *tuning]),
-        ("eval", ["output_dir=out", *tuning, "eval.general_limit=0.01"]),
+        ("eval", ["output_dir=out", *tuning, "eval.general_limit=0.01", "eval.answer_tokens=1"]),
         ("expand", ["output_dir=streamed"]),
         ("tune", ["output_dir=streamed", *tuning, "tune.streaming=true"]),
     ):

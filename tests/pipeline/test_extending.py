@@ -37,6 +37,7 @@ class Runs:
         given = [
             command, f"model_name_or_path={self.folder / 'model'}", f"domain={self.folder / 'notes.txt'}",
             f"output_dir={self.folder / output}", "expand.layers=[1,2]", f"tune.max_steps={steps}", "tune.refresh_steps=2",
+            "eval.answer_tokens=2",
             "tune.per_device_train_batch_size=2", "tune.block_size=48", "tune.weight_decay=0.1", "tune.learning_rate=0.005",
             "tune.max_items=6", "tune.lr_scheduler_type=constant", "eval.max_items=6", "seed=5", *more,
         ]  # fmt: skip

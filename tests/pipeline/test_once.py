@@ -21,7 +21,10 @@ from adept_fast.tuning import training_plan
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.slow
-COMMON = ["expand.k=1", "tune.max_steps=2", "tune.refresh_steps=1", "tune.block_size=32", "tune.max_items=4", "score.max_items=6"]
+COMMON = [
+    *("expand.k=1", "tune.max_steps=2", "tune.refresh_steps=1", "tune.block_size=32"),
+    *("tune.max_items=4", "score.max_items=6", "eval.answer_tokens=2"),
+]
 
 
 @pytest.fixture

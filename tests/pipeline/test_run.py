@@ -72,6 +72,7 @@ def settings(folder: Path, output: str) -> list[str]:
         f"output_dir={folder / output}",
         "expand.k=2",
         "tune.max_steps=7",
+        "eval.answer_tokens=2",
         "tune.refresh_steps=2",
         "tune.per_device_train_batch_size=2",
         "tune.block_size=64",

@@ -54,7 +54,7 @@ class Stages:
             *(f"model_name_or_path={folder / 'model'}", f"domain={folder / 'notes.txt'}", f"output_dir={self.out}", "expand.k=2", "seed=5"),
             *(f"probe={folder / 'probe.jsonl'}", "tune.max_steps=6", "tune.save_steps=2", "tune.save_total_limit=2"),
             *("tune.refresh_steps=2", "tune.per_device_train_batch_size=1", "tune.block_size=64", "tune.weight_decay=0.1"),
-            *("tune.max_items=4", "eval.max_items=4", "score.max_items=12"),
+            *("tune.max_items=4", "eval.max_items=4", "eval.answer_tokens=2", "score.max_items=12"),
         )
 
     def __enter__(self) -> Stages:

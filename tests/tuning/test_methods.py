@@ -34,7 +34,7 @@ def run(folder: Path, method: str, output: str, *more: str) -> tuple[Path, list[
             f"model_name_or_path={folder / 'model'}", f"domain={folder / 'notes.txt'}", f"output_dir={folder / output}", f"method={method}",
             "expand.k=2", "score.max_items=8", "score.loss=all", "tune.max_steps=3", "tune.refresh_steps=2", "tune.eval_steps=1",
             "tune.block_size=32", "tune.max_items=4", "tune.lora_rank=4", "tune.learning_rate=0.01", "tune.weight_decay=0.1",
-            "eval.max_items=6", "seed=3", *more,
+            "eval.max_items=6", "eval.answer_tokens=2", "seed=3", *more,
         ],
     )  # fmt: skip
     directory = RunDirectory(recipe.folder)
