@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(CONSTRAINTS) $(wildcard csrc/*)
 # This file exists if torch with CUDA comes from PYTHON. Its packages, among them those of the build, are then used too.
 BORROWED := $(VENV)/borrowed
 
-.PHONY: nightly test quick demo gpu sanitize lint clean types docs wheel matrix
+.PHONY: nightly test quick demo gpu gpu-bench gpu-check gpu-sanitize sanitize lint clean types docs wheel matrix
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -24,16 +24,31 @@ quick: $(VENV)/.test
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo
 
-# The sanitizer comes last, because some virtual machines do not support it.
+# On a GPU. Each part goes on after a failure, which it reports at its end, and takes under GPU_SECONDS; JSON of benchmarks is copied to OUT.
+OUT ?= build/gpu
+GPU_SECONDS ?= 480
 GPU_BENCHES := adamw gradient_sums linear_cross_entropy scoring
-gpu: $(VENV)/.test
+GPU_PARTS := gpu-bench gpu-check gpu-sanitize
+gpu:
+	failed=; for part in $(GPU_PARTS); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+		[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+gpu-bench: $(VENV)/.test
+	mkdir -p $(OUT); failed=; for bench in $(GPU_BENCHES); do \
+		timeout $$(( $(GPU_SECONDS) / 4 )) $(RUN) -m bench $$bench --save > $(OUT)/$$bench.json || failed="$$failed $$bench"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+gpu-check: $(VENV)/.test
 	$(RUN) -c 'import torch; from adept_fast.ops.dispatch import resolve; [resolve("adamw", torch.device("cuda"), name) for name in ("cuda", "triton")]'
-	$(RUN) -m pytest -q -rs -m gpu $$(grep -l 'mark\.gpu' -r tests --include=test_*.py)
-	for bench in $(GPU_BENCHES); do $(RUN) -m bench $$bench --save || exit 1; done
-	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=adept_fast --report-api-errors no --error-exitcode 1 \
-			$(RUN) -m pytest -q -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || exit 1; \
-	done
+	timeout $(GPU_SECONDS) $(RUN) -m pytest -q -rs -m gpu $$(grep -l 'mark\.gpu' -r tests --include=test_*.py)
+
+# Some virtual machines do not support it.
+gpu-sanitize: $(VENV)/.test
+	failed=; for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $$(( $(GPU_SECONDS) / 2 )) \
+			compute-sanitizer --tool $$tool --kernel-name kns=adept_fast --report-api-errors no --error-exitcode 1 \
+			$(RUN) -m pytest -q -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || failed="$$failed $$tool"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # Runs the tests of the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized

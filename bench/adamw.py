@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
 from bench import parser
-from bench.measure import cache_filler, device_name, interleaved
+from bench.measure import cache_filler, device_name, interleaved, interleaved_with_host
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 Ways = dict[str, Callable[[], object]]  # name -> one step
@@ -41,8 +41,9 @@ SETUPS = {
 def main(argv: list[str]) -> dict:
     """Arguments -> {"device", "threads", "torch", "elements", "tensors", "units", "copy_gb_s", one entry a set-up}.
 
-    Per set-up and way: `ms` (median of interleaved rounds, cache flushed before each), `gb_s` (floor bytes over time), `percent_of_copy`;
-    then the ratios of our times. torch has no counterpart for the set-ups that mix dtypes or keep a master: there only ours is timed.
+    Per set-up and way: `ms` (median of interleaved rounds, cache flushed before each), `host_ms` (until the call returns), `gb_s` (floor
+    bytes over time), `percent_of_copy`; then the ratios of our times. torch has no counterpart for the set-ups that mix dtypes or keep a
+    master: there only ours is timed.
     Raises AssertionError where a result is further from fp64 than torch's.
     """
     options = parser("adamw", __doc__)
@@ -70,11 +71,12 @@ def main(argv: list[str]) -> dict:
     for name in given.setups.split(","):
         setup = SETUPS[name]
         _validate(setup, device, given.backend)
-        times = interleaved(_ways(shapes, given.units, setup, device, given.backend), given.rounds, device, flush)
+        found = interleaved_with_host(_ways(shapes, given.units, setup, device, given.backend), given.rounds, device, flush)
+        times = {way: seconds for way, (seconds, _) in found.items()}
         result[name] = {}
-        for way, seconds in times.items():
+        for way, (seconds, host) in found.items():
             rate = setup.floor * elements / seconds / 1e9
-            result[name][way] = {"ms": 1e3 * seconds, "gb_s": rate, "percent_of_copy": 100 * rate / copy_rate}
+            result[name][way] = {"ms": 1e3 * seconds, "host_ms": 1e3 * host, "gb_s": rate, "percent_of_copy": 100 * rate / copy_rate}
         result[name]["ratios"] = {
             f"{ours}/{other}": times[ours] / times[other]
             for ours, other in (
