@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ class OneModel:
         path = Path(folder)
         if self._held is None or self._held[0] != path:
             self._held = None
+            gc.collect()  # a Trainer holds the model that it trained, and is part of a reference cycle
             self._held = path, checkpoint.load_model(folder, self.dtype, self.attn_implementation, self.trust_remote_code)
         return self._held[1]
 

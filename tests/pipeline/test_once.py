@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,16 @@ def test_an_evaluation_of_the_earlier_schema_is_made_again(given: list[str], cap
     again = json.loads(path.read_text())
     assert again | {"seconds": 0} == whole | {"seconds": 0} and whole["changes"]["tuned"]["domain"]["loss"]["value"] != 0
     assert load_items(path, EvaluationResults.load(path)).keys() == {"base", "tuned"}
+
+
+def test_memory_holds_one_model_at_a_time(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load, loaded = checkpoint.load_model, []
+
+    def watched(*args: Any) -> Any:
+        assert not [name for name, model in loaded if model() is not None]
+        model = load(*args)
+        loaded.append((str(args[0]), weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_model", watched)
+    assert main(given) == 0 and len(loaded) > 2
