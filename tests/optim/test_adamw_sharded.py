@@ -24,6 +24,7 @@ from tests.support.sharded_worker import (
     HYPER,
     Net,
     assert_same,
+    bits_of_one_process,
     in_processes,
     mesh_of,
     replace_parameters,
@@ -65,6 +66,7 @@ def fully_sharded(shape: tuple[int, ...]) -> None:
         assert not torch.equal(found["first.weight"], Net(dtype).first.weight)
 
 
+@bits_of_one_process
 @pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)], ids=str)
 def test_fsdp_and_hsdp_equal_one_process(shape: tuple[int, ...], tmp_path: Path) -> None:
     in_processes(torch.Size(shape).numel(), tmp_path, fully_sharded, shape)
@@ -90,6 +92,7 @@ def clipped() -> None:
     assert found.dtype == torch.float64 and found.ndim == 0
 
 
+@bits_of_one_process
 def test_clipping_by_the_global_norm(tmp_path: Path) -> None:
     in_processes(4, tmp_path, clipped)
 
@@ -110,6 +113,7 @@ def swapped() -> None:
         net.to(torch.float64)  # torch swaps the contents of DTensor parameters, which a weak reference to one would forbid
 
 
+@bits_of_one_process
 def test_rates_outlive_the_swap_to_sharded_parameters(tmp_path: Path) -> None:
     in_processes(2, tmp_path, swapped)
 

@@ -18,7 +18,19 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from adept_fast import AdamW
-from tests.support.sharded_worker import HYPER, MASTERS, Net, assert_same, in_processes, mesh_of, set_rates, sharded_pair, train, weights
+from tests.support.sharded_worker import (
+    HYPER,
+    MASTERS,
+    Net,
+    assert_same,
+    bits_of_one_process,
+    in_processes,
+    mesh_of,
+    set_rates,
+    sharded_pair,
+    train,
+    weights,
+)
 
 MODES = ["copy", "remainder", "kahan", "stochastic"]
 EXPERTS = torch.linspace(0.2, 1.7, 15).view(5, 3)
@@ -76,6 +88,7 @@ def load(folder: Path, modes: list[str]) -> None:
         continue_and_compare(net, optimizer, mode)
 
 
+@bits_of_one_process
 @pytest.mark.parametrize(("before", "after", "modes"), [(2, 4, ["copy", "remainder"]), (4, 1, ["kahan", "stochastic"])])
 def test_distributed_checkpoint_at_another_world_size(before: int, after: int, modes: list[str], tmp_path: Path) -> None:
     in_processes(before, tmp_path, save, tmp_path, modes)

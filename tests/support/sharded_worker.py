@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +20,9 @@ from adept_fast import AdamW
 
 HYPER = {"lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.13}
 FROZEN_ROW = 2
+bits_of_one_process = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="torch 2.8: gradients of a sharded model are not the bits of one process"
+)
 MASTERS = {"copy": ("master", torch.float32), "remainder": ("remainder", torch.int16), "kahan": ("compensation", torch.bfloat16)}
 
 
