@@ -17,9 +17,10 @@ changes a copy's relative output by less than 1e-3. Within three steps every sil
 The units cover each copy once. A type that is refused for a layer's index is refused for copies of these layers. `python
 tests/support/families_table.py > docs/reference/families.md` writes this page.
 
-Units: the fused projections of state-space layers and of linear attention are one unit under `tensor` and `head`. Experts are split by row where rows are
-their neurons (gate and up projections of most), otherwise by expert. Flash attention, for which packed documents are flattened, is untested on a GPU:
-the tests replace its kernels by plain torch. A model with PEFT adapters is refused: merge them first (`merge_and_unload()`).
+Units: the fused projections of state-space layers and of linear attention are one unit under `tensor` and `head`. Experts are split by row
+where rows are their neurons (gate and up projections of most), otherwise by expert. Flash attention, for which packed documents are
+flattened, is untested on a GPU: the tests replace its kernels by plain torch. A model with PEFT adapters is refused: merge them first
+(`merge_and_unload()`).
 """
 
 
