@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,146 +14,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from adept_fast.errors import InputError
-from adept_fast.evaluation.results import Answer, Change, EvaluationResults
-from adept_fast.report.certainty import conflicts, method_comparison, stability
-from adept_fast.report.charts import layer_profile, losses
-from adept_fast.report.differences import differences
-from adept_fast.report.drawing import LEAST, save_png, to_svg
+from adept_fast.evaluation.results import Answer, EvaluationResults
 from adept_fast.report.findings import learnt, lost
-from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.page import write_report
-from adept_fast.report.rates_chart import kind_and_layer, unit_rates
 from adept_fast.report.side_by_side import pair
-from adept_fast.scoring.scores import LayerScores
-from adept_fast.tuning.training_history import Refresh, TrainingHistory
+from tests.support.report_artefacts import EVIL, change, corpus, evaluation, log, record, refresh, scores, write_all
 
-LAYERS = 30
-COPIED = [3, 5, 12, 14]
-KINDS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-KINDS += ["input_layernorm", "post_attention_layernorm"]
-EVIL = "<script>alert('x')</script>&\"$a_b$"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 RECIPE = {"model_name_or_path": "org/tiny", "expand": {"k": 4, "layers": None}, "domain": ({"path": "my <b>.txt", "weight": 1.5},)}
 VERSIONS = {"torch": "2.13.0"}
-
-
-def profile(base: float | None, lift: float) -> dict:
-    chance = random.Random(7)
-    values = [10.1, 3.5] + [lift + chance.gauss(0.35, 0.25) for _ in range(LAYERS - 2)]
-    for rank, layer in enumerate(COPIED):
-        values[layer] = lift - 0.03 * (4 - rank)
-    return {"values": values, "low": [value - 0.04 for value in values], "high": [value + 0.05 for value in values], "base_loss": base}
-
-
-def analysis(layers: int = LAYERS, names: int = 2) -> dict:
-    sizes = [{"items": items, "same": 0.33, "frequency": [layer / layers for layer in range(layers)]} for items in (16, 48)]
-    ranks = {name: [[layer, layer - 1, layer + 1] for layer in range(layers)] for name in ("kl", "domain")}
-    table = [[1.0 if row == column else None for column in range(names)] for row in range(names)]
-    return {
-        "stability": {"layers": [0], "placement": "lowest", "draws": 1000, "sizes": sizes},
-        "conflicts": {"profiles": ["kl", "domain"], "ranks": ranks, "spearman": None, "layers": [0]},
-        "comparison": {
-            "names": [f"method {name}" for name in range(names)], "values": [list(range(layers))] * names,
-            "spearman": table, "low": table, "high": table,
-        },
-    }  # fmt: skip
-
-
-def layer_scores(content: dict | None = None) -> LayerScores:
-    return LayerScores.of(content or scores(), Path("scores.json"))
-
-
-def history(folder: Path, lines: list[dict]) -> TrainingHistory:
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return TrainingHistory.load(folder / "log.jsonl")
-
-
-def scores(model: str = "org/tiny") -> dict:
-    profiles = {"answer": profile(0.849, -0.02), "kl": profile(None, 0.15), "all": profile(2.6, 0.1)}
-    return {
-        "schema": 1, "method": "masking", "loss": "kl", "profiles": profiles, "items": 48, "tokens": 1234, "confidence": 0.95,
-        "seconds": 85.3, "model": model, "notes": ["one forward a layer"], "analysis": analysis(),
-    }  # fmt: skip
-
-
-def record(model: str = "org/tiny") -> dict:
-    return {
-        "schema": 2,
-        "source": {"name_or_path": model, "identity": "xxh3_128:" + "ab" * 16, "num_hidden_layers": LAYERS},
-        "inserted": [{"layer": old + rank + 1, "copied_from": old} for rank, old in enumerate(COPIED)],
-        "selection": {"placement": "lowest", "k": 4, "layers": COPIED, "notes": ["the intervals do not part the chosen layers from 7"]},
-        "parameters": {"total": 148_675_392, "trainable": 14_160_384},
-        "versions": {"torch": "2.13.0"},
-    }
-
-
-def refresh(step: int, names: list[str]) -> dict:
-    chance = random.Random(step)
-    return {"event": "refresh", "step": step, "rates": {name: 2 * chance.random() for name in names}, "importance": {}}
-
-
-def log(steps: int = 60) -> list[dict]:
-    names = [f"model.layers.{entry['layer']}.{kind}" for entry in record()["inserted"] for kind in KINDS]
-    lines: list[dict] = [{"event": "plan", "step": 0, "steps": steps, "tokens": 512 * steps, "epochs": 0.25}]
-    for step in range(0, steps + 1, 20):
-        if step < steps:
-            lines.append(refresh(step, names))
-        lines.append({"event": "evaluation", "step": step, "general_loss": 0.85 + step / 5000, "domain_loss": 2.7 - 0.08 * math.sqrt(step)})
-        for late in range(step + 1, min(step + 20, steps) + 1):
-            loss = 2.6 - 0.07 * math.sqrt(late)
-            lines.append({"event": "step", "step": late, "loss": loss, "learning_rate": 1e-3, "tokens_per_second": 256.0})
-    return [*lines, {"event": "end", "step": steps}]
-
-
-def corpus(loss: float, accuracy: float | None = None) -> dict:
-    result = {"loss": loss, "low": loss - 0.05, "high": loss + 0.06, "perplexity": math.exp(loss), "tokens": 2881, "items": 96}
-    bounds = {} if accuracy is None else {"accuracy_low": accuracy - 0.08, "accuracy_high": accuracy + 0.07}
-    return result | {"accuracy": accuracy} | bounds
-
-
-def change(value: float, accuracy: float | None = None) -> dict:
-    points = None if accuracy is None else {"value": accuracy, "low": accuracy - 0.01, "high": accuracy + 0.01}
-    return {"loss": {"value": value, "low": value - 0.025, "high": value + 0.03}, "accuracy": points}
-
-
-def evaluation(general: float = 0.872, domain: float = 2.101) -> dict:
-    return {
-        "schema": 2,
-        "models": {
-            "base": {"general": corpus(0.849, 0.41), "domain": corpus(2.704), "shifted_tokens": None},
-            "expanded": {"same_as": "base", "reason": "bit-equal logits, verified"},
-            "tuned": {"general": corpus(general, 0.44), "domain": corpus(domain), "shifted_tokens": 0.0218},
-        },
-        "changes": {"tuned": {"general": change(general - 0.849, 0.03), "domain": change(domain - 2.704)}},
-        "answers": [
-            {"prompt": "Split a string.", "from": "domain", "reference": " It splits.", "base": " One two three", "tuned": " One 2 three"},
-            {"prompt": EVIL, "from": "eval.prompts", "reference": None, "base": EVIL, "tuned": EVIL},
-        ],
-        "tasks": {
-            "quiz": {
-                "items": 9,
-                "metrics": {
-                    "acc": {
-                        "base": 0.5,
-                        "tuned": 0.4,
-                        "change": {"value": -0.1, "low": -0.15, "high": -0.05},
-                        "higher_is_better": True,
-                    }
-                },
-            }
-        },
-        "seconds": 12.5,
-        "inputs": {},
-        "versions": {},
-    }
-
-
-def write_all(folder: Path, model: str = "org/tiny", results: dict | None = None, lines: list[dict] | None = None) -> None:
-    (folder / "expanded").mkdir(parents=True)
-    (folder / "scores.json").write_text(json.dumps(scores(model)))
-    (folder / "expanded" / "adept_config.json").write_text(json.dumps(record(model)))
-    (folder / "eval.json").write_text(json.dumps(results or evaluation()))
-    (folder / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines or log()))
 
 
 class Page(HTMLParser):
@@ -291,38 +156,6 @@ def test_optional_parts_may_be_absent(tmp_path: Path) -> None:
     assert "to be evaluated: tuned model" in page.text and "general accuracy" not in page.text and "0.250" in page.text
 
 
-def test_numbers_that_are_not_finite_are_gaps_in_charts(tmp_path: Path) -> None:
-    lines = log()
-    for entry in lines:
-        if entry["event"] == "refresh" and entry["step"] == 20:
-            entry["rates"] = dict.fromkeys(entry["rates"])
-        if entry["event"] == "step" and entry["step"] > 30:
-            entry["loss"] = math.nan
-        if entry["event"] == "evaluation" and entry["step"] == 40:
-            entry["general_loss"] = None
-    lines.append({"event": "forgetting", "step": 20, "meter_rise": None, "meter_predicted": {"h.0.up": None}})
-    content = scores()
-    content["profiles"]["kl"]["values"][4] = None
-    content["profiles"]["all"] = {"values": [None] * LAYERS, "low": [None] * LAYERS, "high": [None] * LAYERS, "base_loss": None}
-    found = history(tmp_path, lines)
-    nothing = [Refresh(step, dict.fromkeys(["h.1.mlp.up[0]", "h.1.mlp.up[1]"], math.nan)) for step in (0, 5)]
-    figures = [losses(found), forgetting(found.readings), unit_rates(found.refreshes), unit_rates(nothing)]
-    for figure in [*figures, layer_profile(layer_scores(content), COPIED)]:
-        assert not re.search(r"\b(nan|inf)\b", to_svg(figure), re.IGNORECASE)
-
-
-@pytest.mark.parametrize("layers", [3, 80])
-def test_charts_of_few_and_of_many_layers_are_drawn_whole(layers: int) -> None:
-    content = scores()
-    content["profiles"] = {"kl": {key: [0.1 + layer for layer in range(layers)] for key in ("values", "low", "high")} | {"base_loss": None}}
-    content["analysis"] = analysis(layers, 5)
-    found = layer_scores(content)
-    figure = layer_profile(found, list(range(layers)))
-    assert all(late - early >= layers / 18 for early, late in pairwise(float(text.get_position()[0]) for text in figure.axes[0].texts))
-    for drawn in (figure, stability(found), conflicts(found), method_comparison(found)):
-        assert drawn is not None and to_svg(drawn)
-
-
 @pytest.mark.parametrize("general, domain, did, was", [
     (0.849, 2.704, "Not shown.DOMAIN did not change", "No loss shown.GENERAL did not change"),
     (1.2, 2.8, "No.DOMAIN rose by 0.096, from 2.704 to 2.800 nats per token (95 % interval of the difference [0.071, 0.126]).",
@@ -347,14 +180,6 @@ def test_fewer_right_answers_are_a_loss_though_the_loss_fell() -> None:
     content["changes"]["tuned"]["general"] = change(-0.149, accuracy=-0.02)
     found = lost(EvaluationResults.of(content, Path("eval.json")))
     assert found.verdict == "Something" and f"({MINUS}2.0 points [{MINUS}3.0, {MINUS}1.0])" in " ".join(found.sentences)
-
-
-def test_a_difference_of_no_weight_stays_short_and_0_is_on_the_axis() -> None:
-    small = differences([("general", Change(1e-4, 0.5e-4, 1.5e-4))])
-    assert 0 < small.bars[0].at - small.zero < 100 * 1e-4 / LEAST
-    large = differences([("domain", Change(-2.0, -2.2, -1.9))])
-    assert large.zero == 96 and large.bars[0].low == 4 and large.bars[0].tone == "better" and (96, "0") in large.ticks
-    assert differences([("general", Change(0, 0, 0))]).bars[0].tone == "none"
 
 
 def test_answers_are_compared_word_by_word() -> None:
@@ -395,74 +220,3 @@ def test_a_recipe_whose_method_is_no_name_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="recipe.yaml: method must be one of"):
         write_report(tmp_path, {**RECIPE, "method": {"adept": 1}}, VERSIONS)
     assert not [*tmp_path.iterdir()]
-
-
-def test_layer_profile_puts_the_primary_first_and_tells_low_layers_apart() -> None:
-    figure = layer_profile(layer_scores(), COPIED)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert [title.split()[0] for title in titles] == ["KL(base", "Answer", "Loss"] and "primary" in titles[0] and "base 0.849" in titles[1]
-    for axes in figure.axes:
-        assert axes.get_yscale() == "symlog" and "logarithmic above" in axes.get_title(loc="left")
-        bottom, low, high, top = axes.transData.transform([(0, y) for y in (axes.get_ylim()[0], 0, 1, axes.get_ylim()[1])])[:, 1]
-        assert (high - low) / (top - bottom) > 0.25
-    chosen = {text.get_text() for text in figure.axes[0].texts}
-    assert chosen == {str(layer) for layer in COPIED}
-    flat = {"values": [0.2, 0.5, 0.9], "low": [0.1, 0.4, 0.8], "high": [0.3, 0.6, 1.0], "base_loss": None}
-    even = layer_scores({**scores(), "loss": "all", "profiles": {"all": flat}, "analysis": {}})
-    assert layer_profile(even, []).axes[0].get_yscale() == "linear"
-
-
-def test_unit_names_give_type_and_layer() -> None:
-    assert kind_and_layer("model.layers.13.input_layernorm") == ("input_layernorm", 13)
-    assert kind_and_layer("model.layers.4.self_attn.qkv_proj[q]") == ("qkv_proj[q]", 4)
-    assert kind_and_layer("model.layers.4.self_attn.qkv_proj[q,12]") == ("qkv_proj[q]", 4)
-    assert kind_and_layer("model.layers.4.mlp.up_proj[767]") == ("up_proj", 4)
-    assert kind_and_layer("h.0.mlp.experts.3.down_proj") == ("down_proj", 0)
-    assert kind_and_layer("head") == ("head", None)
-
-
-def test_unit_rates_draw_a_panel_a_type_with_a_line_a_layer() -> None:
-    refreshes = [Refresh(entry["step"], entry["rates"]) for entry in log() if entry["event"] == "refresh"]
-    panels = [axes for axes in unit_rates(refreshes).axes if axes.get_visible()]
-    assert [axes.get_title(loc="left") for axes in panels] == [kind.rpartition(".")[2] for kind in KINDS]
-    for axes, kind in zip(panels, KINDS, strict=True):
-        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label().startswith("layer")}
-        expected = {layer: [entry.rates[f"model.layers.{layer}.{kind}"] for entry in refreshes] for layer in (4, 7, 15, 18)}
-        assert lines == {f"layer {layer}": rates for layer, rates in expected.items()}
-
-
-@pytest.mark.slow
-def test_importing_the_report_loads_no_plotting_and_drawing_touches_no_pyplot() -> None:
-    code = "import sys, adept_fast.report.charts as r; assert 'matplotlib' not in sys.modules; "
-    code += "from adept_fast.scoring.scores import LayerScores as S, Profile as P; p = P((0.5, 1.0), (0.4, 0.9), (0.6, 1.1), None); "
-    code += "r.layer_profile(S(method='masking', loss='kl', profiles={'kl': p}, items=1, tokens=1, seconds=1.0), [1]); "
-    code += "assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-def test_many_units_of_a_type_become_a_median_and_a_band() -> None:
-    names = [f"model.layers.{layer}.mlp.up_proj[{row}]" for layer in (4, 9) for row in range(501)]
-    ramp = {name: index / 1001 for index, name in enumerate(names)}
-    axes = unit_rates([Refresh(step, ramp) for step in (0, 7)]).axes[0]
-    median = next(line for line in axes.lines if line.get_label() == "median unit")
-    assert list(median.get_ydata()) == pytest.approx([0.5, 0.5])
-    band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (min(band), max(band)) == pytest.approx((0.1, 0.9))
-
-
-def test_one_refresh_is_drawn_as_a_row_a_type() -> None:
-    axes = unit_rates([Refresh(0, refresh(0, [f"model.layers.{layer}.{kind}" for layer in (4, 7) for kind in KINDS])["rates"])]).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [kind.rpartition(".")[2] for kind in KINDS]
-    assert len([line for line in axes.lines if line.get_label().startswith("layer")]) == 2
-    assert to_svg(unit_rates([Refresh(0, {f"h.0.mlp.up[{row}]": 1.0 for row in range(30)})]))
-
-
-@pytest.mark.slow
-def test_figures_become_whole_png_files_and_equal_svg_text(tmp_path: Path) -> None:
-    found = history(tmp_path, log())
-    (tmp_path / "log.jsonl").unlink()
-    save_png(losses(found), tmp_path / "losses.png")
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG") and [entry.name for entry in tmp_path.iterdir()] == ["losses.png"]
-    svg = to_svg(losses(found))
-    assert svg == to_svg(losses(found)) and svg.startswith('<svg viewBox="0 0 367.2 ')
-    assert "held-out domain" in svg and "<metadata" not in svg and "var(--vermilion)" in svg and "#d55e00" not in svg
