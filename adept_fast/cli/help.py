@@ -28,7 +28,7 @@ def overview() -> str:
             "",
             "  adept-fast demo                                           try it on a small model, in minutes",
             "  adept-fast run model_name_or_path=MODEL domain=my.txt     adapt MODEL to a text",
-            "  adept-fast recipe > my.yaml                               all of it as a file to edit",
+            "  adept-fast recipe > my.yaml                               the usual settings as a file to edit",
             "",
             *rows,
             "",

@@ -34,6 +34,11 @@ def recipe_of(name: str, words: Sequence[str]) -> Recipe:
     files = [word for word in words if "=" not in word or os.path.isfile(word)]
     if len(files) > 1:
         raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
+    for file in files:
+        if os.path.isdir(file):
+            raise InputError(f"{file}: a folder, and no recipe: write output_dir={file} or model_name_or_path={file}, whichever it is")
+        if not os.path.exists(file) and not file.endswith((".yaml", ".yml")):
+            raise InputError(f"{file}: no such recipe; a setting is written key=value, such as model_name_or_path={file}")
     overrides = [word for word in words if word not in files]
     for override in overridden(overrides):
         logger.warning(f"{override}: given again later, where it counts")

@@ -112,7 +112,7 @@ def load(path: str | None, overrides: Sequence[str] = (), required: Iterable[str
             raise InputError(f"{shown(path)}: no such recipe (a setting is written key=value)")
         content = parse_yaml(read_text(path, LARGEST_RECIPE), f"{path}:", plain_scalars=True) or {}
         if not isinstance(content, dict):
-            raise InputError(f"{path}: expected keys and values, found {shown(content)}")
+            raise InputError(f"{path}: expected keys and values, found {shown(content)} (a text to train on is given as domain={path})")
     recipe = settings(Recipe, overrides, content)
     check_together(recipe)
     for key, values in {"model_name_or_path": [recipe.model_name_or_path], "domain": [source.path for source in recipe.domain]}.items():

@@ -61,6 +61,9 @@ WITHOUT_DASHES, JOINED = ": settings are written key=value, without dashes: ", "
         ("copies dial source=a b", "'b': expected key=value; copies dial takes settings only (a value with spaces goes in quotes)"),
         ("info cuda", "info takes no settings, found 'cuda'"),
         ("run no.yaml", "'no.yaml': no such recipe (a setting is written key=value)"),
+        ("run org/model domain=my.txt", "org/model: no such recipe; a setting is written key=value, such as model_name_or_path=org/model"),
+        ("report out", "out: a folder, and no recipe: write output_dir=out or model_name_or_path=out, whichever it is"),
+        ("run my.txt", "my.txt: expected keys and values, found 'once' (a text to train on is given as domain=my.txt)"),
         ("compare out=x", "unknown key out: did you mean output_dir?"),
     ],
 )
@@ -68,8 +71,9 @@ def test_what_is_typed_wrong_is_answered(
     typed: str, answer: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("my.yaml", "my.txt"):
-        (tmp_path / name).write_text("seed: 1\n")
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    (tmp_path / "my.txt").write_text("once\n")
+    (tmp_path / "out").mkdir()
     assert refused(capsys, typed) == answer
 
 
