@@ -26,7 +26,9 @@ FILE = "README.md"
 LICENCE = ("license", "license_name", "license_link")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SIGNATURE = "<!-- adept_fast wrote this card and renews it after evaluation, unless it was edited: {} -->"
+SCORES, LOADING = "## Scores\n\n", "## Load it"
 RATES = {"tune.learning_rate": "learning rate", "tune.lr_scheduler_type": "schedule", "tune.block_size": "tokens of a block"}
+MERGED = {"average": "averaged", "stack": "one set after the other"}
 BASELINES = {
     "full": "every parameter was trained",
     "replay": "every parameter was trained, on general documents too",
@@ -54,12 +56,11 @@ def model_card(
     origin: ModelFolder,
     record: AdeptConfig | Mapping[str, Any] | None,
     training: Training | None = None,
-    scores: Sequence[str] = (),
 ) -> str:
     """Return the text of a card.
 
     base: name or path of the model that was adapted. origin: the checkpoint that this one was made from, whose card or config states the
-    licence. record: of the copies, or the content of baseline.json; None where all copies were removed. scores: lines of Markdown.
+    licence. record: of the copies, or the content of baseline.json; None where all copies were removed.
     """
     from huggingface_hub import ModelCardData
 
@@ -82,16 +83,23 @@ def model_card(
         f"# {title}",
         summary,
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
-        *(["## Scores", "\n".join(scores)] if scores else []),
-        "## Load it",
+        f"{SCORES}It was not evaluated yet.",
+        LOADING,
         '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\npath = "."  # this folder, or its name on the hub\n'
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)\n```",
         *(_undoing(record) if isinstance(record, AdeptConfig) else []),
         "## Limits",
-        _limits(record, scores),
+        _limits(record),
     ]
-    text = "\n\n".join(parts) + "\n"
-    return f"{text}\n{_signature(text)}\n"
+    return _signed("\n\n".join(parts) + "\n")
+
+
+def with_scores(card: str, scores: Sequence[str]) -> str:
+    """Return a card that `model_card` made with these lines of Markdown as its scores."""
+    before, _, rest = card.partition(SCORES)
+    _, _, after = rest.partition(LOADING)
+    text, _, _ = f"{before}{SCORES}{chr(10).join(scores)}\n\n{LOADING}{after}".rstrip("\n").rpartition("\n")
+    return _signed(text)
 
 
 def licence(model: ModelFolder) -> dict[str, Any]:
@@ -133,6 +141,10 @@ def write_card(folder: Path, text: str, earlier: Path | None = None) -> bool:
     return True
 
 
+def _signed(text: str) -> str:
+    return f"{text}\n{_signature(text)}\n"
+
+
 def _signature(text: str) -> str:
     return SIGNATURE.format(xxhash.xxh3_64(text.rstrip("\n").encode()).hexdigest())
 
@@ -144,10 +156,13 @@ def _summary(base: str, record: AdeptConfig | Mapping[str, Any] | None, training
         return f"{base}, restored", f"The copies of an adapted model were removed. These are the tensors of {base}."
     if not isinstance(record, AdeptConfig):
         return f"{base}, trained", f"{base} after continual pretraining{on}: {BASELINES.get(str(record['method']), record['method'])}."
-    copies = f"Copies of {len(record.copies)} of its {record.source.get('num_hidden_layers')} layers were inserted"
+    earlier = len(record.copies) - len(record.trained)
+    added = f" on top of {earlier} earlier ones" if earlier else ""
+    copies = f"Copies of {len(record.trained)} of its {record.source.get('num_hidden_layers')} layers were inserted{added}"
     intact = f"Every tensor of {base} is in it unchanged, bit for bit."
     if (merged := record.selection.get("merged")) is not None:
-        return f"{base} with the copies of two models", f"The copies of two models adapted from {base}: {merged['how']}. {intact}"
+        both = f"The copies of two models adapted from {base}, {MERGED.get(merged['how'])}."
+        return f"{base} with the copies of two models", f"{both} {intact}"
     if "domain" in record.inputs or training:
         alpha = record.selection.get("alpha", 1.0)
         dialled = "" if alpha == 1 else f" They act with {alpha:g} of the strength that training gave them."
@@ -197,10 +212,12 @@ def _undoing(record: AdeptConfig) -> list[str]:
     return ["## Remove, dial or extract the copies", "\n".join(["```bash", *commands, "```"])]
 
 
-def _limits(record: AdeptConfig | Mapping[str, Any] | None, scores: Sequence[str]) -> str:
-    lines = ["Nothing was checked but what is stated above." if scores else "It was not evaluated yet."]
-    lines.append("The loss on text says little about what a chat model answers: read some of its answers before you use it.")
-    lines.append("Whether the licence of the data allows your use is for you to check.")
+def _limits(record: AdeptConfig | Mapping[str, Any] | None) -> str:
+    lines = [
+        "Nothing was checked but what is stated above.",
+        "The loss on text says little about what a chat model answers: read some of its answers before you use it.",
+        "Whether the licence of the data allows your use is for you to check.",
+    ]
     if isinstance(record, AdeptConfig):
         lines += [f"When it was made: {note}." for note in record.selection.get("notes", ())]
     return "\n".join(f"- {line}" for line in lines)

@@ -129,7 +129,7 @@ def base_against_tuned(recipe: Recipe, source: SourceModel, data: EvaluationData
         save_items(path, {name: each.items for name, each in {"base": base, **found}.items()})
         result.save(path)
     if tuned is not None:
-        renew(recipe, source, directory, tuned, result)
+        renew(source, directory, tuned, result)
     _tell(result, directory.tuned)
     return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_fast.checkpoints.adept_config import AdeptConfig
-from adept_fast.checkpoints.model_card import FILE, Training, model_card, write_card
+from adept_fast.checkpoints.model_card import FILE, Training, model_card, with_scores, write_card
 from adept_fast.data.source_files import source_files
 from adept_fast.data.sources import GENERAL, Source
 from adept_fast.evaluation.results import Change, EvaluationResults
@@ -25,18 +25,17 @@ def card(
     source: SourceModel,
     directory: RunDirectory,
     record: AdeptConfig | Mapping[str, Any],
-    results: EvaluationResults | None = None,
 ) -> str:
-    """Return the text of the card of tuned/. record: of the copies, or the content of baseline.json."""
-    base = record.source.get("name_or_path", source.name) if isinstance(record, AdeptConfig) else source.name
-    return model_card(str(base), source.folder, record, _training(recipe, directory), [] if results is None else scores(results))
+    """Return the text of the card of a tuned/ that was just trained. record: of the copies, or the content of baseline.json."""
+    return model_card(_base(source, record), source.folder, record, _training(recipe, directory))
 
 
-def renew(
-    recipe: Recipe, source: SourceModel, directory: RunDirectory, record: AdeptConfig | Mapping[str, Any], results: EvaluationResults
-) -> None:
-    """Put the scores into the card of tuned/, unless it was edited."""
-    if not write_card(directory.tuned, card(recipe, source, directory, record, results)):
+def renew(source: SourceModel, directory: RunDirectory, record: AdeptConfig | Mapping[str, Any], results: EvaluationResults) -> None:
+    """Put the scores into the card of tuned/, unless it was edited. A card that is missing is made from the record."""
+    path = directory.tuned / FILE
+    made = path.is_file()
+    text = path.read_text(encoding="utf-8", errors="replace") if made else model_card(_base(source, record), source.folder, record)
+    if not write_card(directory.tuned, with_scores(text, scores(results))):
         logger.info(f"{directory.tuned / FILE}: edited, so it stays as it is; the scores are in {directory.evaluation.name}")
 
 
@@ -45,7 +44,7 @@ def scores(results: EvaluationResults) -> list[str]:
     if results.tuned is None:
         return []
     changes, tuned = results.changes["tuned"].corpora(), results.tuned.corpora()
-    rows = ["| | items | base | this model | change [95 % interval] |", "|---|---|---|---|---|"]
+    rows = ["| | items | before | this model | change [95 % interval] |", "|---|---|---|---|---|"]
     for name, base in results.base.corpora().items():
         here, change = tuned[name], changes[name]
         rows.append(f"| {name} loss, nats per token | {base.items:,} | {base.loss:.3f} | {here.loss:.3f} | {_change(change.loss)} |")
@@ -63,6 +62,10 @@ def scores(results: EvaluationResults) -> list[str]:
 
 def _change(change: Change) -> str:
     return f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+
+
+def _base(source: SourceModel, record: AdeptConfig | Mapping[str, Any]) -> str:
+    return str(record.source.get("name_or_path", source.name) if isinstance(record, AdeptConfig) else source.name)
 
 
 def _training(recipe: Recipe, directory: RunDirectory) -> Training:

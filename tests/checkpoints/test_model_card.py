@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import fingerprint
-from adept_fast.checkpoints.model_card import FILE, Training, is_edited, licence, model_card, write_card
+from adept_fast.checkpoints.model_card import FILE, Training, is_edited, licence, model_card, with_scores, write_card
 from adept_fast.expansion.expand_checkpoint import expand_checkpoint
 from adept_fast.expansion.remove import remove_copies
 from tests.support import tiny_models
@@ -34,14 +34,17 @@ def origin(tmp_path: Path) -> ModelFolder:
 
 
 def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(origin: ModelFolder) -> None:
-    text = model_card("/home/jo/models/base", origin, RECORD, TRAINING, ["| general | 1.0 |"])
+    unscored = model_card("/home/jo/models/base", origin, RECORD, TRAINING)
+    text = with_scores(unscored, ["| general | 1.0 |"])
+    assert "not evaluated" in unscored and with_scores(with_scores(unscored, ["| other |"]), ["| general | 1.0 |"]) == text
     card = ModelCard(text)
     data = card.data
     assert (data.base_model, data.library_name, data.datasets) == ("base", "transformers", ["owner/texts"]) and "license" not in text
     assert "continual pretraining on `law.jsonl`, `owner/texts`" in text and "/home" not in text
     for row in ("layers copied | 1", "data | `law.jsonl`; `owner/texts`", "documents | d1", "training | 60 steps, 30,720 tokens"):
         assert f"{row} |" in text
-    assert "## Scores\n\n| general | 1.0 |" in text and "few items" in text and "copies remove source=." in text
+    assert "## Scores\n\n| general | 1.0 |\n\n## Load it" in text and "not evaluated" not in text
+    assert "few items" in text and "copies remove source=." in text
 
 
 @pytest.mark.parametrize(
@@ -50,14 +53,16 @@ def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(origin: ModelFo
         (None, "# base, restored"),
         (replace(RECORD, inputs={}), "They are silent"),
         (replace(RECORD, inputs={}, initialisation="small_random"), "were inserted. Every tensor"),
+        (replace(RECORD, inserted=(Inserted(2, 1), Inserted(4, 2, 1))), "Copies of 1 of its 4 layers were inserted on top of 1 earlier"),
         (replace(RECORD, selection={"alpha": 0.5}), "with 0.5 of the strength"),
-        (replace(RECORD, selection={"merged": {"how": "stack", "of": ["/a/tuned", "/b/tuned"]}}), "two models adapted from base: stack"),
+        (replace(RECORD, selection={"merged": {"how": "stack", "of": ["/a/tuned", "/b/tuned"]}}), "models adapted from base, one set after"),
         ({"method": "full", "inputs": {"method": "full"}, "versions": {}, "trained": 1000}, "every parameter was trained"),
     ],
 )
 def test_each_kind_of_checkpoint_has_its_own_words(origin: ModelFolder, record: AdeptConfig | dict | None, expected: str) -> None:
     text = model_card("owner/base", origin, record)
-    assert expected in text and ModelCard(text).data.base_model == "owner/base" and "Scores" not in text and "/a/" not in text
+    assert expected in text and "It was not evaluated yet." in text and "/a/" not in text
+    assert ModelCard(text).data.base_model == "owner/base"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,8 @@ def test_an_edited_card_stays_and_another_is_renewed(tmp_path: Path, origin: Mod
     new, old = tmp_path / "new", tmp_path / "old"
     new.mkdir()
     old.mkdir()
-    first, second = (model_card("base", origin, RECORD, None, scores) for scores in ([], ["| 1 |"]))
+    first = model_card("base", origin, RECORD)
+    second = with_scores(first, ["| 1 |"])
     assert write_card(old, first) and not is_edited(old / FILE) and write_card(old, second)
     assert (old / FILE).read_text() == second and write_card(new, first, old) and (new / FILE).read_text() == first
     (old / FILE).write_text(second.replace("adapted", "adapted by me"))
