@@ -53,9 +53,9 @@ def test_the_card_of_a_tuned_model_has_what_was_done_and_no_path(origin: ModelFo
         (None, "# base, restored"),
         (replace(RECORD, inputs={}), "They are silent"),
         (replace(RECORD, inputs={}, initialisation="small_random"), "were inserted. Every tensor"),
-        (replace(RECORD, inserted=(Inserted(2, 1), Inserted(4, 2, 1))), "Copies of 1 of its 4 layers were inserted on top of 1 earlier"),
+        (replace(RECORD, inserted=(Inserted(2, 1), Inserted(4, 2, 1))), "of 1 of its 4 layers were inserted on top of 1"),
         (replace(RECORD, selection={"alpha": 0.5}), "with 0.5 of the strength"),
-        (replace(RECORD, selection={"merged": {"how": "stack", "of": ["/a/tuned", "/b/tuned"]}}), "models adapted from base, one set after"),
+        (replace(RECORD, selection={"merged": {"how": "stack", "of": ["/a/tuned", "/b/tuned"]}}), "one set after the other"),
         ({"method": "full", "inputs": {"method": "full"}, "versions": {}, "trained": 1000}, "every parameter was trained"),
     ],
 )
