@@ -116,8 +116,9 @@ def refuse(args: TrainingArguments, copies: bool = False) -> None:
         raise InputError(
             "accelerator_config.split_batches: per_device_train_batch_size is always that of one process: leave split_batches out"
         )
-    kwargs = args.activation_checkpointing_kwargs
-    if copies and args.activation_checkpointing and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
+    kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"  # its name before transformers 5.23
+    kwargs = getattr(args, f"{kind}_checkpointing_kwargs")
+    if copies and getattr(args, f"{kind}_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
         raise InputError(
             "gradient_checkpointing_kwargs: use_reentrant=True gives no gradients to a layer whose input needs none, as the lowest copy: "
             "leave it out"
