@@ -36,11 +36,11 @@ def trade_off(groups: Sequence[Group], front: Sequence[Group]) -> Figure:
                 axes.plot(*seeds.T, linestyle="none", markersize=4, alpha=0.5, **look)
             bars = [[[change.value - change.low], [change.high - change.value]] for change in (domain, general)]
             axes.errorbar(domain.value, general.value, bars[1], bars[0], markersize=7, label=fill(group.name, LABEL), **look)
+        if len(front) > 1:  # drawn as the border of what is no better than a recipe in either
+            axes.step(*places.T, where="post", color=GREY, linestyle="--", linewidth=1, label=FRONT, zorder=1)
         _from_base(axes)
         axes.set_xlabel("domain loss, change from the base\n(left: learnt more)")
         axes.set_ylabel("general loss, change from the base\n(down: kept more)")
-        if len(front) > 1:  # drawn as the border of what is no better than a recipe in either
-            axes.step(*places.T, where="post", color=GREY, linestyle="--", linewidth=1, label=FRONT, zorder=1)
         _legend(figure)
         return figure
 
@@ -92,3 +92,4 @@ def _from_base(axes: Axes) -> None:
     axes.plot(0, 0, marker="*", markersize=12, color=GREY, linestyle="none", label="base")
     axes.margins(0.1)
     least_span(LEAST, axes.xaxis, axes.yaxis)
+    axes.locator_params(nbins=5)

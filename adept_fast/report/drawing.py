@@ -73,6 +73,7 @@ def least_span(least: float, *axes: Any) -> None:
     for axis in axes:
         low, high = axis.get_view_interval()
         missing = max(0.0, least - (high - low)) / 2
+        axis.axes.autoscale(False, axis=axis.axis_name)
         axis.set_view_interval(low - missing, high + missing, ignore=True)
 
 

@@ -96,10 +96,10 @@ def test_a_recipe_beaten_in_both_losses_is_off_the_front_and_small_differences_l
     worse, better = run(tmp_path / "w", "full", 1, 3.0002, 3.9), run(tmp_path / "b", "adept", 1, 3.0001, 3.8999)
     groups = grouped([load_run(worse), load_run(better)])
     assert [group.name for group in front(groups)] == ["adept"]
-    for figure in (trade_off(groups, front(groups)), trajectories(groups)):
+    for figure in (trade_off(groups, front(groups)), trade_off(groups, groups), trajectories(groups)):
         assert figure is not None
-        low, high = figure.axes[0].get_ylim()
-        assert high - low >= LEAST and low < 0 < high
+        for low, high in (figure.axes[0].get_xlim(), figure.axes[0].get_ylim()):
+            assert high - low >= LEAST and low < 0 < high
     for path in (worse, better):
         (path / "trainer_log.jsonl").unlink()
     assert trajectories(grouped([load_run(worse), load_run(better)])) is None
