@@ -38,7 +38,8 @@ def recipe_of(name: str, words: Sequence[str]) -> Recipe:
         if os.path.isdir(file):
             raise InputError(f"{file}: a folder, and no recipe: write output_dir={file} or model_name_or_path={file}, whichever it is")
         if not os.path.exists(file) and not file.endswith((".yaml", ".yml")):
-            raise InputError(f"{file}: no such recipe; a setting is written key=value, such as model_name_or_path={file}")
+            written = f"a setting is written key=value (in quotes if it has spaces), such as model_name_or_path={file}"
+            raise InputError(f"{file}: no such recipe; {written}")
     overrides = [word for word in words if word not in files]
     for override in overridden(overrides):
         logger.warning(f"{override}: given again later, where it counts")

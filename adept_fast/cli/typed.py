@@ -84,10 +84,10 @@ def _require_joined(name: str, word: str, after: Sequence[str]) -> None:
     if not value and after:
         value = after[0][1:] or " ".join(after[1:2]) if after[0].startswith("=") else _value(after)
         typed = f"{word} {after[0]}"
-    if not value or ("=" in word and typed == word):
+    if "=" in word and (typed == word or not value):
         return
-    if right := key if "=" in word else _meant(name, key):
-        raise InputError(f"{shown(typed)}: settings are written key=value, without spaces: {right}={value}")
+    if right := key if "=" in word or (not value and key in _known(name)) else _meant(name, key) if value else "":
+        raise InputError(f"{shown(typed)}: settings are written key=value, without spaces: {right}={value or '...'}")
 
 
 def _option(name: str, word: str, after: Sequence[str]) -> InputError:

@@ -58,7 +58,7 @@ def layer_indices(given: Iterable[int], count: int, name: str = "layers") -> lis
     layers = list(given)
     known = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in layers)
     if not layers or not known or len(set(layers)) < len(layers):
-        raise InputError(f"{name} must be indices from 0 to {count - 1}, each once, found {layers}")
+        raise InputError(f"{name} must be indices from 0 to {count - 1}, each once, found {layers}", name)
     return sorted(layers)
 
 

@@ -185,8 +185,9 @@ class Datasets:
         if given is not None:
             return self._with_text(self._records("eval", given), given.column)
         name = ", ".join(source.path for source in self.recipe.domain)
+        texts = [] if self.streamed else [text for text, _ in self._documents]
         try:
-            held = self._fallen_out[0] if self.streamed else hold_out([text for text, _ in self._documents], name)
+            held = self._fallen_out[0] if self.streamed else hold_out(texts, name)
         except InputError as error:
             raise InputError(f"{error} or set eval.domain") from None
         return _documents_of(held)

@@ -127,6 +127,8 @@ def _read(value: Any, hint: Any, key: str, root: type) -> Any:
         inner = get_args(kind)[0]
         if read(value, inner if inner is int else str) is None:
             return None
+        if inner in (int, float) and isinstance(value, str) and "," in value and "[" not in value:
+            raise InputError(f"{key}={value}: a list is written in brackets: {key}=[{value}]", key)
         entries = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_read(entry, inner, f"{key}[{index}]", root) for index, entry in enumerate(entries))
     if nested:

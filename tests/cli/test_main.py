@@ -190,6 +190,7 @@ def test_stages_say_what_they_need(here: Path, capsys: pytest.CaptureFixture) ->
 
 def test_a_training_that_is_refused_leaves_what_was_there(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["expand", *BASE, "expand.layers=[1]"]) == 0
+    assert "expand.layers must be indices from 0 to 3" in fails(capsys, "expand", "expand.layers=[7]", "output_dir=no")
     before = {*(here / "out").rglob("*")}
     assert "too small to hold items back" in fails(capsys, "tune", "tune.general_limit=0.1")
     assert {*(here / "out").rglob("*")} == before

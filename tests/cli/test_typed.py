@@ -20,6 +20,7 @@ def refused(capsys: pytest.CaptureFixture, typed: str) -> str:
 
 
 ACTIONS = " (copies takes remove, extract, apply, merge, dial)"
+NO_RECIPE = ": no such recipe; a setting is written key=value (in quotes if it has spaces), such as model_name_or_path="
 LISTED = " (adept-fast --help lists them)"
 WITHOUT_DASHES, JOINED = ": settings are written key=value, without dashes: ", ": settings are written key=value, without spaces: "
 
@@ -61,9 +62,12 @@ WITHOUT_DASHES, JOINED = ": settings are written key=value, without dashes: ", "
         ("copies dial source=a b", "'b': expected key=value; copies dial takes settings only (a value with spaces goes in quotes)"),
         ("info cuda", "info takes no settings, found 'cuda'"),
         ("run no.yaml", "'no.yaml': no such recipe (a setting is written key=value)"),
-        ("run org/model domain=my.txt", "org/model: no such recipe; a setting is written key=value, such as model_name_or_path=org/model"),
+        ("run org/model domain=my.txt", "org/model" + NO_RECIPE + "org/model"),
         ("report out", "out: a folder, and no recipe: write output_dir=out or model_name_or_path=out, whichever it is"),
         ("run my.txt", "my.txt: expected keys and values, found 'once' (a text to train on is given as domain=my.txt)"),
+        ("recipe domain", "'domain'" + JOINED + "domain=..."),
+        ("expand expand.layers=[3, 7]", "7]" + NO_RECIPE + "7]"),
+        ("recipe expand.layers=3,7", "expand.layers=3,7: a list is written in brackets: expand.layers=[3,7]"),
         ("compare out=x", "unknown key out: did you mean output_dir?"),
     ],
 )

@@ -101,7 +101,7 @@ def test_values_are_read_by_what_their_key_takes(setting: str, value: Any) -> No
         ("tune.learning_rate=nan", "found nan"),
         ("tune.learning_rate=1e999", "found inf"),
         ("tune.rate_conflict=1", "tune.rate_conflict must be true or false, found '1'"),
-        ("expand.layers=3,7", r"expand.layers\[0\] must be a whole number, found '3,7'"),
+        ("expand.layers=3,7", r"expand.layers=3,7: a list is written in brackets: expand.layers=\[3,7\]"),
         ("expand.layers=[3, 7", "found '\\[3, 7'"),
         ("output_dir=[a]", r"output_dir must be text of one line, found \['a'\]"),
         ("domain=[a: b: c]", "domain: the value is not valid YAML"),
