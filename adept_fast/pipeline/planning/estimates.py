@@ -167,6 +167,8 @@ def tuning(model: Any, work: TuningWork, machine: Machine, importance: Timed | N
     meter = bool(work.metering) * work.trained * (work.size + 4)  # last copies and their gradient, see tuning/forgetting_meter.py
     peak = round(steps.peak + meter + steps.kept * (args.train_batch_size * text.plan.block_size - steps.work))
     peak = max(peak, 0 if work.isolation is None else work.isolation.peak)
+    if not work.copies:  # the base is loaded too, beside weights and states
+        peak = max(peak, round(peak - steps.kept * args.train_batch_size * text.plan.block_size + work.written))
     return _estimate("tune", "begun" if work.begun else "to do", peak, parts), steps
 
 
