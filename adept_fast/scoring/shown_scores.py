@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
+from adept_fast.errors import InputError
 from adept_fast.models.decoder_layers import layer_indices
 from adept_fast.runtime.optional_packages import optional
 from adept_fast.scoring.profile import Profile
@@ -43,13 +44,17 @@ class Shown:
             columns |= {name: profile.values, f"{name}_low": profile.low, f"{name}_high": profile.high}
         return pandas.DataFrame(columns).set_index(list(self.row_labels()))
 
-    def plot(self, chosen: Collection[int] = (), axes: Axes | None = None) -> Axes:
-        """Draw the primary profile with its intervals, and return the matplotlib axes.
+    def plot(self, chosen: Collection[int] = (), axes: Axes | None = None, loss: str | None = None) -> Axes:
+        """Draw a profile with its intervals, and return the matplotlib axes.
 
-        chosen: rows to mark, such as the result of `select_layers`. axes: where to draw; None: a new figure. The scale is linear near 0 and
-        logarithmic above the median. Raises InputError for a row that does not exist.
+        chosen: rows to mark, such as the result of `select_layers`. axes: where to draw; None: a new figure. loss: which of the measured
+        profiles; None: the primary one. The scale is linear near 0 and logarithmic above the median. Raises InputError for a row that does
+        not exist, and for a loss that was not measured.
         """
-        profile = self.profiles[self.loss]
+        loss = self.loss if loss is None else loss
+        if loss not in self.profiles:
+            raise InputError(f"loss must be one of those measured, {', '.join(self.profiles)}, found {loss!r}: score with it in losses=")
+        profile = self.profiles[loss]
         drawn = [row for row, value in enumerate(profile.values) if math.isfinite(value)]
         marked = layer_indices(chosen, len(profile.values), "chosen") if chosen else []
         if axes is None:
@@ -67,7 +72,7 @@ class Shown:
         axes.set_yscale("asinh", linear_width=middle or 1.0)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set(xlabel="/".join(self.row_labels()), ylabel=f"{self.method}, {self.loss}")
+        axes.set(xlabel="/".join(self.row_labels()), ylabel=f"{self.method}, {loss}")
         axes.locator_params("x", integer=True)
         axes.legend()
         return axes

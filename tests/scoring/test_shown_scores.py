@@ -32,6 +32,9 @@ def test_table_and_plot_hold_the_values_and_intervals() -> None:
     assert others.lines[0].get_ydata().tolist() == [value for layer, value in enumerate(scores.values) if layer not in chosen]
     assert f"lowest of 4: {chosen[0]}: " in repr(scores) or f"lowest of 4: {chosen[1]}: " in repr(scores)
     assert "<table" in scores._repr_html_()
+    assert scores.plot(loss="all").containers[0].lines[0].get_ydata().tolist() == list(scores.profiles["all"].values)
+    with pytest.raises(InputError, match="loss must be one of those measured, answer, all, found 'kl'"):
+        scores.plot(loss="kl")
     with pytest.raises(InputError, match="chosen must be indices from 0 to 3, each once, found \\[4\\]"):
         scores.plot([4])
 
