@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,8 +103,18 @@ def _refused(what: str, way_out: str = "") -> Iterator[None]:
 
 def _dataset(source: Source, how: str, **options: Any) -> Any:
     datasets = optional("datasets", "hf", f"{source.path}: no such file, and a dataset of that name")
-    with _refused(f"{source.path}: neither a file nor a dataset that can be loaded"):
+    with _refused(f"{source.path}: neither a file nor a dataset that can be loaded", _near(source.path)):
         return getattr(datasets, how)(source.path, **options)
+
+
+def _near(path: str) -> str:
+    """Ask for a file or folder with a similar name, for a name that was mistyped."""
+    folder, name = os.path.split(path)
+    try:
+        found = get_close_matches(name, {*os.listdir(folder or ".")} - {name}, 1)
+    except OSError:
+        return ""
+    return f": did you mean {os.path.join(folder, found[0])}?" if found else ""
 
 
 def _of_row(row: Any, source: Source, number: int) -> Record:

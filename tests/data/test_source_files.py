@@ -134,6 +134,8 @@ def test_datasets_reads_what_it_made_itself(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match="saved: neither a file nor a dataset.*load_from_disk"):
         read(Source(str(tmp_path / "saved")))
+    with pytest.raises(InputError, match=r"savd: neither a file nor a dataset.*: did you mean .*saved\?"):
+        read(Source(str(tmp_path / "savd")))
 
 
 def test_splits_are_not_mixed_in_silence(tmp_path: Path) -> None:
