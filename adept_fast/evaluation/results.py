@@ -14,6 +14,7 @@ from adept_fast.settings.typed_json import as_json, from_json
 from adept_fast.settings.validation import shown
 
 SCHEMA = 2
+FEWEST_ITEMS = 6  # with fewer, a sign test is above 5 % even where all items moved the same way
 AGAIN = "restore it, or delete it and run adept-fast eval again"
 
 

@@ -18,6 +18,7 @@ import torch
 from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.data.splits import HELD_OUT
 from adept_fast.evaluation.generation import BATCH
+from adept_fast.evaluation.results import FEWEST_ITEMS
 from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.models.decoder_layers import decoder_layers, text_config
 from adept_fast.pipeline.datasets import Datasets
@@ -225,7 +226,8 @@ class Planning:
             return f"nothing: eval.domain has {count:,} documents"
         if self.data.streamed:
             return f"{HELD_OUT:.0%} of the domain's documents, those with the lowest hashes; {count:,} of them are measured on"
-        return f"{count:,} documents of the domain, the {HELD_OUT:.0%} with the lowest hashes (one of fewer than 75)"
+        few = f"; the report judges by {FEWEST_ITEMS} or more: give some as eval.domain" if count < FEWEST_ITEMS else ""
+        return f"{count:,} documents of the domain, the {HELD_OUT:.0%} with the lowest hashes (one of fewer than 75){few}"
 
     def _suggested(self, text: PlannedText | None, counted: TrainingMemory | None, peak: int, room: int) -> tuple[Suggestion, ...]:
         if text is None or counted is None:

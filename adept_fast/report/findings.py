@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from adept_fast.evaluation.results import Answer, Change, EvaluationResults, Measured
+from adept_fast.evaluation.results import FEWEST_ITEMS, Answer, Change, EvaluationResults, Measured
 from adept_fast.report.differences import tone
 from adept_fast.report.numbers import interval, number, percent, signed
 
@@ -45,6 +45,9 @@ def learnt(results: EvaluationResults | None) -> Finding:
         *_accuracy("Domain questions", before, after, changed.accuracy),
     ]
     verdict, colour = {"better": ("Yes", GOOD), "worse": ("No", BAD), "none": ("Not shown", OPEN)}[tone(changed.loss)]
+    if after.items < FEWEST_ITEMS and changed.loss.certain:
+        verdict, colour = "Too few documents", OPEN
+        sentences.insert(1, f"An interval of {after.items} documents decides nothing: evaluate {FEWEST_ITEMS} or more, by eval.domain.")
     return Finding(verdict, f"domain loss {_short(changed.loss)}", tuple(sentences), colour)
 
 

@@ -175,6 +175,14 @@ def test_the_findings_are_honest(general: float, domain: float, did: str, was: s
         assert f"{found.verdict}.{found.sentences[0]}".startswith(said)
 
 
+def test_an_interval_of_few_documents_is_no_verdict() -> None:
+    content = {**evaluation(0.849, 2.59), "tasks": {}}
+    content["models"]["tuned"]["domain"]["items"] = 5
+    found = learnt(EvaluationResults.of(content, Path("eval.json")))
+    assert (found.verdict, found.tone) == ("Too few documents", "")
+    assert found.sentences[1] == "An interval of 5 documents decides nothing: evaluate 6 or more, by eval.domain."
+
+
 def test_fewer_right_answers_are_a_loss_though_the_loss_fell() -> None:
     content = {**evaluation(general=0.7), "tasks": {}}
     content["changes"]["tuned"]["general"] = change(-0.149, accuracy=-0.02)

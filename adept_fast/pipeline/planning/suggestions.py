@@ -125,7 +125,8 @@ def _steps(facts: Facts, in_epoch: int) -> Generator[Suggestion, None, int]:
             yield Suggestion("tune.num_train_epochs", str(MANY_EPOCHS), reason)
         return MANY_EPOCHS * in_epoch
     if facts.by_steps and facts.steps < in_epoch:
-        yield Suggestion("tune.max_steps", str(in_epoch), f"{facts.steps / in_epoch:.0%} of the text is read: this is one epoch")
+        read = f"{facts.steps / in_epoch:.0%} of the text"
+        yield Suggestion("tune.max_steps", str(in_epoch), f"{facts.steps:,} steps of the suggested size read {read}: this is one epoch")
         return in_epoch
     return facts.steps if facts.by_steps else math.ceil(facts.epochs * in_epoch)
 
