@@ -172,7 +172,7 @@ def test_master_follows_an_edit_of_the_parameter(mode: str) -> None:
 def test_an_edit_before_the_capture_of_a_graph_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replay would forget the remainder."""
     p = Parameter(bf16(0))
-    optimizer = AdamW([p], **HYPER, master_weights=mode)
+    optimizer = AdamW([p], **HYPER, master_weights=mode, capturable=True)
     for _ in range(2):
         p.grad = bf16(1)
         optimizer.step()
