@@ -27,7 +27,7 @@ MEANT = {
         "train_dataset": "domain", "eval_dataset": "eval.domain", "use_peft": "method",
     },
     "LLaMA-Factory": {
-        "stage": "method", "finetuning_type": "method", "dataset": "domain", "dataset_dir": "domain", "cutoff_len": "tune.block_size",
+        "finetuning_type": "method", "dataset": "domain", "dataset_dir": "domain", "cutoff_len": "tune.block_size",
         "max_samples": "score.max_items", "flash_attn": "attn_implementation", "pure_bf16": "tune.bf16", "num_layer_trainable": "expand.k",
         "freeze_trainable_layers": "expand.k", "lr_scheduler_type": "tune.lr_scheduler_type", "lora_rank": "tune.lora_rank",
     },
@@ -66,6 +66,7 @@ def test_the_names_of_a_tool_are_answered_with_the_key(tool: str) -> None:
     ("names", "answer"),
     [
         ("lora_alpha lora_dropout lora_target lora_target_modules target_modules", "tune.lora_rank on all linear layers"),
+        ("stage tune.stage", "leave it out: method=... says what is trained"),
         ("val_size val_set_size split_dataset_ratio validation_split_percentage tune.val_size", "eval.domain names others"),
         ("packing sample_packing neat_packing tune.packing", "always packed"),
         ("template chat_template dataset_text_field column", "domain={path: my.jsonl, column: body, template: chat}"),
