@@ -122,6 +122,8 @@ def check(model: ModelFolder) -> None:
         if not entry.is_dir():
             regular(entry)  # a broken link in a damaged cache would pass for an optional file that is absent
     if not (folder / "config.json").is_file():
+        if (folder / "tuned" / "config.json").is_file():
+            raise InputError(f"{folder}: the output_dir of a run: its model is {folder / 'tuned'}")
         raise InputError(f"{folder}: no config.json: not a model folder, or a truncated one")
     config = model.config
     if _holds_nan(config):

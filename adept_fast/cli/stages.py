@@ -36,7 +36,8 @@ def recipe_of(name: str, words: Sequence[str]) -> Recipe:
         raise InputError(f"one recipe at most, found {', '.join(files)} (a setting is written key=value)")
     for file in files:
         if os.path.isdir(file):
-            raise InputError(f"{file}: a folder, and no recipe: write output_dir={file} or model_name_or_path={file}, whichever it is")
+            keys = f"output_dir={file}, domain={file} or model_name_or_path={file}"
+            raise InputError(f"{file}: a folder, and no recipe: write {keys}, whichever it is")
         if not os.path.exists(file) and not file.endswith((".yaml", ".yml")):
             written = f"a setting is written key=value (in quotes if it has spaces), such as model_name_or_path={file}"
             raise InputError(f"{file}: no such recipe; {written}")

@@ -30,6 +30,14 @@ def test_missing_folder() -> None:
         checkpoint.resolve("./nowhere")
 
 
+def test_the_folder_of_a_run_names_its_model(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "tuned")
+    with pytest.raises(InputError, match="run: the output_dir of a run: its model is .*tuned"):
+        checkpoint.load_model(checkpoint.resolve(str(run)))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -63,7 +63,7 @@ WITHOUT_DASHES, JOINED = ": settings are written key=value, without dashes: ", "
         ("info cuda", "info takes no settings, found 'cuda'"),
         ("run no.yaml", "'no.yaml': no such recipe (a setting is written key=value)"),
         ("run org/model domain=my.txt", "org/model" + NO_RECIPE + "org/model"),
-        ("report out", "out: a folder, and no recipe: write output_dir=out or model_name_or_path=out, whichever it is"),
+        ("report out", "out: a folder, and no recipe: write output_dir=out, domain=out or model_name_or_path=out, whichever it is"),
         ("run my.txt", "my.txt: expected keys and values, found 'once' (a text to train on is given as domain=my.txt)"),
         ("recipe domain", "'domain'" + JOINED + "domain=..."),
         ("expand expand.layers=[3, 7]", "7]" + NO_RECIPE + "7]"),
