@@ -28,6 +28,12 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
 
 
+def _values(name: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Add both values where they are numbers: anything else may be long, or a digest."""
+    then, given = recorded.get(name), now.get(name)
+    return f"{name}: {then}, now {given}" if isinstance(then, int | float) and isinstance(given, int | float) else name
+
+
 def require_same(
     path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any], model: str, explained: Mapping[str, str] = {}
 ) -> None:
@@ -39,5 +45,5 @@ def require_same(
     if "model" in differing:
         raise InputError(f"{path} belongs to another model than {model}: choose another output_dir")
     if differing:
-        names = ", ".join(f"{name}: {explained[name]}" if name in explained else name for name in differing)
+        names = ", ".join(f"{name}: {explained[name]}" if name in explained else _values(name, recorded, now) for name in differing)
         raise InputError(f"{path} was made with other settings ({names}): choose another output_dir, or remove it to redo it")

@@ -94,7 +94,7 @@ def test_other_settings_than_those_of_an_artefact_are_refused_as_a_run_refuses_t
     assert main(["score", *given]) == 0
     capsys.readouterr()
     assert main(["plan", *given, f"domain={folder / 'notes.txt'}", "score.max_items=11"]) == 2
-    assert "scores.json was made with other settings (score.max_items" in capsys.readouterr().err
+    assert "scores.json was made with other settings (score.max_items: 12, now 11)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
