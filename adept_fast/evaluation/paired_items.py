@@ -80,6 +80,6 @@ def load_items(path: Path, results: EvaluationResults) -> dict[str, dict[str, It
                 losses = ItemLosses(tensors[f"{at}.sums"], tensors[f"{at}.tokens"], tensors.get(f"{at}.right"))
                 shapes = {tuple(value.shape) for value in vars(losses).values() if value is not None}
                 if shapes != {(measured.items,)} or not isclose(losses.sums.sum() / losses.tokens.sum(), measured.loss, rel_tol=1e-9):
-                    raise ValueError(f"{at} is not what {path.name} has")
+                    raise ValueError(f"{at} is not what {path} has")
                 found.setdefault(model, {})[corpus] = losses
     return found
