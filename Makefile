@@ -14,8 +14,7 @@ BORROWED := $(VENV)/borrowed
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy
-	$(RUN) -m pytest -q -rs -n auto --dist worksteal
+	$(RUN) -m mypy & types=$$!; $(RUN) -m pytest -q -rs -n auto --dist worksteal && wait $$types
 
 quick: $(VENV)/.test
 	$(RUN) -m ruff check .

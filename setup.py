@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         built = []
-        for extension in self.extensions:
+        with ThreadPoolExecutor() as pool:
+            building = [pool.submit(self.build_extension, extension) for extension in self.extensions]
+        for extension, result in zip(self.extensions, building, strict=True):
             required = extension.name == CUDA_NAME and os.environ.get("ADEPT_FAST_BUILD_CUDA") == "1"
             try:
-                self.build_extension(extension)
+                result.result()
             except (BaseError, CCompilerError, OSError) as error:
                 if required:
                     raise

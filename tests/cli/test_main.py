@@ -253,7 +253,7 @@ def test_other_artefacts_are_kept(here: Path, capsys: pytest.CaptureFixture) -> 
     for command in ("run", "score", "expand", "verify", "tune", "eval"):
         assert "another model" in fails(capsys, command, "model_name_or_path=other"), command
     assert "other settings (score.max_items)" in fails(capsys, "run", "score.max_items=2")
-    assert "other settings (tune.learning_rate)" in fails(capsys, "run", "tune.learning_rate=1e-5")
+    assert "other settings (tune.learning_rate: 0.0002, now 1e-05)" in fails(capsys, "run", "tune.learning_rate=1e-5")
     assert "other settings (expand.layers)" in fails(capsys, "run", "expand.layers=[1]")
     assert {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()} == before
 

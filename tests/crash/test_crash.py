@@ -69,6 +69,7 @@ def right(draw: random.Random) -> Case:
     return Case(f"{number}", lambda: [torch.tensor(number)], lambda: [torch.tensor(number)], valid=True)
 
 
+@pytest.mark.nightly
 def test_a_signal_a_hang_and_wrong_numbers_are_laid_at_their_case() -> None:
     found = {
         killed: "killed by SIGSEGV: a signal\nFatal Python error: Segmentation fault",

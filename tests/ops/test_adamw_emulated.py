@@ -19,7 +19,7 @@ from tests.support.emulated_cuda import Arena, EmulatedCuda, Stream, build, patc
 
 pytestmark = pytest.mark.slow
 SPECIAL = torch.tensor([0.0, -0.0, 1e-40, -1e-42, float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 7e4, 1e-8, 2.0**-24])
-TABLES = 160
+TABLES = 80
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ def test_wrong_settings_are_named(first: Path, setting: str, said: str, capsys: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_tasks_of_lm_eval_give_what_its_own_command_gives(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'adept-fast[eval]'")
     from tests.evaluation.test_lm_tasks import choice_task, text_task

@@ -116,7 +116,7 @@ def test_what_changes_the_run_is_named(run: Runs, folder: Path) -> None:
     assert {path: path.read_bytes() for path in (folder / "ended").rglob("*") if path.is_file()} == before
     run("begun", 6, place="adept_fast.tuning.staged_trainer:save_file", calls=2, code=-9)
     assert "(tune.weight_decay: 0.1, now 0.2)" in run("begun", 6, "tune.weight_decay=0.2", command="tune", code=2)
-    assert "other settings (tune.block_size)" in run("begun", 6, "tune.block_size=32", command="tune", code=2)
+    assert "other settings (tune.block_size: 48, now 32)" in run("begun", 6, "tune.block_size=32", command="tune", code=2)
     run("early", 6, place="adept_fast.tuning.staged_trainer:save_file", code=-9)
     assert "resuming" not in run("early", 2, "tune.block_size=32", command="tune"), "nothing was saved: it begins"
 

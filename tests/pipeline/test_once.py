@@ -107,6 +107,7 @@ def test_an_evaluation_of_a_changed_model_is_made_again(given: list[str], capsys
     assert main(["eval", *given[1:]]) == 0 and "up to date" not in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_an_evaluation_of_the_earlier_schema_is_made_again(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(given) == 0
     path = Path("out/eval.json")

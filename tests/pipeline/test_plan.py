@@ -58,6 +58,7 @@ def states(plan: dict) -> dict[str, str]:
     return {stage["name"]: stage["state"] for stage in plan["stages"]}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_is_planned_without_a_trace_and_what_it_leaves_is_seen(folder: Path, planned, capsys: pytest.CaptureFixture[str]) -> None:
     before = planned()

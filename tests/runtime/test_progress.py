@@ -93,6 +93,7 @@ def test_the_screen_of_the_tests_shows_what_a_terminal_would() -> None:
     assert screen("twelve\rten\x1b[K\nabcdefgh", 6) == ["ten", "abcdef", "gh"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_notebook_keeps_one_finished_bar() -> None:
     cell = """

@@ -116,6 +116,7 @@ def test_error_of_one_process_ends_all(on_two: tuple[Path, subprocess.CompletedP
     assert not (folder / "failed" / "scores.json").exists()
 
 
+@pytest.mark.nightly
 def test_score_command_survives_a_kill(settings: list[str], tmp_path: Path) -> None:
     given = [*settings, "score.regret=0.05", "score.loss=all", "score.compare=[gate]", "score.units=null", "score.unit_layers=null"]
     with Attempts({"PYTHONPATH": str(ROOT)}) as attempts:

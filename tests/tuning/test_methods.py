@@ -79,6 +79,7 @@ def test_a_method_trains_what_it_says_and_nothing_else(folder: Path, method: str
     assert type(AutoModelForCausalLM.from_pretrained(output / "tuned")).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_baseline_goes_on_to_the_same_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADEPT_FAST_CACHE", str(folder / "cache"))
