@@ -51,6 +51,7 @@ def settings(folder: Path, output: str, batch: int = 4) -> list[str]:
     ]
 
 
+@pytest.mark.nightly
 def test_two_processes_tune_what_one_tunes(expanded: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -84,6 +84,7 @@ def test_a_run_that_had_ended_goes_on_to_the_bits_of_a_longer_one(run: Runs, fol
     assert run("two", 10).count("up to date") == 3 and not list((folder / "two").glob(".partial*"))
 
 
+@pytest.mark.nightly
 def test_what_changes_no_bit_bars_nothing(run: Runs, folder: Path) -> None:
     """Killed at a checkpoint, then ended."""
     changed = [
@@ -121,6 +122,7 @@ def test_what_changes_the_run_is_named(run: Runs, folder: Path) -> None:
     assert "resuming" not in run("early", 2, "tune.block_size=32", command="tune"), "nothing was saved: it begins"
 
 
+@pytest.mark.nightly
 def test_another_schedule_is_accepted_by_a_key_and_recorded(run: Runs) -> None:
     cosine = ("tune.lr_scheduler_type=cosine", "tune.warmup_steps=0.5")
     run("cosine", 4, *cosine)

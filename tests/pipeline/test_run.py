@@ -110,6 +110,7 @@ def assert_same_artefacts(found: Path, expected: Path) -> None:
     assert not list(found.rglob(".adept_fast-*")) and (found / "report.html").is_file()
 
 
+@pytest.mark.nightly
 def test_killed_at_every_stage_the_run_ends_in_the_same_bits(folder: Path, attempts: Attempts) -> None:
     code, whole = attempts.run(["run", *settings(folder, "whole")], folder / "said")
     assert code == 0 and "resuming" not in whole, whole

@@ -126,6 +126,7 @@ def test_what_serves_another_purpose_is_counted(here: Path) -> None:
         assert row.endswith(f"1 empty, {why}") and " 12 " in row
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_malformed_rows_stop_before_the_first_step_and_the_same_command_goes_on(

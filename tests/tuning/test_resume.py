@@ -153,6 +153,7 @@ def test_another_schedule_is_said_and_accepted(tmp_path: Path, schedule: dict, r
     assert made(tmp_path, **given).train(resume_from_checkpoint=True).global_step == 8  # accepted once and for all
 
 
+@pytest.mark.nightly
 def test_a_schedule_that_is_still_the_same_goes_on(tmp_path: Path) -> None:
     """WSD before its decay, also with a later one; a constant rate that begins to decay now; a warmup that is a share of the steps."""
     wsd = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.25}
