@@ -98,7 +98,7 @@ class LeftToDo:
 
     @property
     def states(self) -> dict[str, str]:
-        """The state of each stage, see pipeline/planning/results.py."""
+        """The state of each stage, see pipeline/planning/planned_stages.py."""
         tune = "begun" if self.done else "to do"
         return {
             "score": "not needed" if not self.scored else "to do" if self.scores is None else "there",

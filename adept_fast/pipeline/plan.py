@@ -26,11 +26,11 @@ from adept_fast.pipeline.evaluate import EvaluationData, evaluation_data
 from adept_fast.pipeline.left_to_do import LeftToDo
 from adept_fast.pipeline.planning import estimates
 from adept_fast.pipeline.planning.estimates import Machine, ScoringWork, TuningWork
-from adept_fast.pipeline.planning.memory import TrainingMemory, kept_by_layer, training_memory
-from adept_fast.pipeline.planning.results import DUE, Plan, StageEstimate
+from adept_fast.pipeline.planning.planned_stages import DUE, Plan, StageEstimate
 from adept_fast.pipeline.planning.suggestions import FULL, Facts, Suggestion, suggest
 from adept_fast.pipeline.planning.text import shown
 from adept_fast.pipeline.planning.timing import Timed, TimedSteps, time_answers, time_forward, time_writing, timed
+from adept_fast.pipeline.planning.training_memory import TrainingMemory, kept_by_layer, training_memory
 from adept_fast.pipeline.recipe import Recipe
 from adept_fast.pipeline.run import check, opened
 from adept_fast.pipeline.run_directory import RunDirectory

@@ -14,7 +14,7 @@ from adept_fast.report.differences import tone
 from adept_fast.report.drawing import to_svg
 from adept_fast.report.evaluated_runs import MEASURES, Group, Spread, grouped, load_run, measures
 from adept_fast.report.numbers import interval, number, signed
-from adept_fast.report.templates import render
+from adept_fast.report.page_templates import render
 from adept_fast.runtime.atomic_files import write_json, write_text
 from adept_fast.settings.typed_json import as_json
 from adept_fast.settings.validation import require_path

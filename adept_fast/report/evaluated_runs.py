@@ -16,7 +16,7 @@ from adept_fast.errors import InputError
 from adept_fast.evaluation.paired_items import ItemLosses, load_items
 from adept_fast.evaluation.results import AGAIN, CorpusChange, EvaluationResults, ModelResult
 from adept_fast.report.artefacts import EVALUATION, LOG, RECIPE
-from adept_fast.report.templates import flatten
+from adept_fast.report.page_templates import flatten
 from adept_fast.runtime.input_files import as_input_error, read_yaml
 from adept_fast.tuning.training_history import TrainingHistory
 

@@ -17,10 +17,10 @@ from adept_fast.report.drawing import to_svg
 from adept_fast.report.findings import learnt, looks, lost
 from adept_fast.report.forgetting_chart import forgetting
 from adept_fast.report.numbers import interval, number
+from adept_fast.report.page_templates import flatten, render
 from adept_fast.report.rates_chart import unit_rates
 from adept_fast.report.result_table import columns, corpus_rows, shifted_row, sizes, task_rows
 from adept_fast.report.side_by_side import pair
-from adept_fast.report.templates import flatten, render
 from adept_fast.report.units_chart import unit_profile
 from adept_fast.runtime.atomic_files import write_text
 from adept_fast.runtime.input_files import as_input_error

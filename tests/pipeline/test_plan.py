@@ -14,10 +14,10 @@ from adept_fast.cli.main import main
 from adept_fast.expansion.expand_model import expand_model, freeze_original
 from adept_fast.models.losses import corpus_loss, padded_tokens
 from adept_fast.pipeline.planning.estimates import _readings
-from adept_fast.pipeline.planning.memory import kept_by_layer, training_memory
 from adept_fast.pipeline.planning.suggestions import Facts, suggest
 from adept_fast.pipeline.planning.text import clock, shown
 from adept_fast.pipeline.planning.timing import time_masking, time_steps, typical
+from adept_fast.pipeline.planning.training_memory import kept_by_layer, training_memory
 from adept_fast.runtime.memory import capacity, forget_peak, peak, resident
 from adept_fast.scoring.layer_masking import LayerMasks
 from adept_fast.scoring.packs import pack

@@ -17,7 +17,7 @@ from adept_fast.data.items import Item
 from adept_fast.data.stream import Stream
 from adept_fast.models.decoder_layers import device_of, evaluating
 from adept_fast.models.losses import padded_tokens
-from adept_fast.pipeline.planning.results import StageEstimate
+from adept_fast.pipeline.planning.planned_stages import StageEstimate
 from adept_fast.pipeline.planning.timing import Timed, TimedSteps, time_importance, time_masking, time_steps, timed, typical
 from adept_fast.scoring.cheap_scores import cheap_scores
 from adept_fast.scoring.layer_masking import LayerMasks

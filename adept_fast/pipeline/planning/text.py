@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from adept_fast.pipeline.planning.results import DUE, Plan, StageEstimate
+from adept_fast.pipeline.planning.planned_stages import DUE, Plan, StageEstimate
 
 GB, MB = 1e9, 1e6
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from adept_fast.pipeline.planning.memory import TrainingMemory
 from adept_fast.pipeline.planning.suggestions import Suggestion
+from adept_fast.pipeline.planning.training_memory import TrainingMemory
 from adept_fast.tuning.training_plan import Plan as TrainingPlan
 
 DUE = ("to do", "begun")
