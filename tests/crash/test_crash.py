@@ -61,7 +61,7 @@ def refused(draw: random.Random) -> Case:
     return Case("bad input", lambda: torch.zeros(2) @ torch.zeros(3))
 
 
-CASES = 150  # make nightly runs 3,000
+CASES = 300  # make nightly runs 3,000
 
 
 def right(draw: random.Random) -> Case:

@@ -8,7 +8,7 @@ from tests.fuzz.cases import fuzzer
 
 pytestmark = pytest.mark.slow
 
-CASES = 100  # make nightly runs 1,500
+CASES = 200  # make nightly runs 1,500
 
 
 def test_damaged_files_are_read_right_or_refused_by_name() -> None:

@@ -8,6 +8,7 @@ the command. No OpenMP region may run before the fork: a child inherits the thre
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -131,6 +132,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children collect what they made, and leave the pages of what they inherit shared
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -148,6 +151,7 @@ def serve() -> None:
             os.close(ended)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+    gc.unfreeze()
 
 
 if __name__ == "__main__":
