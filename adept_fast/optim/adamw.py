@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops.adamw.memory_order import Operands
-from adept_fast.ops.adamw.op import launch, sum_of_squares
-from adept_fast.ops.adamw.reference import clip_scale
+from adept_fast.ops.adamw.op import launch
 from adept_fast.optim import arguments
+from adept_fast.optim.gradient_scale import gradient_scale
 from adept_fast.optim.state import RATES, Settings
 from adept_fast.optim.state_dict import POST_HOOKS, restore, wrap_tensors
 from adept_fast.optim.unit_lr import located, set_rates
 from adept_fast.optim.update_collection import StepUpdates, UpdateCollector, backend_of, options_of, scalar
-from adept_fast.runtime import dtensor
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -203,12 +201,7 @@ class AdamW(torch.optim.Optimizer):
         if not updates.batches:
             return
         found_inf = arguments.checked_scale("found_inf", getattr(self, "found_inf", None), torch.float32)
-        grad_scale = arguments.checked_scale("grad_scale", getattr(self, "grad_scale", None), torch.float64)
-        scale = None if grad_scale is None else grad_scale.reciprocal()
-        if settings.max_grad_norm is not None:
-            on_cpu = [backend for device, backend in updates.batches if device.type == "cpu"]
-            squares = dtensor.total(partial(sum_of_squares, backend=on_cpu[0] if on_cpu else "torch"), updates.grads, updates.meshes)
-            scale = clip_scale(squares, settings.max_grad_norm, scale)
+        scale = self._scale(updates)
         for (device, backend), batch in updates.batches.items():
             scale_there, found_there = (x if x is None else x.to(device) for x in (scale, found_inf))
             launch(backend, batch.updates, scale_there, found_there, batch.table)
@@ -216,6 +209,10 @@ class AdamW(torch.optim.Optimizer):
             original.copy_(copy)
         if settings.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
             self._collector.note_versions(self.param_groups)
+
+    def _scale(self, updates: StepUpdates) -> Tensor | None:
+        on_cpu = [backend for device, backend in updates.batches if device.type == "cpu"]
+        return gradient_scale(self, updates.grads, updates.meshes, on_cpu)
 
     def _settings(self) -> Settings:
         return Settings(self.state_dtype, self.master_weights, self.max_grad_norm, self.backend, self.defaults["differentiable"])
