@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import Parameter
 
 from adept_fast.optim import AdamW
@@ -41,3 +42,22 @@ def test_compiled_step_equals_eager(dtype: torch.dtype, options: dict[str, Any],
     pytest.importorskip("adept_fast._C", reason="the C++ extension was not built")
     for a, b in zip(run(dtype, options, compiler), run(dtype, options, None), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("lr", "graphs"), [(torch.tensor(1e-2), 1), (1e-2, 4)], ids=["tensor", "number"])
+def test_a_schedule_of_a_tensor_compiles_one_graph(lr: float | torch.Tensor, graphs: int) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    parameter = Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], lr=lr)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    @torch.compile(backend=counter)
+    def step() -> None:
+        optimizer.step()
+
+    for _ in range(4):
+        parameter.grad = torch.ones(3)
+        step()
+        schedule.step()
+    assert counter.frame_count == graphs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -83,6 +84,17 @@ def test_preference_tuning_with_trl(tmp_path: Path) -> None:
     args = trl.DPOConfig(output_dir=str(tmp_path), max_length=64, **CALM, **QUIET)
     reference = tiny_models.model()  # a fresh copy is silent: the base is where tuning starts
     check(partial(under_trl, partial(trl.DPOTrainer, ref_model=reference, args=args, train_dataset=data)))
+
+
+def test_each_trainer_of_trl_takes_what_the_page_says() -> None:
+    trl = pytest.importorskip("trl", minversion="1.16")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "optimizer.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+Trainer`.*) \| (yes|no) \| (yes|no) \|$", page, re.MULTILINE)
+    said = {name: (first, second) for names, first, second in rows for name in re.findall(r"`(\w+)`", names)}
+    assert said.keys() == {name for name in dir(trl) if name.endswith("Trainer")}
+    for name, expected in said.items():
+        taken = inspect.signature(getattr(trl, name)).parameters
+        assert tuple("yes" if each in taken else "no" for each in ("optimizers", "optimizer_cls_and_kwargs")) == expected, name
 
 
 def test_the_plain_loop_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
