@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from adept_fast import AdamW
 from adept_fast.data.items import load_items
 from adept_fast.evaluation import results
 from adept_fast.pipeline.recipe import load
@@ -51,6 +52,22 @@ def test_the_optimizer_alone() -> None:
     made["opt"].step()
     rows = (weight != before).any(1)
     assert not rows[0] and rows[8:].all()
+
+
+def test_the_bytes_of_a_parameter_are_those_of_the_tensors_after_a_step() -> None:
+    page = (ROOT / "docs" / "how-to" / "optimizer.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (fp32|bf16) \| `(.+?)` \| `(.+?)` \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 5
+    for dtype, state_dtype, master_weights, numbers in rows:
+        parameter = torch.nn.Parameter(torch.ones(64, 64, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = AdamW([parameter], state_dtype=eval(state_dtype), master_weights=eval(master_weights))
+        optimizer.step()
+        held = {key: x.nbytes / parameter.numel() for key, x in optimizer.state[parameter].items() if key != "step"}
+        moments = sum(size for key, size in held.items() if key.startswith("exp_avg"))
+        master = sum(held.values()) - moments
+        found = [2 * parameter.element_size(), moments, master]
+        assert [*found, sum(found)] == [float(number) for number in numbers.split(" | ")], (dtype, state_dtype, master_weights)
 
 
 @pytest.mark.parametrize("name", reference_pages.PAGES)
