@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adept_fast.expansion.merge import merge_copies
     from adept_fast.expansion.remove import remove_copies
     from adept_fast.expansion.verify import verify_expansion
-    from adept_fast.optim import AdamW, param_groups
+    from adept_fast.optim import AdamW, OffloadedAdamW, param_groups
     from adept_fast.scoring.method_comparison import compare_scores
     from adept_fast.scoring.race import Race
     from adept_fast.scoring.score_layers import score_layers
@@ -43,6 +43,7 @@ __all__ = [
     "ExpansionError",
     "InputError",
     "LayerScores",
+    "OffloadedAdamW",
     "Race",
     "UnitScores",
     "Units",
@@ -80,7 +81,7 @@ _MODULES = {
         "adept_fast.expansion.merge": "merge_copies",
         "adept_fast.expansion.remove": "remove_copies",
         "adept_fast.expansion.verify": "verify_expansion",
-        "adept_fast.optim": "AdamW param_groups",
+        "adept_fast.optim": "AdamW OffloadedAdamW param_groups",
         "adept_fast.scoring.method_comparison": "compare_scores",
         "adept_fast.scoring.race": "Race",
         "adept_fast.scoring.score_layers": "score_layers",
