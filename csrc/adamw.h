@@ -86,8 +86,15 @@ ADEPT_FAST_INLINE T larger(T a, T b) {
 ADEPT_FAST_INLINE float square_root(float x) { return sqrtf(x); }
 ADEPT_FAST_INLINE double square_root(double x) { return std::sqrt(x); }
 
-// Updates m, v and (with kAmsgrad) vmax in place and returns the new weight, frozen or not. An infinite weight does not decay, as inf - inf
-// is NaN.
+// The weight after a step along m / (root + epsilon). An infinite weight does not decay, as inf - inf is NaN.
+template <class T>
+ADEPT_FAST_INLINE T moved(T weight, T m, T root, const Constants<T>& c, Rate<T> rate) {
+    const T step = rate.step * (m / (root + c.epsilon));
+    const T decay = is_finite(weight) ? rate.decay * weight : static_cast<T>(0);
+    return weight - (decay + step);
+}
+
+// Updates m, v and (with kAmsgrad) vmax in place and returns the new weight, frozen or not.
 template <bool kAmsgrad, class T>
 ADEPT_FAST_INLINE T adamw_moving(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate) {
     const T g = grad * c.grad_scale;
@@ -97,12 +104,19 @@ ADEPT_FAST_INLINE T adamw_moving(T weight, T grad, T& m, T& v, T& vmax, const Co
     if (kAmsgrad) {
         second = vmax = larger(vmax, v);
     }
-    const T step = rate.step * (m / (square_root(second) + c.epsilon));
-    const T decay = is_finite(weight) ? rate.decay * weight : static_cast<T>(0);
-    return weight - (decay + step);
+    return moved(weight, m, square_root(second), c, rate);
 }
 
-// The same, but returns the old weight if the unit is frozen.
+// The same with the square root of v, as 8-bit moments keep it.
+template <class T>
+ADEPT_FAST_INLINE T adamw_rooted(T weight, T grad, T& m, T& root, const Constants<T>& c, Rate<T> rate) {
+    const T g = grad * c.grad_scale;
+    m = average(m, g, c.weight1, c.slow1);
+    root = square_root(average(root * root, g * g, c.weight2, c.slow2));
+    return moved(weight, m, root, c, rate);
+}
+
+// adamw_moving, but returns the old weight if the unit is frozen.
 template <bool kAmsgrad, class T>
 ADEPT_FAST_INLINE T adamw(T weight, T grad, T& m, T& v, T& vmax, const Constants<T>& c, Rate<T> rate, bool frozen) {
     const T moved = adamw_moving<kAmsgrad>(weight, grad, m, v, vmax, c, rate);
@@ -129,6 +143,17 @@ ADEPT_FAST_INLINE void split_master(float weight, std::uint16_t& param, std::int
     const std::uint32_t bits = weight_bits(weight);
     param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
     remainder = static_cast<std::int16_t>(bits & 0xffffu);
+}
+
+// The same with the upper 8 bits of the remainder: the weight rounded to its upper 24 bits, a tie away from zero.
+ADEPT_FAST_INLINE float join_master8(std::uint16_t param, std::int8_t remainder) {
+    return join_master(param, static_cast<std::int16_t>(remainder * 256));
+}
+
+ADEPT_FAST_INLINE void split_master8(float weight, std::uint16_t& param, std::int8_t& remainder) {
+    const std::uint32_t bits = weight_bits(weight) + 0x80u;
+    param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+    remainder = static_cast<std::int8_t>(bits >> 8 & 0xffu);
 }
 
 // Two rounds of multiply and shift with hash-prospector's best constants.

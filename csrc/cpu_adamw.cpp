@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "eight_bit.h"
 #include "parallel.h"
 
 namespace adept_fast {
@@ -86,11 +87,11 @@ const char* adamw_step(const Tensor* tensors, std::int64_t count, const Group* g
             one.step = steps;
         }
         work.push_back(one);
-        chunks.add(t.numel);
+        chunks.add(slots_of(t));
     }
     for_each(chunks.count(), threads, [&](std::int64_t chunk) {
         chunks.visit(chunk, [&](std::size_t i, std::int64_t first) {
-            set.update(work[i], first, std::min(kChunk, work[i].tensor.numel - first));
+            set.update(work[i], first, std::min(kChunk, slots_of(work[i].tensor) - first));
         });
     });
     return nullptr;

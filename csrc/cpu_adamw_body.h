@@ -8,6 +8,7 @@
 
 #include "cpu_adamw.h"
 #include "cpu_adamw_pairs.h"
+#include "eight_bit.h"
 
 namespace adept_fast {
 namespace {
@@ -53,6 +54,7 @@ T* open(std::int64_t address, std::int64_t format, std::int64_t first, N n, T* t
 template <class T>
 struct OneRate {
     Rate<T> rate;
+    Rate<T> operator[](std::int64_t) const { return rate; }
     bool frozen(std::int64_t) const { return false; }  // `store` skips a frozen range
     bool store() const { return !(rate.decay < static_cast<T>(0)); }
     OneRate from(std::int64_t) const { return *this; }
@@ -121,6 +123,22 @@ void loop(N n, const Streams<T>& s, const Constants<T>& c, const RateEach<T>& ra
     loop_each<T, kAmsgrad, kSlow>(n, s, c, rates.decay, rates.step);
 }
 
+// The loop of 8-bit moments.
+template <bool kSlow, class N, class Rates>
+void rooted_loop(N n, float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict root, Constants<float> c, Rates rates) {
+    if (kSlow) c.slow1 = c.slow2 = true;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const Rate<float> rate = rates[i];
+        const float moved = adamw_rooted(w[i], g[i], m[i], root[i], c, rate);
+        w[i] = rate.decay < 0.0f ? w[i] : moved;
+    }
+}
+
+template <class N, class Rates>
+void rooted(N n, float* w, const float* g, float* m, float* root, const Constants<float>& c, Rates rates) {
+    c.slow1 && c.slow2 ? rooted_loop<true>(n, w, g, m, root, c, rates) : rooted_loop<false>(n, w, g, m, root, c, rates);
+}
+
 template <class T, class N, class Rates>
 void elements(N n, Streams<T> s, const Constants<T>& c, Rates rates) {
     const bool slow = c.slow1 && c.slow2;
@@ -140,6 +158,12 @@ T* open_weights(const Tensor& t, std::int64_t first, N n, T* tile) {
         const std::uint16_t* param = at<const std::uint16_t>(t.param, first);
         const std::int16_t* low = at<const std::int16_t>(t.master, first);
         for (std::int64_t i = 0; i < n; ++i) tile[i] = join_master(param[i], low[i]);
+        return tile;
+    }
+    if (t.mode == kRemainder8) {
+        const std::uint16_t* param = at<const std::uint16_t>(t.param, first);
+        const std::int8_t* low = at<const std::int8_t>(t.master, first);
+        for (std::int64_t i = 0; i < n; ++i) tile[i] = join_master8(param[i], low[i]);
         return tile;
     }
     load(t.param, format, first, n, tile);
@@ -169,6 +193,15 @@ void close_weights(const Work& work, std::int64_t first, N n, const T* weight, R
             std::uint16_t high;
             std::int16_t rest;
             split_master(static_cast<float>(weight[i]), high, rest);
+            param[i] = rates.frozen(i) ? param[i] : high;
+            low[i] = rates.frozen(i) ? low[i] : rest;
+        }
+    } else if (t.mode == kRemainder8) {
+        std::int8_t* low = at<std::int8_t>(t.master, first);
+        for (std::int64_t i = 0; i < n; ++i) {
+            std::uint16_t high;
+            std::int8_t rest;
+            split_master8(static_cast<float>(weight[i]), high, rest);
             param[i] = rates.frozen(i) ? param[i] : high;
             low[i] = rates.frozen(i) ? low[i] : rest;
         }
@@ -213,6 +246,69 @@ void tile(const Work& work, std::int64_t first, N n, const Constants<T>& c, Rate
         store(t.exp_avg, moments, first, n, static_cast<const T*>(averages), Always{});
         store(t.exp_avg_sq, moments, first, n, static_cast<const T*>(squares), Always{});
         if (t.max_exp_avg_sq != 0) store(t.max_exp_avg_sq, moments, first, n, static_cast<const T*>(maxima), Always{});
+    }
+}
+
+// One block of 8-bit moments.
+template <class N, class Rates>
+void block(const Work& work, std::int64_t number, std::int64_t first, N n, const Constants<float>& c, Rates rates) {
+    static_assert(kBlock == kTile);
+    alignas(64) float weights[kTile], grads[kTile], m[kTile], root[kTile];
+    const Tensor& t = work.tensor;
+    float *m_scale = at<float>(t.exp_avg_scale, number), *root_scale = at<float>(t.exp_avg_sq_scale, number);
+    std::uint8_t *m_bytes = at<std::uint8_t>(t.exp_avg, first), *root_bytes = at<std::uint8_t>(t.exp_avg_sq, first);
+    float* weight = open_weights(t, first, n, weights);
+    const float* grad = open(t.grad, (t.formats >> 2) & 3, first, n, grads);
+    const float old_scale = *m_scale, old_root_scale = *root_scale;
+    for (std::int64_t i = 0; i < n; ++i) m[i] = decoded_average(m_bytes[i], old_scale);
+    for (std::int64_t i = 0; i < n; ++i) root[i] = decoded_root(root_bytes[i], old_root_scale);
+    rooted(n, weight, grad, m, root, c, rates);
+    if (weight == weights && rates.store()) close_weights(work, first, n, static_cast<const float*>(weights), rates);
+    std::uint32_t most = 0, most_root = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::uint32_t size = size_bits(m[i]), size_root = size_bits(root[i]);
+        most = size > most ? size : most;
+        most_root = size_root > most_root ? size_root : most_root;
+    }
+    const BlockScale scale = block_scale(kOfAverage, float_of(most)), scale_root = block_scale(kOfRoot, float_of(most_root));
+    *m_scale = scale.scale;
+    *root_scale = scale_root.scale;
+    const std::uint32_t dither = dither_of(dither_key(static_cast<std::uint32_t>(t.seed), work.t), static_cast<std::uint64_t>(t.first_index + first));
+    for (std::int64_t i = 0; i < n; ++i) m_bytes[i] = coded_average(m[i], scale.factor, dither_of(dither, static_cast<std::uint64_t>(i)));
+    for (std::int64_t i = 0; i < n; ++i) root_bytes[i] = coded_root(root[i], scale_root.factor, dither_of(dither, static_cast<std::uint64_t>(i)));
+}
+
+// Blocks first ... first + count - 1, numbered over all rows.
+void update_blocks(const Work& work, std::int64_t first, std::int64_t count) {
+    const Tensor& t = work.tensor;
+    const Constants<float> c = constants<float>(work.scalars);
+    const RateEach<float> units{static_cast<const float*>(work.decay), static_cast<const float*>(work.step)};
+    const std::int64_t in_row = blocks_in_row(t);
+    for (std::int64_t number = first; number < first + count; ++number) {
+        const std::int64_t row = number / in_row, column = (number - row * in_row) * kBlock, begin = row * t.row + column;
+        const std::int64_t n = kBlock < t.row - column ? kBlock : t.row - column;
+        alignas(64) float decay[kTile], step[kTile];
+        OneRate<float> one{unit_rate<float>(work.scalars, work.multiplier)};
+        bool each = false;
+        if (work.decay != nullptr) {
+            std::int64_t unit = (begin / t.inner) % t.length, rest = begin % t.inner;
+            each = rest + n > t.inner;
+            one.rate = units[unit];
+            for (std::int64_t i = 0; each && i < n; ++i) {
+                decay[i] = units.decay[unit];
+                step[i] = units.step[unit];
+                if (++rest == t.inner) {
+                    rest = 0;
+                    unit = unit + 1 == t.length ? 0 : unit + 1;
+                }
+            }
+        }
+        const RateEach<float> rates{decay, step};
+        if (n == kBlock) {
+            each ? block(work, number, begin, Whole{}, c, rates) : block(work, number, begin, Whole{}, c, one);
+        } else {
+            each ? block(work, number, begin, n, c, rates) : block(work, number, begin, n, c, one);
+        }
     }
 }
 
@@ -298,6 +394,7 @@ void update(const Work& work, std::int64_t first, std::int64_t count) {
 }
 
 void update_any(const Work& work, std::int64_t first, std::int64_t count) {
+    if (work.tensor.formats >> 4 == k8Bit) return update_blocks(work, first / kBlock, (count + kBlock - 1) / kBlock);
     (work.tensor.formats & 3) == kFp64 ? update<double>(work, first, count) : update<float>(work, first, count);
 }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
+MODES = {None: 0, "copy": 1, "remainder": 2, "kahan": 3, "stochastic": 4, "remainder8": 5}
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

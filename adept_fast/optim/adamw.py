@@ -13,10 +13,11 @@ from adept_fast.ops.adamw.memory_order import Operands
 from adept_fast.ops.adamw.op import launch
 from adept_fast.optim import arguments
 from adept_fast.optim.gradient_scale import gradient_scale
-from adept_fast.optim.state import RATES, Settings
+from adept_fast.optim.state import MASTER_KEYS, RATES, STALE_AFTER_EDIT, Settings
 from adept_fast.optim.state_dict import POST_HOOKS, restore, wrap_tensors
 from adept_fast.optim.unit_lr import located, set_rates
-from adept_fast.optim.update_collection import StepUpdates, UpdateCollector, backend_of, options_of, scalar
+from adept_fast.optim.update_collection import StepUpdates, UpdateCollector
+from adept_fast.optim.update_lookup import backend_of, operands_of, options_of, scalar
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -47,13 +48,16 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: divide by the largest v so far.
         maximize: step along the gradient instead of against it.
         capturable: keep `step` on the parameter's device, as CUDA graphs need it.
-        state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq. None: the parameter's; complex parameters always have that.
+        state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq. None: the parameter's; complex parameters always have that. "int8":
+            8-bit codes with a scale per 64 elements of a row, 2.1 bytes per element for both moments. Vectors, and matrices with rows of
+            fewer than 16 elements, then have fp32 moments, fp64 parameters fp64 ones. Without amsgrad and differentiable.
         master_weights: how bf16 and fp16 parameters keep updates that are smaller than their resolution (extra bytes per element). An
             in-place edit of the parameter resets "remainder" and "kahan". An edit through `.data` is not seen: it keeps them, an error
             of at most half a unit in the last place.
             None (0): they do not; a bf16 weight loses updates below 2^-9 of its size.
             "copy" (4): fp32 master in state `master`. It is taken anew from a parameter that was edited in place.
             "remainder" (2): lower half of an exact fp32 master, int16, in state `remainder`. bf16 only; ties round away from zero.
+            "remainder8" (1): the upper half of that, int8: a master of 24 bits, in state `remainder8`.
             "kahan" (2): rounding error in the parameter's dtype, in state `compensation`: about 16 bits of mantissa.
             "stochastic" (0): unbiased rounding, bf16 only, reproducible: its noise is a hash of parameter number, step and element.
         max_grad_norm: clip the 2-norm of all gradients to this, as torch.nn.utils.clip_grad_norm_, but without changing `.grad`.
@@ -96,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         master_weights: str | None = None,
         max_grad_norm: float | None = None,
         backend: str | None = None,
@@ -135,6 +139,8 @@ class AdamW(torch.optim.Optimizer):
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             arguments.check_hyperparameters(number, group)
+            if self._settings().state_dtype == torch.int8 and (group["amsgrad"] or group["differentiable"]):
+                raise InputError(f"group {number}: 8-bit moments are without amsgrad and differentiable; give another state_dtype")
             for position, param in enumerate(group["params"]):
                 arguments.check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
                 backend_of(self._settings(), param)
@@ -204,10 +210,10 @@ class AdamW(torch.optim.Optimizer):
         scale = self._scale(updates)
         for (device, backend), batch in updates.batches.items():
             scale_there, found_there = (x if x is None else x.to(device) for x in (scale, found_inf))
-            launch(backend, batch.updates, scale_there, found_there, batch.table)
+            launch(backend, batch, scale_there, found_there)
         for original, copy in updates.copies:
             original.copy_(copy)
-        if settings.master_weights in ("remainder", "kahan") and not torch.compiler.is_compiling():
+        if MASTER_KEYS.get(settings.master_weights or "") in STALE_AFTER_EDIT and not torch.compiler.is_compiling():
             self._collector.note_versions(self.param_groups)
 
     def _scale(self, updates: StepUpdates) -> Tensor | None:
@@ -215,20 +221,19 @@ class AdamW(torch.optim.Optimizer):
         return gradient_scale(self, updates.grads, updates.meshes, on_cpu)
 
     def _settings(self) -> Settings:
-        return Settings(self.state_dtype, self.master_weights, self.max_grad_norm, self.backend, self.defaults["differentiable"])
+        state_dtype = torch.int8 if isinstance(self.state_dtype, str) else self.state_dtype
+        return Settings(state_dtype, self.master_weights, self.max_grad_norm, self.backend, self.defaults["differentiable"])
 
     def _described(self, settings: Settings) -> StepUpdates:
         """Collect this step's updates without cached plans, through a method that torch.compile can trace."""
         arguments.check_own_arguments(settings.state_dtype, settings.master_weights, settings.max_grad_norm)
-        updates, first = StepUpdates(settings.max_grad_norm is not None), 0
+        step, first = StepUpdates(), 0
         for number, group in enumerate(self.param_groups):
             columns: list[list[Any]] = [[] for _ in Operands._fields]
             self._init_group(group, first, number, *columns)
-            options = options_of(group, settings)
-            for fields in zip(*columns, strict=True):
-                updates.add_described(Operands(*fields), options)
+            step.add([Operands(*fields) for fields in zip(*columns, strict=True)], options_of(group, settings))
             first += len(group["params"])
-        return updates
+        return step
 
     def _init_group(self, group: dict[str, Any], first: int, number: int, *columns: list[Any]) -> None:
         """Append the operands of each parameter with a gradient to `columns`, one list per field of Operands.
@@ -239,7 +244,8 @@ class AdamW(torch.optim.Optimizer):
         arguments.refuse_sparse(group["params"])
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
-                given = self._collector.describe(self._settings(), number, group, position, first, self.state)
+                given = operands_of(self._settings(), number, group, position, first, self.state)
+                self._collector.reset_edited([param], self.state, self.master_weights)
                 for column, value in zip(columns, given, strict=True):
                     column.append(value)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops.adamw.checks import REAL
-from adept_fast.ops.adamw.reference import needs_master
+from adept_fast.ops.adamw.masters import needs_master
+from adept_fast.ops.number_formats import MODES
 from adept_fast.runtime.dtensor import is_sharded
 from adept_fast.settings.validation import shown
 
@@ -67,12 +68,13 @@ def check_torch_arguments(
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def check_own_arguments(state_dtype: torch.dtype | None, master_weights: str | None, max_grad_norm: float | None) -> None:
+def check_own_arguments(state_dtype: torch.dtype | str | None, master_weights: str | None, max_grad_norm: float | None) -> None:
     """Raise InputError for an unknown state_dtype or master_weights, or a max_grad_norm that is not positive."""
-    if state_dtype not in (None, *REAL):
-        raise InputError(f"state_dtype: {state_dtype!r} is none of {', '.join(map(str, REAL))} and None")
-    if master_weights not in (None, "copy", "remainder", "kahan", "stochastic"):
-        raise InputError(f'master_weights: {master_weights!r} is none of None, "copy", "remainder", "kahan", "stochastic"')
+    if state_dtype not in (None, "int8", torch.int8, *REAL):
+        raise InputError(f'state_dtype: {state_dtype!r} is none of "int8", {", ".join(map(str, REAL))} and None')
+    if master_weights not in (None, *MODES):
+        names = ", ".join(f'"{mode}"' for mode in MODES if mode)
+        raise InputError(f"master_weights: {master_weights!r} is none of None, {names}")
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
         raise InputError(f"max_grad_norm: {shown(max_grad_norm)} is no positive number; None switches clipping off")
 
@@ -183,7 +185,7 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
 
 def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
     """Raise InputError if `master_weights` does not support the dtype of `param`."""
-    if master_weights in ("remainder", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
+    if master_weights in ("remainder", "remainder8", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:
         raise InputError(f"{where}: master_weights={master_weights!r} needs bfloat16, not {param.dtype}; use 'copy' or 'kahan'")
 
 

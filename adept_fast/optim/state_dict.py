@@ -13,10 +13,25 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.checks import REMEDY, check_count, check_form
+from adept_fast.ops.adamw.checks import REMEDY, check_count, check_form, check_scale
+from adept_fast.ops.adamw.eight_bit import decode, encode, row_length, scale_count
 from adept_fast.optim.arguments import check_hyperparameters, checked_multipliers, checked_rates
-from adept_fast.optim.state import MASTER_KEYS, MOMENTS, RATES, Settings, StateFormat, check_placement, missing_keys, state_format
-from adept_fast.optim.update_collection import backend_of
+from adept_fast.optim.state import (
+    CODES,
+    MASTER_KEYS,
+    MOMENTS,
+    RATES,
+    SCALES,
+    Settings,
+    StateFormat,
+    check_placement,
+    check_rows_whole,
+    missing_keys,
+    state_format,
+    zero_codes,
+)
+from adept_fast.optim.update_lookup import backend_of
+from adept_fast.runtime import dtensor
 from adept_fast.runtime.dtensor import is_sharded
 from adept_fast.settings.validation import shown
 
@@ -102,24 +117,56 @@ def _restored(where: str, param: Tensor, state: dict[str, Any], form: StateForma
     if state and missing:
         keys = ", ".join(map(str, state))
         raise InputError(f"{where}: its state has {keys} but no {' and no '.join(missing)}: was it saved by an AdamW?")
-    result = {}
+    result: dict[str, Any] = {}
+    state = _recoded(where, param, state, form)
     for key, value in state.items():
         tensor = value.tensor if isinstance(value, Wrapped) else value
         if key == "step":
             result[key] = _restored_step(where, tensor, form.step_device, copy=isinstance(value, Wrapped))
-        elif key in MOMENTS or key == form.master_key:
-            dtype = form.moments if key in MOMENTS else form.master
+        elif key in SCALES:
+            local = dtensor.local(param)
+            check_scale(where, key, dtensor.local(tensor).to(local.device), local, row_length(param.shape))
+            result[key] = tensor.to(param.device, copy=True) if isinstance(value, Wrapped) else tensor
+        elif key in (*MOMENTS, *CODES) or key == form.master_key:
+            dtype = form.master if key == form.master_key else tensor.dtype if key in CODES else form.moments
             check_form(where, key, tensor, param)
             check_placement(where, key, tensor, param)
             if not isinstance(value, Wrapped):
                 result[key] = tensor
-            elif key in MOMENTS or tensor.dtype == dtype or (dtype, tensor.dtype) == (torch.int16, torch.int32):
+            elif key in (*MOMENTS, *CODES) or tensor.dtype == dtype or (dtype, tensor.dtype) == (torch.int16, torch.int32):
                 result[key] = tensor.to(param.device, dtype, copy=True)
         elif not isinstance(value, Wrapped):
             result[key] = value
         elif key not in MASTER_KEYS.values():
             result[key] = tensor if key == "unit_lr" else tensor.to(param.device, copy=True)
     return result
+
+
+def _recoded(where: str, param: Tensor, state: dict[str, Any], form: StateFormat) -> dict[str, Any]:
+    """Encode or decode loaded moments where `form` has the other kind."""
+    eight_bit = form.moments == torch.int8
+    if not state or eight_bit == (CODES[0] in state):
+        return state
+    check_rows_whole(where, param)
+    row = row_length(param.shape)
+    given = [state[key] for key in ((*MOMENTS[:2],) if eight_bit else (CODES[0], SCALES[0], CODES[1], SCALES[1]))]
+    tensors = [value.tensor if isinstance(value, Wrapped) else value for value in given]
+    for key, tensor in zip(MOMENTS if eight_bit else CODES, tensors if eight_bit else tensors[::2], strict=False):
+        check_form(where, key, tensor, param)
+        check_placement(where, key, tensor, param)
+    local = [dtensor.local(tensor).to(dtensor.local(param).device) for tensor in tensors]
+    rest = {key: value for key, value in state.items() if key not in (*MOMENTS, *CODES, *SCALES)}
+    if not eight_bit:
+        if {*map(torch.Tensor.numel, local[1::2])} != {scale_count(local[0].numel(), row)}:
+            raise InputError(f"{where}: the scales of its 8-bit moments have another size than its rows; {REMEDY}")
+        m, m_scale, v, v_scale = local
+        moments = decode(m, m_scale, v, v_scale, row)
+        return rest | {key: Wrapped(dtensor.like(moment, param)) for key, moment in zip(MOMENTS, moments, strict=False)}
+    made = zero_codes(where, param)
+    m, v = local
+    for key, value in zip((CODES[0], SCALES[0], CODES[1], SCALES[1]), encode(m.float(), v.float(), row), strict=True):
+        dtensor.local(made[key]).copy_(value.view(dtensor.local(made[key]).shape))
+    return rest | {key: Wrapped(tensor) for key, tensor in made.items()}
 
 
 def _restored_step(where: str, value: Tensor | float, device: torch.device, copy: bool) -> Tensor:

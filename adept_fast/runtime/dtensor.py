@@ -78,16 +78,21 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # an asynchronous collective
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
-    """Gather the global tensor from the parts of all processes, sharded as the DTensor `like`. If `like` is none, return `part`."""
-    if not is_sharded(like):
+def whole(part: Tensor, param: Tensor) -> Tensor:
+    """Gather the global tensor from the parts of all processes, sharded as the DTensor `param`. If `param` is none, return `part`."""
+    if not is_sharded(param):
+        return part
+    return cast("DTensor", like(part.to(param.device_mesh.device_type), param)).full_tensor().to(part.device)
+
+
+def like(part: Tensor, param: Tensor) -> Tensor:
+    """Make a DTensor of a local part of the shape of that of `param`; return `part` if `param` is none."""
+    if not is_sharded(param):
         return part
     from torch.distributed.tensor import DTensor
 
-    mesh = like.device_mesh
-    there = part.to(mesh.device_type)
-    made = DTensor.from_local(there, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-    return made.full_tensor().to(part.device)
+    mesh = param.device_mesh
+    return DTensor.from_local(part, mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
 def shard_of(param: Tensor) -> Shard | None:

@@ -59,7 +59,7 @@ def test_python_declares_the_words_in_the_order_of_the_structs() -> None:
     assert TensorRow._fields == declared("descriptor.h", "Tensor")
     assert GroupRow._fields == declared("descriptor.h", "Group")
     assert GradientRow._fields == declared("cpu_adamw.h", "Gradient")
-    formats = {torch.float32: "kFp32", torch.bfloat16: "kBf16", torch.float16: "kFp16", torch.float64: "kFp64"}
+    formats = {torch.float32: "kFp32", torch.bfloat16: "kBf16", torch.float16: "kFp16", torch.float64: "kFp64", torch.uint8: "k8Bit"}
     assert tuple(f"{formats[dtype]} = {number}" for dtype, number in NATIVE_FORMATS.items()) == declared("descriptor.h", "Format")
     assert tuple(f"k{(mode or 'direct').title()} = {number}" for mode, number in MODES.items()) == declared("descriptor.h", "Master")
 

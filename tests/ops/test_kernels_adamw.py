@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw.descriptors import WORD, WORDS
-from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_, split_master
+from adept_fast.ops.adamw.masters import split_master
+from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_
 from adept_fast.ops.adamw.table import Table
 
 pytest.importorskip("triton")

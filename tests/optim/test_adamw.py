@@ -191,7 +191,7 @@ def test_errors_of_torch(bad: dict) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"state_dtype": torch.int8}, "state_dtype"),
+        ({"state_dtype": torch.uint8}, "state_dtype"),
         ({"state_dtype": "float32"}, "state_dtype"),
         ({"state_dtype": torch.float8_e4m3fn}, "state_dtype"),
         ({"master_weights": "fp32"}, "master_weights"),

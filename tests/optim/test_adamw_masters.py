@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.reference import join_master, split_master, stochastic_round
+from adept_fast.ops.adamw.masters import join_master, split_master, stochastic_round
 from adept_fast.ops.dispatch import status
 from adept_fast.optim import AdamW
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adept_fast.ops import dispatch as backends
-from adept_fast.ops.adamw.reference import join_master
+from adept_fast.ops.adamw.masters import join_master
 from adept_fast.optim import AdamW
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

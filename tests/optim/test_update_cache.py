@@ -172,7 +172,7 @@ def test_changes_between_steps_do_what_they_do_without_plans(first: Callable[[Ad
                 if change is not None:
                     change(opt)
                 if forgets:
-                    opt._collector.plans.clear()
+                    opt._collector.known = [None] * len(opt._collector.known)
                 opt.step()
             ends.append([tensor.detach() for group in opt.param_groups for param in group["params"] for tensor in _kept(opt, param)])
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), (first.__name__, second.__name__)
@@ -216,7 +216,7 @@ def test_a_plan_knows_the_master_the_mode_and_the_device_that_it_was_made_for(mo
     updates: list[Update] = []
     give_gradient_of_another_dtype(params[0], params[0].grad.double())
     with monkeypatch.context() as patch:
-        patch.setattr("adept_fast.optim.adamw.launch", lambda backend, given, *scales: updates.extend(given))
+        patch.setattr("adept_fast.optim.adamw.launch", lambda backend, given, *scales: updates.extend(given.updates))
         opt.step()
     assert {update.grad.dtype for update in updates} == {torch.float32, torch.bfloat16}
     monkeypatch.setenv("ADEPT_FAST_BACKEND", "no such backend")
@@ -299,7 +299,7 @@ def test_plans_hold_from_the_second_step_on_and_keep_no_gradient(monkeypatch: py
     give_gradients(params, 0)
     opt.step()
     described = []
-    monkeypatch.setattr(opt._collector, "describe", lambda *arguments: described.append(arguments))
+    monkeypatch.setattr("adept_fast.optim.update_collection.operands_of", lambda *arguments: described.append(arguments))
     give_gradients(params, 1)
     gone = [weakref.ref(param.grad) for param in params]
     opt.step()

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.reference import Update, needs_master
+from adept_fast.ops.adamw.eight_bit import scale_count
+from adept_fast.ops.adamw.masters import needs_master
+from adept_fast.ops.adamw.reference import Update
 
 if TYPE_CHECKING:
     from adept_fast.ops.adamw.memory_order import Operands
 
 REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
-MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16}  # "kahan": the parameter's
+MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16, "remainder8": torch.int8}  # "kahan": the parameter's
 REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to start it again"
 
 
@@ -31,8 +33,9 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
     param, native = given.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
     check_form(where, "exp_avg", given.exp_avg, param)
-    first = given.exp_avg.dtype
+    first, eight_bit = given.exp_avg.dtype, given.exp_avg_scale is not None
     moments = (first,) if first in numbers and not (native and first == torch.float64) else numbers
+    moments = (torch.uint8,) if eight_bit else moments
     _check_memory(where, "parameter", param, written=True)
     for name, tensor, dtypes in (
         ("gradient", given.grad, numbers),
@@ -45,7 +48,10 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
             present = cast(Tensor, tensor)  # check_like refuses None
             check_like(where, name, present, param, dtypes)
             _check_memory(where, name, present, written=name != "gradient")
-    if given.master is None and mode in ("copy", "remainder", "kahan") and needs_master(param):
+    if eight_bit:
+        for name, scale in (("exp_avg_scale", given.exp_avg_scale), ("exp_avg_sq_scale", given.exp_avg_sq_scale)):
+            check_scale(where, name, scale, param, given.row)
+    if given.master is None and mode in ("copy", "remainder", "remainder8", "kahan") and needs_master(param):
         raise InputError(f"{where}: master_weights={mode!r} needs a master tensor, and the state has none; {REMEDY}")
     if native and given.exp_avg.dtype == torch.float64:
         raise InputError(f"{where}: exp_avg is torch.float64, which backend {backend!r} does not support; choose 'torch' or state_dtype")
@@ -81,6 +87,17 @@ def check_like(where: str, name: str, tensor: Tensor, param: Tensor, dtypes: tup
         raise InputError(f"{where}: {name} is on {tensor.device}, its parameter on {param.device}; {REMEDY}")
 
 
+def check_scale(where: str, name: str, scale: object, param: Tensor, row: int) -> None:
+    """Raise InputError unless `scale` has one fp32 per block of the rows of `param`, on its device and in one piece."""
+    count = scale_count(param.numel(), row)
+    if isinstance(scale, Tensor) and scale.layout == torch.strided and scale.dtype == torch.float32:
+        if scale.numel() == count and scale.device == param.device and scale.is_contiguous():
+            _check_memory(where, name, scale, written=True)
+            return
+    found = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}" if isinstance(scale, Tensor) else repr(scale)
+    raise InputError(f"{where}: {name} is {found}; it must be {count} float32 on {param.device}, contiguous; {REMEDY}")
+
+
 def check_step(where: str, step: object, devices: set[torch.device]) -> None:
     """Raise InputError unless `step` is one fp32 on one of `devices`, and a whole number >= 0 (checked on the CPU only)."""
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.float32 or step.device not in devices:
@@ -111,4 +128,3 @@ def _check_memory(where: str, name: str, tensor: Tensor, written: bool) -> None:
         raise InputError(f"{where}: {name} of shape {tuple(tensor.shape)} needs {elements} elements, its storage has {max(held, 0)}")
     if written and (tensor.is_neg() or tensor.is_conj()):
         raise InputError(f"{where}: {name} is a lazy negation or conjugate, which cannot be written to; use resolve_neg, resolve_conj")
-

@@ -39,14 +39,14 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
     parameters, gradients, states, `grad_scale`, `found_inf`, tensor lr and betas. Numbers (lr, betas, eps, weight_decay) are captured
     by value.
     """
-    device = table.updates[0].param.device
+    device = table.columns.param[0].device
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         # Referenced until the launches are queued: from then on their memory is reused in stream order.
         groups = [_readable(o, device) for o in table.options]
         sent = _uploaded(table, device, stream, table.recurs and not torch.cuda.is_current_stream_capturing())
         _CUDA.adamw_step(
-            device.index, stream, sent.memory.data_ptr(), len(table.updates), sent.chunks, group_rows(groups), _address(grad_scale),
+            device.index, stream, sent.memory.data_ptr(), len(table), sent.chunks, group_rows(groups), _address(grad_scale),
             _address(found_inf),
         )  # fmt: skip
 

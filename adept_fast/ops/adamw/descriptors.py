@@ -35,6 +35,9 @@ class TensorRow(NamedTuple, Generic[Word]):
     group: Word
     formats: Word
     mode: Word
+    exp_avg_scale: Word
+    exp_avg_sq_scale: Word
+    row: Word
 
 
 class GroupRow(NamedTuple):

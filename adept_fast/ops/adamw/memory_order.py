@@ -39,6 +39,9 @@ class Operands(NamedTuple):
     seed: int
     mesh: Mesh | None
     backend: str
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    row: int = 0
 
 
 def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair]]:
@@ -57,7 +60,7 @@ def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair
     grad = grad.resolve_neg()
     needed = [param, grad, given.exp_avg, given.exp_avg_sq]
     optional = [x for x in (given.max_exp_avg_sq, given.master) if x is not None]
-    ordered, copies = in_one_order([*needed, *optional], row_major=multipliers is not None and walk is None)
+    ordered, copies = in_one_order([*needed, *optional], row_major=given.row > 0 or (multipliers is not None and walk is None))
     if multipliers is not None and ordered[0] is not param:
         walk = unit_walk(ordered[0], multipliers, given.dim)
     length, inner = walk or (1, 1)
@@ -84,6 +87,9 @@ def in_memory(given: Operands, options: AdamWOptions) -> tuple[Update, list[Pair
         first_index=given.first_index,
         seed=given.seed,
         options=options,
+        exp_avg_scale=given.exp_avg_scale,
+        exp_avg_sq_scale=given.exp_avg_sq_scale,
+        row=given.row,
     )
     return update, copies
 

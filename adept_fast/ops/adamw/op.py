@@ -18,23 +18,23 @@ from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import Table
 
 
-def launch(
-    backend: str, updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None, table: Table | None = None
-) -> None:
-    """Run `updates`, all on one device, by a backend. table: that of these updates, if the caller has built it."""
-    if torch.compiler.is_compiling() and backend != "torch":
+def launch(backend: str, updates: Sequence[Update] | Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Run `updates`, all on one device, by a backend."""
+    if backend == "torch":
+        _torch(updates.updates if isinstance(updates, Table) else updates, grad_scale, found_inf)
+    elif isinstance(updates, Table):
+        _run(backend, updates, grad_scale, found_inf)
+    elif torch.compiler.is_compiling():
         _through_the_compiler(backend, updates, grad_scale, found_inf)
-    elif backend == "torch":
-        _torch(updates, grad_scale, found_inf)
     else:
-        _run(backend, Table(updates) if table is None else table, grad_scale, found_inf)
+        _run(backend, Table(updates), grad_scale, found_inf)
 
 
 def _run(backend: str, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     dispatch.implementation("adamw", backend).adamw(table, grad_scale, found_inf)
     # Tells autograd, and the detection of in-place edits, that native code wrote.
     each = table.columns
-    optional = [*_present(each.max_exp_avg_sq), *_present(each.master)]
+    optional = [x for column in (each.max_exp_avg_sq, each.master, each.exp_avg_scale, each.exp_avg_sq_scale) for x in _present(column)]
     torch.autograd.graph.increment_version([*each.param, *each.exp_avg, *each.exp_avg_sq, *each.step, *optional])
 
 
@@ -88,6 +88,7 @@ def _through_the_compiler(backend: str, updates: Sequence[Update], grad_scale: T
         exp_avg_sqs=[u.exp_avg_sq for u in updates],
         max_exp_avg_sqs=_present([u.max_exp_avg_sq for u in updates]),
         masters=_present([u.master for u in updates]),
+        scales=[x for u in updates for x in _present([u.exp_avg_scale, u.exp_avg_sq_scale])],
         steps=[u.step for u in updates],
         multipliers=_present([u.multipliers for u in updates]),
         has_max_exp_avg_sq=[u.max_exp_avg_sq is not None for u in updates],
@@ -97,6 +98,7 @@ def _through_the_compiler(backend: str, updates: Sequence[Update], grad_scale: T
         inners=[u.inner for u in updates],
         first_indices=[u.first_index for u in updates],
         seeds=[u.seed for u in updates],
+        rows=[u.row for u in updates],
         tensor_options=[x for o in options for x in (o.lr, o.beta1, o.beta2) if isinstance(x, Tensor)],
         lrs=[_number(o.lr) for o in options],
         beta1s=[_number(o.beta1) for o in options],
@@ -112,7 +114,7 @@ def _through_the_compiler(backend: str, updates: Sequence[Update], grad_scale: T
 
 
 @torch.library.custom_op(
-    "adept_fast::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
+    "adept_fast::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "scales", "steps")
 )
 def _operator(
     params: Sequence[Tensor],
@@ -121,6 +123,7 @@ def _operator(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor],
+    scales: Sequence[Tensor],
     steps: Sequence[Tensor],
     multipliers: Sequence[Tensor],
     has_max_exp_avg_sq: Sequence[bool],
@@ -130,6 +133,7 @@ def _operator(
     inners: Sequence[int],
     first_indices: Sequence[int],
     seeds: Sequence[int],
+    rows: Sequence[int],
     tensor_options: Sequence[Tensor],
     lrs: Sequence[float],
     beta1s: Sequence[float],
@@ -143,6 +147,7 @@ def _operator(
     backend: str,
 ) -> None:
     maxima, kept, rates, scalars = iter(max_exp_avg_sqs), iter(masters), iter(multipliers), iter(tensor_options)
+    scale = iter(scales)
     updates = []
     for i, param in enumerate(params):
         lr, beta1, beta2 = (next(scalars) if x < 0 else x for x in (lrs[i], beta1s[i], beta2s[i]))
@@ -160,6 +165,9 @@ def _operator(
             first_index=first_indices[i],
             seed=seeds[i],
             options=AdamWOptions(lr, beta1, beta2, epsilons[i], weight_decays[i], maximize[i], master_weights or None),
+            exp_avg_scale=next(scale) if rows[i] else None,
+            exp_avg_sq_scale=next(scale) if rows[i] else None,
+            row=rows[i],
         )
         # Tracing saw dtypes and shapes, not memory.
         check_operands(f"parameter {update.seed} of all groups", update, update.options.master_weights, backend)

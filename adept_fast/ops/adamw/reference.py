@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adept_fast.ops.adamw import eight_bit
+from adept_fast.ops.adamw.masters import needs_master, read_weight, round_weight
+
 
 class AdamWOptions(NamedTuple):
     """Hyperparameters of one parameter group. lr and betas given as 0-d tensors are read on their device."""
@@ -26,11 +29,13 @@ class Update(NamedTuple):
 
     All tensors but `step` and `multipliers` are real, dense, of one shape and in one memory order.
     param, exp_avg, exp_avg_sq, max_exp_avg_sq: updated in place.
-    master: fp32 copy, int16 remainder, compensation, or None, by options.master_weights; updated in place.
+    master: fp32 copy, int16 or int8 remainder, compensation, or None, by options.master_weights; updated in place.
     step: fp32, 0-d; incremented.
     multipliers: fp32 [length], on the parameter's device, or None (all 1). Element i in memory has multipliers[(i // inner) % length].
     first_index: number of the first element in the unsharded parameter, for stochastic rounding.
     seed: number of the parameter, for stochastic rounding.
+    exp_avg_scale, exp_avg_sq_scale: of 8-bit moments (eight_bit.py), fp32, row-major; updated in place. None: moments are no codes.
+    row: elements of a row of 8-bit moments, else 0.
     """
 
     param: Tensor
@@ -46,6 +51,9 @@ class Update(NamedTuple):
     first_index: int
     seed: int
     options: AdamWOptions
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    row: int = 0
 
 
 def adamw_(
@@ -123,10 +131,14 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
         None          w = param
         "copy"        w = master, or param if round(master) differs (it was edited)       stored: fp32 master, param = round(w)
         "remainder"   w = join_master(param, remainder)                                   stored: split_master(w), exact
+        "remainder8"  the same with the upper 8 bits of the remainder, nearest            stored: split_master8(w)
         "kahan"       w = param + compensation                                            stored: param = round(w), round(w - param)
         "stochastic"  w = param                                                           stored: param = stochastic_round(w)
     """
     options = update.options
+    if update.exp_avg_scale is not None:
+        _adamw_update_8bit_(update, grad_scale)
+        return
     update.step.add_(1)
     differentiable = torch.is_grad_enabled()
     on_host = update.step.device.type == "cpu" and not isinstance(options.lr, Tensor) and not differentiable
@@ -148,6 +160,17 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
             first_index=update.first_index + first,
         )
         _update_block(block, step, grad_scale)
+
+
+def _adamw_update_8bit_(update: Update, grad_scale: Tensor | None) -> None:
+    """Update with decoded moments, and encode the new ones."""
+    assert update.exp_avg_scale is not None and update.exp_avg_sq_scale is not None
+    m, v = eight_bit.decode(update.exp_avg, update.exp_avg_scale, update.exp_avg_sq, update.exp_avg_sq_scale, update.row)
+    adamw_update_(update._replace(exp_avg=m, exp_avg_sq=v, exp_avg_scale=None, exp_avg_sq_scale=None), grad_scale)
+    stored = (update.exp_avg, update.exp_avg_scale, update.exp_avg_sq, update.exp_avg_sq_scale)
+    dither = eight_bit.dither_of(m.shape, update.seed, update.step, update.first_index, m.device)
+    for tensor, value in zip(stored, eight_bit.encode(m, v, update.row, dither), strict=True):
+        tensor.copy_(value.view(tensor.shape))
 
 
 def _blocks(update: Update, whole: bool) -> Iterator[tuple[int, tuple[int, int, int], Tensor | None]]:
@@ -181,7 +204,7 @@ def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None
     copy = torch.is_grad_enabled()
     exp_avg, exp_avg_sq = block.exp_avg.to(dtype, copy=copy), block.exp_avg_sq.to(dtype, copy=copy)
     max_exp_avg_sq = None if block.max_exp_avg_sq is None else block.max_exp_avg_sq.to(dtype, copy=copy)
-    weight = _read_weight(mode, param, block.master)
+    weight = read_weight(mode, param, block.master)
     if copy and weight is param:
         weight = param.clone()
     weight = adamw_(weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, multipliers, step, options)
@@ -189,94 +212,15 @@ def _update_block(block: Update, step: float | Tensor, grad_scale: Tensor | None
     for stored, value in moments:
         if stored is not None and value is not None and stored is not value:
             stored.copy_(value)
-    rounded, new_master = _round_weight(mode, weight, param.dtype, block.seed, step, block.first_index)
+    rounded, new_master = round_weight(mode, weight, param.dtype, block.seed, step, block.first_index)
     for stored, value in ((param, rounded), (block.master, new_master)):
         if stored is not None and value is not None:
             stored.copy_(value if multipliers is None else torch.where(multipliers == 0, stored, value.to(stored.dtype)))
 
 
-def needs_master(param: Tensor) -> bool:
-    """Whether `param` is bf16 or fp16."""
-    return param.is_floating_point() and param.dtype.itemsize < 4
-
-
-def _read_weight(mode: str | None, param: Tensor, master: Tensor | None) -> Tensor:
-    weight = param if param.dtype == torch.float64 else param.float()
-    if mode not in ("copy", "remainder", "kahan"):
-        return weight
-    assert master is not None
-    if mode == "copy":
-        return torch.where(master.to(param.dtype) == param, master, weight)
-    if mode == "remainder":
-        return join_master(param, master)
-    return weight + master
-
-
-def _round_weight(
-    mode: str | None, weight: Tensor, dtype: torch.dtype, seed: int, step: float | Tensor, first_index: int
-) -> tuple[Tensor, Tensor | None]:
-    if mode == "remainder":
-        return split_master(weight)
-    if mode == "stochastic":
-        return stochastic_round(weight, seed, step, first_index), None
-    rounded = weight.to(dtype)
-    if mode == "kahan":
-        return rounded, torch.where(weight.isfinite(), weight - rounded, 0)
-    return rounded, weight if mode == "copy" else None
-
-
 def _rounded(value: float | Tensor, like: Tensor) -> float | Tensor:
     """Convert a tensor to the dtype of `like`. A number is rounded by the operation that uses it."""
     return value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
-
-
-def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 exactly into (nearest bf16, int16 remainder). join_master restores the bits, except for the payload of a NaN.
-
-    With X the fp32 bits: remainder = the low 16 bits of X as a signed number, bf16 bits = (X - remainder) / 2^16. A tie rounds away from
-    zero, because rounding to even could need a remainder of +32768, which int16 does not have.
-    """
-    bits = weight.view(torch.int32)
-    remainder = bits.to(torch.int16)
-    number = weight.isfinite()
-    return torch.where(number, (bits - remainder).view(torch.float32), weight).to(torch.bfloat16), torch.where(number, remainder, 0)
-
-
-def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """Join (bf16, int16 remainder) to the fp32 weight with bits 2^16 * bf16 bits + remainder: the inverse of split_master.
-
-    Where those bits are NaN, it is the parameter itself: it was set to 0 through `.data`, and its remainder is negative.
-    """
-    joined = ((param.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
-    return torch.where(joined.isnan(), param.float(), joined)
-
-
-def stochastic_round(weight: Tensor, seed: int, step: float | Tensor, first_index: int = 0) -> Tensor:
-    """Round fp32 to bf16, up or down with probabilities that make the expectation exact. bf16 values, infinities and NaN stay.
-
-    Adds r to the low 16 bits of the fp32 pattern and truncates. r is the top 16 bits of a hash of (seed, step, element index), with all
-    arithmetic modulo 2^32 and mix(x) = x ^= x >> 16; x *= 0x21f0aaad; x ^= x >> 15; x *= 0x735a2d97; x ^= x >> 15:
-
-        key = mix(mix(seed + 0x9e3779b9) ^ step)        r = mix(mix(low32(index) ^ key) + high32(index) + mix(key + 0x9e3779b9)) >> 16
-
-    index: the element's number in row-major order, from `first_index`.
-    """
-    step = torch.as_tensor(step).to(weight.device, torch.int64)
-    key = _mix(_mix(torch.full_like(step, (seed + _GOLDEN) & _LOW)) ^ (step & _LOW))
-    index = torch.arange(first_index, first_index + weight.numel(), device=weight.device).view(weight.shape)
-    noise = _mix((_mix((index & _LOW) ^ key) + (index >> 32) + _mix((key + _GOLDEN) & _LOW)) & _LOW) >> 16
-    bits = (weight.view(torch.int32) + noise.to(torch.int32)) & -0x10000
-    return torch.where(weight.isfinite(), bits.view(torch.float32), weight).to(torch.bfloat16)
-
-
-_LOW, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
-
-
-def _mix(x: Tensor) -> Tensor:
-    # 32-bit values in int64. Both factors are below 2^31, so no product overflows. Constants: the best two-round mix of hash-prospector.
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _LOW
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _LOW
-    return x ^ (x >> 15)
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:

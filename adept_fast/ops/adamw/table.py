@@ -5,18 +5,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from operator import lt, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw.descriptors import WORD, WORDS, TensorRow
-from adept_fast.ops.adamw.reference import AdamWOptions, Update, needs_master
+from adept_fast.ops.adamw.eight_bit import scale_count
+from adept_fast.ops.adamw.masters import needs_master
+from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.number_formats import FORMATS, MODES
 
 GRAD_SHIFT, MOMENTS_SHIFT = 2, 4  # positions in the word `formats`
 ROW_BYTES = 8 * WORDS
-_GRAD_BYTES = tuple((4, 2, 2, 8)[formats >> GRAD_SHIFT & 3] for formats in range(64))  # bytes per element, by the word `formats`
+_GRAD_BYTES = tuple((4, 2, 2, 8)[formats >> GRAD_SHIFT & 3] for formats in range(128))  # bytes per element, by the word `formats`
 
 
 class Columns(NamedTuple):
@@ -35,18 +37,22 @@ class Columns(NamedTuple):
     first_index: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
     options: tuple[AdamWOptions, ...] = ()
+    exp_avg_scale: tuple[Tensor | None, ...] = ()
+    exp_avg_sq_scale: tuple[Tensor | None, ...] = ()
+    row: tuple[int, ...] = ()
 
 
 class Table:
-    """Rows of `updates`, all on one device. The word `group` is an index of `options`.
+    """Rows of `updates` (or of their fields), all on one device. The word `group` is an index of `options`.
 
     recurs: whether later steps are likely to have the same rows, so that backends keep them on the device.
     """
 
-    def __init__(self, updates: Sequence[Update], recurs: bool = True) -> None:
-        self.updates, self.recurs = updates, recurs
+    def __init__(self, updates: Sequence[Update | tuple[Any, ...]], recurs: bool = True) -> None:
+        self.recurs = recurs
         self.columns = each = Columns(*zip(*updates, strict=True))
-        options = {id(o): o for o in each.options}
+        ids = list(map(id, each.options))
+        options = dict(zip(ids, each.options, strict=True))
         self.options = list(options.values())
         numbers = {key: number for number, key in enumerate(options)}
         formats = zip(each.param, each.grad, each.exp_avg, strict=True)
@@ -66,19 +72,30 @@ class Table:
             inner=each.inner,
             first_index=each.first_index,
             seed=each.seed,
-            group=[numbers[id(o)] for o in each.options],
+            group=map(numbers.__getitem__, ids),
             formats=[FORMATS[p.dtype] | FORMATS[g.dtype] << GRAD_SHIFT | FORMATS[m.dtype] << MOMENTS_SHIFT for p, g, m in formats],
             mode=[MODES[o.master_weights] if o.master_weights and needs_master(p) else 0 for p, o in modes],
+            exp_avg_scale=_addresses(each.exp_avg_scale),
+            exp_avg_sq_scale=_addresses(each.exp_avg_sq_scale),
+            row=each.row,
         )
-        self.rows = array("q", bytes(ROW_BYTES * len(updates)))
+        self.rows = array("q", bytes(ROW_BYTES * len(self)))
         for word, column in enumerate(columns):
             self.rows[word::WORDS] = array("q", column)
 
-    def fingerprint(self) -> bytes:
-        """Return the rows without the gradient's address and the group, which may change from step to step."""
+    @property
+    def updates(self) -> list[Update]:
+        return [Update(*fields) for fields in zip(*self.columns, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.columns.param)
+
+    def fingerprint(self) -> list[bytes]:
+        """Return each row without the gradient's address and the group, which may change from step to step."""
         rows = array("q", self.rows)
-        rows[WORD.grad :: WORDS] = rows[WORD.group :: WORDS] = array("q", bytes(8 * len(self.updates)))
-        return rows.tobytes()
+        rows[WORD.grad :: WORDS] = rows[WORD.group :: WORDS] = array("q", bytes(8 * len(self)))
+        content = rows.tobytes()
+        return [content[first : first + ROW_BYTES] for first in range(0, len(content), ROW_BYTES)]
 
     def misfits(self) -> set[int]:
         """Return the indices of updates whose checked tensors have changed in number of elements, storage, device or sign."""
@@ -90,6 +107,10 @@ class Table:
         for optional in (each.max_exp_avg_sq, each.master):
             if optional.count(None) < len(optional):
                 found.update(i for i, tensor in enumerate(optional) if tensor is not None and tensor.numel() != numels[i])
+        if any(each.row):
+            for scale in (each.exp_avg_scale, each.exp_avg_sq_scale):
+                columns = enumerate(zip(scale, numels, each.row, strict=True))
+                found.update(i for i, (x, numel, row) in columns if x is not None and x.numel() != scale_count(numel, row))
         needed = list(map(mul, numels, map(_GRAD_BYTES.__getitem__, self.rows[WORD.formats :: WORDS])))
         if any(map(Tensor.storage_offset, each.grad)):
             needed = [size + grad.storage_offset() * grad.element_size() for size, grad in zip(needed, each.grad, strict=True)]
