@@ -32,8 +32,8 @@ HOST = torch.device("cpu")
 class OffloadedAdamW(AdamW):
     """AdamW with its state in host memory, updated by the CPU, for parameters on a GPU. Untested on a GPU.
 
-    Moments and masters take no memory of the GPU, and have the bits of AdamW on the CPU. Unit rates, clipping, masters, schedulers and the
-    state dict are AdamW's; a state dict loads from and into AdamW and torch.optim.AdamW.
+    Moments and masters take no memory of the GPU. Results have the bits of AdamW on the CPU, up to the order in which a GPU sums the norm
+    of its gradients. Unit rates, clipping, masters, schedulers and the state dict are AdamW's: it loads from and into AdamW and torch's.
 
     Args:
         params: parameters or groups, on CUDA devices; on the CPU too, through copies, to try it out.
