@@ -249,6 +249,35 @@ void tile(const Work& work, std::int64_t first, N n, const Constants<T>& c, Rate
     }
 }
 
+template <class N>
+void decode(N n, const std::uint8_t* __restrict m_bytes, const std::uint8_t* __restrict root_bytes, float m_scale, float root_scale,
+            float* __restrict m, float* __restrict root) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        m[i] = decoded_average(m_bytes[i], m_scale);
+        root[i] = decoded_root(root_bytes[i], root_scale);
+    }
+}
+
+// The largest finite sizes of a block.
+template <class N>
+float largest(N n, const float* __restrict values) {
+    alignas(64) std::int32_t sizes[kTile];  // a loop of its own, as compilers see no maximum behind a condition
+    for (std::int64_t i = 0; i < n; ++i) sizes[i] = static_cast<std::int32_t>(size_bits(values[i]));
+    std::int32_t most = 0;
+    for (std::int64_t i = 0; i < n; ++i) most = sizes[i] > most ? sizes[i] : most;
+    return float_of(static_cast<std::uint32_t>(most));
+}
+
+template <class N>
+void encode(N n, const float* __restrict m, const float* __restrict root, float m_factor, float root_factor, std::uint32_t dither,
+            std::uint8_t* __restrict m_bytes, std::uint8_t* __restrict root_bytes) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::uint32_t walked = dither_of(dither, static_cast<std::uint64_t>(i));
+        m_bytes[i] = coded_average(m[i], m_factor, walked);
+        root_bytes[i] = coded_root(root[i], root_factor, walked);
+    }
+}
+
 // One block of 8-bit moments.
 template <class N, class Rates>
 void block(const Work& work, std::int64_t number, std::int64_t first, N n, const Constants<float>& c, Rates rates) {
@@ -259,23 +288,14 @@ void block(const Work& work, std::int64_t number, std::int64_t first, N n, const
     std::uint8_t *m_bytes = at<std::uint8_t>(t.exp_avg, first), *root_bytes = at<std::uint8_t>(t.exp_avg_sq, first);
     float* weight = open_weights(t, first, n, weights);
     const float* grad = open(t.grad, (t.formats >> 2) & 3, first, n, grads);
-    const float old_scale = *m_scale, old_root_scale = *root_scale;
-    for (std::int64_t i = 0; i < n; ++i) m[i] = decoded_average(m_bytes[i], old_scale);
-    for (std::int64_t i = 0; i < n; ++i) root[i] = decoded_root(root_bytes[i], old_root_scale);
+    decode(n, m_bytes, root_bytes, *m_scale, *root_scale, m, root);
     rooted(n, weight, grad, m, root, c, rates);
     if (weight == weights && rates.store()) close_weights(work, first, n, static_cast<const float*>(weights), rates);
-    std::uint32_t most = 0, most_root = 0;
-    for (std::int64_t i = 0; i < n; ++i) {
-        const std::uint32_t size = size_bits(m[i]), size_root = size_bits(root[i]);
-        most = size > most ? size : most;
-        most_root = size_root > most_root ? size_root : most_root;
-    }
-    const BlockScale scale = block_scale(kOfAverage, float_of(most)), scale_root = block_scale(kOfRoot, float_of(most_root));
+    const BlockScale scale = block_scale(kOfAverage, largest(n, m)), scale_of_root = block_scale(kOfRoot, largest(n, root));
     *m_scale = scale.scale;
-    *root_scale = scale_root.scale;
-    const std::uint32_t dither = dither_of(dither_key(static_cast<std::uint32_t>(t.seed), work.t), static_cast<std::uint64_t>(t.first_index + first));
-    for (std::int64_t i = 0; i < n; ++i) m_bytes[i] = coded_average(m[i], scale.factor, dither_of(dither, static_cast<std::uint64_t>(i)));
-    for (std::int64_t i = 0; i < n; ++i) root_bytes[i] = coded_root(root[i], scale_root.factor, dither_of(dither, static_cast<std::uint64_t>(i)));
+    *root_scale = scale_of_root.scale;
+    const std::uint32_t key = dither_key(static_cast<std::uint32_t>(t.seed), work.t);
+    encode(n, m, root, scale.factor, scale_of_root.factor, dither_of(key, static_cast<std::uint64_t>(t.first_index + first)), m_bytes, root_bytes);
 }
 
 // Blocks first ... first + count - 1, numbered over all rows.
