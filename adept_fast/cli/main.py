@@ -16,7 +16,7 @@ from adept_fast.cli.stop_signals import Stopped, stopping_on_signals
 from adept_fast.cli.surroundings import check_surroundings
 from adept_fast.cli.typed import asked_for, command_of, require_settings
 from adept_fast.errors import InputError
-from adept_fast.runtime.console import attached, open_missing
+from adept_fast.runtime.console import LAST, attached, open_missing
 from adept_fast.runtime.disk_errors import REMEDIES, DiskError, disk_error_line, errno_of
 
 WRITE_AT_THE_END = ("copies", "compare", "plan", "generate")  # or nothing
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stopping_on_signals():
             said = asked_for(words) or _run(*command_of(words))
             if said:
-                logger.info(said)
+                logger.info(said, extra=LAST)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         state = "nothing was written" if words[0] in WRITE_AT_THE_END else "the same command goes on from here"

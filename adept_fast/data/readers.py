@@ -23,6 +23,7 @@ from adept_fast.errors import InputError
 from adept_fast.runtime.optional_packages import optional
 from adept_fast.runtime.provenance import digest
 
+HUB_TIMEOUT = 5.0  # seconds
 UNREADABLE = (OSError, ValueError, LookupError, RuntimeError)  # what datasets raises for data that it cannot load
 
 
@@ -104,7 +105,39 @@ def _refused(what: str, way_out: str = "") -> Iterator[None]:
 def _dataset(source: Source, how: str, **options: Any) -> Any:
     datasets = optional("datasets", "hf", f"{source.path}: no such file, and a dataset of that name")
     with _refused(f"{source.path}: neither a file nor a dataset that can be loaded", _near(source.path)):
-        return getattr(datasets, how)(source.path, **options)
+        if os.path.isdir(source.file) or _hub_answers(source.path):
+            return getattr(datasets, how)(source.path, **options)
+        with _offline():
+            try:
+                return getattr(datasets, how)(source.path, **options)
+            except ConnectionError:
+                raise ConnectionError("the hub cannot be reached, and the cache has no such dataset") from None
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the hub for a dataset, once. datasets asks six times, with pauses of 23 seconds together, before it looks into its cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):  # an answer, or a name that the hub does not take: datasets says it better
+        return True
+    except Exception:  # of whichever HTTP client huggingface_hub uses; also where HF_HUB_OFFLINE is set
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let datasets look into its cache alone."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _near(path: str) -> str:

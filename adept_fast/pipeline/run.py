@@ -41,10 +41,13 @@ def run(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
     evaluated = evaluation_data(recipe, source, data)
     text = None if directory.tuned.exists() else planned_text(recipe, source, data)
     costs.end("read")
-    scores = score(recipe, source, data, directory) if by_scores(recipe) else None
-    costs.end("score")
-    expanded = expand(recipe, source, data, directory, scores) if METHODS[recipe.method].copies else None
-    costs.end("expand")
+    scores, expanded = None, None
+    if by_scores(recipe):
+        scores = score(recipe, source, data, directory)
+        costs.end("score")
+    if METHODS[recipe.method].copies:
+        expanded = expand(recipe, source, data, directory, scores)
+        costs.end("expand")
     tune(recipe, source, data, directory, expanded, text)
     costs.end("tune")
     directory.keep_recipe(recipe.as_dict())

@@ -27,6 +27,8 @@ class Bar(Protocol):
     def show(self) -> None: ...
 
 
+LAST = {"last": True}
+"""`extra` of the message with which a command ends. A reader who stops in the middle of it, as head does, misses nothing else."""
 bars: list[Bar] = []
 """The open bars, the innermost last. A message is printed in place of the bar, which then follows it."""
 
@@ -39,7 +41,7 @@ class Console(logging.Handler):
             who = f"process {_rank()}: " if _rank() else ""
             _print(f"adept-fast: {who}{record.getMessage()}", sys.stderr)
         else:
-            _print(record.getMessage(), sys.stderr if record.name == PROGRESS else sys.stdout)
+            _print(record.getMessage(), sys.stderr if record.name == PROGRESS else sys.stdout, "last" in vars(record))
 
 
 def leading(record: logging.LogRecord) -> bool:
@@ -65,13 +67,13 @@ def attached() -> Iterator[None]:
 
 
 @contextmanager
-def outliving(stream: TextIO) -> Iterator[None]:
-    """Redirect a stream to /dev/null when it cannot be written to any more. For stdout, log that once."""
+def outliving(stream: TextIO, last: bool = False) -> Iterator[None]:
+    """Redirect a stream to /dev/null when it cannot be written to any more. For stdout, log that once. last: see LAST."""
     try:
         yield
     except OSError as error:
         _to_nowhere(stream)
-        if stream is sys.stdout:
+        if stream is sys.stdout and not (last and isinstance(error, BrokenPipeError)):
             logger.error(f"stdout cannot be written to ({error.strerror}): going on without it")
 
 
@@ -97,10 +99,10 @@ def open_missing() -> None:
             setattr(sys, name, open(os.devnull, "w"))
 
 
-def _print(line: str, stream: TextIO) -> None:
+def _print(line: str, stream: TextIO, last: bool = False) -> None:
     """Print a line. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
-    with outliving(stream):
+    with outliving(stream, last):
         for bar in bars[-1:]:
             bar.hide()
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

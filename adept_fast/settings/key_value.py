@@ -1,4 +1,4 @@
-"""Builds frozen dataclasses from nested mappings and "key.sub=value" overrides. The error for an unknown key suggests a known one.
+"""Builds frozen dataclasses from nested mappings and "key.sub=value" overrides. The error for unknown keys suggests known ones.
 
 The type of a field may be another such dataclass, a class with a constructor `of(value)`, or a tuple. A field whose metadata has "known",
 "checked" and "elsewhere" takes the keys that are no field: known() returns their names, checked(key, value) the value, and raises for those
@@ -8,7 +8,7 @@ in `elsewhere`. values.py defines how values are written, aliases.py what other 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adept_fast.errors import InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 LISTED = 20  # known keys that a message lists at most
+TOLD = 5  # unknown keys that it answers
 
 
 def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any] | None = None) -> T:
@@ -28,6 +29,9 @@ def settings(kind: type[T], overrides: Sequence[str], content: Mapping[str, Any]
     content = dict(content or {})
     for override in overrides:
         _override(content, override)
+    if faults := [*_unknown_keys(kind, content, "", kind)]:
+        more = f"; and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
+        raise InputError("; ".join(map(str, faults[:TOLD])) + more)
     return _build(kind, content, "", kind)
 
 
@@ -60,7 +64,7 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
         inner, _ = options(hints[entry.name])
         if "known" in entry.metadata:
             yield from (prefix + name for name in entry.metadata["known"]() if name not in entry.metadata["elsewhere"])
-        elif isinstance(inner, type) and is_dataclass(inner) and not hasattr(inner, "of"):
+        elif _is_table(inner):
             yield prefix + entry.name
             yield from keys_of(inner, f"{prefix}{entry.name}.")
         else:
@@ -82,26 +86,52 @@ def _override(content: dict[str, Any], override: str) -> None:
     table[last] = parse_value(text, key)
 
 
+def _unknown_keys(cls: type, content: Mapping[str, Any], prefix: str, root: type) -> Iterator[InputError]:
+    """Yield the error for each unknown key of a table and of the tables in it."""
+    hints, (declared, others) = get_type_hints(cls), _declared(cls)
+    known = [*declared, *(others.metadata["known"]() if others else ())]
+    for key, value in _beside(content, others).items():
+        if key not in known:
+            yield unknown(str(key), known, prefix, tuple(keys_of(root)))
+        elif isinstance(value, Mapping) and key in declared and _is_table(options(hints[key])[0]):
+            yield from _unknown_keys(options(hints[key])[0], value, f"{prefix}{key}.", root)
+
+
+def _declared(cls: type) -> tuple[dict[str, Field[Any]], Field[Any] | None]:
+    """Return the fields that are keys, and the one that takes the keys that are no field."""
+    declared = {entry.name: entry for entry in fields(cls)}
+    others = next((entry for entry in declared.values() if "known" in entry.metadata), None)
+    return {name: entry for name, entry in declared.items() if entry is not others}, others
+
+
+def _beside(content: Mapping[str, Any], others: Field[Any] | None) -> dict[str, Any]:
+    """Return a table with its other keys, which a resolved recipe has in their own table, beside the fields. An override wins."""
+    content = dict(content)
+    inner = content.pop(others.name) if others and isinstance(content.get(others.name), Mapping) else {}
+    return {**inner, **content}
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind) and not hasattr(kind, "of")
+
+
 def _build(cls: type[T], content: Mapping[str, Any], prefix: str, root: type) -> T:
-    hints, declared = get_type_hints(cls), {entry.name: entry for entry in fields(cls)}
-    others = next((entry for entry in fields(cls) if "known" in entry.metadata), None)
+    """Build a table, whose keys are known."""
+    hints, (declared, others) = get_type_hints(cls), _declared(cls)
     values: dict[str, Any] = {}
-    if others is not None:
-        del declared[others.name]
+    if others:
         assert callable(others.default_factory)
-        values[others.name], content = others.default_factory(), dict(content)
-        if isinstance(content.get(others.name), Mapping):  # a resolved recipe has them in their own table; an override comes beside it
-            content = {**content.pop(others.name), **content}
-    for key, value in content.items():
+        values[others.name] = others.default_factory()
+    for key, value in _beside(content, others).items():
         if key in declared:
             values[key] = _read(value, hints[key], prefix + key, root)
+            if values[key] is None and not options(hints[key])[1]:
+                raise InputError(f"{prefix}{key} is empty: give it as {prefix}{key}=...")
             with prefixed(prefix):
                 check(cls, **{key: values[key]})
-        elif others is not None and key in others.metadata["known"]():
+        elif others:
             with prefixed(prefix):
                 values[others.name][key] = others.metadata["checked"](key, value)
-        else:
-            raise unknown(str(key), [*declared, *(others.metadata["known"]() if others else ())], prefix, tuple(keys_of(root)))
     missing = [name for name, entry in declared.items() if name not in values and entry.default is entry.default_factory is MISSING]
     if missing:
         raise InputError(f"{prefix}{missing[0]} is missing: give it as {prefix}{missing[0]}=...")

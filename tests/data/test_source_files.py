@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -210,3 +211,15 @@ def test_line_ends_and_byte_order_marks_are_no_part_of_a_record(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(ROWS).replace("\n", "\r\n").encode())
     (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf# One\r\n\r\ntext\r\n")
     assert texts(tmp_path) == ["row 0", "row 1", "row 2", "# One\n\ntext"]
+
+
+def test_where_the_hub_cannot_be_reached_a_mistyped_name_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreached(*_: object, **__: object) -> None:
+        raise OSError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreached)
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", unreached)  # datasets would ask it again and again
+    start, before = time.monotonic(), datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(InputError, match="^notez: neither a file .*the hub cannot be reached, and the cache has no such dataset"):
+        read(Source("notez"))
+    assert time.monotonic() - start < 5 and datasets.config.HF_HUB_OFFLINE == before

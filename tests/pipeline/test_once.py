@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -84,10 +85,11 @@ def test_a_second_run_loads_no_model(given: list[str], counts: Counter[str]) -> 
     assert not [name for name in counts if name.startswith("load") or name == "plan"], counts
 
 
-def test_a_method_without_copies_loads_its_base_twice(given: list[str], counts: Counter[str]) -> None:
+def test_a_method_without_copies_loads_its_base_twice(given: list[str], counts: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     assert main([*given, "method=lora"]) == 0
     assert (counts["load model"], counts["load tuned"], counts["plan"]) == (2, 1, 1), "to train, and to compare and evaluate"
+    assert re.search("took .* at most: read [^,]*, tune [^,]*, eval [^,]*$", capsys.readouterr().out.strip())
 
 
 def test_a_model_that_leaks_is_planned_once_more(given: list[str], counts: Counter[str], tmp_path: Path) -> None:

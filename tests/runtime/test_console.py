@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import adept_fast
-from adept_fast.runtime.console import attached
+from adept_fast.runtime.console import LAST, attached
 
 PACKAGE, MODULE = logging.getLogger("adept_fast"), logging.getLogger("adept_fast.scoring.race")
 SCRIPT = """
@@ -96,6 +97,19 @@ def test_a_full_stdout_is_given_up_and_said_once(monkeypatch: pytest.MonkeyPatch
         MODULE.info("one")
         MODULE.info("two")
         assert capsys.readouterr().err == "adept-fast: stdout cannot be written to (No space left on device): going on without it\n"
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("last", "said"), [(LAST, ""), ({}, "adept-fast: stdout cannot be written to (Broken pipe)")])
+def test_a_reader_who_stops_is_a_fault_only_while_work_goes_on(
+    last: dict[str, bool], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, attached():
+        monkeypatch.setattr(sys, "stdout", closed)
+        MODULE.info("one", extra=last)
+        assert capsys.readouterr().err.partition(": going on")[0] == said
         monkeypatch.undo()
 
 
