@@ -7,7 +7,7 @@
 | messages (role, content) or conversations (from, value); system, tools | Chat |
 | instruction, output; input, system, history | PromptAnswer |
 | instruction, response; context or input, system, history | PromptAnswer, the format of Dolly |
-| question, answer, and no other key | PromptAnswer, the format of GSM8K |
+| question, answer, and no other key but an id and the like (BESIDE) | PromptAnswer, the format of GSM8K |
 | prompt, completion | PromptAnswer, or Chat if they are lists of messages |
 | text | Text |
 
@@ -31,10 +31,12 @@ REMEDY = "name its text with column=, or name its keys as one of these formats h
 REMEDIES = {
     frozenset(("chosen", "rejected")): "of a preferred and a rejected answer one can be trained on: name 'chosen' 'completion' where "
     "'prompt' stands beside it, or give column=chosen where it is a list of messages",
-    frozenset(("question", "answer")): "'question' and 'answer' are read where nothing stands beside them: leave the others out, or name "
-    "what is asked, with all that belongs to it, 'prompt', and the answer 'completion'",
+    frozenset(("question", "answer")): "'question' and 'answer' are read where nothing but an id stands beside them: leave the others out, "
+    "or name what is asked, with all that belongs to it, 'prompt', and the answer 'completion'",
 }
 """Keys of common records without a format -> what to do."""
+BESIDE = frozenset(("id", "_id", "idx", "index", "uid", "uuid", "url", "source", "split", "category", "difficulty"))
+"""Keys that name or sort a record, and may stand beside a question and its answer. They are not read."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -141,7 +143,7 @@ def unread(record: Record) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _Format:
-    """A format. alone: whether it applies only to records without any other key."""
+    """A format. alone: whether it applies only to records without any other key, those of BESIDE left out."""
 
     needed: tuple[str, ...]
     also: tuple[str, ...]
@@ -150,7 +152,7 @@ class _Format:
 
     def fits(self, keys: Set[str], named: Set[str]) -> bool:
         """Whether the format applies to a record with values for `keys`, and columns `named`."""
-        return keys >= {*self.needed} and not (self.alone and named - {*self.needed})
+        return keys >= {*self.needed} and not (self.alone and named - {*self.needed} - BESIDE)
 
 
 def _format_of(record: Record) -> _Format | None:
