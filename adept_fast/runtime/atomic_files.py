@@ -50,10 +50,13 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `path` at the end. Raises InputError if `path` exists. Its parent must exist."""
+def staged_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder, which is renamed to `path` at the end. Its parent must exist.
+
+    replace: a folder that is there at the end. Otherwise raises InputError if `path` exists.
+    """
     path = Path(path)
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not replace:
         raise InputError(f"{path} exists already: remove it or choose another output_dir")
     with as_disk_error(path), staging_folder(path.parent) as folder:
         staging = folder / path.name
@@ -64,7 +67,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
             entry.chmod(folder_mode if entry.is_dir() else file_mode)
             _sync(entry)
         try:
-            os.rename(staging, path)
+            if replace:
+                _replace(staging, path, folder)
+            else:
+                os.rename(staging, path)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
@@ -79,12 +85,17 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     with as_disk_error(path), staging_folder(path.parent) as aside:
         new = aside / path.name
         yield new
-        if os.path.lexists(path) and not _exchange(new, path):
-            os.rename(path, aside / f"earlier-{path.name}")
-            os.rename(new, path)
-        elif not os.path.lexists(path):
-            os.rename(new, path)
+        _replace(new, path, aside)
         _sync(path.parent)
+
+
+def _replace(new: Path, path: Path, aside: Path) -> None:
+    """Rename `new` to `path`. What is there already comes into the folder `aside` or to the name `new`."""
+    if os.path.lexists(path) and not _exchange(new, path):
+        os.rename(path, aside / f"earlier-{path.name}")
+        os.rename(new, path)
+    elif not os.path.lexists(path):
+        os.rename(new, path)
 
 
 def _exchange(one: Path, other: Path) -> bool:

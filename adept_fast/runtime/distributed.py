@@ -81,9 +81,9 @@ def barrier() -> None:
 
 @contextmanager
 def staged_together(path: Path) -> Iterator[Path]:
-    """Yield one staged_folder to all processes, which share a file system. It is renamed when all have left."""
+    """Yield one staged_folder to all processes, which share a file system. It replaces `path` when all have left."""
     with ExitStack() as stack:
-        staging = [str(stack.enter_context(staged_folder(path))) if rank() == 0 else ""]
+        staging = [str(stack.enter_context(staged_folder(path, replace=True))) if rank() == 0 else ""]
         if active():
             distributed.broadcast_object_list(staging)
         yield Path(staging[0])

@@ -187,10 +187,8 @@ class StagedTrainer(ResumingTrainer):
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         leads = distributed.rank() == 0
-        if final.exists() and leads:
-            if not _is_own(final):
-                raise InputError(f"{final}: not a checkpoint of copies: move it away, or train into another output_dir")
-            discard(final)
+        if final.exists() and leads and not _is_own(final):
+            raise InputError(f"{final}: not a checkpoint of copies: move it away, or train into another output_dir")
         with distributed.staged_together(final) as staging:
             self._staging = staging
             try:

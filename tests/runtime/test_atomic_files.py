@@ -128,6 +128,21 @@ def test_two_that_write_the_same_folder_end_in_one_whole_one(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"] and (tmp_path / "tuned" / "who").read_text() == "quick"
 
 
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_folder_is_there_until_a_whole_one_replaces_it(tmp_path: Path, exchanged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exchanged:
+        monkeypatch.setattr("adept_fast.runtime.atomic_files._exchange", lambda *_: False)
+    who = tmp_path / "checkpoint-3" / "who"
+    for name in ("first", "second"):
+        with staged_folder(who.parent, replace=True) as staging:
+            (staging / "who").write_text(name)
+            assert name == "first" or who.read_text() == "first"
+    with pytest.raises(KeyboardInterrupt), staged_folder(who.parent, replace=True) as staging:
+        (staging / "who").write_text("third")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"] and who.read_text() == "second"
+
+
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / ("x" * 255), "whole")
     assert (tmp_path / ("x" * 255)).read_text() == "whole"
