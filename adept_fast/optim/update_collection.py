@@ -192,7 +192,8 @@ class UpdateCollector:
             return {}, {}
         then: Any = Known._make(zip(*_at(self.known, ready), strict=True))
         params, grads, held = _at(params, ready), _at(grads, ready), _at(values, _at(self.state_of, ready))
-        tensors = [list(map(dict.get, held, keys)) for keys in zip(*then.keys, strict=True)]
+        # A key that is gone gives itself, which is not the dead reference's None.
+        tensors = [list(map(dict.get, held, keys, keys)) for keys in zip(*then.keys, strict=True)]
         steps = list(map(dict.get, held, repeat("step")))
         compared: list[tuple[Callable[[Any, Any], bool], Iterable[Any], Iterable[Any]]] = [
             *((is_, now, map(call, column)) for now, column in zip(tensors, zip(*then.references, strict=True), strict=True)),

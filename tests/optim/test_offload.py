@@ -207,6 +207,7 @@ SETUPS = {
     "bf16, copy": ((torch.bfloat16,), {"master_weights": "copy"}),
     "bf16, kahan, amsgrad": ((torch.bfloat16,), {"master_weights": "kahan", "amsgrad": True}),
     "bf16, stochastic": ((torch.float32, torch.bfloat16), {"master_weights": "stochastic", "maximize": True}),
+    "bf16, 8 bits": ((torch.bfloat16,), {"master_weights": "remainder8", "state_dtype": "int8"}),
     "plain torch": ((torch.float32, torch.float64), {"backend": "torch"}),
 }
 

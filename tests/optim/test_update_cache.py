@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 
@@ -321,3 +322,28 @@ def test_plans_keep_no_state_that_was_moved_away() -> None:
     opt.param_groups[0]["params"] = params[1:]
     del opt.state[params.pop(0)], param
     assert gone() is None
+
+
+REMOVED = [("max_exp_avg_sq", {"amsgrad": True}), ("master", {"master_weights": "copy"}), ("remainder", {})]
+
+
+@pytest.mark.parametrize(("key", "options"), REMOVED)
+def test_a_state_tensor_that_was_removed_starts_again(key: str, options: dict[str, object]) -> None:
+    ends = []
+    for fresh in (False, True):
+        params = parameters(torch.bfloat16)
+        opt = AdamW(params, lr=1e-2, **{"master_weights": "remainder"} | options)
+        for step in range(4):
+            give_gradients(params, step)
+            if step == 2:
+                moved(opt)
+            if step == 3:
+                for state in opt.state.values():
+                    del state[key]
+            if step == 3 and fresh:
+                opt = copy.deepcopy(opt)
+                params = opt.param_groups[0]["params"]
+                give_gradients(params, step)
+            opt.step()
+        ends.append([*params, *(opt.state[param][key] for param in params)])
+    assert all(map(torch.equal, *ends))
