@@ -68,3 +68,19 @@ def test_a_state_of_bitsandbytes_as_it_is_is_refused() -> None:
     names = script_with("bitsandbytes")
     with pytest.raises(InputError, match="__bnb_optimizer_quant_state__ but no exp_avg and no exp_avg_sq"):
         AdamW(names["model"].parameters()).load_state_dict(names["before"].state_dict())
+
+
+def test_moments_that_are_loaded_are_coded_in_8_bits_and_reach_torch_through_fp32() -> None:
+    parameter = nn.Parameter(torch.ones(64, 64))
+    ours, eight, decoded = AdamW([parameter]), AdamW([parameter], state_dtype="int8"), AdamW([parameter], state_dtype=torch.float32)
+    parameter.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    ours.step()
+    eight.load_state_dict(ours.state_dict())
+    decoded.load_state_dict(eight.state_dict())
+    for key in ("exp_avg", "exp_avg_sq"):
+        exact = ours.state[parameter][key]
+        assert 0 < (decoded.state[parameter][key] - exact).norm() < 0.02 * exact.norm(), key
+    theirs = torch.optim.AdamW([parameter])
+    theirs.load_state_dict(decoded.state_dict())
+    theirs.step()
+    assert theirs.state[parameter]["step"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ SETUPS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"master_weights": "remainder", "state_dtype": torch.float32}),
     (torch.bfloat16, {"master_weights": "kahan"}),
     (torch.bfloat16, {"master_weights": "stochastic"}),
+    (torch.bfloat16, {"master_weights": "remainder8", "state_dtype": "int8"}),
 ]
 
 
 def made(dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Sequential, AdamW]:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9), nn.GELU()) for _ in range(3))).to(dtype)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()) for _ in range(3))).to(dtype)
     optimizer = AdamW(model.named_parameters(), lr=3e-2, weight_decay=0.13, **options)
-    optimizer.set_unit_lr("*.0.weight", torch.linspace(0, 2, 9))
+    optimizer.set_unit_lr("*.0.weight", torch.linspace(0, 2, 16))
     return model, optimizer
 
 
@@ -47,7 +49,7 @@ def hook(model: nn.Module, optimizer: AdamW, hooked: Iterable[nn.Parameter]) -> 
 
 def train(model: nn.Module, optimizer: AdamW, first: int, last: int) -> None:
     for step in range(first, last):
-        inputs = torch.randn(4, 9, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+        inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
         model(inputs).float().square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -79,6 +81,26 @@ def test_hooks_give_the_bits_of_the_ordinary_loop(dtype: torch.dtype, options: d
     assert_same(held(resumed, ordinary), held(model, optimizer), options)
 
 
+@pytest.mark.parametrize("tensors", [1, 9, 90])
+def test_a_step_costs_about_200_python_calls_whatever_it_updates(tensors: int) -> None:
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(90)]
+    optimizer, calls = AdamW(params), 0
+
+    def count(frame: Any, event: str, given: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    for step in range(5):
+        for p in params[:tensors]:
+            p.grad = torch.ones(4, 4)
+        if step == 4:
+            sys.setprofile(count)
+        optimizer.step()
+        optimizer.zero_grad()
+        sys.setprofile(None)
+    assert 100 < calls < 250
+
+
 def sharded() -> None:
     found = []
     for early in (False, True):
@@ -86,7 +108,7 @@ def sharded() -> None:
         for module in (*model, model):
             fully_shard(module, mesh=mesh_of(2))
         optimizer = AdamW(model.named_parameters(), lr=3e-2)
-        optimizer.set_unit_lr("*.0.weight", torch.linspace(0, 2, 9))
+        optimizer.set_unit_lr("*.0.weight", torch.linspace(0, 2, 16))
         alive = hook(model, optimizer, model.parameters() if early else ())
         train(model, optimizer, 0, 4)
         assert alive == [1] * 48 * early
