@@ -1,18 +1,30 @@
-"""Seconds and bytes of a call, on the device where it works."""
+"""Seconds, bytes and Python calls of a call, on the device where it works."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adept_fast.runtime.memory import forget_peak, resident
 
-QUEUED = 48  # flushes of 256 MiB before a timed call: about 6 ms of an H200
+Ways = Mapping[str, Callable[[], object]]
+
+
+class Timed(NamedTuple):
+    """Seconds that the device works on a call, and seconds of the host until the call returns."""
+
+    device: float
+    host: float
 
 
 def device_name(device: torch.device) -> str:
@@ -27,42 +39,108 @@ def now(device: torch.device) -> float:
 
 
 def cache_filler(device: torch.device) -> Tensor:
-    """What, once written to, has flushed the device's caches."""
-    return torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    """What, once written to, has flushed the device's caches. On a GPU a write takes long enough to queue work behind it."""
+    return torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
 
 
-def interleaved(
-    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, flush: Tensor | None = None
-) -> dict[str, float]:
-    """Median seconds of each way, called in turn, the cache flushed before each where `flush` is given. The first round is not counted."""
-    return {name: seconds for name, (seconds, _) in interleaved_with_host(ways, rounds, device, flush).items()}
+def interleaved(ways: Ways, rounds: int, device: torch.device, flush: Tensor | None = None) -> dict[str, float]:
+    """Return the median seconds of the device for each way: see timed_rounds."""
+    return {name: median(each.device for each in timed) for name, timed in timed_rounds(ways, rounds, device, flush).items()}
 
 
-def interleaved_with_host(
-    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, flush: Tensor | None = None
-) -> dict[str, tuple[float, float]]:
-    """Median seconds of each way: of the device, and of the host alone until the call returns.
+def timed_rounds(
+    ways: Ways, rounds: int, device: torch.device, flush: Tensor | None = None, most: float = math.inf
+) -> dict[str, list[Timed]]:
+    """Time each way once a round, after an uncounted round. Each round begins with the next way, so that none always follows the same one.
 
-    On a GPU with `flush`, events time the device behind queued work, so that the host is ahead unless a call takes longer than that work.
+    most: seconds. A way that has taken them leaves after the third round.
+    flush: from cache_filler; written to before each call. On a GPU a way is then called twice a round. The first call, on an idle device,
+    gives the host's time. The second is queued behind writes that take longer than that, and events give the device's time without gaps,
+    as long as a call queues no more than the 1,024 launches that a GPU holds. Without `flush`, both are the time until the device is done.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            queued = flush is not None and device.type == "cuda"
-            for _ in range(QUEUED if queued else 1):
-                if flush is not None:
-                    flush.add_(1)
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if queued else []
-            start = time.perf_counter() if queued else now(device)
-            for event in events[:1]:
-                event.record()
-            way()
+    names, timed = list(ways), {name: list[Timed]() for name in ways}
+    behind = flush is not None and device.type == "cuda"
+    fill = _seconds_of_writing(flush, device) if flush is not None and behind else 0.0
+    for number in range(rounds + 1):
+        first = number % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            if len(timed[name]) >= 3 and sum(each.device + each.host for each in timed[name]) > most:
+                continue
+            if flush is not None:
+                flush.add_(1)
+            start = now(device)
+            ways[name]()
             host = time.perf_counter() - start
-            for event in events[1:]:
-                event.record()
             whole = now(device) - start
-            seconds[name].append((events[0].elapsed_time(events[1]) / 1e3 if events else whole, host))
-    return {name: (median(d for d, _ in values[1:]), median(h for _, h in values[1:])) for name, values in seconds.items()}
+            if number and flush is not None and behind:
+                timed[name].append(Timed(_behind(flush, 1 + math.ceil(1.5 * host / fill), ways[name], device), host))
+            elif number:
+                timed[name].append(Timed(whole, whole))
+    return timed
+
+
+def _behind(flush: Tensor, writes: int, call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a GPU works on a call which waits for so many writes to `flush`."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(writes):
+        flush.add_(1)
+    begin.record(torch.cuda.current_stream(device))
+    call()
+    end.record(torch.cuda.current_stream(device))
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def _seconds_of_writing(flush: Tensor, device: torch.device) -> float:
+    return median(_behind(flush, 1, lambda: flush.add_(1), device) for _ in range(5))
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """Return how many Python and C functions one call enters, itself among them."""
+    count = -1  # sys.setprofile at the end is one
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def tensor_bytes(values: object) -> int:
+    """Return the bytes of memory behind all tensors in nested containers and objects, each storage once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # a tensor made of others
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name))
+        elif isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            visit(list(value.values()))
+        elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
+            for each in value:
+                visit(each)
+        elif hasattr(value, "__dict__"):
+            visit(vars(value))
+
+    visit(values)
+    return sum(storages.values())
+
+
+def held_memory(device: torch.device) -> int:
+    """Return the bytes that the CUDA allocator has given out, or that the process has in memory."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _give_back_freed_memory()
+    return resident()
 
 
 def peak_memory(way: Callable[[], object], device: torch.device) -> int:
@@ -72,11 +150,15 @@ def peak_memory(way: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         way()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls gave back to the allocator would be taken again unseen
+    _give_back_freed_memory()  # or what earlier calls gave back to the allocator would be taken again unseen
     forget_peak()
     before = resident()
     way()
     return resident("VmHWM") - before
+
+
+def _give_back_freed_memory() -> None:
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocated(call: Callable[[], object]) -> int:
