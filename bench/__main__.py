@@ -13,9 +13,11 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(argv: list[str]) -> dict" in path.read_text())
@@ -57,7 +59,16 @@ def _help() -> str:
     return "\n".join([__doc__, *(f"  {name:22}{' '.join(line.split())}" for name, line in lines.items())])
 
 
-def run(name: str, argv: list[str], save: bool) -> None:
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """Return what a benchmark went on without: entries with `failed`, the reason."""
+    found = []
+    for key, entry in result.items():
+        if isinstance(entry, Mapping):
+            found += [f"{key}: {entry['failed']}"] if "failed" in entry else [f"{key}, {each}" for each in failures(entry)]
+    return found
+
+
+def run(name: str, argv: list[str], save: bool) -> int:
     result = import_module(f"bench.{name}").main(argv)
     line = json.dumps({"bench": name, "machine": machine_facts(), "result": result}, allow_nan=False)
     if save:
@@ -66,6 +77,9 @@ def run(name: str, argv: list[str], save: bool) -> None:
         target.parent.mkdir(exist_ok=True)
         target.write_text(line + "\n")
     print(line)
+    failed = failures(result)
+    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    return int(bool(failed))
 
 
 def main(argv: list[str]) -> int:
@@ -78,8 +92,7 @@ def main(argv: list[str]) -> int:
         names = [each for each in NAMES if each not in ASKED_FOR]
         codes = [subprocess.run([sys.executable, "-m", "bench", each, *options], cwd=FOLDER.parent).returncode for each in names]
         return max(codes, default=0, key=abs)
-    run(name, [option for option in options if option != "--save"], save="--save" in options)
-    return 0
+    return run(name, [option for option in options if option != "--save"], save="--save" in options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 from bench import parser
+from bench.adamw_setups import HYPER, blocks, llama_1b
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
@@ -29,14 +30,15 @@ for _ in sys.stdin:
 """
 ADAMW = """
 from adept_fast import AdamW
-from bench.adamw import HYPER, _multipliers, _parameters, blocks, llama_1b
-from bench.measure import cache_filler
 
-shapes, device = llama_1b({scale}), torch.device("cpu")
-params, flush = _parameters(shapes, torch.{dtype}, device), cache_filler(device)
-optimizer, cut = AdamW(params, **HYPER), blocks(shapes, {units})
+generator, params = torch.Generator().manual_seed(0), []
+for shape in {shapes}:
+    params.append(torch.nn.Parameter(torch.randn(shape, generator=generator).to(torch.{dtype})))
+    params[-1].grad = torch.randn(shape, generator=generator).to(torch.{dtype})
+flush, optimizer = torch.zeros(2**26, dtype=torch.uint8), AdamW(params, **{hyper})
 if {rated}:
-    for p, rows, values in zip(params, cut, _multipliers({units}, device).split([len(rows) for rows in cut]), strict=True):
+    cut = {cut}
+    for p, rows, values in zip(params, cut, torch.linspace(0.1, 1.9, {units}).split([len(rows) for rows in cut]), strict=True):
         optimizer.set_unit_lr(p, values.repeat_interleave(torch.tensor(rows)))
 work, between = optimizer.step, lambda: flush.add_(1)
 """
@@ -70,8 +72,10 @@ def main(argv: list[str]) -> dict:
     options.add_argument("--units", type=int, default=465, help="units with a rate each")
     options.add_argument("--rounds", type=int, default=41, help="of both builds in turn, each timed once")
     given = options.parse_args(argv)
+    shapes = llama_1b(given.scale)
+    shared = {"shapes": shapes, "cut": blocks(shapes, given.units), "units": given.units, "hyper": HYPER}
     works = {
-        f"adamw {dtype}{' units' * rated}": ADAMW.format(scale=given.scale, dtype=dtype, units=given.units, rated=rated)
+        f"adamw {dtype}{' units' * rated}": ADAMW.format(dtype=dtype, rated=rated, **shared)
         for rated in (False, True)
         for dtype in ("float32", "bfloat16")
     } | {"score_layers": LAYERS.format(), "score_units": UNITS.format()}
