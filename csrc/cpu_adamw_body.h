@@ -278,57 +278,75 @@ void encode(N n, const float* __restrict m, const float* __restrict root, float 
     }
 }
 
-// One block of 8-bit moments.
-template <class N, class Rates>
-void block(const Work& work, std::int64_t number, std::int64_t first, N n, const Constants<float>& c, Rates rates) {
+// Blocks of n elements each of 8-bit moments, kCount of them, with rates[k]. Each phase takes all, so that the next block's arithmetic does not
+// wait for this one's maximum.
+template <int kCount, class N, class Rates>
+void blocks(const Work& work, std::int64_t number, std::int64_t first, N n, const Constants<float>& c, const Rates (&rates)[kCount]) {
     static_assert(kBlock == kTile);
-    alignas(64) float weights[kTile], grads[kTile], m[kTile], root[kTile];
+    alignas(64) float weights[kCount][kTile], grads[kCount][kTile], m[kCount][kTile], root[kCount][kTile];
     const Tensor& t = work.tensor;
     float *m_scale = at<float>(t.exp_avg_scale, number), *root_scale = at<float>(t.exp_avg_sq_scale, number);
     std::uint8_t *m_bytes = at<std::uint8_t>(t.exp_avg, first), *root_bytes = at<std::uint8_t>(t.exp_avg_sq, first);
-    float* weight = open_weights(t, first, n, weights);
-    const float* grad = open(t.grad, (t.formats >> 2) & 3, first, n, grads);
-    decode(n, m_bytes, root_bytes, *m_scale, *root_scale, m, root);
-    rooted(n, weight, grad, m, root, c, rates);
-    if (weight == weights && rates.store()) close_weights(work, first, n, static_cast<const float*>(weights), rates);
-    const BlockScale scale = block_scale(kOfAverage, largest(n, m)), scale_of_root = block_scale(kOfRoot, largest(n, root));
-    *m_scale = scale.scale;
-    *root_scale = scale_of_root.scale;
-    const std::uint32_t key = dither_key(static_cast<std::uint32_t>(t.seed), work.t);
-    encode(n, m, root, scale.factor, scale_of_root.factor, dither_of(key, static_cast<std::uint64_t>(t.first_index + first)), m_bytes, root_bytes);
+    BlockScale scale[kCount], scale_of_root[kCount];
+    for (int k = 0; k < kCount; ++k) {
+        const std::int64_t begin = first + k * kBlock;
+        float* weight = open_weights(t, begin, n, weights[k]);
+        const float* grad = open(t.grad, (t.formats >> 2) & 3, begin, n, grads[k]);
+        decode(n, m_bytes + k * kBlock, root_bytes + k * kBlock, m_scale[k], root_scale[k], m[k], root[k]);
+        rooted(n, weight, grad, m[k], root[k], c, rates[k]);
+        if (weight == weights[k] && rates[k].store()) close_weights(work, begin, n, static_cast<const float*>(weight), rates[k]);
+    }
+    for (int k = 0; k < kCount; ++k) {
+        scale[k] = block_scale(kOfAverage, largest(n, m[k]));
+        scale_of_root[k] = block_scale(kOfRoot, largest(n, root[k]));
+        m_scale[k] = scale[k].scale;
+        root_scale[k] = scale_of_root[k].scale;
+    }
+    const std::uint32_t dither = dither_of(dither_key(static_cast<std::uint32_t>(t.seed), work.t), static_cast<std::uint64_t>(t.first_index + first));
+    for (int k = 0; k < kCount; ++k) {
+        encode(n, m[k], root[k], scale[k].factor, scale_of_root[k].factor, dither_of(dither, static_cast<std::uint64_t>(k * kBlock)),
+               m_bytes + k * kBlock, root_bytes + k * kBlock);
+    }
 }
 
 // Blocks first ... first + count - 1, numbered over all rows.
 void update_blocks(const Work& work, std::int64_t first, std::int64_t count) {
+    constexpr int kTogether = 4;
     const Tensor& t = work.tensor;
     const Constants<float> c = constants<float>(work.scalars);
     const RateEach<float> units{static_cast<const float*>(work.decay), static_cast<const float*>(work.step)};
     const std::int64_t in_row = blocks_in_row(t);
-    for (std::int64_t number = first; number < first + count; ++number) {
-        const std::int64_t row = number / in_row, column = (number - row * in_row) * kBlock, begin = row * t.row + column;
-        const std::int64_t n = kBlock < t.row - column ? kBlock : t.row - column;
-        alignas(64) float decay[kTile], step[kTile];
-        OneRate<float> one{unit_rate<float>(work.scalars, work.multiplier)};
-        bool each = false;
-        if (work.decay != nullptr) {
-            std::int64_t unit = (begin / t.inner) % t.length, rest = begin % t.inner;
-            each = rest + n > t.inner;
-            one.rate = units[unit];
-            for (std::int64_t i = 0; each && i < n; ++i) {
-                decay[i] = units.decay[unit];
-                step[i] = units.step[unit];
-                if (++rest == t.inner) {
-                    rest = 0;
-                    unit = unit + 1 == t.length ? 0 : unit + 1;
+    std::int64_t column = first % in_row * kBlock, begin = first / in_row * t.row + column, unit = (begin / t.inner) % t.length, rest = begin % t.inner;
+    OneRate<float> one{unit_rate<float>(work.scalars, work.multiplier)};
+    for (std::int64_t number = first; number < first + count;) {
+        const std::int64_t left = t.row - column, run = work.decay == nullptr ? left : t.inner - rest < left ? t.inner - rest : left;
+        if (work.decay != nullptr) one.rate = units[unit];
+        std::int64_t taken = 1, n = kBlock < left ? kBlock : left;
+        if (run >= kTogether * kBlock && number + kTogether <= first + count) {
+            blocks(work, number, begin, Whole{}, c, {one, one, one, one});
+            taken = kTogether;
+            n = kTogether * kBlock;
+        } else if (run >= n) {
+            n == kBlock ? blocks(work, number, begin, Whole{}, c, {one}) : blocks(work, number, begin, n, c, {one});
+        } else {
+            alignas(64) float decay[kTile], step[kTile];
+            for (std::int64_t i = 0, at = unit, passed = rest; i < n; ++i) {
+                decay[i] = units.decay[at];
+                step[i] = units.step[at];
+                if (++passed == t.inner) {
+                    passed = 0;
+                    at = at + 1 == t.length ? 0 : at + 1;
                 }
             }
+            const RateEach<float> each{decay, step};
+            n == kBlock ? blocks(work, number, begin, Whole{}, c, {each}) : blocks(work, number, begin, n, c, {each});
         }
-        const RateEach<float> rates{decay, step};
-        if (n == kBlock) {
-            each ? block(work, number, begin, Whole{}, c, rates) : block(work, number, begin, Whole{}, c, one);
-        } else {
-            each ? block(work, number, begin, n, c, rates) : block(work, number, begin, n, c, one);
-        }
+        number += taken;
+        begin += n;
+        column = column + n == t.row ? 0 : column + n;
+        rest += n;
+        unit = (unit + rest / t.inner) % t.length;
+        rest %= t.inner;
     }
 }
 
