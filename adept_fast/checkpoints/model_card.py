@@ -102,6 +102,16 @@ def with_scores(card: str, scores: Sequence[str]) -> str:
     return _signed(text)
 
 
+def data_of(folder: Path) -> Training | None:
+    """Return the data that the card of a tuned checkpoint names; None where there is no card as adept_fast wrote it, or it names none."""
+    if is_edited(folder / FILE) or not (folder / FILE).is_file():
+        return None
+    text = read_text(folder / FILE)
+    row, front = re.search(r"^\| data \| (.+) \|$", text, re.MULTILINE), re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    metadata = parse_yaml(front[1], FILE) if front else {}
+    return Training(row[1].split("; "), metadata.get("datasets") or ()) if row else None
+
+
 def licence(model: ModelFolder) -> dict[str, Any]:
     """Return the licence that the card or the config of a checkpoint states; nothing where neither does."""
     stated: Mapping[str, Any] = {}

@@ -24,7 +24,7 @@ from adept_fast.checkpoints.byte_copy import Piece, write_shards
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import THREADS, tensors_digest
 from adept_fast.checkpoints.finite_bytes import DTYPES
-from adept_fast.checkpoints.model_card import model_card, write_card
+from adept_fast.checkpoints.model_card import data_of, model_card, write_card
 from adept_fast.checkpoints.safetensors_index import INDEX, Shards, Stored, open_shards, same_bytes
 from adept_fast.checkpoints.settings import PRESERVING
 from adept_fast.checkpoints.tensor_names import Naming
@@ -207,7 +207,8 @@ def write_checkpoint(
         if described is not None:
             described.save(staging)
             written[KEY] = described.as_dict()
-        write_card(staging, model_card(base, source.source, described))
+        trained = described is not None and "domain" in described.inputs and "merged" not in described.selection
+        write_card(staging, model_card(base, source.source, described, data_of(source.folder) if trained else None))
         (staging / "config.json").write_text(dumps(tagged(written), indent=2) + "\n", encoding="utf-8")
         for name, tensors in (extra or {}).items():
             save_file(dict(tensors), staging / name)

@@ -28,6 +28,7 @@ from adept_fast.pipeline.run_directory import RunDirectory
 from adept_fast.pipeline.score import score
 from adept_fast.pipeline.source_model import SourceModel
 from adept_fast.pipeline.tune import TUNE, planned_text, tune, tuning_settings
+from adept_fast.runtime.malloc import garbage_returned
 from adept_fast.tuning.methods import METHODS
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def run(recipe: Recipe, directory: RunDirectory) -> EvaluationResults:
         expanded = expand(recipe, source, data, directory, scores)
         costs.end("expand")
     tune(recipe, source, data, directory, expanded, text)
+    garbage_returned()  # the Trainer's, before two models are evaluated
     costs.end("tune")
     directory.keep_recipe(recipe.as_dict())
     result = base_against_tuned(recipe, source, evaluated, directory)

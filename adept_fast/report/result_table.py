@@ -67,8 +67,10 @@ def task_rows(results: EvaluationResults) -> Iterator[Row]:
     for name, task in results.tasks.items():
         for metric, found in task.metrics.items():
             better = "higher" if found.higher_is_better else "lower"
-            change = EMPTY if found.change is None else _difference(found.change)
-            cells = Cell(number(found.base)), Cell(number(found.tuned)), change
+            largest = max(abs(found.base), abs(found.tuned or 0))
+            digits = max(0, 4 - len(f"{largest:.0f}"))  # 0.364, but 7,071
+            change = EMPTY if found.change is None else _difference(found.change, digits)
+            cells = Cell(number(found.base, digits)), Cell(number(found.tuned, digits)), change
             yield Row(f"{name}: {metric}", f"{task.items:,} items; {better} is better", cells)
 
 
@@ -86,8 +88,8 @@ def _accuracy(found: Measured) -> Cell:
     return Cell(percent(found.accuracy, 1), interval(low, high, 1))
 
 
-def _difference(change: Change) -> Cell:
-    return Cell(signed(change.value), interval(change.low, change.high))
+def _difference(change: Change, digits: int = 3) -> Cell:
+    return Cell(signed(change.value, digits), interval(change.low, change.high, digits))
 
 
 def _points(change: Change | None) -> Cell:

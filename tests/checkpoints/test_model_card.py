@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from adept_fast.checkpoints.adept_config import AdeptConfig, Inserted
 from adept_fast.checkpoints.checkpoint import ModelFolder
 from adept_fast.checkpoints.digest import fingerprint
-from adept_fast.checkpoints.model_card import FILE, Training, is_edited, licence, model_card, with_scores, write_card
+from adept_fast.checkpoints.model_card import FILE, Training, data_of, is_edited, licence, model_card, with_scores, write_card
 from adept_fast.expansion.expand_checkpoint import expand_checkpoint
 from adept_fast.expansion.remove import remove_copies
 from tests.support import tiny_models
@@ -107,3 +107,16 @@ def test_a_whole_model_that_is_written_has_a_card_outside_its_digest(tmp_path: P
         card = ModelCard.load(tmp_path / name / FILE)
         assert (card.data.base_model, card.data.license) == ("base", "mit") and "own card" not in card.text
     assert write_card(tmp_path / "expanded", "other") and fingerprint(tmp_path / "expanded") == before
+
+
+def test_the_data_stays_named_while_trained_copies_stay(tmp_path: Path) -> None:
+    expanded, one, none = [tmp_path / name for name in ("expanded", "one", "none")]
+    expand_checkpoint(tiny_models.checkpoint(tmp_path / "base"), expanded, [0, 2], verify=False)
+    record = replace(AdeptConfig.load(expanded), inputs=RECORD.inputs)
+    record.save(expanded)
+    write_card(expanded, model_card("base", ModelFolder(expanded), record, TRAINING))
+    remove_copies(expanded, one, record.copies[:1], verify=False)
+    remove_copies(expanded, none, verify=False)
+    assert data_of(one) == replace(TRAINING, steps=None, tokens=None) and data_of(none) is None
+    (one / FILE).write_text((one / FILE).read_text() + "a word of the user\n")
+    assert data_of(one) is None, "edited"

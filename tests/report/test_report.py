@@ -88,6 +88,7 @@ def test_a_whole_run_answers_three_questions_first_and_then_has_all_sections(pag
     tuned = ["0.872 [0.822, 0.932]", "44.0 % [36.0, 51.0]", "2.101 [2.051, 2.161]", "8.17 [7.78, 8.68]", "2.18 %"]
     changes = [f"{MINUS}0.603 [{MINUS}0.628, {MINUS}0.573]", "+3.0 points [2.0, 4.0]", f"{MINUS}0.100 [{MINUS}0.150, {MINUS}0.050]"]
     facts = ["bit-equal logits, verified", "1 min 25 s", "256 tokens/s", "60 steps", "9.5 %", "layers from 7", "One 2 three"]
+    tuned.append("7,071 8,409 +1,338 [921, 1,571]")
     given = ["expand.k 4", "domain[0].path my <b>.txt", "domain[0].weight 1.5", "torch 2.13.0", "adept-fast copies dial", "from_pretrained"]
     for words in base + tuned + changes + facts + given:
         assert words in page.text, words

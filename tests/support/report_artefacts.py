@@ -118,7 +118,13 @@ def evaluation(general: float = 0.872, domain: float = 2.101) -> dict:
                         "tuned": 0.4,
                         "change": {"value": -0.1, "low": -0.15, "high": -0.05},
                         "higher_is_better": True,
-                    }
+                    },
+                    "word_perplexity": {
+                        "base": 7070.977,
+                        "tuned": 8409.042,
+                        "change": {"value": 1338.065, "low": 921.467, "high": 1571.4},
+                        "higher_is_better": False,
+                    },
                 },
             }
         },
