@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.optim.adamw import AdamW
-from adept_fast.optim.host_adamw import HostAdamW, HostCopy
+from adept_fast.optim.host_adamw import HostAdamW, HostCopy, is_bucket
 from adept_fast.optim.transfers import Copied
 
 
@@ -27,6 +27,7 @@ class ArrivingGradients:
         self._thread = ThreadPoolExecutor(1, "OffloadedAdamW")  # starts with the first job
         self._jobs: deque[Future[None]] = deque()
         self._arrivals: deque[tuple[HostCopy, Tensor, Copied]] = deque()
+        self._received: dict[HostCopy, None] = {}  # since the last update ahead
         self._ahead_with: object = None
 
     @torch.no_grad()
@@ -42,18 +43,18 @@ class ArrivingGradients:
 
     @torch.no_grad()
     def receive(self, optimizer: AdamW) -> None:
-        """Add up the gradients that were taken. Update ahead where as many have arrived as before the last step."""
-        received: dict[HostCopy, None] = {}
+        """Add up the gradients that were taken. Update ahead, by the bucket, where as many have arrived as before the last step."""
         while self._arrivals:
             copy, memory, copied = self._arrivals.popleft()
             copied.synchronize()
             copy.undo()
             if memory is not copy.grad:
                 copy.grad.add_(memory)
-            received[copy] = None
-        complete = [copy for copy in received if copy.arrived == copy.expected]
-        if not self.ahead or not complete:
+            self._received[copy] = None
+        complete = [copy for copy in self._received if copy.arrived == copy.expected]
+        if not self.ahead or not complete or not is_bucket(complete):
             return
+        self._received.clear()
         try:
             if self._ahead_with is None:
                 self._ahead_with = _depends_on(optimizer)
@@ -85,7 +86,7 @@ class ArrivingGradients:
         """Restore what was updated ahead. The gradients stay."""
         for copy in self._copies.values():
             copy.undo()
-        self._ahead_with = None
+        self.settled()
 
     def discard(self) -> None:
         """Forget the gradients since the last step. `wait` first."""
@@ -95,7 +96,8 @@ class ArrivingGradients:
             copy.arrived = 0
 
     def settled(self) -> None:
-        """Note that the updates were made use of."""
+        """Note that no update is ahead any more."""
+        self._received.clear()
         self._ahead_with = None
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from adept_fast.optim.adamw import AdamW
 from adept_fast.optim.transfers import Copied, Transfers
 from adept_fast.optim.update_collection import StepUpdates
 
-BUCKET = 2**26  # bytes of gradients that one call updates, while the bucket before is copied to the device
+BUCKET = 2**26  # bytes of gradients, at least, that one call updates: it costs a look at every parameter
 
 
 @dataclass(eq=False)
@@ -144,12 +144,15 @@ class HostAdamW(AdamW):
                 copy.weight.grad = None
 
 
+def is_bucket(copies: Sequence[HostCopy]) -> bool:
+    return sum(copy.grad.nbytes for copy in copies) >= BUCKET
+
+
 def buckets(copies: Sequence[HostCopy]) -> Iterator[list[HostCopy]]:
-    """Divide copies into lists of BUCKET bytes of gradients or little more."""
-    bucket, held = [], 0
+    """Divide copies into buckets, and a rest."""
+    bucket: list[HostCopy] = []
     for copy in copies:
         bucket.append(copy)
-        held += copy.grad.nbytes
-        if held >= BUCKET or copy is copies[-1]:
+        if is_bucket(bucket) or copy is copies[-1]:
             yield bucket
-            bucket, held = [], 0
+            bucket = []

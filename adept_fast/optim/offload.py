@@ -41,9 +41,9 @@ class OffloadedAdamW(AdamW):
         in_backward: what is done while backward runs.
             None: nothing. step() copies gradients to the host, updates, and copies parameters back, all at once in buckets.
             "copy": each gradient is copied to the host and freed on the device. Several backward passes add up there.
-            "update": so, and parameters are updated ahead, if as many passes have arrived as before the last step and that did not clip.
-                step() restores them and updates again if it finds that it clips, or that a further pass, a new learning rate or an edited
-                parameter came in between. The bits are those of None.
+            "update": so, and buckets of parameters are updated ahead, if as many passes have arrived as before the last step and that did
+                not clip. step() restores them and updates again if it finds that it clips, or that a further pass, a new learning rate or
+                an edited parameter came in between. The bits are those of None.
 
     With "copy" and "update" `.grad` is None after backward: clip with max_grad_norm, and discard gradients with the zero_grad() of this
     optimizer. step() uses them up. GradScaler needs None, and so do several processes, which reduce gradients after they have arrived.

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,6 +80,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Parameter]], LateTra
     def install(params: list[Parameter]) -> LateTransfers:
         transfers = LateTransfers(params)
         monkeypatch.setattr("adept_fast.optim.offload.transfers_of", lambda device: transfers)
+        monkeypatch.setattr("adept_fast.optim.host_adamw.BUCKET", 0)
         return transfers
 
     return install
@@ -86,7 +88,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Parameter]], LateTra
 
 def parameters(*dtypes: torch.dtype) -> list[Parameter]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(7, 5), (12,), (3, 4, 2), (0, 2), (9, 3)]
+    shapes = [(7, 5), (12,), (3, 4, 20), (0, 2), (9, 3)]
     return [Parameter(torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)])) for i, shape in enumerate(shapes)]
 
 
@@ -462,21 +464,47 @@ def test_parameters_without_a_gradient_take_no_memory(late: Any) -> None:
     assert transfers.held == 80
 
 
-def test_buckets_go_up_one_by_one(late: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adept_fast.optim.host_adamw.BUCKET", 100)
-    sizes: list[int] = []
-    run = HostAdamW.update
+@pytest.mark.parametrize("in_backward", [None, "update"])
+def test_updates_go_by_the_bucket(in_backward: str | None, late: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order in step(); ahead with what has arrived, if it fills one; the rest in step()."""
+    run, here = HostAdamW.update, threading.current_thread()
+    sizes: dict[bool, list[int]] = {True: [], False: []}  # bytes of gradients, in step() or on the thread
 
     def counted(self: HostAdamW, copies: Any, scale: Any, check_only: bool = False) -> None:
-        sizes.append(len(copies))
+        sizes[threading.current_thread() is here] += [] if check_only else [sum(each.grad.nbytes for each in copies)]
         run(self, copies, scale, check_only)
 
+    ours, params, reference, others = both(late, (torch.float32,), in_backward)
+    monkeypatch.setattr("adept_fast.optim.host_adamw.BUCKET", 100)
     monkeypatch.setattr(HostAdamW, "update", counted)
-    ours, params, reference, others = both(late, (torch.float32,), None, max_grad_norm=0.3)
-    for optimizer, its in ((ours, params), (reference, others)):
-        backward(its, 0)
-        optimizer.step()
-    assert sizes == [5, 1, 2, 2]
+    for step in range(2):
+        for optimizer, its in ((ours, params), (reference, others)):
+            backward(its, step, without=(1, 2) if step else ())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(ours, params, reference, others)
+    in_step = [140, 48 + 960, 0 + 108]
+    assert sizes[True][:3] == in_step
+    assert (sizes[True][3:] == [140, 108]) == (in_backward is None)
+    assert sum(sizes[True][3:]) + sum(sizes[False]) == 140 + 108
+    assert all(size >= 100 for size in sizes[False])
+
+
+@pytest.mark.parametrize("in_backward", ["copy", "update"])
+def test_random_loops_that_do_not_wait_for_the_thread(in_backward: str, late: Any) -> None:
+    draw = random.Random(7)
+    options = {"master_weights": "remainder", "max_grad_norm": 40.0}
+    ours, params, reference, others = both(late, (torch.bfloat16, torch.float32), in_backward, **options)
+    for step in range(60):
+        size, passes = draw.choice([0.1, 0.1, 0.1, 3.0]), draw.choice([1, 1, 1, 2])
+        lr, without = draw.choice([None, None, draw.uniform(0, 0.02)]), draw.choice([(), (), (1, 4)])
+        for optimizer, its in ((ours, params), (reference, others)):
+            for number in range(passes):
+                backward(its, 10 * step + number, size, without)
+            if lr is not None:
+                optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
     assert_same(ours, params, reference, others)
 
 
