@@ -23,30 +23,32 @@ quick: $(VENV)/.test
 demo: $(VENV)/.hf
 	$(VENV)/bin/adept-fast demo
 
-# On a GPU. Each part goes on after a failure, which it reports at its end, and takes under GPU_SECONDS; JSON of benchmarks is copied to OUT.
+# On a GPU. Each part goes on after failures, which it reports at its end, takes under GPU_SECONDS, and leaves JSON in OUT.
 OUT ?= build/gpu
-GPU_SECONDS ?= 480
-GPU_BENCHES := adamw gradient_sums linear_cross_entropy scoring
+GPU_SECONDS ?= 470
+GPU_BENCHES := gradient_sums linear_cross_entropy scoring
 GPU_PARTS := gpu-bench gpu-check gpu-sanitize
+SANITIZER ?= compute-sanitizer
 gpu:
 	failed=; for part in $(GPU_PARTS); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 		[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 gpu-bench: $(VENV)/.test
-	mkdir -p $(OUT); failed=; for bench in $(GPU_BENCHES); do \
-		timeout $$(( $(GPU_SECONDS) / 4 )) $(RUN) -m bench $$bench --save > $(OUT)/$$bench.json || failed="$$failed $$bench"; \
+	mkdir -p $(OUT); failed=; half=$$(( $(GPU_SECONDS) / 2 )); \
+	timeout $$half $(RUN) -m bench adamw --seconds=$$(( half - 10 )) --save > $(OUT)/adamw.json || failed=" adamw"; \
+	for bench in $(GPU_BENCHES); do \
+		timeout $$(( half / 3 )) $(RUN) -m bench $$bench --save > $(OUT)/$$bench.json || failed="$$failed $$bench"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 gpu-check: $(VENV)/.test
-	$(RUN) -c 'import torch; from adept_fast.ops.dispatch import resolve; [resolve("adamw", torch.device("cuda"), name) for name in ("cuda", "triton")]'
-	timeout $(GPU_SECONDS) $(RUN) -m pytest -q -rs -m gpu $$(grep -l 'mark\.gpu' -r tests --include=test_*.py)
+	$(RUN) -m tests.gpu $(OUT)/check.json --seconds=$(GPU_SECONDS) -- -m gpu $$(grep -l 'mark\.gpu' -r tests --include=test_*.py)
 
 # Some virtual machines do not support it.
 gpu-sanitize: $(VENV)/.test
 	failed=; for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $$(( $(GPU_SECONDS) / 2 )) \
-			compute-sanitizer --tool $$tool --kernel-name kns=adept_fast --report-api-errors no --error-exitcode 1 \
-			$(RUN) -m pytest -q -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || failed="$$failed $$tool"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(RUN) -m tests.gpu $(OUT)/$$tool.json --seconds=$$(( $(GPU_SECONDS) / 2 )) \
+			--under "$(SANITIZER) --tool $$tool --kernel-name kns=adept_fast --report-api-errors no --error-exitcode 1" \
+			-- -m gpu tests/gpu/test_adamw_cuda_gpu.py -k reference_bits || failed="$$failed $$tool"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # Runs the tests of the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
