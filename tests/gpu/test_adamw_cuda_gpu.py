@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adept_fast.ops import dispatch
 from adept_fast.ops.adamw.reference import Update, adamw_update_
 from adept_fast.ops.adamw.table import Table
 from adept_fast.optim import AdamW
@@ -27,6 +28,11 @@ def scaled_adamw(params: Iterable[Tensor], **changes: object) -> AdamW:
     pytest.importorskip("adept_fast._CUDA")
     options = {"lr": 3e-3, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.13, "backend": "cuda"}
     return AdamW(params, **(options | changes))
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backends_are_found(name: str) -> None:
+    assert dispatch.resolve("adamw", torch.device("cuda"), name) == name
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -159,25 +165,39 @@ def test_tensors_on_a_device_that_is_not_current() -> None:
     assert torch.cuda.current_device() == 0
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "moments", "mode"),
+    [
+        (torch.bfloat16, torch.bfloat16, "stochastic"),
+        (torch.bfloat16, torch.float32, "remainder"),
+        (torch.float32, torch.float32, None),
+    ],
+    ids=str,
+)
+def test_more_than_2_to_the_31_elements(dtype: torch.dtype, moments: torch.dtype, mode: str | None) -> None:
     numel = 2**31 + CHUNK + 11  # a multiple of the period, 3, with a tail
-    if torch.cuda.mem_get_info()[0] < 9 * numel:
-        pytest.skip("needs 20 GB of free GPU memory")
-    tensors = [torch.empty(numel, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3)]
-    tensors.append(tensors[2].abs().clamp_(max=2.0))
-    multipliers = torch.tensor([0.5, 0.0, 1.5], device="cuda")
-    options = OPTIONS._replace(master_weights="stochastic")
-    big = Update(*tensors, None, None, torch.zeros((), device="cuda"), multipliers, 3, 1, 0, 5, options)
-    pieces = [(first - first % 3, 999) for first in (0, 2**30, 2**31 - 500, numel - 1002)]
-    reference = []
-    for first, count in pieces:
-        cut = [x[first : first + count].cpu() for x in tensors]
-        reference.append(Update(*cut, None, None, torch.zeros(()), multipliers.cpu(), 3, 1, first, 5, options))
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    big, pieces = large(numel, "cuda", dtype, moments, mode), [(first - first % 3, 999) for first in (0, 2**30, 2**31 - 500, numel - 1002)]
+    reference = [piece(big, first, count, "cpu") for first, count in pieces]
     on_gpu([big])
     for update in reference:
         adamw_update_(update)
-    ours = [
-        update._replace(**{name: getattr(big, name)[first : first + count] for name in ("param", "exp_avg", "exp_avg_sq")}, step=big.step)
-        for update, (first, count) in zip(reference, pieces, strict=True)
-    ]
-    assert_same_bits(ours, reference, pieces)
+    assert_same_bits([piece(big, first, count, "cuda") for first, count in pieces], reference, pieces)
+
+
+def large(numel: int, device: str, dtype: torch.dtype, moments: torch.dtype, mode: str | None) -> Update:
+    param, grad = (torch.empty(numel, dtype=dtype, device=device).normal_() for _ in range(2))
+    exp_avg = torch.empty(numel, dtype=moments, device=device).normal_()
+    exp_avg_sq = torch.empty(numel, dtype=moments, device=device).uniform_(0.01, 2.0)
+    master = torch.empty(numel, dtype=torch.int16, device=device).random_(-(2**15), 2**15) if mode == "remainder" else None
+    multipliers, step = torch.tensor([0.5, 0.0, 1.5], device=device), torch.zeros((), device=device)
+    options = OPTIONS._replace(master_weights=mode)
+    return Update(param, grad, exp_avg, exp_avg_sq, None, master, step, multipliers, 3, 1, 0, 5, options)
+
+
+def piece(update: Update, first: int, count: int, device: str) -> Update:
+    """A copy of some elements."""
+    tensors = {name: x for name, x in update._asdict().items() if isinstance(x, Tensor)}
+    cut = {name: (x[first : first + count] if x.numel() > count else x).to(device, copy=True) for name, x in tensors.items()}
+    return update._replace(**cut, first_index=first)
