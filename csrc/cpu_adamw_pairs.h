@@ -43,10 +43,10 @@ void split_short(float weight, std::uint16_t& param, std::uint16_t& remainder) {
     remainder = static_cast<std::uint16_t>(low);
 }
 
-// Whether pairs() supports the update: all bf16, no fp32 master, both betas >= 1/2, no amsgrad.
+// Whether pairs() supports the update: all bf16, a master of 16 bits or none, both betas >= 1/2, no amsgrad.
 bool in_pairs(const Tensor& t, const Constants<float>& c) {
     const std::int64_t all_bf16 = kBf16 | kBf16 << 2 | kBf16 << 4;
-    return t.formats == all_bf16 && t.mode != kCopy && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
+    return t.formats == all_bf16 && t.mode != kCopy && t.mode != kRemainder8 && t.max_exp_avg_sq == 0 && c.slow1 && c.slow2;
 }
 
 // The rates of pairs: one for all, or arrays of the first elements' and of the second elements' rates.
