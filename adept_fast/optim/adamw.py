@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -139,8 +139,7 @@ class AdamW(torch.optim.Optimizer):
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             arguments.check_hyperparameters(number, group)
-            if self._settings().state_dtype == torch.int8 and (group["amsgrad"] or group["differentiable"]):
-                raise InputError(f"group {number}: 8-bit moments are without amsgrad and differentiable; give another state_dtype")
+            arguments.check_flags(number, group, self._settings().state_dtype)
             for position, param in enumerate(group["params"]):
                 arguments.check_dtypes(f"group {number}, parameter {position}", param, self.master_weights)
                 backend_of(self._settings(), param)
@@ -221,7 +220,7 @@ class AdamW(torch.optim.Optimizer):
         return gradient_scale(self, updates.grads, updates.meshes, on_cpu)
 
     def _settings(self) -> Settings:
-        state_dtype = torch.int8 if isinstance(self.state_dtype, str) else self.state_dtype
+        state_dtype = torch.int8 if self.state_dtype == "int8" else cast("torch.dtype | None", self.state_dtype)
         return Settings(state_dtype, self.master_weights, self.max_grad_norm, self.backend, self.defaults["differentiable"])
 
     def _described(self, settings: Settings) -> StepUpdates:

@@ -183,6 +183,12 @@ def checked_rates(where: str, group: Mapping[str, Any], rates: object) -> dict[i
     return result
 
 
+def check_flags(number: int, group: Mapping[str, Any], state_dtype: torch.dtype | None) -> None:
+    """Raise InputError for a group that `state_dtype` does not support."""
+    if state_dtype == torch.int8 and (group["amsgrad"] or group.get("differentiable")):
+        raise InputError(f"group {number}: 8-bit moments are without amsgrad and differentiable; give another state_dtype")
+
+
 def check_dtypes(where: str, param: Tensor, master_weights: str | None) -> None:
     """Raise InputError if `master_weights` does not support the dtype of `param`."""
     if master_weights in ("remainder", "remainder8", "stochastic") and needs_master(param) and param.dtype != torch.bfloat16:

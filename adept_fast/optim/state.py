@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.checks import MASTER_DTYPES, REMEDY
+from adept_fast.ops.adamw.checks import CODES, MASTER_DTYPES, REMEDY, SCALES
 from adept_fast.ops.adamw.eight_bit import row_dimension, scale_shape
 from adept_fast.ops.adamw.masters import needs_master
 from adept_fast.runtime.dtensor import is_sharded
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 MASTER_KEYS = {"copy": "master", "remainder": "remainder", "remainder8": "remainder8", "kahan": "compensation"}
 STALE_AFTER_EDIT = ("remainder", "remainder8", "compensation")
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-CODES = ("exp_avg_8bit", "exp_avg_sq_8bit")  # other names than MOMENTS, as torch's AdamW would take codes for moments
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 RATES = "unit_lr"  # in a group: {position: (multipliers, dim)}
 
 

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.checks import REMEDY, check_count, check_form, check_scale
-from adept_fast.ops.adamw.eight_bit import decode, encode, row_length, scale_count
-from adept_fast.optim.arguments import check_hyperparameters, checked_multipliers, checked_rates
+from adept_fast.ops.adamw.checks import CODES, REMEDY, SCALES, check_count, check_form, check_scale
+from adept_fast.ops.adamw.eight_bit import decode, encode, row_length
+from adept_fast.optim.arguments import check_flags, check_hyperparameters, checked_multipliers, checked_rates
 from adept_fast.optim.state import (
-    CODES,
     MASTER_KEYS,
     MOMENTS,
     RATES,
-    SCALES,
     Settings,
     StateFormat,
     check_placement,
@@ -89,6 +87,7 @@ def restore(settings: Settings, groups: Sequence[dict[str, Any]], states: Any, e
     """
     for number, group in enumerate(groups):
         check_hyperparameters(number, group)
+        check_flags(number, group, settings.state_dtype)
         rates = checked_rates(f"group {number}", group, group.pop(RATES, {}))
         for position, param in enumerate(group["params"]):
             if param in states:
@@ -117,15 +116,14 @@ def _restored(where: str, param: Tensor, state: dict[str, Any], form: StateForma
     if state and missing:
         keys = ", ".join(map(str, state))
         raise InputError(f"{where}: its state has {keys} but no {' and no '.join(missing)}: was it saved by an AdamW?")
+    if CODES[0] in state:
+        _check_codes(where, param, state)
     result: dict[str, Any] = {}
-    state = _recoded(where, param, state, form)
-    for key, value in state.items():
-        tensor = value.tensor if isinstance(value, Wrapped) else value
+    for key, value in _recoded(where, param, state, form).items():
+        tensor = _bare(value)
         if key == "step":
             result[key] = _restored_step(where, tensor, form.step_device, copy=isinstance(value, Wrapped))
         elif key in SCALES:
-            local = dtensor.local(param)
-            check_scale(where, key, dtensor.local(tensor).to(local.device), local, row_length(param.shape))
             result[key] = tensor.to(param.device, copy=True) if isinstance(value, Wrapped) else tensor
         elif key in (*MOMENTS, *CODES) or key == form.master_key:
             dtype = form.master if key == form.master_key else tensor.dtype if key in CODES else form.moments
@@ -142,23 +140,41 @@ def _restored(where: str, param: Tensor, state: dict[str, Any], form: StateForma
     return result
 
 
+def _bare(value: Any) -> Any:
+    return value.tensor if isinstance(value, Wrapped) else value
+
+
+def _check_codes(where: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raise InputError unless 8-bit moments fit `param`, from whatever device they come."""
+    for key in CODES:
+        codes = _bare(state[key])
+        check_form(where, key, codes, param)
+        check_placement(where, key, codes, param)
+        if codes.dtype != torch.uint8:
+            raise InputError(f"{where}: {key} is {codes.dtype}, and must be uint8; {REMEDY}")
+    local = dtensor.local(param)
+    for key in SCALES:
+        scale = dtensor.local(_bare(state[key]))
+        elsewhere = isinstance(scale, Tensor) and scale.device.type != "meta"
+        check_scale(where, key, scale, local, scale.device if elsewhere else local.device)
+
+
 def _recoded(where: str, param: Tensor, state: dict[str, Any], form: StateFormat) -> dict[str, Any]:
-    """Encode or decode loaded moments where `form` has the other kind."""
+    """Encode or decode loaded moments where `form` has the other kind. Those of a copied optimizer stay of their kind."""
     eight_bit = form.moments == torch.int8
     if not state or eight_bit == (CODES[0] in state):
         return state
-    check_rows_whole(where, param)
-    row = row_length(param.shape)
     given = [state[key] for key in ((*MOMENTS[:2],) if eight_bit else (CODES[0], SCALES[0], CODES[1], SCALES[1]))]
-    tensors = [value.tensor if isinstance(value, Wrapped) else value for value in given]
-    for key, tensor in zip(MOMENTS if eight_bit else CODES, tensors if eight_bit else tensors[::2], strict=False):
+    if not all(isinstance(value, Wrapped) for value in given):
+        return state
+    check_rows_whole(where, param)
+    row, tensors = row_length(param.shape), [_bare(value) for value in given]
+    for key, tensor in zip(MOMENTS, tensors if eight_bit else (), strict=False):
         check_form(where, key, tensor, param)
         check_placement(where, key, tensor, param)
     local = [dtensor.local(tensor).to(dtensor.local(param).device) for tensor in tensors]
     rest = {key: value for key, value in state.items() if key not in (*MOMENTS, *CODES, *SCALES)}
     if not eight_bit:
-        if {*map(torch.Tensor.numel, local[1::2])} != {scale_count(local[0].numel(), row)}:
-            raise InputError(f"{where}: the scales of its 8-bit moments have another size than its rows; {REMEDY}")
         m, m_scale, v, v_scale = local
         moments = decode(m, m_scale, v, v_scale, row)
         return rest | {key: Wrapped(dtensor.like(moment, param)) for key, moment in zip(MOMENTS, moments, strict=False)}

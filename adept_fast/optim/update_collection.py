@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from adept_fast.ops import dispatch
+from adept_fast.ops.adamw.checks import CODES, SCALES
 from adept_fast.ops.adamw.memory_order import Operands, Pair, in_memory
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import Table
 from adept_fast.optim.arguments import check_hyperparameters, check_keys, check_own_arguments, refuse_sparse
-from adept_fast.optim.state import CODES, MASTER_KEYS, RATES, SCALES, STALE_AFTER_EDIT, Settings
+from adept_fast.optim.state import MASTER_KEYS, RATES, STALE_AFTER_EDIT, Settings
 from adept_fast.optim.update_lookup import Group, States, operands_of, options_of
 from adept_fast.runtime import dtensor
 
@@ -37,7 +38,7 @@ _dtypes, _strides, _versions = (partial(map, get) for get in (attrgetter("dtype"
 class Known(NamedTuple):
     """What is the same in every step of one parameter, and what that relies on.
 
-    references, keys: of exp_avg, exp_avg_sq, max_exp_avg_sq, master, exp_avg_scale and exp_avg_sq_scale in the state; None: it has none.
+    references, keys: of exp_avg, exp_avg_sq, max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale, step in the state; None: it has none.
     """
 
     references: tuple[Reference, ...]
@@ -192,12 +193,13 @@ class UpdateCollector:
             return {}, {}
         then: Any = Known._make(zip(*_at(self.known, ready), strict=True))
         params, grads, held = _at(params, ready), _at(grads, ready), _at(values, _at(self.state_of, ready))
+        lookups = list(map(attrgetter("get"), held))
         # A key that is gone gives itself, which is not the dead reference's None.
-        tensors = [list(map(dict.get, held, keys, keys)) for keys in zip(*then.keys, strict=True)]
-        steps = list(map(dict.get, held, repeat("step")))
+        tensors = [list(map(call, lookups, keys, keys)) for keys in zip(*then.keys, strict=True)]
+        exp_avg, exp_avg_sq, largest, master, scale, scale_sq, steps = tensors
         compared: list[tuple[Callable[[Any, Any], bool], Iterable[Any], Iterable[Any]]] = [
             *((is_, now, map(call, column)) for now, column in zip(tensors, zip(*then.references, strict=True), strict=True)),
-            *((is_not, now, repeat(None)) for now in (*tensors[:2], steps)),  # a dead reference is None, too
+            *((is_not, now, repeat(None)) for now in (exp_avg, exp_avg_sq, steps)),  # a dead reference is None, too
             (is_, _at(rates, ready), then.rates),
             (is_, _dtypes(params), then.param_dtype),
             (is_, _dtypes(grads), then.grad_dtype),
@@ -205,7 +207,6 @@ class UpdateCollector:
             (eq, _strides(grads), then.grad_stride),
         ]
         kept = map(all, zip(*(map(same, now, before) for same, now, before in compared), strict=True))
-        exp_avg, exp_avg_sq, largest, master, scale, scale_sq = tensors
         rows = zip(
             params, grads, exp_avg, exp_avg_sq, largest, master, steps, then.multipliers, then.length, then.inner, then.first_index,
             then.seed, _at(options, ready), scale, scale_sq, then.row, strict=True,
@@ -263,10 +264,10 @@ def known_of(param: Tensor, given: Operands, update: Update, rates: tuple[Tensor
     maximum = None if update.max_exp_avg_sq is None else "max_exp_avg_sq"
     master = None if update.master is None or mode is None else MASTER_KEYS[mode]
     codes, scales = CODES if eight_bit else ("exp_avg", "exp_avg_sq"), SCALES if eight_bit else (None, None)
-    kept = (update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.master, update.exp_avg_scale, update.exp_avg_sq_scale)
+    moments, scale = (update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq), (update.exp_avg_scale, update.exp_avg_sq_scale)
     return Known(
-        references=tuple(type(None) if tensor is None else ref(tensor) for tensor in kept),
-        keys=(*codes, maximum, master, *scales),
+        references=tuple(type(None) if tensor is None else ref(tensor) for tensor in (*moments, update.master, *scale, update.step)),
+        keys=(*codes, maximum, master, *scales, "step"),
         param_dtype=param.dtype,
         param_stride=param.stride(),
         grad_dtype=given.grad.dtype,

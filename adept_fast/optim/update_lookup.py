@@ -11,12 +11,12 @@ from torch import Tensor
 
 from adept_fast.errors import InputError
 from adept_fast.ops import dispatch
-from adept_fast.ops.adamw.checks import REAL, check_operands
+from adept_fast.ops.adamw.checks import CODES, REAL, SCALES, check_operands
 from adept_fast.ops.adamw.eight_bit import row_length
 from adept_fast.ops.adamw.memory_order import Operands
 from adept_fast.ops.adamw.reference import AdamWOptions
-from adept_fast.optim.arguments import check_dtypes
-from adept_fast.optim.state import CODES, RATES, SCALES, Settings, check_placements, create_missing, state_format
+from adept_fast.optim.arguments import check_dtypes, check_flags
+from adept_fast.optim.state import RATES, Settings, check_placements, create_missing, state_format
 from adept_fast.runtime import dtensor
 
 Group = dict[str, Any]
@@ -35,13 +35,13 @@ def operands_of(settings: Settings, number: int, group: Group, position: int, fi
     check_dtypes(where, param, settings.master_weights)
     backend = backend_of(settings, param)
     state, form = states[param], state_format(settings, group, param, backend)
+    if CODES[0] in state or form.moments == torch.int8:
+        check_flags(number, group, torch.int8)
     create_missing(where, state, param, form, group["amsgrad"])
     check_placements(where, param, state, form, group["amsgrad"])
     rates, dim = _fitting_rates(where, group, position, param)
     shard = dtensor.shard_of(param)
     eight_bit = CODES[0] in state
-    if eight_bit and group["amsgrad"]:
-        raise InputError(f"{where}: amsgrad has no 8-bit moments; give another state_dtype")
     exp_avg, exp_avg_sq = CODES if eight_bit else ("exp_avg", "exp_avg_sq")
     given = Operands(
         param=dtensor.local(param),

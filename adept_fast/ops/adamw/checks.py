@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adept_fast.errors import InputError
-from adept_fast.ops.adamw.eight_bit import scale_count
+from adept_fast.ops.adamw.eight_bit import scale_shape
 from adept_fast.ops.adamw.masters import needs_master
 from adept_fast.ops.adamw.reference import Update
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 MASTER_DTYPES = {"copy": torch.float32, "remainder": torch.int16, "remainder8": torch.int8}  # "kahan": the parameter's
+CODES = ("exp_avg_8bit", "exp_avg_sq_8bit")  # other names than of moments, as torch's AdamW would take codes for moments
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 REMEDY = "load a state of this parameter, or `del optimizer.state[parameter]` to start it again"
 
 
@@ -32,25 +34,29 @@ def check_operands(where: str, given: Operands | Update, mode: str | None, backe
     """
     param, native = given.param, backend in ("cuda", "triton")
     numbers = COMPLEX if param.is_complex() else REAL
-    check_form(where, "exp_avg", given.exp_avg, param)
-    first, eight_bit = given.exp_avg.dtype, given.exp_avg_scale is not None
+    eight_bit = given.exp_avg_scale is not None
+    exp_avg, exp_avg_sq = CODES if eight_bit else ("exp_avg", "exp_avg_sq")
+    check_form(where, exp_avg, given.exp_avg, param)
+    first = given.exp_avg.dtype
     moments = (first,) if first in numbers and not (native and first == torch.float64) else numbers
     moments = (torch.uint8,) if eight_bit else moments
     _check_memory(where, "parameter", param, written=True)
     for name, tensor, dtypes in (
         ("gradient", given.grad, numbers),
-        ("exp_avg", given.exp_avg, moments),
-        ("exp_avg_sq", given.exp_avg_sq, moments),
+        (exp_avg, given.exp_avg, moments),
+        (exp_avg_sq, given.exp_avg_sq, moments),
         ("max_exp_avg_sq", given.max_exp_avg_sq, moments),
         ("master", given.master, (MASTER_DTYPES.get(mode or "", param.dtype),)),
     ):
-        if tensor is not None or name in ("gradient", "exp_avg_sq"):
+        if tensor is not None or name in ("gradient", exp_avg_sq):
             present = cast(Tensor, tensor)  # check_like refuses None
             check_like(where, name, present, param, dtypes)
             _check_memory(where, name, present, written=name != "gradient")
     if eight_bit:
-        for name, scale in (("exp_avg_scale", given.exp_avg_scale), ("exp_avg_sq_scale", given.exp_avg_sq_scale)):
-            check_scale(where, name, scale, param, given.row)
+        if param.dtype == torch.float64:
+            raise InputError(f"{where}: its moments have 8 bits, which a parameter of {param.dtype} cannot have; {REMEDY}")
+        for name, scale in zip(SCALES, (given.exp_avg_scale, given.exp_avg_sq_scale), strict=True):
+            check_scale(where, name, scale, param, param.device)
     if given.master is None and mode in ("copy", "remainder", "remainder8", "kahan") and needs_master(param):
         raise InputError(f"{where}: master_weights={mode!r} needs a master tensor, and the state has none; {REMEDY}")
     if native and given.exp_avg.dtype == torch.float64:
@@ -87,15 +93,15 @@ def check_like(where: str, name: str, tensor: Tensor, param: Tensor, dtypes: tup
         raise InputError(f"{where}: {name} is on {tensor.device}, its parameter on {param.device}; {REMEDY}")
 
 
-def check_scale(where: str, name: str, scale: object, param: Tensor, row: int) -> None:
-    """Raise InputError unless `scale` has one fp32 per block of the rows of `param`, on its device and in one piece."""
-    count = scale_count(param.numel(), row)
+def check_scale(where: str, name: str, scale: object, param: Tensor, device: torch.device) -> None:
+    """Raise InputError unless `scale` has one fp32 per block of the rows of `param`, on `device` and in one piece."""
+    shape = scale_shape(param.shape)
     if isinstance(scale, Tensor) and scale.layout == torch.strided and scale.dtype == torch.float32:
-        if scale.numel() == count and scale.device == param.device and scale.is_contiguous():
+        if scale.shape == shape and scale.device == device and scale.is_contiguous():
             _check_memory(where, name, scale, written=True)
             return
     found = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}" if isinstance(scale, Tensor) else repr(scale)
-    raise InputError(f"{where}: {name} is {found}; it must be {count} float32 on {param.device}, contiguous; {REMEDY}")
+    raise InputError(f"{where}: {name} is {found}; it must be float32 of shape {shape} on {device}, contiguous; {REMEDY}")
 
 
 def check_step(where: str, step: object, devices: set[torch.device]) -> None:
