@@ -1,7 +1,7 @@
 """python -m bench NAME [--save] [options] runs main(argv) -> dict of bench/NAME.py and prints it as one JSON line, with machine facts.
 
 --save also writes bench/results/NAME-DEVICE.json. NAME --help has the options. `all` runs every benchmark, each in a process of its own,
-but for those that go on part by part or need a model or another checkout: builds, importance, pieces, race.
+but for those that go on part by part or need a model or another checkout: builds, eight_bit, importance, pieces, race.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(argv: list[str]) -> dict" in path.read_text())
-ASKED_FOR = ("builds", "importance", "pieces", "race")
+ASKED_FOR = ("builds", "eight_bit", "importance", "pieces", "race")
 
 
 def _cpu_model() -> str:
