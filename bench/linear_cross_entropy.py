@@ -14,7 +14,7 @@ from torch.nn import functional
 from adept_fast.ops.linear_cross_entropy.op import linear_cross_entropy
 from adept_fast.ops.linear_cross_entropy.reference import Projection
 from bench import parser
-from bench.measure import device_name, interleaved, peak_memory
+from bench.measure import cache_filler, device_name, interleaved, peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> dict:
     device = torch.device(given.device)
     gpu = device.type == "cuda"
     rows, width = given.rows or (8192 if gpu else 256), given.width or (4096 if gpu else 576)
+    flush = cache_filler(device) if gpu else None  # events then time the device
     result: dict = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -44,14 +45,14 @@ def main(argv: list[str]) -> dict:
         hidden, weight, targets = _inputs(rows, width, given.vocabulary, DTYPES[name], device)
         _validate(hidden, weight, targets, given.backend)
         square = torch.randn(4096, 4096, device=device).to(DTYPES[name])
-        peak_rate = 2 * 4096**3 / interleaved({"mm": partial(torch.mm, square, square)}, 5, device)["mm"] / 1e12
+        peak_rate = 2 * 4096**3 / interleaved({"mm": partial(torch.mm, square, square)}, 5, device, flush)["mm"] / 1e12
         result[name] = {"matmul_tflop_s": peak_rate}
         for way, products in (("losses", 1), ("gradient", 2)):
             ways = {
                 "ours": partial(_ours, hidden, weight, targets, given.backend, way),
                 "torch": partial(_torch, hidden, weight, targets, way),
             }
-            times = interleaved(ways, given.rounds, device)
+            times = interleaved(ways, given.rounds, device, flush)
             found = {
                 key: {
                     "ms": 1e3 * seconds,
