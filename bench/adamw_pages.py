@@ -80,8 +80,8 @@ def _beside_others(result: dict[str, Any]) -> list[str]:
         "All set-ups, and other packages on the same tensors and in the same rounds"
         + f" ({versions})" * bool(versions)
         + ". Bytes: what each stores beside parameter and gradient, measured after a step.\nCalls: of Python and C functions in a step. "
-        "Distance: from fp64 after 20 steps, in per cent of the way that weights moved; the second where gradients of neighbours differ in\n"
-        "size by e^z, z normal, which is hard on formats that share a scale."
+        "Distance: from fp64 after 20 steps, in per cent of the way that weights moved; the second where gradients of neighbours differ\n"
+        "in size by e^z, z normal, which is hard on formats that share a scale."
     )
     return [about, _table(["parameters and moments", "optimizer", "ms", "bytes", "calls", "distance, %"], rows)]
 
