@@ -69,14 +69,18 @@ POST_HOOKS = (rates_into_state, widen_sharded_remainders)
 
 
 def wrap_tensors(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Load pre-hook: wrap every state tensor. `restore` unwraps them."""
+    """Load pre-hook: wrap every state tensor, those of torchao's optimizers dequantised. `restore` unwraps them."""
 
     def wrap(state: Any) -> Any:
         if not isinstance(state, dict):
             return state
-        return {key: Wrapped(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+        return {key: Wrapped(_dequantized(value)) if isinstance(value, Tensor) else value for key, value in state.items()}
 
     return state_dict | {"state": {parameter: wrap(state) for parameter, state in state_dict["state"].items()}}
+
+
+def _dequantized(value: Tensor) -> Tensor:
+    return value if type(value).dequantize is Tensor.dequantize else value.dequantize()
 
 
 def restore(settings: Settings, groups: Sequence[dict[str, Any]], states: Any, earlier_rates: Sequence[Rates | None]) -> None:

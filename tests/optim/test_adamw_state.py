@@ -241,3 +241,22 @@ def test_a_step_kept_as_a_number_is_read() -> None:
     ours.load_state_dict(state)
     train(ours, 4, 5)
     assert {s["step"].item() for s in ours.state.values()} == {4.0}
+
+
+class Quantized(Tensor):
+    """A state tensor of another optimizer, half of what it stands for."""
+
+    def dequantize(self) -> Tensor:
+        return 2 * self.as_subclass(Tensor)
+
+
+def test_states_of_optimizers_that_quantise_are_dequantised() -> None:
+    old = build(torch.optim.AdamW)
+    train(old, 1, 4)
+    saved = old.state_dict()
+    halves = {n: {k: v if k == "step" else (v / 2).as_subclass(Quantized) for k, v in each.items()} for n, each in saved["state"].items()}
+    ours, plain = build(AdamW, like=old), build(AdamW, like=old)
+    ours.load_state_dict(saved | {"state": halves})
+    plain.load_state_dict(saved)
+    for param, like in zip(every(ours), every(plain), strict=True):
+        assert type(ours.state[param]["exp_avg"]) is Tensor and torch.equal(ours.state[param]["exp_avg"], plain.state[like]["exp_avg"])
