@@ -28,13 +28,12 @@ from adept_fast.settings.validation import shown
 
 IGNORE = -100
 REMEDY = "name its text with column=, or name its keys as one of these formats has them"
-REMEDIES = {
+REMEDIES = {  # keys of common records without a format -> what to do
     frozenset(("chosen", "rejected")): "of a preferred and a rejected answer one can be trained on: name 'chosen' 'completion' where "
     "'prompt' stands beside it, or give column=chosen where it is a list of messages",
     frozenset(("question", "answer")): "'question' and 'answer' are read where nothing but an id stands beside them: leave the others out, "
     "or name what is asked, with all that belongs to it, 'prompt', and the answer 'completion'",
 }
-"""Keys of common records without a format -> what to do."""
 BESIDE = frozenset(("id", "_id", "idx", "index", "uid", "uuid", "url", "source", "split", "category", "difficulty"))
 """Keys that name or sort a record, and may stand beside a question and its answer. They are not read."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
