@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adept_fast.kernels.adamw_moments import update_coded_moments, update_moments
 from adept_fast.kernels.adamw_scalars import (
     CORRECTION,
+    DITHER,
     EPSILON,
     GRAD_SCALE,
     KEY_HIGH,
@@ -36,9 +38,10 @@ from adept_fast.kernels.adamw_scalars import (
     mix,
     prepare_kernel,
 )
-from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
-from adept_fast.kernels.number_formats import TRITON_DTYPES, divided, is_finite, read, rounded, square_root, widened, write
-from adept_fast.ops.adamw.descriptors import WORD, WORDS
+from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, slots_of, tensors_on
+from adept_fast.kernels.adamw_walk import CODED, next_blocks, unit_rates, units_on
+from adept_fast.kernels.number_formats import TRITON_DTYPES, divided, is_finite, read, rounded, widened, write
+from adept_fast.ops.adamw.descriptors import WORD
 from adept_fast.ops.adamw.table import Table
 from adept_fast.ops.number_formats import MODES
 
@@ -49,6 +52,7 @@ COPY = tl.constexpr(MODES["copy"])
 REMAINDER = tl.constexpr(MODES["remainder"])
 KAHAN = tl.constexpr(MODES["kahan"])
 STOCHASTIC = tl.constexpr(MODES["stochastic"])
+REMAINDER8 = tl.constexpr(MODES["remainder8"])
 PARAM_WORD = tl.constexpr(WORD.param)
 GRAD_WORD = tl.constexpr(WORD.grad)
 EXP_AVG_WORD = tl.constexpr(WORD.exp_avg)
@@ -60,102 +64,78 @@ NUMEL_WORD = tl.constexpr(WORD.numel)
 LENGTH_WORD = tl.constexpr(WORD.length)
 INNER_WORD = tl.constexpr(WORD.inner)
 FIRST_INDEX_WORD = tl.constexpr(WORD.first_index)
-
-
-@triton.jit
-def average(old, value, weight, slow):
-    """Move from the old value by `weight` if slow, else from the new one."""
-    start = tl.where(slow, old, value)
-    return start + weight * (tl.where(slow, value, old) - start)
-
-
-@triton.jit
-def quotient(offset, divisor, BLOCK: tl.constexpr):
-    """Compute max(offset, 0) // divisor without a division per element. Exact for offset < 2 BLOCK, divisor <= BLOCK <= 1024."""
-    reciprocal = ((2097152 + divisor - 1) // divisor).to(tl.uint32)
-    return ((tl.maximum(offset, 0).to(tl.uint32) * reciprocal) >> 21).to(tl.int32)
-
-
-@triton.jit
-def units_on(elements, place, inner, BLOCK: tl.constexpr):
-    """Count unit boundaries in the next `elements` (<= BLOCK) elements. place: position in the current unit, of `inner` elements."""
-    # Of a unit longer than BLOCK at most one end is near: only its last BLOCK elements count.
-    short = tl.minimum(inner, BLOCK)
-    before_end = tl.maximum(place - (inner - short), -BLOCK).to(tl.int32)
-    return quotient(elements + before_end, short.to(tl.int32), BLOCK)
+EXP_AVG_SCALE_WORD = tl.constexpr(WORD.exp_avg_scale)
+EXP_AVG_SQ_SCALE_WORD = tl.constexpr(WORD.exp_avg_sq_scale)
+ROW_WORD = tl.constexpr(WORD.row)
 
 
 @triton.jit
 def update_block(
     addresses,
-    first,
-    left,
+    span,
+    scales,
+    present,
     index,
-    decay,
-    stride,
+    rates,
     scalar,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENTS: tl.constexpr,
     MODE: tl.constexpr,
     AMSGRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Update `left` elements from `first` on.
+    """Update the elements of `span`: see `read`.
 
-    decay: rate * weight_decay, or -1 for frozen elements.
-    stride: factor of m / (sqrt(v) + epsilon).
+    scales: see update_coded_moments; None: moments are numbers.
+    index: the numbers of the elements.
+    rates: rate * weight_decay, or -1 for frozen elements, and the factor of m / (sqrt(v) + epsilon).
     """
     param_address, grad_address, exp_avg, exp_avg_sq, max_exp_avg_sq, master_address = addresses
-    grad_scale, epsilon, weight1, weight2, slow1, slow2, key_low, key_high = scalar
-    inside = tl.arange(0, BLOCK) < left
-    grad = widened(read(grad_address, first, inside, GRAD, BLOCK, WHOLE), GRAD) * grad_scale
-    m = widened(read(exp_avg, first, inside, MOMENTS, BLOCK, WHOLE), MOMENTS)
-    v = widened(read(exp_avg_sq, first, inside, MOMENTS, BLOCK, WHOLE), MOMENTS)
-    param = read(param_address, first, inside, PARAM, BLOCK, WHOLE)
-    MASTER: tl.constexpr = tl.float32 if MODE == COPY else tl.int16 if MODE == REMAINDER else PARAM
-    m = average(m, grad, weight1, slow1)
-    v = average(v, grad * grad, weight2, slow2)
-    second = v
-    if AMSGRAD:
-        largest = widened(read(max_exp_avg_sq, first, inside, MOMENTS, BLOCK, WHOLE), MOMENTS)
-        second = tl.where((largest > v) | (largest != largest), largest, v)
-        write(max_exp_avg_sq, first, inside, rounded(second, MOMENTS), MOMENTS, BLOCK, WHOLE)
-    write(exp_avg, first, inside, rounded(m, MOMENTS), MOMENTS, BLOCK, WHOLE)
-    write(exp_avg_sq, first, inside, rounded(v, MOMENTS), MOMENTS, BLOCK, WHOLE)
+    grad_scale, epsilon, weight1, weight2, slow1, slow2, key_low, key_high, dither = scalar
+    decay, stride = rates
+    moments = (exp_avg, exp_avg_sq, max_exp_avg_sq)
+    weights = (weight1, weight2, slow1, slow2)
+    grad = widened(read(grad_address, span, GRAD, WHOLE), GRAD) * grad_scale
+    param = read(param_address, span, PARAM, WHOLE)
+    if MOMENTS == tl.uint8:
+        m, root = update_coded_moments(moments, span, scales, present, grad, weights, dither + index.to(tl.uint32) * 0x6A09E667, WHOLE)
+    else:
+        m, root = update_moments(moments, span, grad, weights, MOMENTS, AMSGRAD, WHOLE)
+    MASTER: tl.constexpr = tl.float32 if MODE == COPY else tl.int16 if MODE == REMAINDER else tl.int8 if MODE == REMAINDER8 else PARAM
     weight = widened(param, PARAM)
-    if (MODE == COPY) | (MODE == REMAINDER) | (MODE == KAHAN):
-        master = read(master_address, first, inside, MASTER, BLOCK, WHOLE)
+    if (MODE == COPY) | (MODE == REMAINDER) | (MODE == REMAINDER8) | (MODE == KAHAN):
+        master = read(master_address, span, MASTER, WHOLE)
         if MODE == COPY:
             weight = tl.where(widened(rounded(master, PARAM), PARAM) == weight, master, weight)
-        elif MODE == REMAINDER:
-            joined = ((param.to(tl.int32) << 16) + master.to(tl.int32)).to(tl.float32, bitcast=True)
-            weight = tl.where(joined != joined, weight, joined)  # NaN: the parameter was set to 0 through .data
-        else:
+        elif MODE == KAHAN:
             weight = weight + widened(master, PARAM)
-    change = stride * divided(m, square_root(second) + epsilon)
+        else:
+            remainder = master.to(tl.int32) << 8 if MODE == REMAINDER8 else master.to(tl.int32)
+            joined = ((param.to(tl.int32) << 16) + remainder).to(tl.float32, bitcast=True)
+            weight = tl.where(joined != joined, weight, joined)  # NaN: the parameter was set to 0 through .data
+    change = stride * divided(m, root + epsilon)
     # An infinite weight does not decay: inf - inf is no number.
     weight = weight - (tl.where(is_finite(weight), decay * weight, 0.0) + change)
     frozen = decay < 0.0
     bits = weight.to(tl.uint32, bitcast=True)
-    if MODE == REMAINDER:
-        # A tie rounds away from zero, as the remainder of a tie to even may not fit 16 bits.
-        low = tl.where(is_finite(weight), bits.to(tl.int16), 0)
-        new = tl.where(is_finite(weight), ((bits - low.to(tl.int32).to(tl.uint32)) >> 16).to(tl.uint16), rounded(weight, PARAM))
-        write(master_address, first, inside, tl.where(frozen, master, low), MASTER, BLOCK, WHOLE)
+    if (MODE == REMAINDER) | (MODE == REMAINDER8):
+        # A tie rounds away from zero, as the remainder of a tie to even may not fit 16 (8) bits.
+        bits = bits + 0x80 if MODE == REMAINDER8 else bits
+        low = tl.where(is_finite(weight), (bits >> 8 if MODE == REMAINDER8 else bits).to(MASTER), 0)
+        new = tl.where(is_finite(weight), ((bits + 0x8000) >> 16).to(tl.uint16), rounded(weight, PARAM))
+        write(master_address, span, tl.where(frozen, master, low), MASTER, WHOLE)
     elif MODE == STOCHASTIC:
-        i = (index + tl.arange(0, BLOCK)).to(tl.uint64)
-        noise = mix(mix(i.to(tl.uint32) ^ key_low) + (i >> 32).to(tl.uint32) + key_high) >> 16
+        noise = mix(mix(index.to(tl.uint32) ^ key_low) + (index.to(tl.uint64) >> 32).to(tl.uint32) + key_high) >> 16
         new = tl.where(is_finite(weight), ((bits + noise) >> 16).to(tl.uint16), rounded(weight, PARAM))
     else:
         new = rounded(weight, PARAM)
         if MODE == COPY:
-            write(master_address, first, inside, tl.where(frozen, master, weight), MASTER, BLOCK, WHOLE)
+            write(master_address, span, tl.where(frozen, master, weight), MASTER, WHOLE)
         elif MODE == KAHAN:
             lost = rounded(tl.where(is_finite(weight), weight - widened(new, PARAM), 0.0), PARAM)
-            write(master_address, first, inside, tl.where(frozen, master, lost), MASTER, BLOCK, WHOLE)
-    write(param_address, first, inside, tl.where(frozen, param, new), PARAM, BLOCK, WHOLE)
+            write(master_address, span, tl.where(frozen, master, lost), MASTER, WHOLE)
+    write(param_address, span, tl.where(frozen, param, new), PARAM, WHOLE)
 
 
 @triton.jit(do_not_specialize=["first_program"])
@@ -180,9 +160,7 @@ def update_kernel(
     row = rows + tensor * ROW
     s = scalars + tensor * SCALARS
     if tl.load(s + UPDATES) != 0.0:
-        lr = tl.load(s + RATE)
-        weight_decay = tl.load(s + WEIGHT_DECAY)
-        correction = tl.load(s + CORRECTION)
+        group = (tl.load(s + RATE), tl.load(s + WEIGHT_DECAY), tl.load(s + CORRECTION))
         scalar = (
             tl.load(s + GRAD_SCALE).to(tl.float32),
             tl.load(s + EPSILON).to(tl.float32),
@@ -192,6 +170,7 @@ def update_kernel(
             tl.load(s + SLOW2) != 0.0,
             tl.load(s + KEY_LOW).to(tl.uint32),
             tl.load(s + KEY_HIGH).to(tl.uint32),
+            tl.load(s + DITHER).to(tl.uint32),
         )
         param = tl.load(row + PARAM_WORD)
         grad = tl.load(row + GRAD_WORD)
@@ -206,32 +185,54 @@ def update_kernel(
         inner = tl.load(row + INNER_WORD)
         first_index = tl.load(row + FIRST_INDEX_WORD)
         aligned = ((param | grad | exp_avg | exp_avg_sq | max_exp_avg_sq | master) & 15) == 0
-        # 64-bit division is slow. Divide once, then move unit and place along.
+        whole = tl.arange(0, BLOCK)
+        if MOMENTS == tl.uint8:
+            TOGETHER: tl.constexpr = BLOCK // CODED
+            number = tl.arange(0, TOGETHER)
+            in_block = tl.arange(0, CODED)
+            average_scale = tl.load(row + EXP_AVG_SCALE_WORD).to(tl.pointer_type(tl.float32))
+            root_scale = tl.load(row + EXP_AVG_SQ_SCALE_WORD).to(tl.pointer_type(tl.float32))
+            size = tl.load(row + ROW_WORD)
+            block = first // CODED
+            column = block % ((size + CODED - 1) // CODED)
+            first = block // ((size + CODED - 1) // CODED) * size + column * CODED
+            aligned = aligned & (size % CODED == 0)
+            whole = number[:, None] * CODED + in_block[None, :]
+        # Divide once, then move unit and place along.
         unit = first // inner
         place = first - unit * inner
         unit = unit % length
         for _ in range(0, BLOCKS):
-            rates = multipliers.to(tl.pointer_type(tl.float32)) + unit
-            if (length == 1) | (units_on(BLOCK - 1, place, inner, BLOCK) == 0):
-                rate = tl.load(rates, mask=multipliers != 0, other=1.0)
-                decay = tl.full([BLOCK], tl.where(rate == 0.0, -1.0, (lr * rate.to(tl.float64) * weight_decay).to(tl.float32)), tl.float32)
-                stride = tl.full([BLOCK], (lr * rate.to(tl.float64) * correction).to(tl.float32), tl.float32)
-            else:
-                further = units_on(tl.arange(0, BLOCK), place, inner, BLOCK)
-                around = units_on(further, unit, length, BLOCK)
-                each = tl.load(rates + (further - around * length))
-                decay = tl.where(each == 0.0, -1.0, (lr * each.to(tl.float64) * weight_decay).to(tl.float32))
-                stride = (lr * each.to(tl.float64) * correction).to(tl.float32)
-            index = first_index + first
+            position = (unit, place, length, inner)
+            scales = None
+            if MOMENTS == tl.uint8:
+                scales = (average_scale + block + number, root_scale + block + number)
             if aligned & (first + BLOCK <= numel):
-                update_block(addresses, first, BLOCK, index, decay, stride, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, BLOCK, True)
+                span = (first, whole, None)
+                rates = unit_rates(multipliers, position, whole, group, BLOCK)
+                index = first_index + first + whole
+                update_block(addresses, span, scales, None, index, rates, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, True)
             elif first < numel:
-                left = numel - first
-                update_block(addresses, first, left, index, decay, stride, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, BLOCK, False)
-            first += BLOCK
-            further = units_on(BLOCK, place, inner, BLOCK)
+                present = None
+                offset = whole
+                inside = offset < numel - first
+                if MOMENTS == tl.uint8:
+                    begin, columns = next_blocks(number, column, size, TOGETHER)
+                    present = first + begin < numel
+                    offset = begin.to(tl.int32)[:, None] + in_block[None, :]
+                    inside = present[:, None] & (columns[:, None] * CODED + in_block[None, :] < size)
+                part = (first, offset, inside)
+                rates = unit_rates(multipliers, position, offset, group, BLOCK)
+                index = first_index + first + offset
+                update_block(addresses, part, scales, present, index, rates, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, False)
+            passed = BLOCK
+            if MOMENTS == tl.uint8:
+                passed, column = next_blocks(TOGETHER, column, size, TOGETHER)
+                block += TOGETHER
+            first += passed
+            further = units_on(passed, place, inner, BLOCK)
             around = units_on(further, unit, length, BLOCK)
-            place += BLOCK - further * inner
+            place += passed - further * inner
             unit += further - around * length
 
 
@@ -246,16 +247,16 @@ def adamw(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> 
         return
     device = updates[0].param.device
     rows, setups = by_setup(table)
-    numels = rows[WORD.numel :: WORDS]
+    slots = slots_of(rows)
     with torch.cuda.device_of(updates[0].param):
         tensors, groups = tensors_on(device, rows, updates), groups_on(device, table.options)
-        chunks = chunks_on(device, numels, BLOCK * BLOCKS)
+        chunks = chunks_on(device, slots, BLOCK * BLOCKS)
         scalars = torch.empty(len(updates), SCALARS.value, dtype=torch.float64, device=device)
         grid = (triton.cdiv(len(updates), TENSORS),)
         prepare_kernel[grid](tensors, groups, scalars, grad_scale, found_inf, len(updates), TENSORS=TENSORS, enable_fp_fusion=False)
         tensor = program = 0
         for setup, count in setups:
-            programs = sum(-(-n // (BLOCK * BLOCKS)) for n in numels[tensor : tensor + count])
+            programs = sum(-(-n // (BLOCK * BLOCKS)) for n in slots[tensor : tensor + count])
             if programs:
                 update_kernel[(programs,)](
                     tensors,

@@ -23,7 +23,7 @@ BETA1_ADDRESS = tl.constexpr(GROUP_WORD.beta1_address)
 BETA2_ADDRESS = tl.constexpr(GROUP_WORD.beta2_address)
 KINDS = tl.constexpr(GROUP_WORD.kinds)
 # Columns of `scalars`.
-SCALARS = tl.constexpr(12)
+SCALARS = tl.constexpr(13)
 RATE = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
 CORRECTION = tl.constexpr(2)
@@ -35,7 +35,8 @@ SLOW1 = tl.constexpr(7)
 SLOW2 = tl.constexpr(8)
 KEY_LOW = tl.constexpr(9)
 KEY_HIGH = tl.constexpr(10)
-UPDATES = tl.constexpr(11)
+DITHER = tl.constexpr(11)
+UPDATES = tl.constexpr(12)
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSOR
     """Write `scalars`, fp64 [tensors, SCALARS]. Columns, in their order:
 
         lr, weight_decay, sqrt(1 - beta2^t) / (1 - beta1^t), factor of gradients, eps sqrt(1 - beta2^t), weights of both averages,
-        whether each average moves from its old value, two keys of stochastic rounding, whether to update
+        whether each average moves from its old value, two keys of stochastic rounding, the dither of element 0, whether to update
 
     If found_inf is not 0, no tensor is updated and no step is incremented.
     """
@@ -99,7 +100,8 @@ def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSOR
     if grad_scale is not None:
         scale = scale * tl.load(grad_scale).to(tl.float64)
     seed = tl.load(row + SEED, mask=inside, other=0).to(tl.uint32)
-    key = mix(mix(seed + 0x9E3779B9) ^ t.to(tl.uint32))
+    hashed = mix(seed + 0x9E3779B9)
+    key = mix(hashed ^ t.to(tl.uint32))
     target = scalars + i * SCALARS
     tl.store(target + RATE, lr, mask=inside)
     tl.store(target + WEIGHT_DECAY, weight_decay, mask=inside)
@@ -112,4 +114,5 @@ def prepare_kernel(rows, groups, scalars, grad_scale, found_inf, tensors, TENSOR
     tl.store(target + SLOW2, (beta2 >= 0.5).to(tl.float64), mask=inside)
     tl.store(target + KEY_LOW, key.to(tl.float64), mask=inside)
     tl.store(target + KEY_HIGH, mix(key + 0x9E3779B9).to(tl.float64), mask=inside)
+    tl.store(target + DITHER, (hashed + t.to(tl.uint32) * 0x9E3779B9).to(tl.float64), mask=inside)
     tl.store(target + UPDATES, finite.to(tl.float64), mask=inside)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.descriptors import group_rows
+from adept_fast.ops.adamw.descriptors import WORD, WORDS, group_rows
+from adept_fast.ops.adamw.eight_bit import BLOCK, scale_count
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.adamw.table import ROW_BYTES, Table
 
@@ -65,16 +66,24 @@ def groups_on(device: torch.device, options: Sequence[AdamWOptions]) -> Tensor:
     return _on_device("groups", rows, lambda: torch.frombuffer(bytearray(rows), dtype=torch.int64), device)
 
 
-def chunks_on(device: torch.device, numels: array[int], size: int) -> Tensor:
-    """Upload one word per chunk of `size` elements: its tensor + 2^32 * its number in the tensor."""
+def slots_of(rows: array[int]) -> array[int]:
+    """Return the elements of each tensor, or with 8-bit moments those that its blocks have room for."""
+    numels, lengths = rows[WORD.numel :: WORDS], rows[WORD.row :: WORDS]
+    if not any(lengths):
+        return numels
+    return array("q", [scale_count(n, length) * BLOCK if length else n for n, length in zip(numels, lengths, strict=True)])
+
+
+def chunks_on(device: torch.device, slots: array[int], size: int) -> Tensor:
+    """Upload one word per chunk of `size` slots: its tensor + 2^32 * its number in the tensor."""
 
     def words() -> Tensor:
-        counts = (torch.frombuffer(numels, dtype=torch.int64) + size - 1) // size
-        tensors = torch.arange(len(numels)).repeat_interleave(counts)
+        counts = (torch.frombuffer(slots, dtype=torch.int64) + size - 1) // size
+        tensors = torch.arange(len(slots)).repeat_interleave(counts)
         parts = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
         return tensors + (parts << 32)
 
-    return _on_device(f"chunks of {size}", numels.tobytes(), words, device)
+    return _on_device(f"chunks of {size}", slots.tobytes(), words, device)
 
 
 def _on_device(kind: str, content: bytes, words: Callable[[], Tensor], device: torch.device) -> Tensor:

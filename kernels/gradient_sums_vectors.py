@@ -44,11 +44,11 @@ def add_terms_kernel(rows, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.co
     for first in range(0, length, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = i < length
-        g = widened(read(grad, first, inside, GRAD, BLOCK, False), GRAD)
+        g = widened(read(grad, (0, i, inside), GRAD, False), GRAD)
         place = sums + i
         tl.store(place, tl.load(place, mask=inside, other=0.0) + g.to(tl.float64) * g.to(tl.float64), mask=inside)
         if kinds == 3:
-            product = widened(read(param, first, inside, PARAM, BLOCK, False), PARAM).to(tl.float64) * g.to(tl.float64)
+            product = widened(read(param, (0, i, inside), PARAM, False), PARAM).to(tl.float64) * g.to(tl.float64)
             tl.store(place + length, tl.load(place + length, mask=inside, other=0.0) + tl.abs(product), mask=inside)
             tl.store(place + 2 * length, tl.load(place + 2 * length, mask=inside, other=0.0) + product, mask=inside)
         if running != 0:

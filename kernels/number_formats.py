@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 
 
 @triton.jit
@@ -20,25 +20,31 @@ PTX = tl.constexpr(isinstance(is_finite, triton.JITFunction) and torch.version.h
 
 
 @triton.jit
-def pointers(address, first, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def pointers(address, first, offset, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     # bf16 as uint16, because the interpreter's conversion truncates.
     start = address.to(tl.pointer_type(tl.uint16 if DTYPE == tl.bfloat16 else DTYPE)) + first
     if WHOLE:
         # The compiler does not know the alignment of an address from a table. Without it, it loads one element at a time.
         start = tl.multiple_of(start, 16)
-    return start + tl.arange(0, BLOCK)
+    return start + offset
 
 
 @triton.jit
-def read(address, first, inside, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Load elements first ... first + BLOCK - 1 as stored, bf16 as uint16. WHOLE: all are inside, and aligned to 16 bytes."""
-    place = pointers(address, first, DTYPE, BLOCK, WHOLE)
+def read(address, span, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Load elements as stored, bf16 as uint16.
+
+    span: the elements (first + offset, and whether each is inside) as (first, offset, inside).
+    WHOLE: all are inside, and the first one is aligned to 16 bytes.
+    """
+    first, offset, inside = span
+    place = pointers(address, first, offset, DTYPE, WHOLE)
     return tl.load(place) if WHOLE else tl.load(place, mask=inside, other=0)
 
 
 @triton.jit
-def write(address, first, inside, stored, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    place = pointers(address, first, DTYPE, BLOCK, WHOLE)
+def write(address, span, stored, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    first, offset, inside = span
+    place = pointers(address, first, offset, DTYPE, WHOLE)
     if WHOLE:
         tl.store(place, stored)
     else:
