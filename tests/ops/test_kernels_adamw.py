@@ -20,19 +20,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.descriptors import WORD, WORDS
-from adept_fast.ops.adamw.masters import split_master
+from adept_fast.ops.adamw import eight_bit
+from adept_fast.ops.adamw.masters import split_master, split_master8
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_
 from adept_fast.ops.adamw.table import Table
 
 pytest.importorskip("triton")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MASTERS = {"copy": torch.float32, "remainder": torch.int16, "kahan": None}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 
 
 class Part(NamedTuple):
-    """A parameter: its size, its multipliers (length 0: none), how far into its allocation it lies, its values, its step."""
+    """A parameter: its size, its multipliers (length 0: none), how far into its allocation it lies, its values, its step, its rows."""
 
     numel: int
     length: int = 0
@@ -41,6 +40,7 @@ class Part(NamedTuple):
     values: str = "normal"
     step: int = 0
     dtypes: tuple[str, str, str] | None = None
+    row: int = 64
 
 
 class Launch(NamedTuple):
@@ -79,12 +79,33 @@ WALKS = tuple(
         *((40, 2, 3), (1, 2, 65), (3, 1, 50), (2, 63, 1), (1, 129, 1), (9, 3, 5)),
     )
 )
+# Rates by row, by column, by expert and by element; rows shorter than a block, of whole blocks, and with a short last block.
+CODED = (
+    Part(144, 9, 16, row=16),
+    Part(297, 11, 27, row=27, step=99_999),
+    Part(832, 64, 1, row=64, offset=16),
+    Part(700, 100, 1, row=100, offset=3),
+    Part(576, 576, 1, row=192, step=5),
+    Part(1800, 3, 600, row=600),
+    Part(448, values="special", row=64),
+    Part(297, values="special", row=27, step=2**24 - 2),
+    Part(200, 2, 100, row=100, values="frozen"),
+    Part(320, values="tiny", row=64),
+    Part(130, 2, 65, row=65, values="zeros"),
+    Part(5000, 1, 1, row=5000),
+)
+MIXED = (Part(300, row=100), Part(67, dtypes=FP32), Part(0, row=16), Part(256), Part(70, dtypes=("bf16", "bf16", "bf16")))
 SETUPS = [
     *((("fp32", g, m), mode) for g, m, mode in (("fp32", "fp32", None), ("bf16", "fp32", "copy"), ("fp16", "bf16", None))),
     *((("bf16", "bf16", "fp32"), mode) for mode in (None, "copy", "remainder", "kahan", "stochastic")),
     *((("bf16", "bf16", "bf16"), mode) for mode in (None, "remainder", "stochastic")),
-    *((("bf16", "fp32", "fp16"), mode) for mode in ("copy", "kahan")),
+    *((("bf16", "fp32", "fp16"), mode) for mode in ("copy", "kahan", "remainder8")),
     *((("fp16", "fp16", moments), mode) for moments in ("fp16", "fp32") for mode in (None, "copy", "kahan")),
+]
+CODED_SETUPS = [
+    (("fp32", "fp32", "int8"), None),
+    *((("bf16", "bf16", "int8"), mode) for mode in (None, "copy", "remainder", "kahan", "stochastic", "remainder8")),
+    *((("fp16", "fp32", "int8"), mode) for mode in (None, "copy", "kahan")),
 ]
 LAUNCHES = [
     *(Launch(*setup, PARTS, amsgrad=i % 2 == 0, maximize=i % 3 == 0, blocks=1 + i % 2, steps=2 + i % 2) for i, setup in enumerate(SETUPS)),
@@ -98,13 +119,18 @@ LAUNCHES = [
     Launch(FP32, None, (Part(6006, 2, 3003),), blocks=3, steps=1),
     Launch(("bf16", "bf16", "fp32"), "remainder", (Part(0),)),
     Launch(("bf16", "bf16", "fp32"), "remainder", ()),
+    *(Launch(*setup, CODED[i % 2 : 11 : 2], maximize=i % 3 == 0, blocks=1 + i % 2, steps=2) for i, setup in enumerate(CODED_SETUPS)),
+    Launch(("bf16", "bf16", "int8"), "remainder8", CODED[:4], steps=1, block=64),
+    Launch(("bf16", "bf16", "int8"), "remainder8", (CODED[11], Part(64 * 25), Part(3456, 27, 128, row=128)), block=1024, grad_scale=0.3),
+    Launch(("bf16", "bf16", "int8"), "kahan", MIXED, grad_scale=2.0**-16, found_inf=0.0, device_scalars=torch.float32),
+    Launch(("bf16", "bf16", "int8"), "remainder8", MIXED, found_inf=1.0),
 ]
 
 
 def placed(values: Tensor, part: Part) -> Tensor:
     """`values` within a longer allocation, whose other elements must stay."""
-    buffer = torch.full((part.numel + 2 * part.offset + 1,), 3, dtype=values.dtype)
-    return buffer[part.offset : part.offset + part.numel].copy_(values)
+    buffer = torch.full((values.numel() + 2 * part.offset + 1,), 3, dtype=values.dtype)
+    return buffer[part.offset : part.offset + values.numel()].copy_(values.flatten())
 
 
 def updates_of(launch: Launch) -> Iterator[Update]:
@@ -123,6 +149,11 @@ def updates_of(launch: Launch) -> Iterator[Update]:
                 vmax[5 * i] = x
             m[10:20], v[10:20], grad[40:50] = 1e-39, 3e-42, 1e-30
             grad.view(torch.int32)[60] = 0x7FFFFFFF  # a NaN that plain rounding carries into a number
+        if part.values == "tiny":  # around the least scale, block by block
+            m, grad = (x * torch.logspace(-26, -34, part.numel) for x in (m, grad))
+            v = v * torch.logspace(-38, -50, part.numel)
+        if part.values == "zeros":
+            grad, m, v = (torch.zeros_like(x) for x in (grad, m, v))
         multipliers = None
         if part.length:
             multipliers = torch.rand(part.length, generator=generator) * 3
@@ -133,16 +164,25 @@ def updates_of(launch: Launch) -> Iterator[Update]:
         param, master = weight.to(dtype), None
         if dtype != torch.float32 and launch.mode == "remainder":
             param, master = split_master(weight)
+        elif dtype != torch.float32 and launch.mode == "remainder8":
+            param, master = split_master8(weight)
         elif dtype != torch.float32 and launch.mode == "copy":
             master = torch.where(torch.arange(part.numel) % 7 == 0, 0.5, weight)  # some are stale
         elif dtype != torch.float32 and launch.mode == "kahan":
             master = (weight - param.float()).to(dtype)
-        stored = (param, grad.to(grad_dtype), m.to(moments_dtype), v.abs().to(moments_dtype))
+        moments, scales, row = [m.to(moments_dtype), v.abs().to(moments_dtype)], (), 0
+        if moments_dtype == torch.uint8:
+            m, average_scale, v, root_scale = eight_bit.encode(m, v.abs(), part.row)
+            moments, scales, row = [m, v], (placed(average_scale, part), placed(root_scale, part)), part.row
         largest = vmax.abs().to(moments_dtype) if launch.amsgrad else None
-        tensors = [x if x is None else placed(x, part) for x in (*stored, largest, master)]
-        step = torch.tensor(float(part.step))
+        tensors = [x if x is None else placed(x, part) for x in (param, grad.to(grad_dtype), *moments, largest, master)]
+        if row:
+            tensors = [x if x is None else x.view(part.numel // row, row) for x in tensors]
         first_index = 2**32 - 100 if seed % 2 else 7
-        yield Update(*tensors, step, multipliers, max(part.length, 1), part.inner, first_index, seed, options[seed % 2])
+        yield Update(
+            *tensors, torch.tensor(float(part.step)), multipliers, max(part.length, 1), part.inner, first_index, seed, options[seed % 2],
+            *(scales or (None, None)), row,
+        )  # fmt: skip
 
 
 def copied(update: Update, device: str) -> Update:
@@ -158,7 +198,7 @@ def copied(update: Update, device: str) -> Update:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Of the whole allocations; NaN equals NaN."""
     a, b = (x.new_empty(0).set_(x.untyped_storage()).cpu() for x in (a, b))
-    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return bool(((a.view(integer) == b.view(integer)) | ((a != a) & (b != b))).all())
 
 
@@ -191,7 +231,7 @@ def differences(launch: Launch, device: str) -> list[str]:
             if part.values == "frozen":
                 pairs += [("frozen", x, y) for x, y in ((before.param, ours.param), (before.master, ours.master)) if x is not None]
             names += [f"step {repeat}, tensor {theirs.seed}: {name}" for name, x, y in pairs if not same_bits(x, y)]
-            if part.values != "frozen":
+            if part.values in ("normal", "special"):
                 new = torch.randn(theirs.grad.shape, generator=torch.Generator().manual_seed(repeat)).to(theirs.grad.dtype)
                 theirs.grad.copy_(new)
                 ours.grad.copy_(new)
@@ -230,13 +270,15 @@ def compiled(architecture: int, name: str, types: dict[str, str], constants: dic
 
 
 INEXACT = re.compile(r"\.ftz|\.approx|\.full|\bfma\.")
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 WIDE = [
     (FP32, None, True),
     (("bf16", "bf16", "fp32"), "remainder", False),
     (("bf16", "bf16", "bf16"), "stochastic", True),
     (("bf16", "fp32", "fp32"), "copy", False),
     (("fp16", "fp16", "fp16"), "kahan", False),
+    (("bf16", "bf16", "int8"), "remainder8", False),
+    (("fp32", "fp32", "int8"), None, False),
 ]
 
 
@@ -244,7 +286,8 @@ WIDE = [
 @pytest.mark.parametrize(("dtypes", "mode", "amsgrad"), WIDE, ids=str)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiles_to_wide_accesses_without_spills(architecture: int, dtypes: tuple[str, str, str], mode: str | None, amsgrad: bool) -> None:
-    """Each thread has 8 elements of each tensor, so 16-byte accesses are 2 in fp32 and 1 in 16 bits, in the path for whole blocks."""
+    """Each thread has 8 elements of each tensor, so accesses are 2 of 16 bytes in fp32, 1 in 16 bits, and 1 of 8 bytes in 8 bits, in the
+    path for whole blocks."""
     from adept_fast.kernels import adamw as kernels
 
     constants = dict(zip(("PARAM", "GRAD", "MOMENTS"), (kernels.TRITON_DTYPES[DTYPES[name]] for name in dtypes), strict=True))
@@ -256,6 +299,9 @@ def test_compiles_to_wide_accesses_without_spills(architecture: int, dtypes: tup
     stores = param + (2 + amsgrad) * moment + master
     assert len(re.findall(r"\bLDG\.E\.128\b", machine_code)) == stores + grad
     assert len(re.findall(r"\bSTG\.E\.128\b", machine_code)) == stores
+    bytewise = 2 * (dtypes[2] == "int8") + (mode == "remainder8")
+    assert len(re.findall(r"\bld\.global\.v2\.b32\b", ptx)) == bytewise
+    assert len(re.findall(r"\bSTG\.E\.64\b", machine_code)) == bytewise
     assert not INEXACT.search(ptx)
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
     spills = re.search(r"\b(LDL|STL)\b", machine_code)
@@ -274,14 +320,14 @@ def test_preparation_compiles_to_ieee_arithmetic(architecture: int) -> None:
 
 
 def test_tables_are_kept_until_they_change() -> None:
-    from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, tensors_on
+    from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, slots_of, tensors_on
 
     device, updates = torch.device("cpu"), list(updates_of(LAUNCHES[0]))
 
     def tables() -> list[Tensor]:
         table = Table(updates)
         rows, _ = by_setup(table)
-        return [tensors_on(device, rows, updates), groups_on(device, table.options), chunks_on(device, rows[WORD.numel :: WORDS], 128)]
+        return [tensors_on(device, rows, updates), groups_on(device, table.options), chunks_on(device, slots_of(rows), 128)]
 
     first, again = tables(), tables()
     assert all(x is y for x, y in zip(first, again, strict=True))
