@@ -28,7 +28,7 @@ class ArrivingGradients:
         self._jobs: deque[Future[None]] = deque()
         self._arrivals: deque[tuple[HostCopy, Tensor, Copied]] = deque()
         self._received: dict[HostCopy, None] = {}  # since the last update ahead
-        self._ahead_with: object = None
+        self._ahead_with: object = None  # what the updates ahead depended on; None: there are none
 
     @torch.no_grad()
     def take(self, copy: HostCopy, grad: Tensor) -> None:
@@ -57,8 +57,8 @@ class ArrivingGradients:
         self._received.clear()
         try:
             if self._ahead_with is None:
-                self._ahead_with = _depends_on(optimizer)
                 self._host.follow(optimizer, self._copies)
+                self._ahead_with = _depends_on(self._host)
             for copy in complete:
                 copy.transfers.wait_for_uploads()
                 copy.keep()

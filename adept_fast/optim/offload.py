@@ -108,7 +108,7 @@ class OffloadedAdamW(AdamW):
 
     def _transfers_of(self, param: Tensor) -> Transfers:
         if is_sharded(param):
-            raise InputError("params: DTensors are offloaded by FSDP2 itself: give fully_shard a CPUOffloadPolicy, and use AdamW")
+            raise InputError("params: DTensors are not offloaded here, but by FSDP2: give fully_shard a CPUOffloadPolicy, and use AdamW")
         if param.device not in self._transfers:
             self._transfers[param.device] = transfers_of(param.device)
         return self._transfers[param.device]

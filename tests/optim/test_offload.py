@@ -8,7 +8,7 @@ import io
 import pickle
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -558,6 +558,9 @@ def test_what_is_refused(late: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         OffloadedAdamW([Parameter(torch.ones(2, device="meta"))])
     with pytest.raises(RuntimeError, match="backend='triton'|backend='cuda'"):
         OffloadedAdamW([Parameter(torch.ones(2))], backend="cuda")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="params: DTensors .* CPUOffloadPolicy"):
+        patch.setattr("adept_fast.optim.offload.is_sharded", lambda tensor: True)
+        OffloadedAdamW([Parameter(torch.ones(2))])
     ours, params, _, _ = both(late, (torch.float32,), "update")
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(InputError, match="save its state_dict"):
@@ -626,13 +629,15 @@ def test_closures_and_step_hooks(late: Any) -> None:
 
 
 @pytest.fixture(params=MODES)
-def on_gpu(request: pytest.FixtureRequest) -> Iterator[tuple[OffloadedAdamW, list[Parameter]]]:
+def on_gpu(request: pytest.FixtureRequest) -> tuple[OffloadedAdamW, list[Parameter]]:
     params = [Parameter(p.detach().cuda()) for p in parameters(torch.bfloat16, torch.float32)]
-    yield OffloadedAdamW(params, **HYPER, master_weights="remainder", in_backward=request.param), params
+    options = {"master_weights": "remainder", "max_grad_norm": 1e9}  # which runs the code of clipping, and clips nothing
+    return OffloadedAdamW(params, **HYPER, **options, in_backward=request.param), params
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(on_gpu: tuple[OffloadedAdamW, list[Parameter]]) -> None:
+def test_on_a_gpu(on_gpu: tuple[OffloadedAdamW, list[Parameter]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adept_fast.optim.host_adamw.BUCKET", 1)
     ours, params = on_gpu
     others = parameters(torch.bfloat16, torch.float32)
     reference = AdamW(others, **HYPER, master_weights="remainder")
