@@ -628,6 +628,43 @@ def test_closures_and_step_hooks(late: Any) -> None:
     assert {state["step"].item() for state in ours.state.values()} == {1.0}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("in_backward", MODES)
+def test_a_loop_of_accelerate_that_accumulates(in_backward: str | None) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    ends = []
+    for make in (AdamW, OffloadedAdamW):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        torch.manual_seed(0)
+        options = {"in_backward": in_backward} if make is OffloadedAdamW else {}
+        model = torch.nn.Linear(8, 4)
+        optimizer = make(model.parameters(), **HYPER, max_grad_norm=1.0, **options)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        for _ in range(12):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.randn(4, 8)).square().sum() * 0.1)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.nightly
+def test_a_compiled_step_runs_without_a_graph() -> None:
+    param, other = (Parameter(torch.ones(8, 4)) for _ in range(2))
+    ours, reference = OffloadedAdamW([param], in_backward="update"), AdamW([other])
+    step = torch.compile(ours.step)
+    for factor in range(3):
+        (factor * param).sum().backward()
+        (factor * other).sum().backward()
+        step()
+        reference.step()
+        other.grad = None
+    assert_same(ours, [param], reference, [other])
+
+
 @pytest.fixture(params=MODES)
 def on_gpu(request: pytest.FixtureRequest) -> tuple[OffloadedAdamW, list[Parameter]]:
     params = [Parameter(p.detach().cuda()) for p in parameters(torch.bfloat16, torch.float32)]
