@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from adept_fast.ops.adamw.descriptors import WORD, WORDS, TensorRow
-from adept_fast.ops.adamw.eight_bit import scale_count
-from adept_fast.ops.adamw.masters import needs_master
+from adept_fast.ops.adamw.eight_bit import BLOCK
 from adept_fast.ops.adamw.reference import AdamWOptions, Update
 from adept_fast.ops.number_formats import FORMATS, MODES
 
 GRAD_SHIFT, MOMENTS_SHIFT = 2, 4  # positions in the word `formats`
 ROW_BYTES = 8 * WORDS
+_IS_SHORT = (False, True, True, False)  # whether a parameter is bf16 or fp16, by FORMATS
 _GRAD_BYTES = tuple((4, 2, 2, 8)[formats >> GRAD_SHIFT & 3] for formats in range(128))  # bytes per element, by the word `formats`
 
 
@@ -55,8 +55,8 @@ class Table:
         options = dict(zip(ids, each.options, strict=True))
         self.options = list(options.values())
         numbers = {key: number for number, key in enumerate(options)}
-        formats = zip(each.param, each.grad, each.exp_avg, strict=True)
-        modes = zip(each.param, each.options, strict=True)
+        dtypes = zip(each.param, each.grad, each.exp_avg, strict=True)
+        formats = [FORMATS[p.dtype] | FORMATS[g.dtype] << GRAD_SHIFT | FORMATS[m.dtype] << MOMENTS_SHIFT for p, g, m in dtypes]
         # Column by column: half of the time of row by row.
         columns: TensorRow[Iterable[int]] = TensorRow(
             param=map(Tensor.data_ptr, each.param),
@@ -73,8 +73,8 @@ class Table:
             first_index=each.first_index,
             seed=each.seed,
             group=map(numbers.__getitem__, ids),
-            formats=[FORMATS[p.dtype] | FORMATS[g.dtype] << GRAD_SHIFT | FORMATS[m.dtype] << MOMENTS_SHIFT for p, g, m in formats],
-            mode=[MODES[o.master_weights] if o.master_weights and needs_master(p) else 0 for p, o in modes],
+            formats=formats,
+            mode=[MODES[o.master_weights] if _IS_SHORT[word & 3] else 0 for word, o in zip(formats, each.options, strict=True)],
             exp_avg_scale=_addresses(each.exp_avg_scale),
             exp_avg_sq_scale=_addresses(each.exp_avg_sq_scale),
             row=each.row,
@@ -104,13 +104,12 @@ class Table:
         for column in (each.grad, each.exp_avg, each.exp_avg_sq):
             if array("q", map(Tensor.numel, column)) != numels:
                 found.update(i for i, tensor in enumerate(column) if tensor.numel() != numels[i])
-        for optional in (each.max_exp_avg_sq, each.master):
-            if optional.count(None) < len(optional):
-                found.update(i for i, tensor in enumerate(optional) if tensor is not None and tensor.numel() != numels[i])
-        if any(each.row):
-            for scale in (each.exp_avg_scale, each.exp_avg_sq_scale):
-                columns = enumerate(zip(scale, numels, each.row, strict=True))
-                found.update(i for i, (x, numel, row) in columns if x is not None and x.numel() != scale_count(numel, row))
+        per_row = zip(numels, each.row, strict=True) if any(each.row) else ()
+        blocks = [numel // row * -(-row // BLOCK) if row else 0 for numel, row in per_row]
+        optional = ((each.max_exp_avg_sq, numels), (each.master, numels), (each.exp_avg_scale, blocks), (each.exp_avg_sq_scale, blocks))
+        for tensors, sizes in optional:
+            places, present = _present(tensors)
+            found.update(i for i, size in zip(places, map(Tensor.numel, present), strict=True) if size != sizes[i])
         needed = list(map(mul, numels, map(_GRAD_BYTES.__getitem__, self.rows[WORD.formats :: WORDS])))
         if any(map(Tensor.storage_offset, each.grad)):
             needed = [size + grad.storage_offset() * grad.element_size() for size, grad in zip(needed, each.grad, strict=True)]
@@ -127,5 +126,15 @@ class Table:
         return found
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    addresses = [0] * len(tensors)
+    places, present = _present(tensors)
+    for place, address in zip(places, map(Tensor.data_ptr, present), strict=True):
+        addresses[place] = address
+    return addresses
+
+
+def _present(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    """Return the tensors of a column, and their places. `None in tensors` would compare, which takes a tensor 30 us."""
+    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    return places, [tensor for tensor in tensors if tensor is not None]
