@@ -80,7 +80,7 @@ nightly: $(VENV)/.test
 wheel: $(VENV)/.test
 	$(RUN) -m tests.installing.wheels --torch $(TORCH) $(PYTHONS)
 
-# These wheels under all releases of torch and transformers that pyproject.toml allows: about 4 GB of downloads each, 6 GB of disk at a time.
+# These wheels under the releases of torch and transformers that pyproject.toml allows, one combination a core: 3 GB of downloads, 5 GB of disk each.
 matrix: wheel
 	$(RUN) -m tests.installing.matrix --torch $(TORCH)
 
