@@ -95,12 +95,13 @@ def _measured(name: str, given: Namespace) -> dict[str, Any]:
     source = torch.zeros(min(elements, 2**30), dtype=setup.dtype, device=device)
     target = torch.empty_like(source)
     steps = {"copy": lambda: target.copy_(source), **{key: optimizer.step for key, optimizer in made.items()}}
-    timed = timed_rounds(steps, given.rounds, device, cache_filler(device), MOST)
+    calls = {key: python_calls(step) for key, step in steps.items()}
+    timed = timed_rounds(steps, given.rounds, device, cache_filler(device), MOST, warm=True)
     bytes_moved = {"copy": 2 * source.nbytes}
     for key, optimizer in made.items():
         floor = ways[key].floor or 3 * setup.dtype.itemsize + 2 * tensor_bytes(optimizer.state) / elements
         bytes_moved[key] = floor * elements
-        entries[key]["python_calls"] = python_calls(optimizer.step)
+        entries[key]["python_calls"] = calls[key]
     rates = {key: moved / median(each.device for each in timed[key]) / 1e9 for key, moved in bytes_moved.items()}
     for key, rate in rates.items():
         speed = _times(timed[key], device) | {"gb_s": rate, "percent_of_copy": 100 * rate / rates["copy"]}

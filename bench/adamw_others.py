@@ -43,7 +43,7 @@ OTHERS = {
     "torchao_stochastic": Other(
         "torchao", "torchao.optim", "_AdamW", ("bf16 stochastic",), {"bf16_stochastic_round": True}, margin="stochastic"
     ),
-    "torchao_8bit": Other("torchao", "torchao.optim", "AdamW8bit", QUANTISED, moments="8 bits"),
+    "torchao_8bit": Other("torchao", "torchao.optim", "AdamW8bit", QUANTISED[:1], moments="8 bits"),
     "torchao_4bit": Other("torchao", "torchao.optim", "AdamW4bit", QUANTISED[:1], moments="4 bits"),
     "bitsandbytes": Other("bitsandbytes", "bitsandbytes.optim", "AdamW32bit", ("fp32", "bf16 fp32-moments")),
     "bitsandbytes_8bit": Other(

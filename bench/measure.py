@@ -49,11 +49,11 @@ def interleaved(ways: Ways, rounds: int, device: torch.device, flush: Tensor | N
 
 
 def timed_rounds(
-    ways: Ways, rounds: int, device: torch.device, flush: Tensor | None = None, most: float = math.inf
+    ways: Ways, rounds: int, device: torch.device, flush: Tensor | None = None, most: float = math.inf, warm: bool = False
 ) -> dict[str, list[Timed]]:
-    """Time each way once a round, after an uncounted round. Each round begins with the next way, so that none always follows the same one.
+    """Time each way once a round. Each round begins with the next way, so that none always follows the same one.
 
-    most: seconds. A way that has taken them leaves after the third round.
+    most: seconds. A way that has taken them leaves after the third round. warm: without the uncounted round before the others.
     flush: from cache_filler; written to before each call. On a GPU a way is then called twice a round. The first call, on an idle device,
     gives the host's time. The second is queued behind writes that take longer than that, and events give the device's time without gaps,
     as long as a call queues no more than the 1,024 launches that a GPU holds. Without `flush`, both are the time until the device is done.
@@ -61,7 +61,7 @@ def timed_rounds(
     names, timed = list(ways), {name: list[Timed]() for name in ways}
     behind = flush is not None and device.type == "cuda"
     fill = _seconds_of_writing(flush, device) if flush is not None and behind else 0.0
-    for number in range(rounds + 1):
+    for number in range(int(warm), rounds + 1):
         first = number % max(len(names), 1)
         for name in names[first:] + names[:first]:
             if len(timed[name]) >= 3 and sum(each.device + each.host for each in timed[name]) > most:
