@@ -22,6 +22,8 @@ constexpr Setup kSetups[] = {
     {kFp32, kFp32, kFp32, kDirect},    {kBf16, kBf16, kFp32, kDirect},    {kBf16, kBf16, kFp32, kCopy},
     {kBf16, kBf16, kFp32, kRemainder}, {kBf16, kBf16, kFp32, kStochastic}, {kBf16, kBf16, kBf16, kDirect},
     {kBf16, kBf16, kBf16, kRemainder}, {kBf16, kBf16, kBf16, kKahan},     {kBf16, kBf16, kBf16, kStochastic},
+    {kFp32, kFp32, k8Bit, kDirect},    {kBf16, kBf16, k8Bit, kDirect},    {kBf16, kBf16, k8Bit, kRemainder},
+    {kBf16, kBf16, k8Bit, kRemainder8}, {kBf16, kBf16, k8Bit, kStochastic}, {kBf16, kBf16, kFp32, kRemainder8},
 };
 constexpr int kSetupCount = sizeof(kSetups) / sizeof(Setup);
 
@@ -37,7 +39,7 @@ ADEPT_FAST_INLINE constexpr Setup setup_of(int kernel) {
 
 int kernel_of(const Tensor& row) {
     const std::int64_t streams = row.param | row.grad | row.exp_avg | row.exp_avg_sq | row.master;
-    for (int i = 0; i < kSetupCount && row.max_exp_avg_sq == 0 && streams % 16 == 0; ++i) {
+    for (int i = 0; i < kSetupCount && row.max_exp_avg_sq == 0 && streams % 16 == 0 && row.row % kBlock == 0; ++i) {
         const Setup& s = kSetups[i];
         if (row.formats == (s.param | s.grad << 2 | s.moments << 4) && row.mode == s.mode) {
             return 2 * i + (row.multipliers != 0);
@@ -91,6 +93,7 @@ struct DeviceMemory {
     static __device__ __forceinline__ T* at(std::int64_t address) {
         return reinterpret_cast<T*>(address);
     }
+    static __device__ __forceinline__ std::uint8_t load1(std::int64_t address) { return __ldcs(at<const unsigned char>(address)); }
     static __device__ __forceinline__ std::uint16_t load2(std::int64_t address) { return __ldcs(at<const unsigned short>(address)); }
     static __device__ __forceinline__ std::uint32_t load4(std::int64_t address) { return __ldcs(at<const unsigned>(address)); }
     static __device__ __forceinline__ double load8(std::int64_t address) { return __ldcs(at<const double>(address)); }
@@ -103,6 +106,7 @@ struct DeviceMemory {
         return {{value.x, value.y}};
     }
     static __device__ __forceinline__ std::uint32_t load_kept4(std::int64_t address) { return __ldg(at<const unsigned>(address)); }
+    static __device__ __forceinline__ void store1(std::int64_t address, std::uint8_t value) { __stcs(at<unsigned char>(address), value); }
     static __device__ __forceinline__ void store2(std::int64_t address, std::uint16_t value) { __stcs(at<unsigned short>(address), value); }
     static __device__ __forceinline__ void store4(std::int64_t address, std::uint32_t value) { __stcs(at<unsigned>(address), value); }
     static __device__ __forceinline__ void store_pair(std::int64_t address, const Pair& value) {
@@ -111,6 +115,10 @@ struct DeviceMemory {
     static __device__ __forceinline__ void store16(std::int64_t address, const Words& value) {
         __stcs(at<uint4>(address), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
     }
+    static __device__ __forceinline__ std::uint32_t exchanged(std::uint32_t value, int distance) {
+        return __shfl_xor_sync(0xffffffffu, value, distance);
+    }
+    static __device__ __forceinline__ float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane, kLanes); }
 };
 
 template <std::int64_t kCount>
@@ -203,18 +211,25 @@ __global__ void __launch_bounds__(kThreads, kKernel % 2 ? kBlocksOfUnits : 3) up
         return;
     }
     for_chunks(parts, parts.tensor_of_whole, first, end, [](const Entry& entry, std::int64_t chunk) {
-        constexpr Setup setup = setup_of(kKernel);
-        update_chunk<DeviceMemory>(setup, entry.row, entry.counted, chunk - entry.span.first_whole, threadIdx.x);
+        if (is_slow(entry.counted.scalars)) {
+            constexpr Setup setup = setup_of(kKernel);
+            update_whole_chunk<DeviceMemory>(setup, entry.row, entry.counted, chunk - entry.span.first_whole, threadIdx.x);
+        }
     });
 }
 
+// Chunks 0 ... end - 1 of any set-up: of the rest (first: 0), or the whole ones that update_whole leaves (first: kWhole).
+constexpr std::int64_t kWhole = -1;
 __global__ void __launch_bounds__(kThreads, 2) update_rest(const Parts parts, std::int64_t first, std::int64_t end, const float* found_inf) {
     if (found_inf != nullptr && *found_inf != 0.0f) {
         return;
     }
-    for_chunks(parts, parts.tensor_of_rest, first, end, [](const Entry& entry, std::int64_t chunk) {
-        const Setup setup = any_setup(entry.row);
-        update_chunk<DeviceMemory>(setup, entry.row, entry.counted, entry.span.whole + chunk - entry.span.first_rest, threadIdx.x);
+    const bool whole = first == kWhole;
+    for_chunks(parts, whole ? parts.tensor_of_whole : parts.tensor_of_rest, 0, end, [=](const Entry& entry, std::int64_t chunk) {
+        if (!(whole && is_slow(entry.counted.scalars))) {
+            const std::int64_t number = whole ? chunk - entry.span.first_whole : entry.span.whole + chunk - entry.span.first_rest;
+            update_any_chunk<DeviceMemory>(entry.row, entry.counted, number, threadIdx.x);
+        }
     });
 }
 
@@ -269,6 +284,11 @@ std::int64_t whole_chunks(const Tensor& row, int kernel) { return kernel == kRes
 
 std::int64_t total_whole(const std::vector<std::int64_t>& chunks) { return std::accumulate(chunks.begin(), chunks.end() - 1, std::int64_t{0}); }
 
+// Whether an average of the group may move from the new value (is_slow). Betas on the device are not known here.
+bool may_be_fast(const Group& group) {
+    return (group.beta1_address == 0 ? group.beta1 : 0.0) < 0.5 || (group.beta2_address == 0 ? group.beta2 : 0.0) < 0.5;
+}
+
 template <std::int64_t kCount>
 void write(std::int64_t* target, const std::int64_t* words, std::int64_t count, Stream stream) {
     Parameters<kCount> source{};
@@ -303,7 +323,7 @@ TableSize adamw_table_size(const Tensor* rows, std::int64_t tensors) {
         const int kernel = kernel_of(rows[i]);
         const std::int64_t whole = whole_chunks(rows[i], kernel);
         size.chunks[kernel] += whole;
-        size.chunks[kRest] += chunks_of(rows[i].numel) - whole;
+        size.chunks[kRest] += chunks_of(slots_of(rows[i])) - whole;
     }
     const std::int64_t chunks = std::accumulate(size.chunks.begin(), size.chunks.end(), std::int64_t{0});
     size.bytes = tensors * static_cast<std::int64_t>(sizeof(Tensor) + sizeof(Counted)) +
@@ -328,7 +348,7 @@ void adamw_write_table(Stream stream, const Table& table, const Tensor* rows) {
         const std::int64_t whole = whole_chunks(rows[i], kernel_of_each[i]);
         spans.insert(spans.end(), {first_whole, first_rest, whole});
         first_whole += whole;
-        first_rest += chunks_of(rows[i].numel) - whole;
+        first_rest += chunks_of(slots_of(rows[i])) - whole;
     }
     spans.insert(spans.end(), {first_whole, first_rest, 0});
     content.insert(content.end(), spans.begin(), spans.end());
@@ -357,16 +377,22 @@ void adamw_step(Stream stream, const Table& table, const Group* groups, std::int
         const std::int64_t some = std::min(kGroupsAtOnce, group_count - first);
         (some <= kFewGroups ? count<kFewGroups> : count<kGroupsAtOnce>)(parts, table.tensors, groups, first, some, stream, scale, infinities);
     }
-    std::int64_t first = 0;
-    for (int kernel = 0; kernel < kKernels; ++kernel) {
-        const std::int64_t chunks = table.chunks[kernel];
+    const auto launch = [&](int kernel, std::int64_t first, std::int64_t chunks, std::int64_t end) {
         if (chunks > 0) {
             const int blocks = static_cast<int>(std::min(chunks, resident_blocks(stream.device, kernel)));
-            const std::int64_t begin = kernel == kRest ? 0 : first;
-            kernels()[kernel]<<<blocks, kThreads, 0, handle(stream)>>>(parts, begin, begin + chunks, infinities);
+            kernels()[kernel]<<<blocks, kThreads, 0, handle(stream)>>>(parts, first, end, infinities);
             ADEPT_FAST_CHECK(cudaGetLastError());
         }
+    };
+    std::int64_t first = 0;
+    for (int kernel = 0; kernel < kRest; ++kernel) {
+        const std::int64_t chunks = table.chunks[kernel];
+        launch(kernel, first, chunks, first + chunks);
         first += chunks;
+    }
+    launch(kRest, 0, table.chunks[kRest], table.chunks[kRest]);
+    if (std::any_of(groups, groups + group_count, may_be_fast)) {
+        launch(kRest, kWhole, whole, whole);
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adamw.h"
+#include "adamw_blocks.h"
 #include "adamw_streams.h"
 
 namespace adept_fast {
@@ -43,6 +44,12 @@ ADEPT_FAST_INLINE void read_weights(Eight& param, const Eight& master, std::int6
             const std::uint16_t high = static_cast<std::uint16_t>(param.word[k] >> 16);
             param.word[k] = bits_of(join_master(high, static_cast<std::int16_t>(half_of(master, k))));
         }
+    } else if (mode == kRemainder8) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+            const std::uint16_t high = static_cast<std::uint16_t>(param.word[k] >> 16);
+            param.word[k] = bits_of(join_master8(high, static_cast<std::int8_t>(byte_of(master, k))));
+        }
     } else if (mode == kKahan) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
@@ -62,6 +69,15 @@ ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master
             split_master(float_of(param.word[k]), high, low);
             set_half(param, k, high);
             set_half(master, k, static_cast<std::uint16_t>(low));
+        }
+    } else if (mode == kRemainder8) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+            std::uint16_t high;
+            std::int8_t low;
+            split_master8(float_of(param.word[k]), high, low);
+            set_half(param, k, high);
+            set_byte(master, k, static_cast<std::uint8_t>(low));
         }
     } else if (mode == kKahan) {
 #pragma unroll
@@ -99,7 +115,7 @@ ADEPT_FAST_INLINE void move(Eight& weight, const Eight& grad, Eight& m, Eight& v
     }
 }
 
-// Looks up the rate of each element of a thread. one: that of multiplier 1. Returns a bit for each element that is not frozen.
+// Looks up the rate of each element of a thread, which has element `offset` after the first one of the walk. one: that of multiplier 1. Returns a bit for each element that is not frozen.
 template <class Access>
 ADEPT_FAST_INLINE std::uint32_t unit_rates(const Setup& s, const Tensor& row, const StepScalars& scalars, const UnitWalk& walk,
                                            std::uint32_t offset, Rate<float> one, Rate<float> (&rates)[kWidth]) {
@@ -136,48 +152,65 @@ ADEPT_FAST_INLINE std::uint32_t unit_rates(const Setup& s, const Tensor& row, co
     return live;
 }
 
-// Updates one thread's elements from `offset` on, in the chunk that begins with element `chunk_first`.
+// The numbers of one step that decide how weights and 8-bit moments are rounded.
+struct Noise {
+    NoiseKey key;
+    std::uint32_t dither;
+};
+
+// Updates one thread's elements in the slots from `offset` on, of the chunk that begins with slot `chunk_first`. walk: from the chunk's first
+// element, begin.
 template <class Access>
-ADEPT_FAST_INLINE void update_eight(const Setup& s, const Tensor& row, const StepScalars& scalars, const Constants<float>& c, NoiseKey key,
-                                    const UnitWalk& walk, Rate<float> one, std::int64_t chunk_first, std::uint32_t offset) {
-    const std::int64_t first = chunk_first + offset;
-    const std::uint32_t present = s.whole ? 0xffu : present_bits(first, row.numel);
-    if (present == 0) {
+ADEPT_FAST_INLINE void update_eight(const Setup& s, const Tensor& row, const StepScalars& scalars, const Constants<float>& c, const Noise& noise,
+                                    const UnitWalk& walk, Rate<float> one, std::int64_t begin, std::int64_t chunk_first, std::uint32_t offset) {
+    const Spot spot = spot_at(s, row, chunk_first + offset);
+    const std::int64_t first = spot.first;
+    const std::uint32_t present = spot.present;
+    const bool blocks = s.moments == k8Bit;
+    if (present == 0 && !blocks) {  // lanes of a block exchange values
         return;
     }
-    const bool fp32_moments = s.moments == kFp32, has_master = s.mode == kCopy || s.mode == kRemainder || s.mode == kKahan;
+    const std::uint32_t param_size = size_of_format(s.param), moment_size = size_of_format(s.moments), master_size = size_of_master(s.mode);
 
     // All loads come before the first conversion, so that they run together.
-    Eight param = load<Access>(s, row.param, first, s.param == kFp32, present);
-    Eight grad = load<Access>(s, row.grad, first, s.grad == kFp32, present);
-    Eight m = load<Access>(s, row.exp_avg, first, fp32_moments, present);
-    Eight v = load<Access>(s, row.exp_avg_sq, first, fp32_moments, present);
-    Eight vmax = load<Access>(s, s.amsgrad ? row.max_exp_avg_sq : 0, first, fp32_moments, present);
-    Eight master = load<Access>(s, has_master ? row.master : 0, first, s.mode == kCopy, present);
+    Eight param = load<Access>(s, row.param, first, param_size, present);
+    Eight grad = load<Access>(s, row.grad, first, size_of_format(s.grad), present);
+    Eight m = load<Access>(s, row.exp_avg, first, moment_size, present);
+    Eight v = load<Access>(s, row.exp_avg_sq, first, moment_size, present);
+    Eight vmax = load<Access>(s, row.max_exp_avg_sq, first, s.amsgrad ? moment_size : 0, present);
+    Eight master = load<Access>(s, row.master, first, master_size, present);
+    const Scale scale = blocks ? load_scale<Access>(s, row, spot, offset / kWidth) : Scale{};
 
     Rate<float> rates[kWidth];
-    const std::uint32_t live = present & unit_rates<Access>(s, row, scalars, walk, offset, one, rates);
+    const std::uint32_t place = blocks && !s.whole ? static_cast<std::uint32_t>(first - begin) : offset;
+    const std::uint32_t live = present & unit_rates<Access>(s, row, scalars, walk, place, one, rates);
     widen(param, s.param);
     widen(grad, s.grad);
-    widen(m, s.moments);
-    widen(v, s.moments);
     read_weights(param, master, s.param, s.mode);
-    if (s.amsgrad) {
-        widen(vmax, s.moments);
-        move<true>(param, grad, m, v, vmax, c, rates);
-        narrow(vmax, s.moments);
-        store<Access>(s, row.max_exp_avg_sq, first, fp32_moments, present, vmax);
+    if (blocks) {
+        decode<Access>(m, v, scale);
+        move_rooted(param, grad, m, v, c, rates);
+        encode<Access>(m, v, scale, dither_of(noise.dither, static_cast<std::uint64_t>(row.first_index + first)));
     } else {
-        move<false>(param, grad, m, v, vmax, c, rates);
+        widen(m, s.moments);
+        widen(v, s.moments);
+        if (s.amsgrad) {
+            widen(vmax, s.moments);
+            move<true>(param, grad, m, v, vmax, c, rates);
+            narrow(vmax, s.moments);
+            store<Access>(s, row.max_exp_avg_sq, first, moment_size, present, vmax);
+        } else {
+            move<false>(param, grad, m, v, vmax, c, rates);
+        }
+        narrow(m, s.moments);
+        narrow(v, s.moments);
     }
-    narrow(m, s.moments);
-    narrow(v, s.moments);
-    store<Access>(s, row.exp_avg, first, fp32_moments, present, m);
-    store<Access>(s, row.exp_avg_sq, first, fp32_moments, present, v);
-    round_weights(s, param, master, key, row.first_index + first);
-    store<Access>(s, row.param, first, s.param == kFp32, live, param);
-    if (has_master) {
-        store<Access>(s, row.master, first, s.mode == kCopy, live, master);
+    store<Access>(s, row.exp_avg, first, moment_size, present, m);
+    store<Access>(s, row.exp_avg_sq, first, moment_size, present, v);
+    round_weights(s, param, master, noise.key, row.first_index + first);
+    store<Access>(s, row.param, first, param_size, live, param);
+    if (master_size != 0) {
+        store<Access>(s, row.master, first, master_size, live, master);
     }
 }
 
@@ -185,24 +218,39 @@ ADEPT_FAST_INLINE void update_eight(const Setup& s, const Tensor& row, const Ste
 template <class Access>
 ADEPT_FAST_INLINE void update_turns(const Setup& s, const Tensor& row, const Counted& counted, const Constants<float>& c, std::int64_t chunk,
                                     int thread) {
-    const std::int64_t first = chunk * kChunk;
-    const NoiseKey key = noise_key(static_cast<std::uint32_t>(row.seed), counted.t);
-    const UnitWalk walk = s.units ? unit_walk(row, first) : UnitWalk{};
+    const std::int64_t first = chunk * kChunk, begin = spot_at(s, row, first).first;
+    const std::uint32_t seed = static_cast<std::uint32_t>(row.seed);
+    const Noise noise{noise_key(seed, counted.t), dither_key(seed, counted.t)};
+    const UnitWalk walk = s.units ? unit_walk(row, begin) : UnitWalk{};
     const Rate<float> one = unit_rate<float>(counted.scalars, 1.0);
 #pragma unroll 1
     for (std::uint32_t offset = offset_of(gap_of(s), thread); offset < kChunk; offset += kTurn) {
-        update_eight<Access>(s, row, counted.scalars, c, key, walk, one, first, offset);
+        update_eight<Access>(s, row, counted.scalars, c, noise, walk, one, begin, first, offset);
     }
 }
 
+// Whether both averages move from their old values, as with all usual betas. Kernels of one set-up take only such tensors.
+ADEPT_FAST_INLINE bool is_slow(const StepScalars& s) { return s.beta1 >= 0.5 && s.beta2 >= 0.5; }
+
 // chunk: number in the tensor.
 template <class Access>
-ADEPT_FAST_INLINE void update_chunk(const Setup& s, const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
+ADEPT_FAST_INLINE void update_whole_chunk(const Setup& s, const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
     Constants<float> c = constants<float>(counted.scalars);
-    if (s.whole && c.slow1 && c.slow2) {
-        c.slow1 = c.slow2 = true;  // constants for the compiler
+    c.slow1 = c.slow2 = true;
+    update_turns<Access>(s, row, counted, c, chunk, thread);
+}
+
+// A chunk of any tensor. Two ways, as 8-bit moments and others have little in common.
+template <class Access>
+ADEPT_FAST_INLINE void update_any_chunk(const Tensor& row, const Counted& counted, std::int64_t chunk, int thread) {
+    Setup s = any_setup(row);
+    const Constants<float> c = constants<float>(counted.scalars);
+    if (s.moments == k8Bit) {
+        s.moments = k8Bit;
+        s.amsgrad = false;
         update_turns<Access>(s, row, counted, c, chunk, thread);
     } else {
+        s.moments &= 3;
         update_turns<Access>(s, row, counted, c, chunk, thread);
     }
 }

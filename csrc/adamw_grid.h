@@ -15,7 +15,7 @@ constexpr int kWidth = 2 * kGroup;
 constexpr int kTurn = kThreads * kWidth;
 constexpr int kChunk = 4 * kTurn;
 
-ADEPT_FAST_INLINE std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+ADEPT_FAST_INLINE std::int64_t chunks_of(std::int64_t slots) { return (slots + kChunk - 1) / kChunk; }
 
 // Returns the tensor of `chunk`. first_chunks: of each tensor, `stride` words apart, ascending; an empty tensor has that of its successor.
 ADEPT_FAST_INLINE std::int32_t tensor_of_chunk(const std::int64_t* first_chunks, std::int64_t stride, std::int64_t tensors,

@@ -297,8 +297,8 @@ void blocks(const Work& work, std::int64_t number, std::int64_t first, N n, cons
         if (weight == weights[k] && rates[k].store()) close_weights(work, begin, n, static_cast<const float*>(weight), rates[k]);
     }
     for (int k = 0; k < kCount; ++k) {
-        scale[k] = block_scale(kOfAverage, largest(n, m[k]));
-        scale_of_root[k] = block_scale(kOfRoot, largest(n, root[k]));
+        scale[k] = block_scale<OfAverage>(largest(n, m[k]));
+        scale_of_root[k] = block_scale<OfRoot>(largest(n, root[k]));
         m_scale[k] = scale[k].scale;
         root_scale[k] = scale_of_root[k].scale;
     }

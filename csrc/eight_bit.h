@@ -15,23 +15,31 @@ ADEPT_FAST_INLINE std::int64_t slots_of(const Tensor& t) { return t.row == 0 ? t
 
 // A code of a size: the upper bits of float_of(kBaseBits + z) - 1/128.
 constexpr std::uint32_t kBaseBits = 0x3c000000u;  // 1/128
-struct Code {
-    int shift;
-    std::uint32_t last, least;  // codes of the largest and of the smallest positive size
-    float largest;
-    std::uint32_t offset;  // of the dither
+struct OfAverage {
+    static constexpr int kShift = 19;
+    static constexpr std::uint32_t kLast = 126, kLeast = 0;  // codes of the largest and of the smallest positive size
+    static constexpr float kLargest = 1.8671875f;
+    static constexpr std::uint32_t kOffset = 0;  // of the dither
 };
-constexpr Code kOfAverage{19, 126, 0, 1.8671875f, 0}, kOfRoot{18, 254, 2, 1.9296875f, 0x54858409u};
+struct OfRoot {
+    static constexpr int kShift = 18;
+    static constexpr std::uint32_t kLast = 254, kLeast = 2;
+    static constexpr float kLargest = 1.9296875f;
+    static constexpr std::uint32_t kOffset = 0x54858409u;
+};
 
 // How sizes of a block become codes: its scale and the factor before them.
 struct BlockScale {
     float scale, factor;
 };
 
+constexpr float kLeastScaled = 0x1p-100f;  // a block with smaller sizes has the scale 0
+
 // largest: of the block's finite sizes.
-ADEPT_FAST_INLINE BlockScale block_scale(const Code& code, float largest) {
-    const bool used = largest >= 0x1p-100f;
-    return {used ? largest / code.largest : 0.0f, used ? code.largest / largest : 0.0f};
+template <class Code>
+ADEPT_FAST_INLINE BlockScale block_scale(float largest) {
+    const bool used = largest >= kLeastScaled;
+    return {used ? largest / Code::kLargest : 0.0f, used ? Code::kLargest / largest : 0.0f};
 }
 
 // The bits of a finite size, by which sizes are compared; else 0.
@@ -40,38 +48,40 @@ ADEPT_FAST_INLINE std::uint32_t size_bits(float value) {
     return size < 0x7f800000u ? size : 0u;
 }
 
-ADEPT_FAST_INLINE float size_of(const Code& code, std::uint32_t coded, float scale) {
-    return (float_of(kBaseBits + (coded << code.shift)) - 0x1p-7f) * scale;
+template <class Code>
+ADEPT_FAST_INLINE float size_of(std::uint32_t coded, float scale) {
+    return (float_of(kBaseBits + (coded << Code::kShift)) - 0x1p-7f) * scale;
 }
 
 // size: not negative, or NaN.
-ADEPT_FAST_INLINE std::uint32_t coded_size(const Code& code, float size, float factor, std::uint32_t dither) {
+template <class Code>
+ADEPT_FAST_INLINE std::uint32_t coded_size(float size, float factor, std::uint32_t dither) {
     const float share = size * factor;
-    const std::uint32_t between = (dither + code.offset) >> (32 - code.shift);
-    std::uint32_t coded = (bits_of(share + 0x1p-7f) - kBaseBits + between) >> code.shift;
-    coded = coded < code.last ? coded : code.last;
-    if (code.least > 0) coded = share > 0.0f && coded < code.least ? code.least : coded;
-    return is_finite(size) ? coded : code.last + 1;
+    const std::uint32_t between = (dither + Code::kOffset) >> (32 - Code::kShift);
+    std::uint32_t coded = (bits_of(share + 0x1p-7f) - kBaseBits + between) >> Code::kShift;
+    coded = coded < Code::kLast ? coded : Code::kLast;
+    if (Code::kLeast > 0) coded = share > 0.0f && coded < Code::kLeast ? Code::kLeast : coded;
+    return is_finite(size) ? coded : Code::kLast + 1;
 }
 
 ADEPT_FAST_INLINE float decoded_average(std::uint8_t byte, float scale) {
     const std::uint32_t coded = byte & 127u;
-    const std::uint32_t bits = bits_of(size_of(kOfAverage, coded, scale)) | (std::uint32_t{byte} & 128u) << 24;
-    return float_of(coded > kOfAverage.last ? 0x7fc00000u : bits);
+    const std::uint32_t bits = bits_of(size_of<OfAverage>(coded, scale)) | (std::uint32_t{byte} & 128u) << 24;
+    return float_of(coded > OfAverage::kLast ? 0x7fc00000u : bits);
 }
 
 ADEPT_FAST_INLINE float decoded_root(std::uint8_t byte, float scale) {
-    const float root = size_of(kOfRoot, byte, scale);
-    return float_of(byte > kOfRoot.last ? 0x7fc00000u : bits_of(root));
+    const float root = size_of<OfRoot>(byte, scale);
+    return float_of(byte > OfRoot::kLast ? 0x7fc00000u : bits_of(root));
 }
 
 ADEPT_FAST_INLINE std::uint8_t coded_average(float m, float factor, std::uint32_t dither) {
     const std::uint32_t bits = bits_of(m), sign = is_finite(m) ? bits >> 24 & 128u : 0u;
-    return static_cast<std::uint8_t>(coded_size(kOfAverage, float_of(bits & 0x7fffffffu), factor, dither) | sign);
+    return static_cast<std::uint8_t>(coded_size<OfAverage>(float_of(bits & 0x7fffffffu), factor, dither) | sign);
 }
 
 ADEPT_FAST_INLINE std::uint8_t coded_root(float root, float factor, std::uint32_t dither) {
-    return static_cast<std::uint8_t>(coded_size(kOfRoot, root, factor, dither));
+    return static_cast<std::uint8_t>(coded_size<OfRoot>(root, factor, dither));
 }
 
 // 32 bits for each element, whose fraction walks through all of [0, 1) evenly from step to step.

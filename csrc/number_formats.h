@@ -26,7 +26,13 @@ ADEPT_FAST_INLINE float float_of(std::uint32_t bits) {
     return value;
 }
 
-ADEPT_FAST_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+ADEPT_FAST_INLINE bool is_finite(float value) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(value) < float_of(0x7f800000u);  // one instruction
+#else
+    return (bits_of(value) & 0x7f800000u) != 0x7f800000u;
+#endif
+}
 
 ADEPT_FAST_INLINE bool is_finite(double value) { return value - value == 0.0; }
 

@@ -176,6 +176,30 @@ void __syncwarp() {
     swapcontext(&emulator::running->context, &emulator::scheduler);
 }
 
+namespace {
+
+// Returns what thread `source` of the block passes. All lanes of the warp take part.
+unsigned passed(unsigned value, unsigned source) {
+    static unsigned values[1024];
+    values[threadIdx.x] = value;
+    __syncwarp();
+    const unsigned found = values[source];
+    __syncwarp();
+    return found;
+}
+
+}  // namespace
+
+unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) { return passed(value, threadIdx.x ^ static_cast<unsigned>(distance)); }
+
+float __shfl_sync(unsigned, float value, int lane, int width) {
+    unsigned bits, source = threadIdx.x / static_cast<unsigned>(width) * static_cast<unsigned>(width) + static_cast<unsigned>(lane);
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = passed(bits, source);
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
 // Functions that may fail return 1 and write the message to `error`, of 256 bytes.
 namespace {
 

@@ -1,5 +1,5 @@
-// What csrc/adamw.cu uses of CUDA, on the CPU. Threads of a block are fibres that run in random order and meet at __syncwarp; blocks run in
-// random order. Accesses through __ldcs, __stcs and __ldg are checked. Arithmetic is the CPU's: csrc rounds every operation once, as a GPU does.
+// What csrc/adamw.cu uses of CUDA, on the CPU. Threads of a block are fibres that run in random order and meet at __syncwarp and shuffles; blocks
+// run in random order. Accesses through __ldcs, __stcs and __ldg are checked. Arithmetic is the CPU's: csrc rounds every operation once, as a GPU does.
 #pragma once
 
 #include <cmath>
@@ -27,6 +27,8 @@ struct Index {
 };
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 void __syncwarp();
+unsigned __shfl_xor_sync(unsigned lanes, unsigned value, int distance);
+float __shfl_sync(unsigned lanes, float value, int lane, int width);
 
 struct uint2 {
     unsigned x, y;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from adept_fast.ops.adamw import cpu
 from adept_fast.ops.adamw.descriptors import group_rows
+from adept_fast.ops.adamw.eight_bit import scale_count
 from adept_fast.ops.adamw.reference import AdamWOptions, Update, adamw_update_
 from adept_fast.ops.adamw.table import Table
 from tests.support.adamw_cases import CHUNK, FORMATS, MODES, OPTIONS, UNITS, WRITTEN, Case, assert_same_bits, cases, compare, make, placed
@@ -54,38 +56,66 @@ def test_launches_give_the_bits_of_the_reference(dtype: torch.dtype, native: Emu
     native.assert_no_faults()
 
 
+bf16, fp32, byte = torch.bfloat16, torch.float32, torch.uint8
+SETUPS = [  # in the order of csrc/adamw.cu: parameter and gradient, moments, master
+    (fp32, fp32, None),
+    *((bf16, fp32, mode) for mode in (None, "copy", "remainder", "stochastic")),
+    *((bf16, bf16, mode) for mode in (None, "remainder", "kahan", "stochastic")),
+    (fp32, byte, None),
+    *((bf16, byte, mode) for mode in (None, "remainder", "remainder8", "stochastic")),
+    (bf16, fp32, "remainder8"),
+]
+
+
 def whole_chunks(number: int, units: bool) -> Update:
     """An update of two whole chunks and a rest, in the set-up of a kernel of its own."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    setups = [(fp32, fp32, None), *((bf16, fp32, mode) for mode in (None, "copy", "remainder", "stochastic"))]
-    dtype, moments, mode = [*setups, *((bf16, bf16, mode) for mode in (None, "remainder", "kahan", "stochastic"))][number]
+    dtype, moments, mode = SETUPS[number]
     generator = torch.Generator().manual_seed(number)
-    numel = 2 * CHUNK + 32
-    aligned = [torch.empty(numel + 8, dtype=kind) for kind in (dtype, dtype, moments, moments)]
-    param, grad, m, v = (x[-x.data_ptr() % 16 // x.itemsize :][:numel].copy_(torch.randn(numel, generator=generator)) for x in aligned)
+    numel = 2 * CHUNK + 64
+    aligned = [torch.empty(numel + 16, dtype=kind) for kind in (dtype, dtype, moments, moments)]
+    param, grad, m, v = (x[-x.data_ptr() % 16 // x.itemsize :][:numel] for x in aligned)
+    for x, scale in ((param, 1.0), (grad, 1.0), (m, 0.05), (v, 0.01)):
+        x.copy_(codes(generator, numel) if x.dtype == byte else scale * torch.randn(numel, generator=generator))
+    if moments != byte:
+        v.abs_()
     param[:12], grad[3:15] = SPECIAL.to(dtype), SPECIAL.to(dtype)
     master = {"copy": param.float() + 1e-4, "remainder": torch.full_like(param, 5, dtype=torch.int16), "kahan": torch.zeros_like(param)}
+    master["remainder8"] = torch.full_like(param, -3, dtype=torch.int8)
     multipliers = torch.linspace(0, 2, 8, dtype=fp32) if units else None
     length, inner = (8, numel // 16) if units else (1, 1)
     return Update(
-        param, grad, m.mul_(0.05), v.abs_().mul_(0.01), None, master.get(mode), torch.tensor(4.0), multipliers, length, inner,
-        2**32 - 300, number, OPTIONS._replace(master_weights=mode),
+        param, grad, m, v, None, master.get(mode), torch.tensor(4.0), multipliers, length, inner,
+        2**32 - 300, number, OPTIONS._replace(master_weights=mode), **block_scales(generator, numel, 64 if moments == byte else 0),
     )  # fmt: skip
+
+
+def codes(generator: torch.Generator, numel: int) -> Tensor:
+    return torch.randint(0, 256, (numel,), generator=generator, dtype=torch.uint8)
+
+
+def block_scales(generator: torch.Generator, numel: int, row: int) -> dict[str, Any]:
+    """The fields of scales for rows of 8-bit moments, of usual blocks, of unused ones, and of some that overflow or are tiny; row 0: none."""
+    if row == 0:
+        return {}
+    usual, rare = 0.05 * torch.rand(2, scale_count(numel, row), generator=generator), torch.tensor([0.0, 1e-30, 1e-42, 3e38, float("inf")])
+    chosen = torch.randint(0, 20, usual.shape, generator=generator)
+    m, v = torch.where(chosen < len(rare), rare[chosen.clamp(max=len(rare) - 1)], usual)
+    return {"exp_avg_scale": m, "exp_avg_sq_scale": v, "row": row}
 
 
 @pytest.mark.parametrize("units", [False, True])
 def test_whole_chunks_of_each_set_up_give_the_bits_of_the_reference(units: bool, native: EmulatedCuda, backend: ModuleType) -> None:
     for options in (OPTIONS, OPTIONS._replace(beta1=0.4), OPTIONS._replace(beta2=0.0, maximize=True, weight_decay=0.0)):
-        reference = [whole_chunks(number, units) for number in range(9)]
+        reference = [whole_chunks(number, units) for number in range(len(SETUPS))]
         reference = [update._replace(options=options._replace(master_weights=update.options.master_weights)) for update in reference]
         ours = [cloned(update) for update in reference]
         chunks = native.adamw_table_size(Table(ours).rows.tobytes())[0]
-        assert chunks[int(units) : -1 : 2] == [2] * 9 and chunks[-1] == 9
+        assert chunks[int(units) : -1 : 2] == [2] * len(SETUPS) and chunks[-1] == len(SETUPS)
         for _ in range(2):
             backend.adamw(Table(ours), None, None)
             for update in reference:
                 adamw_update_(update)
-        assert_same_bits(ours, reference, range(9))
+        assert_same_bits(ours, reference, SETUPS)
     native.assert_no_faults()
 
 
@@ -102,7 +132,7 @@ def random_tensor(draw: random.Random, generator: torch.Generator, numel: int, d
 
 
 def random_update(draw: random.Random, generator: torch.Generator, options: AdamWOptions) -> Update:
-    dtype, grad, moments = draw.choice([(torch.bfloat16,) * 3, tuple(draw.choice(FORMATS) for _ in range(3))])
+    dtype, grad, moments = draw.choice([(bf16, bf16, draw.choice([bf16, byte])), tuple(draw.choice((*FORMATS, byte)[:3 + third // 2]) for third in range(3))])
     numel = draw.choice([0, 1, 7, 8, 9, 2047, 2048, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, draw.randint(1, 30_000)])
     beyond = CHUNK + draw.choice([0, 1, 809])
     length, inner = draw.choice([(1, 1), (1, 1), (max(1, numel // 77), 77), (77, 1), (5, 7), (3, beyond), (beyond, 1)])
@@ -113,19 +143,32 @@ def random_update(draw: random.Random, generator: torch.Generator, options: Adam
         numel = length * inner * draw.randint(1, max(1, min(30_000 // (length * inner), 40))) if length > 1 else numel
         multipliers = 2 * torch.rand(length, generator=generator)
         multipliers[torch.rand(length, generator=generator) < draw.choice([0.0, 0.3, 1.0])] = 0.0
-    mode = draw.choice(MODES[dtype])
+    row = 0
+    if moments == byte:
+        row = draw.choice([16, 17, 63, 64, 65, 100, 192, 1000])
+        rows = draw.choice([1, 3, 4, 128, 130, 30_000 // row]) if row < 200 else draw.choice([1, 9, 17])
+        numel = row * rows
+        units = [(1, 1), (rows, row), (row, 1), (1, numel), (rows * row, 1), *((e, numel // e) for e in (2, 3) if rows % e == 0)]
+        length, inner = draw.choice(units)
+        multipliers = None
+    if length > 1 and multipliers is None:
+        multipliers = 2 * torch.rand(length, generator=generator)
+        multipliers[torch.rand(length, generator=generator) < draw.choice([0.0, 0.3, 1.0])] = 0.0
+    mode = draw.choice((*MODES[dtype], "remainder8") if dtype == bf16 else MODES[dtype])
     param = random_tensor(draw, generator, numel, dtype, 0.5)
     master = {
         "copy": param.float() + draw.choice([0.0, 1e-4]),
         "remainder": torch.randint(-(2**15), 2**15, (numel,), generator=generator).to(torch.int16),
+        "remainder8": torch.randint(-(2**7), 2**7, (numel,), generator=generator).to(torch.int8),
         "kahan": random_tensor(draw, generator, numel, dtype, 1e-4),
     }.get(mode)
+    m, v = (codes(generator, numel) if row else random_tensor(draw, generator, numel, moments, scale) for scale in (0.05, 0.01))
     return Update(
         param=param,
         grad=random_tensor(draw, generator, numel, grad, 10 ** draw.uniform(-6, 1)),
-        exp_avg=random_tensor(draw, generator, numel, moments, 0.05),
-        exp_avg_sq=random_tensor(draw, generator, numel, moments, 0.01).abs(),
-        max_exp_avg_sq=random_tensor(draw, generator, numel, moments, 0.01).abs() if draw.random() < 0.2 else None,
+        exp_avg=m,
+        exp_avg_sq=v if row else v.abs(),
+        max_exp_avg_sq=random_tensor(draw, generator, numel, moments, 0.01).abs() if not row and draw.random() < 0.2 else None,
         master=master,
         step=torch.tensor(float(draw.choice([0, 1, 5, 1000, 2**24 - 2]))),
         multipliers=multipliers,
@@ -134,6 +177,7 @@ def random_update(draw: random.Random, generator: torch.Generator, options: Adam
         first_index=draw.choice([0, 5, 2**31 - 3, 2**32 - 300, 2**40 + 1]),
         seed=draw.choice([0, 77, 2**31, 2**32 - 1]),
         options=options._replace(master_weights=mode),
+        **block_scales(generator, numel, row),
     )
 
 
@@ -154,7 +198,7 @@ def test_random_tables_give_the_bits_of_the_reference_and_touch_nothing_else(see
         generator = torch.Generator().manual_seed(1000 * seed + number)
         groups = [random_options(draw) for _ in range(draw.choice([1, 2, 5, 401, 900] if number % 5 == 0 else [1, 2, 5]))]
         updates = [random_update(draw, generator, draw.choice(groups)) for _ in range(draw.choice([1, 2, 5]))]
-        tiny = random_update(draw, generator, groups[0])
+        tiny = next(update for _ in range(99) if not (update := random_update(draw, generator, groups[0])).row)
         fields = {name: None if getattr(tiny, name) is None else getattr(tiny, name)[:1] for name in Update._fields[:6]}
         tiny = tiny._replace(**fields, multipliers=None, length=1, inner=1, step=torch.tensor(3.0))
         mode = tiny.options.master_weights

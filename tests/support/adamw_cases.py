@@ -92,7 +92,7 @@ def placed(update: Update, device: str) -> Update:
     return update._replace(**{name: copy(x) for name, x in update._asdict().items() if isinstance(x, Tensor)}, options=options)
 
 
-WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
+WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 def written(update: Update) -> list[Tensor]:
@@ -100,7 +100,7 @@ def written(update: Update) -> list[Tensor]:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.cpu().view({2: torch.int16, 4: torch.int32}[x.itemsize])
+    return x.cpu().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
 
 
 def assert_same_bits(ours: Sequence[Update], reference: Sequence[Update], names: Sequence[object]) -> None:

@@ -25,7 +25,7 @@ class Instruction:
 
     @property
     def is_conditional(self) -> bool:
-        return self.predicate is not None or bool(re.match(r"!?U?P\w+,", self.operands))
+        return self.predicate is not None or self.name == "BRA.DIV" or bool(re.match(r"!?U?P\w+,", self.operands))
 
 
 def functions(sass: str) -> dict[tuple[str, str], list[Instruction]]:
