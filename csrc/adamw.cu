@@ -1,5 +1,6 @@
 // AdamW over a table of tensors. One launch increments the steps, as threads that read a step would race with its update. Then one launch per
-// set-up updates the whole chunks of its tensors, and one the rest: ends of tensors, misaligned ones, rare set-ups. Untested on a GPU.
+// set-up updates the whole chunks of its tensors, and one the rest: ends of tensors, misaligned ones, rare set-ups. One more takes the whole
+// chunks of groups with a beta below 1/2. Untested on a GPU.
 
 #include <algorithm>
 #include <array>
@@ -197,16 +198,9 @@ static __device__ __forceinline__ void for_chunks(const Parts& parts, const std:
     }
 }
 
-// Three blocks a multiprocessor leave 80 registers a thread, too few for multipliers on sm_100.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocksOfUnits = 2;
-#else
-constexpr int kBlocksOfUnits = 3;
-#endif
-
-// Whole chunks first ... end - 1, all of one set-up.
+// Whole chunks first ... end - 1, all of one set-up. Three blocks a multiprocessor leave 80 registers a thread, too few for multipliers.
 template <int kKernel>
-__global__ void __launch_bounds__(kThreads, kKernel % 2 ? kBlocksOfUnits : 3) update_whole(const Parts parts, std::int64_t first, std::int64_t end, const float* found_inf) {
+__global__ void __launch_bounds__(kThreads, kKernel % 2 ? 2 : 3) update_whole(const Parts parts, std::int64_t first, std::int64_t end, const float* found_inf) {
     if (found_inf != nullptr && *found_inf != 0.0f) {
         return;
     }

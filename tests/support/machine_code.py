@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -40,18 +40,18 @@ def functions(sass: str) -> dict[tuple[str, str], list[Instruction]]:
     return found
 
 
-def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the longest way around each innermost loop that calls no subroutine.
+def loops(code: Sequence[Instruction], choose: Callable[..., int] = max) -> list[list[Instruction]]:
+    """Return the longest (choose: max) or shortest (min) way around each innermost loop that calls no subroutine.
 
     The slow ways of square roots and divisions are subroutines: infinities, denormals and zeros take them.
     """
     at = {instruction.address: i for i, instruction in enumerate(code)}
     backward = [(at[t], i) for i, each in enumerate(code) if (t := each.target) is not None and t in at and at[t] < i]
     innermost = [(a, b) for a, b in backward if not any(a <= c and d < b and (c, d) != (a, b) for c, d in backward)]
-    return [way for first, last in innermost if (way := _longest(code, at, first, last))]
+    return [way for first, last in innermost if (way := _way(code, at, first, last, choose))]
 
 
-def _longest(code: Sequence[Instruction], at: dict[int, int], first: int, last: int) -> list[Instruction]:
+def _way(code: Sequence[Instruction], at: dict[int, int], first: int, last: int, choose: Callable[..., int]) -> list[Instruction]:
     lengths, following = {last: 1}, {last: last}  # of the way to the end of the loop, by index
     for i in range(last - 1, first - 1, -1):
         instruction = code[i]
@@ -61,7 +61,7 @@ def _longest(code: Sequence[Instruction], at: dict[int, int], first: int, last: 
         nexts = [i + 1] if target is None or instruction.is_conditional else []
         nexts = [each for each in (*nexts, target) if each is not None and i < each and each in lengths]
         if nexts:
-            following[i] = max(nexts, key=lengths.__getitem__)
+            following[i] = choose(nexts, key=lengths.__getitem__)
             lengths[i] = 1 + lengths[following[i]]
     if first not in lengths:
         return []
