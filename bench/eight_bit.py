@@ -1,9 +1,10 @@
 """Compare training with 8-bit moments to training with fp32 moments, by the loss on held-out text.
 
-fp32    state_dtype=torch.float32, master_weights="remainder": 8 bytes of moments an element, an exact fp32 master
-int8    state_dtype="int8", master_weights="remainder8": 2.1 bytes of moments an element, a master of 24 bits
+fp32     state_dtype=torch.float32, master_weights="remainder": 8 bytes of moments an element, an exact fp32 master
+int8     state_dtype="int8", master_weights="remainder8": 2.1 bytes of moments an element, a master of 24 bits
+control  state_dtype=torch.float32, master_weights="remainder8": shows what other last bits of the weights come to by themselves
 
-Both train a bf16 model on the same batches of --text: with one rate for all (`one`), and with a multiplier from 0 to 2 for each row of each
+All train a bf16 model on the same batches of --text: with one rate for all (`one`), and with a multiplier from 0 to 2 for each row of each
 matrix, every eighth row frozen (`units`). A seed sets batches, multipliers and the initial values of a random model. Without --model all of
 a random Llama of 1.1 million parameters is trained, on bytes; with it silent copies of --layers are, on tokens. Each run is stored in the
 folder --out, and the same command goes on with the runs that are not there. Losses are in nats per token on documents that are not
@@ -45,6 +46,7 @@ from bench import parser
 STATES: dict[str, dict[str, Any]] = {
     "fp32": {"state_dtype": torch.float32, "master_weights": "remainder"},
     "int8": {"state_dtype": "int8", "master_weights": "remainder8"},
+    "control": {"state_dtype": torch.float32, "master_weights": "remainder8"},
 }
 RATES = ("one", "units")
 SMALL = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     setting |= {"text": Path(given.text).name, "model": Path(given.model).name if given.model else "small"}
     digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
     cells = [Cell(*each) for each in itertools.product(range(given.seeds), RATES, STATES)]
+    cells.sort(key=lambda cell: cell.states == "control")
     paths = {cell: given.out / f"{digest}-seed{cell.seed}-{cell.rates}-{cell.states}.json" for cell in cells}
     left = [cell for cell in cells if not paths[cell].exists()]
     start = time.monotonic()
@@ -208,12 +211,9 @@ def _table(found: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for rates in RATES:
         there = {states: {str(cell.seed): result for cell, result in found.items() if cell[1:] == (rates, states)} for states in STATES}
-        full, coded = there["fp32"], there["int8"]
-        differences = {seed: np.subtract(coded[seed]["losses"], full[seed]["losses"]).tolist() for seed in full if seed in coded}
-        made[rates] = {
-            **there,
-            "int8_minus_fp32": differences,
-            "mean_difference_at_end": sum(each[-1] for each in differences.values()) / len(differences) if differences else None,
-            "spread_of_fp32": float(np.ptp([run["losses"][-1] for run in full.values()])) if len(full) > 1 else None,
-        }
+        full = there["fp32"]
+        made[rates] = {**there, "spread_of_fp32": float(np.ptp([run["losses"][-1] for run in full.values()])) if len(full) > 1 else None}
+        for states in ("int8", "control"):
+            both = {seed: (run["losses"], full[seed]["losses"]) for seed, run in there[states].items() if seed in full}
+            made[rates][f"{states}_minus_fp32"] = {seed: np.subtract(*losses).tolist() for seed, losses in both.items()}
     return made
