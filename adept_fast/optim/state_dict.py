@@ -83,6 +83,7 @@ def _dequantized(value: Tensor) -> Tensor:
     return value if type(value).dequantize is Tensor.dequantize else value.dequantize()
 
 
+@torch.no_grad()
 def restore(settings: Settings, groups: Sequence[dict[str, Any]], states: Any, earlier_rates: Sequence[Rates | None]) -> None:
     """Check the loaded groups and convert the loaded states in place.
 

@@ -33,6 +33,7 @@ from tests.support.sharded_worker import (
     sharded_pair,
     train,
     weights,
+    whole,
 )
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.status()[name].found]
@@ -42,6 +43,8 @@ VARIANTS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"master_weights": "remainder", "amsgrad": True, "state_dtype": torch.float32}),
     (torch.bfloat16, {"master_weights": "kahan"}),
     (torch.bfloat16, {"master_weights": "stochastic"}),
+    (torch.float32, {"state_dtype": "int8"}),
+    (torch.bfloat16, {"state_dtype": "int8", "master_weights": "remainder8", "maximize": True}),
 ]
 EVERY = [(dtype, options | {"backend": name}) for name in BACKENDS for dtype, options in VARIANTS]
 
@@ -64,6 +67,34 @@ def fully_sharded(shape: tuple[int, ...]) -> None:
         assert_same(found, weights(single(dtype, 5, **options)), options)
         assert torch.equal(found["first.weight"][FROZEN_ROW], Net(dtype).first.weight[FROZEN_ROW])
         assert not torch.equal(found["first.weight"], Net(dtype).first.weight)
+
+
+def three_processes() -> None:
+    """The mean of three gradients has not the bits of one: they are set here. Rows 3, 3 and 1 of 7, and 2, 2 and 1 of 5."""
+    mesh = mesh_of(3)
+    for dtype, options in EVERY:
+        nets = [Net(dtype), shard(Net(dtype), mesh)]
+        optimizers = [AdamW(net.parameters(), **HYPER | options) for net in nets]
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            set_rates(optimizer, net)
+        for step in range(4):
+            for params in zip(*(net.parameters() for net in nets), strict=True):
+                grad = torch.randn(params[0].shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+                for p in params:
+                    p.grad = in_layout(grad, p)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_same(weights(nets[1]), weights(nets[0]), options)
+        for p, q in zip(*(net.parameters() for net in nets), strict=True):
+            alone, sharded = (optimizer.state[x] for optimizer, x in zip(optimizers, (p, q), strict=True))
+            assert alone.keys() == sharded.keys()
+            for key, value in alone.items():
+                if value.dtype != torch.int16:  # which gloo does not gather
+                    assert torch.equal(whole(sharded[key]), value), (options, key)
+
+
+def test_three_processes_equal_one(tmp_path: Path) -> None:
+    in_processes(3, tmp_path, three_processes)
 
 
 @bits_of_one_process
@@ -239,6 +270,16 @@ def refusals() -> None:
         param = DTensor.from_local(local_part, mesh, [placement], run_check=False, shape=torch.Size([6]), stride=(1,))
         with pytest.raises(InputError, match=text):
             shard_of(param)
+    for shape, dim in (((4, 128), 1), ((4, 8, 10), 1), ((4, 2, 64), 2)):
+        cut = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(dim)]))
+        cut.grad = torch.ones_like(cut)
+        text = rf"^group 0, parameter 0 of shape \({shape[0]}, .* is cut by S.*\(.*{dim}\) within its rows, .* another state_dtype$"
+        eight, wide = AdamW([cut], state_dtype="int8"), AdamW([cut])
+        with pytest.raises(InputError, match=text):
+            eight.step()
+        wide.step()
+        with pytest.raises(InputError, match=text):
+            eight.load_state_dict(wide.state_dict())
     param = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
     param.grad = torch.ones_like(param)
     with pytest.raises(InputError, match="differentiable"):

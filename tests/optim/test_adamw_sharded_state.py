@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from adept_fast import AdamW
+from adept_fast.ops.adamw.checks import CODES, SCALES
+from adept_fast.ops.adamw.eight_bit import scale_shape
 from tests.support.sharded_worker import (
     HYPER,
     MASTERS,
@@ -32,13 +34,15 @@ from tests.support.sharded_worker import (
     weights,
 )
 
-MODES = ["copy", "remainder", "kahan", "stochastic"]
+MODES = ["copy", "remainder", "remainder8", "kahan", "stochastic"]
 EXPERTS = torch.linspace(0.2, 1.7, 15).view(5, 3)
 
 
 def pair(mode: str, seed: int = 0) -> tuple[Net, AdamW]:
-    mesh = mesh_of(dist.get_world_size())
-    return sharded_pair(mesh, torch.bfloat16, seed, master_weights=mode, state_dtype=torch.float32, amsgrad=True, backend="torch")
+    """A master of 24 bits is beside moments of 8 bits, the others beside fp32."""
+    mesh, eight_bit = mesh_of(dist.get_world_size()), mode == "remainder8"
+    moments = {"state_dtype": "int8"} if eight_bit else {"state_dtype": torch.float32, "amsgrad": True}
+    return sharded_pair(mesh, torch.bfloat16, seed, master_weights=mode, **moments, backend="torch")
 
 
 def check_state(net: Net, optimizer: AdamW, mode: str) -> None:
@@ -50,9 +54,14 @@ def check_state(net: Net, optimizer: AdamW, mode: str) -> None:
         assert (rates is None) == (expected is None)
         assert rates is None or (rates[1] == expected[1] and rates[0].dtype == torch.float32 and torch.equal(rates[0], expected[0]))
     own = dict([MASTERS[mode]] if mode in MASTERS else [])
-    expected = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), torch.float32) | own
-    for state in optimizer.state.values():
-        assert {key: value.dtype for key, value in state.items()} == expected
+    wide = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), torch.float32) | own
+    if mode == "remainder8":
+        wide.pop("max_exp_avg_sq")
+    short = dict.fromkeys(("step", *SCALES), torch.float32) | dict.fromkeys(CODES, torch.uint8) | own
+    for p in net.parameters():
+        eight_bit = mode == "remainder8" and any(p is each for each in (net.first.weight, net.experts))
+        assert {key: value.dtype for key, value in optimizer.state[p].items()} == (short if eight_bit else wide)
+        assert not eight_bit or optimizer.state[p]["exp_avg_scale"].shape == scale_shape(p.shape)
 
 
 def continue_and_compare(net: Net, optimizer: AdamW, mode: str) -> None:
@@ -89,14 +98,16 @@ def load(folder: Path, modes: list[str]) -> None:
 
 
 @bits_of_one_process
-@pytest.mark.parametrize(("before", "after", "modes"), [(2, 4, ["copy", "remainder"]), (4, 1, ["kahan", "stochastic"])])
+@pytest.mark.parametrize(
+    ("before", "after", "modes"), [(2, 4, ["copy", "remainder", "remainder8"]), (4, 1, ["kahan", "stochastic", "remainder8"])]
+)
 def test_distributed_checkpoint_at_another_world_size(before: int, after: int, modes: list[str], tmp_path: Path) -> None:
     in_processes(before, tmp_path, save, tmp_path, modes)
     in_processes(after, tmp_path, load, tmp_path, modes)
 
 
 def full(folder: Path, load_options: dict[str, Any]) -> None:
-    for mode in ("copy", "remainder"):
+    for mode in ("copy", "remainder", "remainder8"):
         net, optimizer = pair(mode)
         set_rates(optimizer, net)
         train(net, optimizer, 0, 3)
@@ -104,7 +115,8 @@ def full(folder: Path, load_options: dict[str, Any]) -> None:
         saved = {"net": get_model_state_dict(net, options=options), "optimizer": get_optimizer_state_dict(net, optimizer, options=options)}
         if dist.get_rank() == 0:
             state = saved["optimizer"]["state"]["experts"]
-            assert state["exp_avg"].shape == (5, 3, 7) and torch.equal(state["unit_lr"], EXPERTS) and state["unit_dim"] == 0
+            moment = state[CODES[0] if mode == "remainder8" else "exp_avg"]
+            assert moment.shape == (5, 3, 7) and torch.equal(state["unit_lr"], EXPERTS) and state["unit_dim"] == 0
             torch.save(saved, folder / mode)
         dist.barrier()
         loaded = torch.load(folder / mode, weights_only=True)
@@ -134,6 +146,15 @@ def files_of_shards(folder: Path) -> None:
         other.load_state_dict(saved_net)
         fresh.load_state_dict(saved_optimizer)
         continue_and_compare(other, fresh, mode)
+    net, eight = pair("remainder8")
+    train(net, eight, 0, 3)
+    wide, again = (AdamW(net.parameters(), state_dtype=dtype) for dtype in (torch.float32, "int8"))
+    wide.load_state_dict(eight.state_dict())
+    again.load_state_dict(wide.state_dict())
+    for p in (net.first.weight, net.experts):
+        assert "exp_avg" in wide.state[p] and again.state[p].keys() == eight.state[p].keys() - {"remainder8"}
+        for key in CODES:
+            assert torch.equal(again.state[p][key].to_local(), eight.state[p][key].to_local()), key
 
 
 def test_file_per_process(tmp_path: Path) -> None:

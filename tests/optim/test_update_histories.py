@@ -30,7 +30,9 @@ def of(opt: AdamW, draw: random.Random) -> tuple[Tensor, dict[str, Any]]:
 def anew(opt: AdamW, draw: random.Random, make: Callable[[Tensor], Tensor]) -> None:
     """Another tensor in a state, at times beside the earlier one and at times where that was."""
     _, state = of(opt, draw)
-    key = draw.choice([key for key, value in state.items() if value.ndim])
+    key = draw.choice([key for key, value in state.items() if value.ndim] or ["step"])
+    if key not in state:
+        return
     made = make(state[key])
     if draw.random() < 0.5:
         del state[key]

@@ -24,15 +24,19 @@ bits_of_one_process = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.9"), reason="torch 2.8: gradients of a sharded model are not the bits of one process"
 )
 MASTERS = {"copy": ("master", torch.float32), "remainder": ("remainder", torch.int16), "kahan": ("compensation", torch.bfloat16)}
+MASTERS["remainder8"] = ("remainder8", torch.int8)
 
 
 class Net(nn.Module):
-    """Row counts 7, 3, 5 and 1: uneven on 2 and 4 processes, some of which hold nothing of `scale` and of the last layer."""
+    """Row counts 7, 3, 5 and 1: uneven on 2 and 4 processes, some of which hold nothing of `scale` and of the last layer.
+
+    `first.weight` (two blocks a row) and `experts` can have 8-bit moments, the others cannot.
+    """
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.first, self.last = nn.Linear(70, 7), nn.Linear(7, 3)
         self.experts = nn.Parameter(torch.randn(5, 3, 7))
         self.scale = nn.Parameter(torch.rand(1) + 0.5)
         self.to(dtype)
@@ -55,7 +59,7 @@ def train(net: nn.Module, optimizer: AdamW, first: int, last: int) -> None:
     """All processes see the same batch, so that the mean of their gradients over 2 or 4 has the bits of one."""
     dtype = next(net.parameters()).dtype
     for step in range(first, last):
-        x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
+        x = torch.randn(6, 70, generator=torch.Generator().manual_seed(step)).to(dtype)
         net(x).float().square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
