@@ -17,13 +17,14 @@ SETUPS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.float32, {}),
     (torch.bfloat16, {"master_weights": "remainder", "max_grad_norm": 0.5}),
     (torch.bfloat16, {"master_weights": "copy", "amsgrad": True, "lr": torch.tensor(1e-2), "state_dtype": torch.float32}),
+    (torch.bfloat16, {"master_weights": "remainder8", "state_dtype": "int8"}),
 ]
 
 
 def run(dtype: torch.dtype, options: dict[str, Any], compiler: str | None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     torch._dynamo.reset()
-    params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((5, 7), (3,), (0, 2))]
+    params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((5, 70), (3,), (0, 20))]
     optimizer = AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}], weight_decay=0.1, **options)
     optimizer.set_unit_lr(params[0], torch.rand(5, generator=generator))
     step = optimizer.step if compiler is None else torch.compile(optimizer.step, fullgraph=True, backend=compiler)

@@ -11,6 +11,7 @@ from adept_fast.errors import InputError
 from adept_fast.ops.adamw.masters import join_master, split_master, stochastic_round
 from adept_fast.ops.dispatch import status
 from adept_fast.optim import AdamW
+from adept_fast.optim.state import MASTER_KEYS
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 SHAPE = (37, 29)
@@ -35,6 +36,8 @@ def weight(p: Tensor, state: dict) -> Tensor:
         return state["master"].double()
     if "remainder" in state:
         return join_master(p, state["remainder"]).double()
+    if "remainder8" in state:
+        return join_master(p, state["remainder8"].to(torch.int32) << 8).double()
     return p.double() + state.get("compensation", torch.zeros(())).double()
 
 
@@ -146,7 +149,7 @@ def test_stochastic_step_is_the_rounded_fp32_step() -> None:
     assert torch.equal(p, stochastic_round(exact.detach(), 1, 1))
 
 
-@pytest.mark.parametrize("mode", ["copy", "remainder", "kahan"])
+@pytest.mark.parametrize("mode", ["copy", "remainder", "remainder8", "kahan"])
 def test_master_follows_an_edit_of_the_parameter(mode: str) -> None:
     """After an edit in place the run goes on as one that starts with the edited value and the same moments."""
     p = Parameter(bf16(0))
@@ -158,7 +161,7 @@ def test_master_follows_an_edit_of_the_parameter(mode: str) -> None:
         p.copy_(bf16(77))
     fresh = Parameter(bf16(77))
     other = AdamW([fresh], **HYPER, master_weights=mode)
-    state = {key: value.clone() for key, value in optimizer.state[p].items() if key not in ("master", "remainder", "compensation")}
+    state = {key: value.clone() for key, value in optimizer.state[p].items() if key not in MASTER_KEYS.values()}
     other.state[fresh] = state
     for step in range(6, 9):
         for q, owner in ((p, optimizer), (fresh, other)):
@@ -168,7 +171,7 @@ def test_master_follows_an_edit_of_the_parameter(mode: str) -> None:
     assert torch.equal(weight(p, optimizer.state[p]), weight(fresh, other.state[fresh]))
 
 
-@pytest.mark.parametrize("mode", ["remainder", "kahan"])
+@pytest.mark.parametrize("mode", ["remainder", "remainder8", "kahan"])
 def test_an_edit_before_the_capture_of_a_graph_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replay would forget the remainder."""
     p = Parameter(bf16(0))
@@ -204,17 +207,18 @@ def test_copy_follows_an_edit_through_data_and_of_single_elements() -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if status()[name].found])
-@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
-def test_remainders_of_elements_set_to_zero_through_data_do_no_harm(backend: str, state_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, "int8"], ids=str)
+@pytest.mark.parametrize("mode", ["remainder", "remainder8"])
+def test_remainders_of_elements_set_to_zero_through_data_do_no_harm(mode: str, backend: str, state_dtype: torch.dtype | str | None) -> None:
     """As pruning masks do; 0 and a negative remainder join to the bits of a NaN."""
     p = Parameter(bf16(0))
-    optimizer = AdamW([p], **HYPER, master_weights="remainder", state_dtype=state_dtype, backend=backend)
+    optimizer = AdamW([p], **HYPER, master_weights=mode, state_dtype=state_dtype, backend=backend)
     for step in range(1, 4):
         p.grad = bf16(step)
         optimizer.step()
     p.data.mul_(torch.tensor([0.0, -0.0, 1.0]).repeat(len(p))[: len(p), None])
     zeros = p == 0
-    assert (optimizer.state[p]["remainder"][zeros] < 0).any()
+    assert (optimizer.state[p][mode][zeros] < 0).any()
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert not p.isnan().any() and (p[zeros] != 0).all()
@@ -222,10 +226,10 @@ def test_remainders_of_elements_set_to_zero_through_data_do_no_harm(backend: str
 
 
 def test_modes_leave_fp32_parameters_alone_and_refuse_fp16_where_they_must() -> None:
-    for mode in ("copy", "remainder", "kahan", "stochastic"):
+    for mode in ("copy", "remainder", "remainder8", "kahan", "stochastic"):
         p, q = run(AdamW, torch.float32, 3, master_weights=mode), run(AdamW, torch.float32, 3)
         assert torch.equal(p[0], q[0]) and p[1].keys() == q[1].keys()
-    for mode in ("remainder", "stochastic"):
+    for mode in ("remainder", "remainder8", "stochastic"):
         with pytest.raises(InputError, match="bfloat16"):
             AdamW([Parameter(torch.zeros(2, dtype=torch.float16))], master_weights=mode)
     for mode in ("copy", "kahan"):

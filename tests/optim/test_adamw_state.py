@@ -86,7 +86,7 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert start.state[every(start)[0]]["step"].item() == 2
 
 
-@pytest.mark.parametrize("mode", [None, "copy", "remainder", "kahan", "stochastic"])
+@pytest.mark.parametrize("mode", [None, "copy", "remainder", "remainder8", "kahan", "stochastic"])
 @pytest.mark.parametrize("how", ["file", "deepcopy", "pickle"])
 def test_resumed_run_equals_uninterrupted_in_bf16(mode: str | None, how: str) -> None:
     options = {"master_weights": mode, "state_dtype": torch.float32, "max_grad_norm": 2.0}
@@ -104,6 +104,7 @@ def test_resumed_run_equals_uninterrupted_in_bf16(mode: str | None, how: str) ->
     assert same(train(resumed, 5, 9), expected)
     dtypes = {key: value.dtype for key, value in resumed.state_dict()["state"][0].items() if isinstance(value, Tensor)}
     masters = {"copy": ("master", torch.float32), "remainder": ("remainder", torch.int16), "kahan": ("compensation", torch.bfloat16)}
+    masters["remainder8"] = ("remainder8", torch.int8)
     own = dict([masters[mode]] if mode in masters else [])
     moments = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), torch.float32)
     assert dtypes == moments | {"unit_lr": torch.float32} | own
@@ -191,7 +192,7 @@ def test_a_master_that_torch_trained_past_starts_again(mode: str) -> None:
 
 
 def test_a_master_of_another_mode_is_dropped() -> None:
-    keys = {None: None, "copy": "master", "remainder": "remainder", "kahan": "compensation", "stochastic": None}
+    keys = {None: None, "copy": "master", "remainder": "remainder", "kahan": "compensation", "stochastic": None, "remainder8": "remainder8"}
     for mode in keys:
         ours = build(AdamW, torch.bfloat16, master_weights=mode)
         train(ours, 1, 3)

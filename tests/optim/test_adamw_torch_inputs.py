@@ -199,6 +199,31 @@ def test_loss_goes_the_right_way(configuration: str, schedulers: list[Callable],
     assert last > first if kwargs.get("maximize") else last < first
 
 
+@on_every_backend
+@pytest.mark.parametrize("configuration", configurations(torch.float32))
+def test_8_bit_moments_go_with_torch_or_are_refused(configuration: str, backend: str) -> None:
+    """Within 10 % of the way that torch's parameters go: a code of exp_avg is within 3 % of its value, and moments of 8 bits average."""
+
+    def end(cls: type[torch.optim.Optimizer], device: str, **options: Any) -> list[Tensor]:
+        params = [Parameter(draw(*shape, seed=i).to(device)) for i, shape in enumerate(SHAPES)]
+        optimizer = cls(params, **configurations(torch.float32)[configuration] | options)
+        for step in range(7):
+            for i, p in enumerate(params):
+                p.grad = draw(*p.shape, seed=10 * step + i).to(device)
+            optimizer.step()
+        assert cls is not AdamW or [*optimizer.state[params[3]]][1] == "exp_avg_8bit"
+        return [p.detach().cpu() for p in params]
+
+    given, options = configurations(torch.float32)[configuration], {"state_dtype": "int8", "backend": backend}
+    if given.get("amsgrad") or given.get("differentiable"):
+        with pytest.raises(ValueError, match="8-bit moments are without amsgrad and differentiable"):
+            end(AdamW, RUNNING[backend], **options)
+        return
+    theirs = end(torch.optim.AdamW, "cpu", capturable=False, foreach=False)
+    for i, (p, q) in enumerate(zip(end(AdamW, RUNNING[backend], **options), theirs, strict=True)):
+        assert (p - q).abs().sum() <= 0.1 * (q - draw(*q.shape, seed=i)).abs().sum(), i
+
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 ERRORS = [x for device in DEVICES for x in ADAMW.optim_error_inputs_func(device, torch.float32)]
 

@@ -132,6 +132,7 @@ def tensors_of_others(optimizer: AdamW, param: Parameter) -> list[Tensor]:
 
 
 MASTERS = [("copy", "master", torch.float64), ("remainder", "remainder", torch.int32), ("kahan", "compensation", torch.float32)]
+MASTERS.append(("remainder8", "remainder8", torch.int16))
 
 
 @pytest.mark.parametrize(("mode", "key", "wrong"), MASTERS)
@@ -279,14 +280,15 @@ def test_a_gradient_negated_lazily_is_read_with_its_sign() -> None:
     assert torch.equal(param, other)
 
 
-@pytest.mark.parametrize("moments", [None, torch.float32], ids=str)
-def test_a_frozen_unit_keeps_its_remainder_under_nan_infinities_and_minus_zero(moments: torch.dtype | None) -> None:
+@pytest.mark.parametrize("mode", ["remainder", "remainder8"])
+@pytest.mark.parametrize("moments", [None, torch.float32, "int8"], ids=str)
+def test_a_frozen_unit_keeps_its_remainder_under_nan_infinities_and_minus_zero(moments: torch.dtype | str | None, mode: str) -> None:
     special = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 1.0], dtype=torch.bfloat16).repeat(16)
     for backend in ("cpu", "torch"):
-        optimizer, param = stepped((6, 96), torch.bfloat16, master_weights="remainder", state_dtype=moments, backend=backend)
+        optimizer, param = stepped((6, 96), torch.bfloat16, master_weights=mode, state_dtype=moments, backend=backend)
         optimizer.set_unit_lr(param, torch.tensor([0.0, 1.0] * 48), dim=1)
         param.data.copy_(special)
-        kept = optimizer.state[param]["remainder"]
+        kept = optimizer.state[param][mode]
         optimizer._collector.written[id(param)] = param._version
         kept.copy_(torch.arange(576).mul(7919).remainder(65536).sub(32768).view(6, 96))
         before, bits = kept[:, ::2].clone(), param.detach().view(torch.int16)[:, ::2].clone()
