@@ -6,60 +6,16 @@
 #include <array>
 #include <map>
 #include <mutex>
-#include <numeric>
 
-#include "adamw_body.h"
-#include "adamw_cuda.h"
+#include "adamw_table.h"
 #include "cuda_check.h"
 
 namespace adept_fast {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr std::int64_t kRowWords = sizeof(Tensor) / 8, kCountedWords = sizeof(Counted) / 8, kGroupWords = sizeof(Group) / 8;
-
-// Set-ups of common training, whose whole chunks have kernels of their own.
-constexpr Setup kSetups[] = {
-    {kFp32, kFp32, kFp32, kDirect},    {kBf16, kBf16, kFp32, kDirect},    {kBf16, kBf16, kFp32, kCopy},
-    {kBf16, kBf16, kFp32, kRemainder}, {kBf16, kBf16, kFp32, kStochastic}, {kBf16, kBf16, kBf16, kDirect},
-    {kBf16, kBf16, kBf16, kRemainder}, {kBf16, kBf16, kBf16, kKahan},     {kBf16, kBf16, kBf16, kStochastic},
-    {kFp32, kFp32, k8Bit, kDirect},    {kBf16, kBf16, k8Bit, kDirect},    {kBf16, kBf16, k8Bit, kRemainder},
-    {kBf16, kBf16, k8Bit, kRemainder8}, {kBf16, kBf16, k8Bit, kStochastic}, {kBf16, kBf16, kFp32, kRemainder8},
-};
-constexpr int kSetupCount = sizeof(kSetups) / sizeof(Setup);
-
-// The kernel of whole chunks: 2 * set-up + whether the tensor has multipliers; kRest: none, all chunks of the tensor are rest.
-constexpr int kRest = 2 * kSetupCount, kKernels = kRest + 1;
-
-ADEPT_FAST_INLINE constexpr Setup setup_of(int kernel) {
-    Setup setup = kSetups[kernel / 2];
-    setup.units = kernel % 2 != 0;
-    setup.whole = true;
-    return setup;
-}
-
-int kernel_of(const Tensor& row) {
-    const std::int64_t streams = row.param | row.grad | row.exp_avg | row.exp_avg_sq | row.master;
-    for (int i = 0; i < kSetupCount && row.max_exp_avg_sq == 0 && streams % 16 == 0 && row.row % kBlock == 0; ++i) {
-        const Setup& s = kSetups[i];
-        if (row.formats == (s.param | s.grad << 2 | s.moments << 4) && row.mode == s.mode) {
-            return 2 * i + (row.multipliers != 0);
-        }
-    }
-    return kRest;
-}
-
-// The chunks of a tensor. Those of all tensors are numbered in the order of their kernels, whole ones and the rest apart.
-struct Span {
-    std::int64_t first_whole, first_rest;
-    std::int64_t whole;  // number of whole chunks, which precede the rest
-};
-constexpr std::int64_t kSpanWords = sizeof(Span) / 8;
-static_assert(kRowWords + kSpanWords + kCountedWords <= kWarp, "a warp fetches an entry with one word per lane");
-
 // Words that a launch can take by value, beside its other parameters. Small launches take few, as each launch copies all.
 constexpr std::int64_t kParameterWords = CUDART_VERSION >= 12010 ? 4000 : 500;
-constexpr std::int64_t kGroupsAtOnce = kParameterWords / kGroupWords, kFewGroups = 8;
+constexpr std::int64_t kGroupsAtOnce = kParameterWords / (sizeof(Group) / 8), kFewGroups = 8;
 
 template <std::int64_t kCount>
 struct Parameters {
@@ -69,22 +25,6 @@ struct Parameters {
 template <std::int64_t kCount>
 struct GroupParameters {
     Group groups[kCount];
-};
-
-// The parts of a table in memory order.
-struct Parts {
-    std::int64_t* rows;   // by kernel
-    std::int64_t* spans;  // one more than tensors, with the totals
-    Counted* counted;
-    std::int32_t* tensor_of_whole;
-    std::int32_t* tensor_of_rest;
-
-    Parts(std::int64_t address, std::int64_t tensors, std::int64_t whole)
-        : rows(reinterpret_cast<std::int64_t*>(address)),
-          spans(rows + kRowWords * tensors),
-          counted(reinterpret_cast<Counted*>(spans + kSpanWords * (tensors + 1))),
-          tensor_of_whole(reinterpret_cast<std::int32_t*>(counted + tensors)),
-          tensor_of_rest(tensor_of_whole + whole) {}
 };
 
 // Accesses to global memory, which the compiler cannot infer for addresses from a table. Tensors are used once per step, so they are evicted
@@ -273,11 +213,6 @@ cudaStream_t handle(Stream stream) { return reinterpret_cast<cudaStream_t>(strea
 
 int blocks_for(std::int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
 
-// The whole chunks of a tensor that has the kernel `kernel`.
-std::int64_t whole_chunks(const Tensor& row, int kernel) { return kernel == kRest ? 0 : row.numel / kChunk; }
-
-std::int64_t total_whole(const std::vector<std::int64_t>& chunks) { return std::accumulate(chunks.begin(), chunks.end() - 1, std::int64_t{0}); }
-
 // Whether an average of the group may move from the new value (is_slow). Betas on the device are not known here.
 bool may_be_fast(const Group& group) {
     return (group.beta1_address == 0 ? group.beta1 : 0.0) < 0.5 || (group.beta2_address == 0 ? group.beta2 : 0.0) < 0.5;
@@ -327,34 +262,16 @@ TableSize adamw_table_size(const Tensor* rows, std::int64_t tensors) {
 
 void adamw_write_table(Stream stream, const Table& table, const Tensor* rows) {
     const OnDevice current(stream.device);
-    std::vector<std::int64_t> order(table.tensors);
-    std::iota(order.begin(), order.end(), std::int64_t{0});
-    std::vector<int> kernel_of_each;
-    for (std::int64_t i = 0; i < table.tensors; ++i) {
-        kernel_of_each.push_back(kernel_of(rows[i]));
-    }
-    std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return kernel_of_each[a] < kernel_of_each[b]; });
-    std::vector<std::int64_t> content, spans;
-    std::int64_t first_whole = 0, first_rest = 0;
-    for (const std::int64_t i : order) {
-        const std::int64_t* words = reinterpret_cast<const std::int64_t*>(rows + i);
-        content.insert(content.end(), words, words + kRowWords);
-        const std::int64_t whole = whole_chunks(rows[i], kernel_of_each[i]);
-        spans.insert(spans.end(), {first_whole, first_rest, whole});
-        first_whole += whole;
-        first_rest += chunks_of(slots_of(rows[i])) - whole;
-    }
-    spans.insert(spans.end(), {first_whole, first_rest, 0});
-    content.insert(content.end(), spans.begin(), spans.end());
-    const Parts parts(table.address, table.tensors, first_whole);
-    const std::int64_t total = static_cast<std::int64_t>(content.size());
+    const Content content(rows, table.tensors);
+    const Parts parts(table.address, table.tensors, content.whole);
+    const std::int64_t total = static_cast<std::int64_t>(content.words.size());
     constexpr std::int64_t kFewWords = 256;
     for (std::int64_t first = 0; first < total; first += kParameterWords) {
         const std::int64_t count = std::min(kParameterWords, total - first);
-        (count <= kFewWords ? write<kFewWords> : write<kParameterWords>)(parts.rows + first, content.data() + first, count, stream);
+        (count <= kFewWords ? write<kFewWords> : write<kParameterWords>)(parts.rows + first, content.words.data() + first, count, stream);
     }
-    map(parts.tensor_of_whole, parts, 0, table.tensors, first_whole, stream);
-    map(parts.tensor_of_rest, parts, 1, table.tensors, first_rest, stream);
+    map(parts.tensor_of_whole, parts, 0, table.tensors, content.whole, stream);
+    map(parts.tensor_of_rest, parts, 1, table.tensors, content.rest, stream);
 }
 
 void adamw_step(Stream stream, const Table& table, const Group* groups, std::int64_t group_count, std::int64_t grad_scale,

@@ -19,7 +19,7 @@ struct Spot {
 // slot: of the tensor. Without 8-bit moments, slots are elements.
 ADEPT_FAST_INLINE Spot spot_at(const Setup& s, const Tensor& row, std::int64_t slot) {
     if (s.whole) {
-        return {slot, 0xffu, slot >> 6};
+        return {slot, 0xffu, slot >> 6};  // slot / kBlock would take more instructions, for negative numbers
     }
     if (s.moments != k8Bit) {
         return {slot, present_bits(slot, row.numel), -1};
@@ -47,7 +47,7 @@ ADEPT_FAST_INLINE Scale load_scale(const Setup& s, const Tensor& row, const Spot
 }
 
 // Returns words with the highest bit of each byte that is 255.
-ADEPT_FAST_INLINE std::uint32_t full_bytes(std::uint32_t word) { return (word & 0x7f7f7f7fu) + 0x01010101u & word & 0x80808080u; }
+ADEPT_FAST_INLINE std::uint32_t full_bytes(std::uint32_t word) { return ((word & 0x7f7f7f7fu) + 0x01010101u) & word & 0x80808080u; }
 
 // Converts codes to fp32 in place: averages, and the roots of averages of squares.
 template <class Access>

@@ -57,7 +57,7 @@ def test_launches_give_the_bits_of_the_reference(dtype: torch.dtype, native: Emu
 
 
 bf16, fp32, byte = torch.bfloat16, torch.float32, torch.uint8
-SETUPS = [  # in the order of csrc/adamw.cu: parameter and gradient, moments, master
+SETUPS = [  # in the order of csrc/adamw_table.h: parameter and gradient, moments, master
     (fp32, fp32, None),
     *((bf16, fp32, mode) for mode in (None, "copy", "remainder", "stochastic")),
     *((bf16, bf16, mode) for mode in (None, "remainder", "kahan", "stochastic")),
