@@ -7,8 +7,9 @@
 The operations and their order are those of csrc/adamw.h, each rounded once: fp32, with scalars and unit rates in fp64 until their last
 rounding. All backends give the same bits, except for the payloads of NaN. A multiplier of 0 writes the old bits of parameter and master.
 
-A table on the device has the addresses of the tensors, and a second one the tensor of each program (adamw_tables.py). Tested in Triton's
-interpreter and compiled for sm_80, sm_90 and sm_100; untested on a GPU.
+A table on the device has the addresses of the tensors, and a second one the tensor of each program (adamw_tables.py). 8-bit moments are
+updated by whole blocks of 64 elements (adamw_eight_bit.py). Tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100;
+untested on a GPU.
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ def update_block(
     moments = (exp_avg, exp_avg_sq, max_exp_avg_sq)
     weights = (weight1, weight2, slow1, slow2)
     grad = widened(read(grad_address, span, GRAD, WHOLE), GRAD) * grad_scale
-    param = read(param_address, span, PARAM, WHOLE)
     if MOMENTS == tl.uint8:
         m, root = update_coded_moments(moments, span, scales, present, grad, weights, dither + index.to(tl.uint32) * 0x6A09E667, WHOLE)
+        param = read(param_address, span, PARAM, WHOLE)  # earlier, it would take registers that the codes need
     else:
+        param = read(param_address, span, PARAM, WHOLE)
         m, root = update_moments(moments, span, grad, weights, MOMENTS, AMSGRAD, WHOLE)
     MASTER: tl.constexpr = tl.float32 if MODE == COPY else tl.int16 if MODE == REMAINDER else tl.int8 if MODE == REMAINDER8 else PARAM
     weight = widened(param, PARAM)
@@ -188,12 +190,13 @@ def update_kernel(
         whole = tl.arange(0, BLOCK)
         if MOMENTS == tl.uint8:
             TOGETHER: tl.constexpr = BLOCK // CODED
+            FEW: tl.constexpr = (TOGETHER + 3) // 4
             number = tl.arange(0, TOGETHER)
             in_block = tl.arange(0, CODED)
             average_scale = tl.load(row + EXP_AVG_SCALE_WORD).to(tl.pointer_type(tl.float32))
             root_scale = tl.load(row + EXP_AVG_SQ_SCALE_WORD).to(tl.pointer_type(tl.float32))
             size = tl.load(row + ROW_WORD)
-            block = first // CODED
+            block = first // CODED  # `first` has counted the room of short last blocks too
             column = block % ((size + CODED - 1) // CODED)
             first = block // ((size + CODED - 1) // CODED) * size + column * CODED
             aligned = aligned & (size % CODED == 0)
@@ -204,27 +207,30 @@ def update_kernel(
         unit = unit % length
         for _ in range(0, BLOCKS):
             position = (unit, place, length, inner)
-            scales = None
-            if MOMENTS == tl.uint8:
-                scales = (average_scale + block + number, root_scale + block + number)
             if aligned & (first + BLOCK <= numel):
+                scales = (average_scale + block + number, root_scale + block + number) if MOMENTS == tl.uint8 else None
                 span = (first, whole, None)
                 rates = unit_rates(multipliers, position, whole, group, BLOCK)
                 index = first_index + first + whole
                 update_block(addresses, span, scales, None, index, rates, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, True)
             elif first < numel:
-                present = None
-                offset = whole
-                inside = offset < numel - first
                 if MOMENTS == tl.uint8:
-                    begin, columns = next_blocks(number, column, size, TOGETHER)
-                    present = first + begin < numel
-                    offset = begin.to(tl.int32)[:, None] + in_block[None, :]
-                    inside = present[:, None] & (columns[:, None] * CODED + in_block[None, :] < size)
-                part = (first, offset, inside)
-                rates = unit_rates(multipliers, position, offset, group, BLOCK)
-                index = first_index + first + offset
-                update_block(addresses, part, scales, present, index, rates, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, False)
+                    # Blocks of such rows lie anywhere, so their addresses take registers: update fewer at a time.
+                    for done in range(0, TOGETHER, FEW):
+                        few = done + tl.arange(0, FEW)
+                        begin, columns = next_blocks(few, column, size, TOGETHER)
+                        present = first + begin < numel
+                        offset = begin.to(tl.int32)[:, None] + in_block[None, :]
+                        part = (first, offset, present[:, None] & (columns[:, None] * CODED + in_block[None, :] < size))
+                        of_part = (average_scale + block + few, root_scale + block + few)
+                        each = unit_rates(multipliers, position, offset, group, BLOCK)
+                        i = first_index + first + offset
+                        update_block(addresses, part, of_part, present, i, each, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, False)
+                else:
+                    span = (first, whole, whole < numel - first)
+                    rates = unit_rates(multipliers, position, whole, group, BLOCK)
+                    index = first_index + first + whole
+                    update_block(addresses, span, None, None, index, rates, scalar, PARAM, GRAD, MOMENTS, MODE, AMSGRAD, False)
             passed = BLOCK
             if MOMENTS == tl.uint8:
                 passed, column = next_blocks(TOGETHER, column, size, TOGETHER)
