@@ -171,14 +171,18 @@ def test_tensors_on_a_device_that_is_not_current() -> None:
         (torch.bfloat16, torch.bfloat16, "stochastic"),
         (torch.bfloat16, torch.float32, "remainder"),
         (torch.float32, torch.float32, None),
+        (torch.bfloat16, torch.uint8, "remainder8"),
     ],
     ids=str,
 )
 def test_more_than_2_to_the_31_elements(dtype: torch.dtype, moments: torch.dtype, mode: str | None) -> None:
-    numel = 2**31 + CHUNK + 11  # a multiple of the period, 3, with a tail
+    unit = ROW if moments == torch.uint8 else 3  # the period of multipliers
+    numel = 2**31 + CHUNK + 11  # with a tail
+    numel -= numel % unit
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free GPU memory")
-    big, pieces = large(numel, "cuda", dtype, moments, mode), [(first - first % 3, 999) for first in (0, 2**30, 2**31 - 500, numel - 1002)]
+    big = large(numel, "cuda", dtype, moments, mode)
+    pieces = [(first - first % unit, 960) for first in (0, 2**30, 2**31 - 500, numel - 960)]
     reference = [piece(big, first, count, "cpu") for first, count in pieces]
     on_gpu([big])
     for update in reference:
@@ -186,18 +190,31 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype, moments: torch.dtype
     assert_same_bits([piece(big, first, count, "cuda") for first, count in pieces], reference, pieces)
 
 
+ROW = 192  # of 8-bit moments: a multiple of the period with three blocks
+
+
 def large(numel: int, device: str, dtype: torch.dtype, moments: torch.dtype, mode: str | None) -> Update:
-    param, grad = (torch.empty(numel, dtype=dtype, device=device).normal_() for _ in range(2))
-    exp_avg = torch.empty(numel, dtype=moments, device=device).normal_()
-    exp_avg_sq = torch.empty(numel, dtype=moments, device=device).uniform_(0.01, 2.0)
-    master = torch.empty(numel, dtype=torch.int16, device=device).random_(-(2**15), 2**15) if mode == "remainder" else None
+    def empty(dtype: torch.dtype, count: int = numel) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=device)
+
+    param, grad = empty(dtype).normal_(), empty(dtype).normal_()
     multipliers, step = torch.tensor([0.5, 0.0, 1.5], device=device), torch.zeros((), device=device)
+    master = {"remainder": torch.int16, "remainder8": torch.int8}.get(mode or "")
+    kept = empty(master).random_(torch.iinfo(master).min, torch.iinfo(master).max) if master else None
     options = OPTIONS._replace(master_weights=mode)
-    return Update(param, grad, exp_avg, exp_avg_sq, None, master, step, multipliers, 3, 1, 0, 5, options)
+    if moments == torch.uint8:
+        codes, scales = [empty(moments).random_(2, 120) for _ in range(2)], [empty(torch.float32, numel // 64).uniform_() for _ in range(2)]
+        return Update(param, grad, *codes, None, kept, step, multipliers, 3, 1, 0, 5, options, *scales, ROW)
+    exp_avg, exp_avg_sq = empty(moments).normal_(), empty(moments).uniform_(0.01, 2.0)
+    return Update(param, grad, exp_avg, exp_avg_sq, None, kept, step, multipliers, 3, 1, 0, 5, options)
 
 
 def piece(update: Update, first: int, count: int, device: str) -> Update:
-    """A copy of some elements."""
-    tensors = {name: x for name, x in update._asdict().items() if isinstance(x, Tensor)}
-    cut = {name: (x[first : first + count] if x.numel() > count else x).to(device, copy=True) for name, x in tensors.items()}
-    return update._replace(**cut, first_index=first)
+    """A copy of some elements, with the scales of their blocks."""
+
+    def cut(name: str, x: Tensor) -> Tensor:
+        each = 64 if name.endswith("_scale") else 1
+        return x[first // each : (first + count) // each] if x.numel() > 3 else x
+
+    tensors = {name: cut(name, x).to(device, copy=True) for name, x in update._asdict().items() if isinstance(x, Tensor)}
+    return update._replace(**tensors, first_index=first)
