@@ -98,7 +98,7 @@ def test_a_step_costs_about_200_python_calls_whatever_it_updates(tensors: int) -
         optimizer.step()
         optimizer.zero_grad()
         sys.setprofile(None)
-    assert 100 < calls < 250
+    assert 100 < calls < 300  # 273 with torch 2.8
 
 
 def sharded() -> None:
