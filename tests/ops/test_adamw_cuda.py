@@ -162,7 +162,7 @@ def dumped(extension: Path, *options: str) -> str:
     return subprocess.run([tool, *options, str(extension)], capture_output=True, text=True, check=True).stdout
 
 
-# In the order of kSetups in csrc/adamw_table.h: bytes read and written per element, ceiling of the share of issue slots, accesses of 16 bytes.
+# In the order of kSetups in csrc/adamw_table.h: bytes moved per element, ceiling of the share of issue slots, accesses of 16 bytes.
 SETUPS: dict[str, tuple[float, float, int]] = {
     "fp32": (28, 0.80, 14),
     "bf16, fp32 moments": (22, 0.80, 8),
