@@ -145,13 +145,13 @@ ADEPT_FAST_INLINE void split_master(float weight, std::uint16_t& param, std::int
     remainder = static_cast<std::int16_t>(bits & 0xffffu);
 }
 
-// The same with the upper 8 bits of the remainder: the weight rounded to its upper 24 bits, a tie away from zero.
+// The same with the upper 8 bits of the remainder: the weight rounded to its upper 24 bits, up or down by the dither.
 ADEPT_FAST_INLINE float join_master8(std::uint16_t param, std::int8_t remainder) {
     return join_master(param, static_cast<std::int16_t>(remainder * 256));
 }
 
-ADEPT_FAST_INLINE void split_master8(float weight, std::uint16_t& param, std::int8_t& remainder) {
-    const std::uint32_t bits = weight_bits(weight) + 0x80u;
+ADEPT_FAST_INLINE void split_master8(float weight, std::uint32_t dither, std::uint16_t& param, std::int8_t& remainder) {
+    const std::uint32_t bits = weight_bits(weight) + ((dither + 0xdaa66d2bu) >> 24);
     param = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
     remainder = static_cast<std::int8_t>(bits >> 8 & 0xffu);
 }

@@ -58,8 +58,14 @@ ADEPT_FAST_INLINE void read_weights(Eight& param, const Eight& master, std::int6
     }
 }
 
+// The numbers of one step that decide how weights and 8-bit moments are rounded.
+struct Noise {
+    NoiseKey key;
+    std::uint32_t dither;
+};
+
 // Rounds fp32 weights in `param` to param and master as stored. index: of the first element in the unsharded parameter.
-ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master, NoiseKey key, std::int64_t index) {
+ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master, const Noise& noise, std::int64_t index) {
     const std::int64_t format = s.param, mode = s.mode;
     if (mode == kRemainder) {
 #pragma unroll
@@ -75,7 +81,8 @@ ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master
         for (int k = 0; k < kWidth; ++k) {
             std::uint16_t high;
             std::int8_t low;
-            split_master8(float_of(param.word[k]), high, low);
+            const std::uint64_t each = static_cast<std::uint64_t>(index) + after_first(gap_of(s), k);
+            split_master8(float_of(param.word[k]), dither_of(noise.dither, each), high, low);
             set_half(param, k, high);
             set_byte(master, k, static_cast<std::uint8_t>(low));
         }
@@ -90,7 +97,7 @@ ADEPT_FAST_INLINE void round_weights(const Setup& s, Eight& param, Eight& master
     } else if (mode == kStochastic) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-            set_half(param, k, stochastic_bf16(float_of(param.word[k]), key, static_cast<std::uint64_t>(index) + after_first(gap_of(s), k)));
+            set_half(param, k, stochastic_bf16(float_of(param.word[k]), noise.key, static_cast<std::uint64_t>(index) + after_first(gap_of(s), k)));
         }
     } else {
         if (mode == kCopy) {
@@ -152,12 +159,6 @@ ADEPT_FAST_INLINE std::uint32_t unit_rates(const Setup& s, const Tensor& row, co
     return live;
 }
 
-// The numbers of one step that decide how weights and 8-bit moments are rounded.
-struct Noise {
-    NoiseKey key;
-    std::uint32_t dither;
-};
-
 // Updates one thread's elements in the slots from `offset` on, of the chunk that begins with slot `chunk_first`. walk: from the chunk's first
 // element, begin.
 template <class Access>
@@ -207,7 +208,7 @@ ADEPT_FAST_INLINE void update_eight(const Setup& s, const Tensor& row, const Ste
     }
     store<Access>(s, row.exp_avg, first, moment_size, present, m);
     store<Access>(s, row.exp_avg_sq, first, moment_size, present, v);
-    round_weights(s, param, master, noise.key, row.first_index + first);
+    round_weights(s, param, master, noise, row.first_index + first);
     store<Access>(s, row.param, first, param_size, live, param);
     if (master_size != 0) {
         store<Access>(s, row.master, first, master_size, live, master);

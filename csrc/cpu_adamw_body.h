@@ -198,10 +198,12 @@ void close_weights(const Work& work, std::int64_t first, N n, const T* weight, R
         }
     } else if (t.mode == kRemainder8) {
         std::int8_t* low = at<std::int8_t>(t.master, first);
+        const std::uint32_t key = dither_key(static_cast<std::uint32_t>(t.seed), work.t);
+        const std::uint32_t dither = dither_of(key, static_cast<std::uint64_t>(t.first_index + first));
         for (std::int64_t i = 0; i < n; ++i) {
             std::uint16_t high;
             std::int8_t rest;
-            split_master8(static_cast<float>(weight[i]), high, rest);
+            split_master8(static_cast<float>(weight[i]), dither_of(dither, static_cast<std::uint64_t>(i)), high, rest);
             param[i] = rates.frozen(i) ? param[i] : high;
             low[i] = rates.frozen(i) ? low[i] : rest;
         }

@@ -42,6 +42,7 @@ from adept_fast.kernels.adamw_scalars import (
 from adept_fast.kernels.adamw_tables import by_setup, chunks_on, groups_on, slots_of, tensors_on
 from adept_fast.kernels.adamw_walk import CODED, next_blocks, unit_rates, units_on
 from adept_fast.kernels.number_formats import TRITON_DTYPES, divided, is_finite, read, rounded, widened, write
+from adept_fast.ops.adamw import masters
 from adept_fast.ops.adamw.descriptors import WORD
 from adept_fast.ops.adamw.table import Table
 from adept_fast.ops.number_formats import MODES
@@ -54,6 +55,7 @@ REMAINDER = tl.constexpr(MODES["remainder"])
 KAHAN = tl.constexpr(MODES["kahan"])
 STOCHASTIC = tl.constexpr(MODES["stochastic"])
 REMAINDER8 = tl.constexpr(MODES["remainder8"])
+DITHER_OFFSET = tl.constexpr(masters.DITHER_OFFSET)
 PARAM_WORD = tl.constexpr(WORD.param)
 GRAD_WORD = tl.constexpr(WORD.grad)
 EXP_AVG_WORD = tl.constexpr(WORD.exp_avg)
@@ -97,9 +99,10 @@ def update_block(
     decay, stride = rates
     moments = (exp_avg, exp_avg_sq, max_exp_avg_sq)
     weights = (weight1, weight2, slow1, slow2)
+    walked = dither + index.to(tl.uint32) * 0x6A09E667
     grad = widened(read(grad_address, span, GRAD, WHOLE), GRAD) * grad_scale
     if MOMENTS == tl.uint8:
-        m, root = update_coded_moments(moments, span, scales, present, grad, weights, dither + index.to(tl.uint32) * 0x6A09E667, WHOLE)
+        m, root = update_coded_moments(moments, span, scales, present, grad, weights, walked, WHOLE)
         param = read(param_address, span, PARAM, WHOLE)  # earlier, it would take registers that the codes need
     else:
         param = read(param_address, span, PARAM, WHOLE)
@@ -123,7 +126,7 @@ def update_block(
     bits = weight.to(tl.uint32, bitcast=True)
     if (MODE == REMAINDER) | (MODE == REMAINDER8):
         # A tie rounds away from zero, as the remainder of a tie to even may not fit 16 (8) bits.
-        bits = bits + 0x80 if MODE == REMAINDER8 else bits
+        bits = bits + ((walked + DITHER_OFFSET) >> 24) if MODE == REMAINDER8 else bits
         low = tl.where(is_finite(weight), (bits >> 8 if MODE == REMAINDER8 else bits).to(MASTER), 0)
         new = tl.where(is_finite(weight), ((bits + 0x8000) >> 16).to(tl.uint16), rounded(weight, PARAM))
         write(master_address, span, tl.where(frozen, master, low), MASTER, WHOLE)

@@ -57,7 +57,7 @@ class AdamW(torch.optim.Optimizer):
             None (0): they do not; a bf16 weight loses updates below 2^-9 of its size.
             "copy" (4): fp32 master in state `master`. It is taken anew from a parameter that was edited in place.
             "remainder" (2): lower half of an exact fp32 master, int16, in state `remainder`. bf16 only; ties round away from zero.
-            "remainder8" (1): the upper half of that, int8: a master of 24 bits, in state `remainder8`.
+            "remainder8" (1): the upper half of that, int8: a master of 24 bits, rounded without bias, in state `remainder8`.
             "kahan" (2): rounding error in the parameter's dtype, in state `compensation`: about 16 bits of mantissa.
             "stochastic" (0): unbiased rounding, bf16 only, reproducible: its noise is a hash of parameter number, step and element.
         max_grad_norm: clip the 2-norm of all gradients to this, as torch.nn.utils.clip_grad_norm_, but without changing `.grad`.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adept_fast.ops.adamw.eight_bit import mix
+from adept_fast.ops.adamw.eight_bit import dither_of, mix
+
+DITHER_OFFSET = 0xDAA66D2B  # so that a master and its moments are not rounded alike
 
 
 def needs_master(param: Tensor) -> bool:
@@ -33,7 +35,8 @@ def round_weight(
     if mode == "remainder":
         return split_master(weight)
     if mode == "remainder8":
-        return split_master8(weight)
+        dither = dither_of(weight.shape, seed, step, first_index, weight.device) + DITHER_OFFSET
+        return split_master8(weight, (dither & 0xFFFFFFFF) >> 24)
     if mode == "stochastic":
         return stochastic_round(weight, seed, step, first_index), None
     rounded = weight.to(dtype)
@@ -54,11 +57,14 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(number, (bits - remainder).view(torch.float32), weight).to(torch.bfloat16), torch.where(number, remainder, 0)
 
 
-def split_master8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32, rounded to its upper 24 bits (ties away from zero), into (nearest bf16, int8 remainder). A remainder times 2^8 is that of
-    split_master."""
+def split_master8(weight: Tensor, dither: Tensor | int = 0x80) -> tuple[Tensor, Tensor]:
+    """Split fp32, rounded to its upper 24 bits, into (nearest bf16, int8 remainder). A remainder times 2^8 is that of split_master.
+
+    dither: what is added to the 8 bits that are cut off, 0 ... 255; 0x80: rounds to nearest. A step takes that of 8-bit moments: with
+    nearest rounding a weight would stay where it is under updates of less than half a unit.
+    """
     bits = weight.view(torch.int32)
-    upper = (bits + 0x80) >> 8
+    upper = (bits + dither).to(torch.int32) >> 8
     remainder = upper.to(torch.int8)
     number = weight.isfinite()
     high = ((upper - remainder) << 8).view(torch.float32)

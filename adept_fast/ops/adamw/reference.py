@@ -131,7 +131,7 @@ def adamw_update_(update: Update, grad_scale: Tensor | None = None) -> None:
         None          w = param
         "copy"        w = master, or param if round(master) differs (it was edited)       stored: fp32 master, param = round(w)
         "remainder"   w = join_master(param, remainder)                                   stored: split_master(w), exact
-        "remainder8"  the same with the upper 8 bits of the remainder, nearest            stored: split_master8(w)
+        "remainder8"  the same with the upper 8 bits of the remainder, dithered           stored: split_master8(w, dither)
         "kahan"       w = param + compensation                                            stored: param = round(w), round(w - param)
         "stochastic"  w = param                                                           stored: param = stochastic_round(w)
     """
