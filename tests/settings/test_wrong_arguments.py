@@ -74,6 +74,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         },
         "Anchor": {"items": items(), "weight": 0.5},
         "LayerScores.load": {"path": there / "scores.json"},
+        "OffloadedAdamW": {"params": [torch.nn.Parameter(torch.ones(2))]},
         "Race": {"k": 1, "regret": 0.1},
         "Units.of": {"model": expanded()},
         "UnitScores.load": {"path": there / "scores.json"},
@@ -108,8 +109,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 
 
 NAMES = (
-    *("AdamW", "AdeptCallback", "AdeptTrainer", "Anchor", "LayerScores.load", "Race", "UnitScores.load", "Units.of", "apply_copies"),
-    *("apply_rates", "compare_scores", "corpus_conflicts", "dial", "expand_checkpoint", "expand_model", "extract_copies", "fast_step"),
+    *("AdamW", "AdeptCallback", "AdeptTrainer", "Anchor", "LayerScores.load", "OffloadedAdamW", "Race", "UnitScores.load", "Units.of"),
+    *("apply_copies", "apply_rates", "compare_scores", "corpus_conflicts", "dial", "expand_checkpoint", "expand_model", "extract_copies", "fast_step"),
     *("freeze_original", "mask_units", "merge_copies", "param_groups", "remove_copies", "score_layers", "score_units", "select_layers"),
     *("selection_stability", "unit_rates", "verify_expansion"),
 )
