@@ -110,9 +110,9 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 
 NAMES = (
     *("AdamW", "AdeptCallback", "AdeptTrainer", "Anchor", "LayerScores.load", "OffloadedAdamW", "Race", "UnitScores.load", "Units.of"),
-    *("apply_copies", "apply_rates", "compare_scores", "corpus_conflicts", "dial", "expand_checkpoint", "expand_model", "extract_copies", "fast_step"),
-    *("freeze_original", "mask_units", "merge_copies", "param_groups", "remove_copies", "score_layers", "score_units", "select_layers"),
-    *("selection_stability", "unit_rates", "verify_expansion"),
+    *("apply_copies", "apply_rates", "compare_scores", "corpus_conflicts", "dial", "expand_checkpoint", "expand_model", "extract_copies"),
+    *("fast_step", "freeze_original", "mask_units", "merge_copies", "param_groups", "remove_copies", "score_layers", "score_units"),
+    *("select_layers", "selection_stability", "unit_rates", "verify_expansion"),
 )
 OF_TORCH = ("optimizer can only optimize Tensors", "optimizer got an empty parameter list")
 
