@@ -23,7 +23,7 @@ def units_on(elements, place, inner, BLOCK: tl.constexpr):
     # Of a unit longer than BLOCK at most one end is near: only its last BLOCK elements count.
     short = tl.minimum(inner, BLOCK)
     before_end = tl.maximum(place - (inner - short), -BLOCK).to(tl.int32)
-    return quotient(elements + before_end, short.to(tl.int32), BLOCK)
+    return quotient(before_end + elements, short.to(tl.int32), BLOCK)
 
 
 @triton.jit
