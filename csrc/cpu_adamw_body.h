@@ -332,7 +332,8 @@ void update_blocks(const Work& work, std::int64_t first, std::int64_t count) {
             n == kBlock ? blocks(work, number, begin, Whole{}, c, {one}) : blocks(work, number, begin, n, c, {one});
         } else {
             alignas(64) float decay[kTile], step[kTile];
-            for (std::int64_t i = 0, at = unit, passed = rest; i < n; ++i) {
+            const bool adjacent = t.inner == 1 && unit + n <= t.length;
+            for (std::int64_t i = 0, at = unit, passed = rest; !adjacent && i < n; ++i) {
                 decay[i] = units.decay[at];
                 step[i] = units.step[at];
                 if (++passed == t.inner) {
@@ -340,7 +341,7 @@ void update_blocks(const Work& work, std::int64_t first, std::int64_t count) {
                     at = at + 1 == t.length ? 0 : at + 1;
                 }
             }
-            const RateEach<float> each{decay, step};
+            const RateEach<float> each = adjacent ? units.from(unit) : RateEach<float>{decay, step};
             n == kBlock ? blocks(work, number, begin, Whole{}, c, {each}) : blocks(work, number, begin, n, c, {each});
         }
         number += taken;
