@@ -32,7 +32,7 @@ def test_other_figures_change_the_pages() -> None:
     assert "| 1234 ms; with 465 units " in made[adamw_pages.README] and "X, 2030-01-02 |" in made[adamw_pages.README]
     page = made[adamw_pages.OPTIMIZER]
     assert "rates cost 1 to 26 % of a step" in page and "\n| bf16 | 1234 | " in page and "(torchao 0.18.0)" in page
-    assert "\n| bf16 | ours | 1234 | 4.0 | 251 | 1.6, 2 |\n| bf16 | torchao | 4321 | 4.0 | 170599 | 1.6, 1.8 |\n" in page
+    assert "\n| bf16 | ours | 1234 | 4.0 | 251 | 1.6, 2 |\n" in page and "\n| bf16 | torchao | 4321 | 4.0 | 170599 | 1.6, 1.8 |\n" in page
 
 
 def test_ways_of_other_packages_begin_with_their_names() -> None:
