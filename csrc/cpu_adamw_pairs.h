@@ -1,15 +1,10 @@
 // Included by cpu_adamw_body.h: the loop for all-bf16 tensors, which are limited by instructions, not by memory.
 #pragma once
 
-#include "cpu_adamw.h"
+#include "cpu_adamw_tiles.h"
 
 namespace adept_fast {
 namespace {
-
-template <class S>
-S* at(std::int64_t address, std::int64_t index) {
-    return reinterpret_cast<S*>(address) + index;
-}
 
 // Two adjacent 16-bit elements in one 32-bit word. Vectors unpack and pack it with a shift and a mask each, where a loop over single
 // elements shuffles across lanes.
