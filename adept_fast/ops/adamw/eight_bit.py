@@ -79,8 +79,8 @@ def decode(exp_avg: Tensor, exp_avg_scale: Tensor, exp_avg_sq: Tensor, exp_avg_s
     exp_avg, exp_avg_sq: bytes, of one shape. exp_avg_scale, exp_avg_sq_scale: fp32, one per block. row: elements of a row.
     """
     size = exp_avg.to(torch.int32) & 127
-    m = torch.where(size > OF_AVERAGE.last, torch.nan, _size(size, OF_AVERAGE.shift) * _spread(exp_avg_scale, row).view(exp_avg.shape))
-    root = _size(exp_avg_sq.to(torch.int32), OF_ROOT.shift) * _spread(exp_avg_sq_scale, row).view(exp_avg.shape)
+    m = torch.where(size > OF_AVERAGE.last, torch.nan, _size(size, OF_AVERAGE.shift) * _spread(exp_avg_scale, row).reshape(exp_avg.shape))
+    root = _size(exp_avg_sq.to(torch.int32), OF_ROOT.shift) * _spread(exp_avg_sq_scale, row).reshape(exp_avg.shape)
     return torch.where(exp_avg > 127, -m, m), torch.where(exp_avg_sq > OF_ROOT.last, torch.nan, root * root)
 
 
